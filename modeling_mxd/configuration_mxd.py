@@ -1,0 +1,244 @@
+"""Configuration of a decomposition: which MLPs of which model, and the layer that stands for each.
+
+Parameter names follow transformers (`hidden_size`, `num_experts`, `num_experts_per_tok`, `hidden_act`).
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+METHODS = ("mxd", "transcoder", "skip_transcoder")
+ENCODER_TYPES = ("mlp", "glu")
+# Token and expert indices are sorted as one flat int64 range, and safetensors shapes are read from files
+# that strangers wrote: no real layer comes near this.
+MAX_SIZE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class MxDLayerConfig:
+    """Sizes and form of one layer; refuses nonsense when built.
+
+    Attributes:
+        hidden_size: width I of the MLP's input.
+        output_size: width O of the MLP's output.
+        intermediate_size: hidden units H of the dense encoder (ignored by the transcoders).
+        num_experts: experts N of an MxD, latents of a transcoder.
+        num_experts_per_tok: K, at most this many coefficients of a token are non-zero.
+        hidden_act: activation of the dense encoder, a name in transformers' `ACT2FN`.
+        encoder_type: `"mlp"` for z = act(Ex + e), `"glu"` for z = act(Ex + e) * (Ux + u).
+        method: `"mxd"`, `"transcoder"` or `"skip_transcoder"`.
+        gate_bias: whether the gate has the bias g.
+        encoder_bias: whether the encoder has the biases e and u.
+        output_bias: whether the output has the bias b.
+
+    Raises:
+        ValueError: naming the field, what was given and what is allowed.
+    """
+
+    hidden_size: int
+    output_size: int
+    intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_act: str = "gelu"
+    encoder_type: str = "mlp"
+    method: str = "mxd"
+    gate_bias: bool = True
+    encoder_bias: bool = True
+    output_bias: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "output_size", "intermediate_size", "num_experts", "num_experts_per_tok"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+                raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {value!r}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_experts ({self.num_experts})"
+            )
+        for name, allowed in (("method", METHODS), ("encoder_type", ENCODER_TYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act must be a name in transformers.activations.ACT2FN "
+                f"(such as gelu, gelu_new, silu, relu), got {self.hidden_act!r}"
+            )
+        for name in ("gate_bias", "encoder_bias", "output_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters: gate N·I (+N), expert table N·O, what the method adds, output bias O."""
+        inputs, outputs, units, experts = self.hidden_size, self.output_size, self.intermediate_size, self.num_experts
+        count = experts * (inputs + outputs) + experts * self.gate_bias + outputs * self.output_bias
+        if self.method == "mxd":
+            halves = 2 if self.encoder_type == "glu" else 1
+            count += halves * units * (inputs + self.encoder_bias) + units * outputs
+        elif self.method == "skip_transcoder":
+            count += inputs * outputs
+        return count
+
+
+_LAYER_FIELDS = tuple(field.name for field in fields(MxDLayerConfig))
+
+
+class MxDConfig(PreTrainedConfig):
+    """A decomposition of some MLPs of one base model.
+
+    The layer fields given at the top hold for every layer; `layer_overrides` changes some of them for single
+    layers. `config.layer(8)` is the resolved `MxDLayerConfig` of layer 8.
+
+    Args:
+        layers: indices of the base model's decomposed layers, each at most once.
+        base_model_name_or_path: Hub id or folder of the base model.
+        base_model_revision: commit of the base model on the Hub, if it came from there.
+        site: which function of the layer is decomposed; only `"mlp"` so far: from the MLP's input (after the
+            layer norm) to its output (before the residual is added).
+        hidden_size, output_size, intermediate_size, num_experts, num_experts_per_tok, hidden_act, encoder_type,
+        method, gate_bias, encoder_bias, output_bias: see `MxDLayerConfig`. `output_size` defaults to
+            `hidden_size`, `intermediate_size` to four times `hidden_size`.
+        layer_overrides: `{"8": {"num_experts": 1024}}`, layer index (as text, since JSON has no other keys) to
+            the fields that differ there.
+
+    Raises:
+        ValueError: naming the field, and the layer where it is one layer's.
+
+    Example:
+        >>> config = MxDConfig(layers=[8, 9], hidden_size=768, num_experts=21490, num_experts_per_tok=32)
+        >>> config.layer(9).num_experts
+        21490
+    """
+
+    model_type = "mxd"
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (),
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        site: str = "mlp",
+        hidden_size: int = 768,
+        output_size: int | None = None,
+        intermediate_size: int | None = None,
+        num_experts: int = 4096,
+        num_experts_per_tok: int = 32,
+        hidden_act: str = "gelu",
+        encoder_type: str = "mlp",
+        method: str = "mxd",
+        gate_bias: bool = True,
+        encoder_bias: bool = True,
+        output_bias: bool = True,
+        layer_overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ):
+        self.layers = list(layers)
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_revision = base_model_revision
+        self.site = site
+        self.hidden_size = hidden_size
+        self.output_size = hidden_size if output_size is None else output_size
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.hidden_act = hidden_act
+        self.encoder_type = encoder_type
+        self.method = method
+        self.gate_bias = gate_bias
+        self.encoder_bias = encoder_bias
+        self.output_bias = output_bias
+        self.layer_overrides = {str(key): dict(value) for key, value in (layer_overrides or {}).items()}
+        self._check()
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"layers must be whole numbers from 0, got {layer!r} in {self.layers}")
+        repeated = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
+        if repeated:
+            raise ValueError(f"layers names layer {repeated[0]} more than once: {self.layers}")
+        if self.site != "mlp":
+            raise ValueError(f"site must be 'mlp', the only site supported, got {self.site!r}")
+        unknown = sorted(set(self.layer_overrides) - {str(layer) for layer in self.layers})
+        if unknown:
+            raise ValueError(f"layer_overrides names layer {unknown[0]}, which is not in layers {self.layers}")
+        for key, override in self.layer_overrides.items():
+            odd = sorted(set(override) - set(_LAYER_FIELDS))
+            if odd:
+                raise ValueError(f"layer_overrides[{key!r}] has the unknown field {odd[0]!r}")
+        # Also without layers the shared fields are checked, so that a mistake shows where it is made.
+        MxDLayerConfig(**{name: getattr(self, name) for name in _LAYER_FIELDS})
+        for layer in self.layers:
+            try:
+                self.layer(layer)
+            except ValueError as error:
+                raise ValueError(f"layer {layer}: {error}") from None
+
+    def layer(self, layer: int) -> MxDLayerConfig:
+        """The resolved configuration of one layer.
+
+        Raises:
+            KeyError: when this decomposition has no such layer.
+        """
+        if layer not in self.layers:
+            raise KeyError(f"layer {layer} is not in this decomposition, which has layers {self.layers}")
+        values = {name: getattr(self, name) for name in _LAYER_FIELDS}
+        return MxDLayerConfig(**{**values, **self.layer_overrides.get(str(layer), {})})
+
+    @classmethod
+    def from_layer_configs(cls, layer_configs: Mapping[int, MxDLayerConfig], **kwargs: Any) -> "MxDConfig":
+        """Build the shortest config that resolves to `layer_configs`: the first layer's values are shared.
+
+        Raises:
+            ValueError: when `layer_configs` is empty.
+        """
+        if not layer_configs:
+            raise ValueError("layer_configs is empty: name at least one layer")
+        first = next(iter(layer_configs.values()))
+        shared = {name: getattr(first, name) for name in _LAYER_FIELDS}
+        overrides = {}
+        for layer, layer_config in layer_configs.items():
+            changed = {name: getattr(layer_config, name) for name in _LAYER_FIELDS}
+            changed = {name: value for name, value in changed.items() if value != shared[name]}
+            if changed:
+                overrides[str(layer)] = changed
+        return cls(layers=list(layer_configs), layer_overrides=overrides, **shared, **kwargs)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of all layers."""
+        return sum(self.layer(layer).num_parameters for layer in self.layers)
+
+    def check_memory(self, dtype: torch.dtype) -> None:
+        """Refuse sizes that this machine cannot hold, before anything is allocated.
+
+        Raises:
+            ValueError: naming the layer with the most parameters and its sizes.
+        """
+        needed, held = self.num_parameters * dtype.itemsize, machine_memory()
+        if needed > held:
+            largest = max(self.layers, key=lambda layer: self.layer(layer).num_parameters)
+            sizes = self.layer(largest)
+            raise ValueError(
+                f"the decomposition needs {needed / 2**30:,.1f} GiB for its parameters, this machine has "
+                f"{held / 2**30:,.1f} GiB; reduce num_experts ({sizes.num_experts}), hidden_size "
+                f"({sizes.hidden_size}) or intermediate_size ({sizes.intermediate_size}) of layer {largest}"
+            )
+
+
+def machine_memory() -> int:
+    """Bytes of physical memory and of all GPUs together."""
+    total = 0
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        total += sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    # Where the system does not say, only what no machine holds is refused.
+    return total or 2**46

@@ -1,0 +1,70 @@
+"""Sparse expert coefficients, and changes to them: the supported way to steer, ablate and read experts."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ExpertCoefficients(NamedTuple):
+    """Coefficients a of the active experts, sparse: a[indices[..., k]] = values[..., k], the rest 0.
+
+    An expert that is named twice at one position counts with the sum of its values.
+    """
+
+    values: Tensor
+    """(..., K) floating point; >= 0 unless somebody intervened"""
+    indices: Tensor
+    """(..., K) int64, in 0 .. num_experts - 1"""
+
+    def to_dense(self, num_experts: int) -> Tensor:
+        """(..., num_experts): mind the size, this is what the layer never builds."""
+        dense = self.values.new_zeros(*self.values.shape[:-1], num_experts)
+        return dense.scatter_add_(-1, self.indices, self.values)
+
+
+class ExpertIntervention:
+    """Changes expert coefficients at every position: in the order ablate, scale, set, add.
+
+    Args:
+        add: expert → constant added, whether or not the expert is active (paper's steering: add 100).
+        set: expert → value given in place of its own, whether or not the expert is active.
+        scale: expert → factor on its coefficient where it is active.
+        ablate: experts whose coefficient becomes 0.
+
+    Calling it maps (layer, x, coefficients) to new coefficients; the arguments are left as they are.
+    """
+
+    def __init__(
+        self,
+        add: Mapping[int, float] | None = None,
+        set: Mapping[int, float] | None = None,  # noqa: A002 - the word users look for
+        scale: Mapping[int, float] | None = None,
+        ablate: Iterable[int] = (),
+    ):
+        self.add = dict(add or {})
+        self.set = dict(set or {})
+        self.scale = dict(scale or {})
+        self.ablate = tuple(ablate)
+        if not (self.add or self.set or self.scale or self.ablate):
+            raise ValueError("an intervention needs at least one of add, set, scale, ablate")
+
+    def check(self, num_experts: int) -> None:
+        """Raise a ValueError naming the first expert that a layer of `num_experts` does not have."""
+        for name in ("add", "set", "scale", "ablate"):
+            for expert in getattr(self, name):
+                if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < num_experts:
+                    raise ValueError(f"{name} names expert {expert!r}; this layer has experts 0 to {num_experts - 1}")
+
+    def __call__(self, layer: object, x: Tensor, coefficients: ExpertCoefficients) -> ExpertCoefficients:
+        """Apply to coefficients of any leading shape; `layer` and `x` are unused."""
+        values, indices = coefficients
+        for expert, factor in [(e, 0.0) for e in self.ablate] + list(self.scale.items()):
+            values = torch.where(indices == expert, values * factor, values)
+        for expert in self.set:
+            values = values.masked_fill(indices == expert, 0)
+        for expert, constant in list(self.set.items()) + list(self.add.items()):
+            values = torch.cat([values, torch.full_like(values[..., :1], constant)], dim=-1)
+            indices = torch.cat([indices, torch.full_like(indices[..., :1], expert)], dim=-1)
+        return ExpertCoefficients(values, indices)

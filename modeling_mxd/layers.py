@@ -1,0 +1,239 @@
+"""The layers that stand for an MLP: Mixture of Decoders, TopK transcoder, skip transcoder.
+
+With x the MLP's input (..., I), N experts (latents) of which at most K are active:
+
+    all              a = TopK(ReLU(Gx + g))
+    MxDLayer         y = (Cᵀa) * (Dᵀz) + b,   z = act(Ex + e)  or  z = act(Ex + e) * (Ux + u)
+    TranscoderLayer  y = Cᵀa + b              and + Sᵀx with a skip
+
+Parameters of an MxD: N(I + O + 1) for gate and modulations, H(I + 1) for the encoder (twice that for a GLU),
+H·O for the shared decoder, O for the bias. Each expert is the full-rank map W_n = D diag(c_n).
+
+Source: Oldfield et al., "Towards Interpretability Without Sacrifice", https://arxiv.org/abs/2505.21364.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.activations import ACT2FN
+
+from .configuration_mxd import MxDLayerConfig
+from .functional import expert_sum, topk_gate
+from .interventions import ExpertCoefficients, ExpertIntervention
+
+CoefficientHook = Callable[["SparseLayer", Tensor, ExpertCoefficients], ExpertCoefficients | None]
+
+
+class SparseLayer(nn.Module):
+    """A gate that selects experts, and a way to read and change their coefficients; base of all layer types.
+
+    Inputs may have any leading dimensions and any floating dtype: they are cast to the weights' dtype, and the
+    output to the input's.
+
+    Attributes:
+        gate: `nn.Linear` with weight G (N, I) and bias g (N).
+        output_bias: b (O), or None.
+        expert_frequency: buffer (N), share of training tokens on which each expert was active.
+        expert_mean: buffer (N), mean coefficient of each expert over training tokens, zeros included. Both are
+            zero until training has measured them.
+    """
+
+    def __init__(self, config: MxDLayerConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=config.gate_bias)
+        self.output_bias = nn.Parameter(torch.empty(config.output_size)) if config.output_bias else None
+        self.register_buffer("expert_frequency", torch.zeros(config.num_experts))
+        self.register_buffer("expert_mean", torch.zeros(config.num_experts))
+        self._coefficient_hooks: OrderedDict[int, CoefficientHook] = OrderedDict()
+
+    expert_frequency: Tensor
+    expert_mean: Tensor
+
+    def reset_parameters(self) -> None:
+        """The authors' start: every matrix as `nn.Linear` has it, the decoder D (or S) and b at zero."""
+        _linear_start(self.gate)
+        if self.output_bias is not None:
+            nn.init.zeros_(self.output_bias)
+        nn.init.zeros_(self.expert_frequency)
+        nn.init.zeros_(self.expert_mean)
+
+    @property
+    def expert_table(self) -> nn.Parameter:
+        """The parameter with one row per expert, C (N, O)."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> ExpertCoefficients:
+        """Coefficients of the at most K active experts; x (..., I) → values and indices (..., K).
+
+        Interventions are not applied here: this is what the gate says.
+        """
+        x = x.to(self.gate.weight.dtype)
+        k = self.config.num_experts_per_tok
+        # A gate that somebody wrapped (LoRA) or hooked must be called, not read.
+        if type(self.gate) is nn.Linear and not self.gate._forward_hooks and not self.gate._forward_pre_hooks:
+            values, indices = topk_gate(x, self.gate.weight, self.gate.bias, k)
+        else:
+            values, indices = self.gate(x).topk(k, dim=-1, sorted=False)
+            values = values.relu()
+        return ExpertCoefficients(values, indices)
+
+    def combine(self, summed: Tensor, x: Tensor) -> Tensor:
+        """Output from Cᵀa, `summed` (..., O), and the input x (..., I), in the dtype of the weights."""
+        raise NotImplementedError
+
+    def sum_experts(self, coefficients: ExpertCoefficients) -> Tensor:
+        """Cᵀa (..., O) in the dtype of the weights."""
+        values, indices = coefficients
+        return expert_sum(values.to(self.expert_table.dtype), indices, self.expert_table)
+
+    def decode(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
+        """Output y (..., O), in the dtype of x, for given coefficients; the input is needed too."""
+        return self.combine(self.sum_experts(coefficients), x.to(self.gate.weight.dtype)).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
+        coefficients = self.encode(x)
+        for hook in tuple(self._coefficient_hooks.values()):
+            changed = hook(self, x, coefficients)
+            coefficients = coefficients if changed is None else changed
+        return self.decode(coefficients, x)
+
+    def register_coefficient_hook(self, hook: CoefficientHook) -> RemovableHandle:
+        """Call `hook(layer, x, coefficients)` in every forward; what it returns, unless None, replaces them.
+
+        Returns:
+            A handle: `handle.remove()` takes the hook away, and it works as a context manager.
+        """
+        handle = RemovableHandle(self._coefficient_hooks)
+        self._coefficient_hooks[handle.id] = hook
+        return handle
+
+    def intervene(self, **changes: Any) -> RemovableHandle:
+        """Change expert coefficients from now on; see `ExpertIntervention` for add, set, scale and ablate.
+
+        Returns:
+            A handle: use it in a `with` statement, or call `remove()`.
+
+        Raises:
+            ValueError: when nothing is asked, or an expert does not exist.
+
+        Example:
+            >>> with layer.intervene(add={17: 100.0}):  # doctest: +SKIP
+            ...     model.generate(**inputs)
+        """
+        intervention = ExpertIntervention(**changes)
+        intervention.check(self.config.num_experts)
+        return self.register_coefficient_hook(intervention)
+
+    @contextmanager
+    def record(self) -> Iterator[list[ExpertCoefficients]]:
+        """Collect the (detached) coefficients of every forward inside the block, interventions so far included."""
+        recorded: list[ExpertCoefficients] = []
+
+        def keep(_: SparseLayer, x: Tensor, coefficients: ExpertCoefficients) -> None:
+            recorded.append(ExpertCoefficients(coefficients.values.detach(), coefficients.indices))
+
+        with self.register_coefficient_hook(keep):
+            yield recorded
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{c.method}, num_experts={c.num_experts}, num_experts_per_tok={c.num_experts_per_tok}"
+
+
+class MxDLayer(SparseLayer):
+    """Mixture of Decoders: y = (Cᵀa) * (Dᵀz) + b (paper eq. 5).
+
+    Attributes:
+        encoder: `nn.Linear` with E (H, I) and e (H).
+        encoder_up: `nn.Linear` with U (H, I) and u (H) in the GLU form, else None.
+        decoder: `nn.Linear` without bias, weight Dᵀ (O, H).
+        modulation: C (N, O).
+    """
+
+    def __init__(self, config: MxDLayerConfig):
+        super().__init__(config)
+        inputs, units, outputs = config.hidden_size, config.intermediate_size, config.output_size
+        self.encoder = nn.Linear(inputs, units, bias=config.encoder_bias)
+        self.encoder_up = nn.Linear(inputs, units, bias=config.encoder_bias) if config.encoder_type == "glu" else None
+        self.decoder = nn.Linear(units, outputs, bias=False)
+        self.modulation = nn.Parameter(torch.empty(config.num_experts, outputs))
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _linear_start(self.encoder)
+        if self.encoder_up is not None:
+            _linear_start(self.encoder_up)
+        nn.init.zeros_(self.decoder.weight)
+        bound = 1 / math.sqrt(self.config.num_experts)  # Cᵀ is an nn.Linear(N, O) in the authors' code
+        nn.init.uniform_(self.modulation, -bound, bound)
+
+    @property
+    def expert_table(self) -> nn.Parameter:
+        return self.modulation
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """z (..., H), the dense encoder's units for x (..., I)."""
+        x = x.to(self.gate.weight.dtype)
+        z = self.act_fn(self.encoder(x))
+        return z if self.encoder_up is None else z * self.encoder_up(x)
+
+    def combine(self, summed: Tensor, x: Tensor) -> Tensor:
+        y = summed * self.decoder(self.hidden(x))
+        return y if self.output_bias is None else y + self.output_bias
+
+    def expert_weight(self, expert: int) -> Tensor:
+        """W_n = D diag(c_n), (H, O): the linear map from z to y of one expert (paper eq. 4)."""
+        return self.decoder.weight.T * self.modulation[expert]
+
+
+class TranscoderLayer(SparseLayer):
+    """TopK transcoder y = Cᵀa + b, with `method="skip_transcoder"` also + Sᵀx (Paulo et al., arXiv 2501.18823).
+
+    Attributes:
+        decoder: C (N, O), one row per latent. Starts at zero, as the skip does: the layer then starts at b.
+        skip: `nn.Linear` without bias, weight Sᵀ (O, I), or None.
+    """
+
+    def __init__(self, config: MxDLayerConfig):
+        super().__init__(config)
+        self.decoder = nn.Parameter(torch.empty(config.num_experts, config.output_size))
+        has_skip = config.method == "skip_transcoder"
+        self.skip = nn.Linear(config.hidden_size, config.output_size, bias=False) if has_skip else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.decoder)
+        if self.skip is not None:
+            nn.init.zeros_(self.skip.weight)
+
+    @property
+    def expert_table(self) -> nn.Parameter:
+        return self.decoder
+
+    def combine(self, summed: Tensor, x: Tensor) -> Tensor:
+        y = summed if self.skip is None else summed + self.skip(x)
+        return y if self.output_bias is None else y + self.output_bias
+
+
+def make_layer(config: MxDLayerConfig) -> SparseLayer:
+    """The layer that a configuration describes, with the authors' start."""
+    return MxDLayer(config) if config.method == "mxd" else TranscoderLayer(config)
+
+
+def _linear_start(linear: nn.Linear) -> None:
+    # nn.Linear's own start, written with nn.init so that transformers sees which weights were loaded.
+    bound = 1 / math.sqrt(linear.in_features)
+    nn.init.uniform_(linear.weight, -bound, bound)
+    if linear.bias is not None:
+        nn.init.uniform_(linear.bias, -bound, bound)
