@@ -42,11 +42,14 @@ class _TopKGate(torch.autograd.Function):
         tokens = x.shape[0]
         values = x.new_empty(tokens, k)
         indices = torch.empty(tokens, k, dtype=torch.int64, device=x.device)
+        # Under autocast the product alone runs in the lower precision; weights are cast once, not once a chunk.
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        inputs, matrix = x.to(dtype), weight.to(dtype)
+        offset = None if bias is None else bias.to(dtype)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, tokens, chunk):
-                part = slice(start, start + chunk)
-                values[part], indices[part] = F.linear(x[part], weight, bias).topk(k, dim=-1, sorted=False)
+        for start in range(0, tokens, chunk):
+            part = slice(start, start + chunk)
+            values[part], indices[part] = F.linear(inputs[part], matrix, offset).topk(k, dim=-1, sorted=False)
         values.relu_()
         ctx.save_for_backward(x, weight, values, indices)
         ctx.has_bias = bias is not None

@@ -1,0 +1,18 @@
+"""Making decompositions: data, initialisation, the distillation trainer and its arguments."""
+
+from .data import CausalCollator, DataError, load_text, materialize, pack, split_documents, take_tokens
+from .distillation_arguments import DistillationArguments
+from .distillation_trainer import DistillationTrainer, last_complete_checkpoint
+
+__all__ = [
+    "CausalCollator",
+    "DataError",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "last_complete_checkpoint",
+    "load_text",
+    "materialize",
+    "pack",
+    "split_documents",
+    "take_tokens",
+]

@@ -1,0 +1,56 @@
+"""Loading the language model that a decomposition belongs to."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import embedded
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class BaseModelError(ValueError):
+    """The base model cannot be loaded; the message says which and what to do."""
+
+
+def resolve_name(name: str) -> str:
+    """The name under which a config records a base model: folders as absolute paths, the rest as given."""
+    return str(Path(name).resolve()) if name != embedded.MODEL_NAME and Path(name).is_dir() else name
+
+
+def load_base_model(
+    name: str, revision: str | None = None, dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    """Load a causal language model and its tokenizer, in eval mode, on the CPU.
+
+    Args:
+        name: Hub id, folder, or the name of the embedded default.
+        revision: branch, tag or commit on the Hub.
+        dtype: a key of `DTYPES`.
+
+    Returns:
+        Model, tokenizer, and the Hub commit that was loaded (None for a folder).
+
+    Raises:
+        BaseModelError: when it is neither a folder nor can be had from the Hub.
+    """
+    if dtype not in DTYPES:
+        raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise BaseModelError(f"cannot load the model {name!r}: it is no folder with a model, and: {reason}") from error
+    return model.eval(), tokenizer, _loaded_commit(source, revision)
+
+
+def _loaded_commit(source: str, revision: str | None) -> str | None:
+    if Path(source).is_dir():
+        return None
+    # The cache keeps every file under its commit: .../snapshots/<commit>/config.json
+    path = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else revision

@@ -1,0 +1,265 @@
+"""The command `mxd`: decompose a model, evaluate a decomposition."""
+
+import json
+import logging
+import os
+import re
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Mixtures of Decoders: take the MLPs of a language model apart without breaking the model.",
+)
+
+DATA_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst"}
+INTERRUPTED = 130
+
+
+class Method(str, Enum):
+    """What stands in place of the MLP."""
+
+    mxd = "mxd"
+    transcoder = "transcoder"
+    skip_transcoder = "skip-transcoder"
+
+
+class GateStart(str, Enum):
+    """Where the gate starts from."""
+
+    data = "data"
+    random = "random"
+
+
+class EncoderStart(str, Enum):
+    """Where the dense encoder starts from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+def parse_count(text: str) -> int:
+    """`"480M"` → 480,000,000; also k, B, and plain digits."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbB]?)", text.replace("_", "").replace(",", "").strip())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no number of tokens: write 500000, 500k, 10M or 1B")
+    value = int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+    if value < 1:
+        raise typer.BadParameter("at least one token is needed")
+    return value
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """`"8"`, `"4,8"` or `"4-7,10"` → indices."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match:
+            raise typer.BadParameter(f"{text!r} names no layers: write 8, 4,8 or 4-7")
+        layers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return layers
+
+
+def split_arguments(arguments: list[str], dataset: list[str]) -> tuple[str | None, list[str]]:
+    """Tell the model from the files that a shell made of `--dataset *.parquet`."""
+    files = [name for name in arguments if Path(name).suffix in DATA_ENDINGS]
+    models = [name for name in arguments if Path(name).suffix not in DATA_ENDINGS]
+    if len(models) > 1:
+        raise typer.BadParameter(f"one model is expected, got {' and '.join(models)}")
+    if files and not dataset:
+        raise typer.BadParameter(f"{files[0]} is a data file: pass it with --dataset")
+    return (models[0] if models else None), dataset + files
+
+
+Dataset = Annotated[
+    list[str] | None,
+    typer.Option(help="Hub dataset, or files, folders and globs of parquet, jsonl, csv or text. [embedded sample]"),
+]
+DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
+Split = Annotated[str, typer.Option(help="Split of a Hub dataset.")]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
+Streaming = Annotated[bool, typer.Option(help="Read a Hub dataset as it comes, without downloading it first.")]
+ContextLength = Annotated[int, typer.Option(min=2, help="Tokens a row, BOS included.")]
+Dtype = Annotated[str, typer.Option(help="In which the base model runs: float32, bfloat16, float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of the table.")]
+Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+
+
+@app.command()
+def decompose(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder. [the embedded default]")
+    ] = None,
+    dataset: Dataset = None,
+    heldout_dataset: Annotated[
+        list[str] | None, typer.Option(help="Text to evaluate on. [documents held out of the dataset]")
+    ] = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    layers: Annotated[str | None, typer.Option(help="Such as 8, 4,8 or 4-7. [the middle layer]")] = None,
+    method: Annotated[Method, typer.Option(help="What stands in place of the MLP.")] = Method.mxd,
+    k: Annotated[int, typer.Option("--k", min=1, help="Experts active per token.")] = 32,
+    experts: Annotated[int | None, typer.Option(min=1, help="Number of experts. [--match-transcoder]")] = None,
+    match_transcoder: Annotated[
+        int, typer.Option(min=1, help="As many parameters as a transcoder of so many latents per dimension.")
+    ] = 32,
+    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Encoder width. [the MLP's]")] = None,
+    tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "1M",
+    context_length: ContextLength = 128,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one optimiser step.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")] = 1e-3,
+    gate_start: Annotated[GateStart, typer.Option(help="Where the gate starts from.")] = GateStart.data,
+    encoder_start: Annotated[EncoderStart, typer.Option(help="Where the encoder starts from.")] = EncoderStart.random,
+    bf16: Annotated[bool, typer.Option(help="Matrix products in bfloat16, weights in float32.")] = False,
+    dtype: Dtype = "float32",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    evaluation_tokens: Annotated[str, typer.Option(help="Held-out tokens.")] = "32768",
+    report_to: Annotated[str, typer.Option(help="Trackers of the Trainer, such as tensorboard.")] = "none",
+    seed: Annotated[int, typer.Option(help="Of data order and initialisation.")] = 0,
+    output: Annotated[str, typer.Option(help="Folder for the result.")] = "mxd-output",
+    overwrite: Annotated[bool, typer.Option(help="Replace a decomposition in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Replace MLPs of a language model by a decomposition, trained by distillation, and measure it.
+
+    Without arguments: the embedded model and text.
+    """
+    model, sources = split_arguments(arguments or [], dataset or [])
+    from .decompose import DecompositionOptions, TextOptions, decompose, embedded
+
+    options = DecompositionOptions(
+        model=model or embedded.MODEL_NAME,
+        revision=revision,
+        dtype=dtype,
+        layers=parse_layers(layers),
+        method=method.value.replace("-", "_"),
+        num_experts_per_tok=k,
+        num_experts=experts,
+        match_transcoder=match_transcoder,
+        intermediate_size=intermediate_size,
+        tokens=parse_count(tokens),
+        batch_tokens=batch_tokens,
+        evaluation_tokens=parse_count(evaluation_tokens),
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        text=TextOptions(
+            sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length
+        ),
+        training={
+            "learning_rate": learning_rate,
+            "gate_initialization": gate_start.value,
+            "encoder_initialization": encoder_start.value,
+            "bf16": bf16,
+            "report_to": report_to,
+        },
+    )
+    _report(decompose(options), as_json)
+    if not as_json:
+        console = Console()
+        console.print(f"\nSaved in [bold]{output}[/bold]: weights, evaluation.json, training_log.json, figures/")
+        console.print(f"Next:   mxd evaluate {output} --dataset <other text>")
+        console.print(f'        MxDModel.from_pretrained("{output}")    # see the README for reading and steering')
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(help="Folder of a decomposition.")],
+    files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    dataset: Dataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    context_length: ContextLength = 128,
+    tokens: Annotated[str, typer.Option(help="Tokens to evaluate on.")] = "32768",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a decomposition on text: a table on screen, evaluation.json in its folder."""
+    model, sources = split_arguments([folder, *(files or [])], dataset or [])
+    from .decompose import TextOptions, evaluate
+
+    text = TextOptions(sources, [], dataset_config, split, text_column, streaming, context_length)
+    _report(evaluate(model or folder, text, parse_count(tokens), dtype, progress=not as_json), as_json)
+
+
+def _report(results: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    loss = results["cross_entropy"]
+    table = Table(title="Faithfulness on held-out text (cross-entropy in nats per token)")
+    columns = ("layer", "NMSE", "FVU", "L0", "dead experts", "expert share", "specialised share")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for layer, row in results["layers"].items():
+        shares = [_percent(row[name]) for name in ("dead_experts", "expert_share", "specialised_share")]
+        table.add_row(layer, f"{row['nmse']:.4f}", f"{row['fvu']:.4f}", f"{row['l0']:.1f}", *shares)
+    model = Table(title="The model with these layers spliced in")
+    for column in ("untouched", "spliced", "rise", "zero-ablated", "recovered", "KL", "same top token"):
+        model.add_column(column, justify="right")
+    model.add_row(
+        f"{loss['untouched']:.4f}",
+        f"{loss['spliced']:.4f}",
+        f"{loss['spliced'] - loss['untouched']:+.4f}",
+        f"{loss['zero_ablated']:.4f}",
+        _percent(loss["recovered"]),
+        f"{results['kl']:.4f}",
+        _percent(results["top1_agreement"]),
+    )
+    console = Console()
+    console.print(table)
+    console.print(model)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def main() -> None:
+    """Run the command: what a user can put right is one message and exit code 1, never a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        code = INTERRUPTED if type(error).__name__ == "Interrupted" else 1
+        _fail(_explain(error), code)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{os.strerror(error.errno)}{where}; checkpoints that were complete are kept: run again with --resume"
+    if "No space left" in str(error):
+        return "no space left on the disk; checkpoints that were complete are kept: free room, run again with --resume"
+    if isinstance(error, ValueError):
+        return str(error)
+    name = type(error).__name__
+    return str(error) if name == "Interrupted" else f"{name}: {error} (run with --debug for the traceback)"
+
+
+def _fail(message: str, code: int) -> None:
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    sys.exit(code)

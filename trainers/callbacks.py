@@ -1,0 +1,97 @@
+"""Trainer callbacks: progress in tokens, and a Ctrl-C that keeps what was made."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class TokenProgressCallback(ProgressCallback):
+    """A training bar that counts tokens, so that it shows tokens/s and the time left; losses go beside the bar.
+
+    Args:
+        tokens_per_step: tokens that one optimiser step trains on, over all processes.
+    """
+
+    def __init__(self, tokens_per_step: int):
+        super().__init__()
+        self.tokens_per_step = tokens_per_step
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar, at the resumed step if there is one."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                desc="distil",
+                total=state.max_steps * self.tokens_per_step,
+                initial=state.global_step * self.tokens_per_step,
+                unit="tok",
+                unit_scale=True,
+                dynamic_ncols=True,
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Advance by the tokens of the steps since the last call."""
+        if self.training_bar is not None:
+            self.training_bar.update((state.global_step - self.current_step) * self.tokens_per_step)
+        self.current_step = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the latest loss at the bar's end rather than a line per log."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
+
+class InterruptCallback(TrainerCallback):
+    """Finishes the step at hand on Ctrl-C (or SIGTERM), saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside the block; afterwards the handlers are as they were. Only the main thread
+        can: elsewhere signals are left alone."""
+        self.interrupted = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        logger.warning("interrupted: finishing this step and saving a checkpoint (interrupt again to stop at once)")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint and for the end once a signal has come."""
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,77 @@
+"""Arguments of layerwise distillation: transformers' `TrainingArguments` with the method's own fields."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .initialization import ENCODER_STARTS, GATE_STARTS
+
+LOSS_NORMALIZATIONS = ("squared_norm", "norm")
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """Arguments of `DistillationTrainer`; below are only the fields that `TrainingArguments` does not have, and
+    those whose default differs there.
+
+    Raises:
+        ValueError: naming the field.
+    """
+
+    learning_rate: float = field(
+        default=1e-3,
+        metadata={"help": "Peak learning rate in units of the scaled activations (the authors: 1e-4 for 480 M tokens)."},
+    )
+    warmup_steps: float = field(default=0.04, metadata={"help": "Warm-up: steps, or below 1 a share of the training."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Gradient clipping, off: one norm over all layers would couple them."}
+    )
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers; none unless asked for."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    gate_initialization: str = field(
+        default="data",
+        metadata={
+            "help": "'data': gate rows from training inputs; 'random': as nn.Linear, the authors' start; 'keep': "
+            "train on from the model as it is given."
+        },
+    )
+    encoder_initialization: str = field(
+        default="random",
+        metadata={"help": "'random': as nn.Linear, the authors' start; 'pretrained': from the MLP's own; 'keep'."},
+    )
+    scale_activations: bool = field(
+        default=True,
+        metadata={"help": "Train as on inputs and outputs of unit mean square; the saved weights need no scaling."},
+    )
+    loss_normalization: str = field(
+        default="squared_norm",
+        metadata={"help": "'squared_norm': |y^ - y|^2 / |y|^2 per token; 'norm': |y^ - y|^2 / |y|, the authors' code."},
+    )
+    minimum_relative_norm: float = field(
+        default=0.25,
+        metadata={
+            "help": "With 'squared_norm': a token's |y|^2 counts as at least this share of the mean |y|^2, so that a "
+            "position of tiny output (BOS, in some layers) does not dominate the loss."
+        },
+    )
+    calibration_tokens: int = field(
+        default=32768, metadata={"help": "Training tokens measured before the first step, at least one per expert."}
+    )
+    statistics_tokens: int = field(
+        default=65536, metadata={"help": "Training tokens over which the experts' use is measured after the last step."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("gate_initialization", GATE_STARTS),
+            ("encoder_initialization", ENCODER_STARTS),
+            ("loss_normalization", LOSS_NORMALIZATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("calibration_tokens", "statistics_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.minimum_relative_norm <= 1:
+            raise ValueError(f"minimum_relative_norm must be from 0 to 1, got {self.minimum_relative_norm}")
+        super().__post_init__()

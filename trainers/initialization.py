@@ -1,0 +1,200 @@
+"""Where a decomposition starts: scales of the activations, and gates and encoders that begin from data.
+
+Everything an optimiser does depends on the scale of what it is given, and MLP inputs and outputs are far from
+unit scale (SmolLM2-135M layer 15: root mean squares 0.15 in, 1.6 out). A layer that is trained on x / s_x and
+(y − μ) / s_y, and then has s_x, s_y and μ folded into its weights, is the same as one trained on x and y whose
+weights start folded and whose Adam steps are scaled parameter by parameter: a weight w = w̃ / s takes the step
+lr / s, its ε being ε·s. That is what is done here (`parameter_scales`): the saved weights need no scaling at any
+moment, checkpoints are decompositions, and nothing has to be folded at the end.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from evaluation_mxd.masks import token_mask
+from modeling_mxd import MxDLayer, MxDModel, SparseLayer, TranscoderLayer, capture_mlps, find_mlp
+
+GATE_STARTS = ("data", "random", "keep")
+ENCODER_STARTS = ("pretrained", "random", "keep")
+
+
+@dataclass(frozen=True)
+class ActivationScales:
+    """Scales of one MLP's activations over calibration tokens, each row's first position left out.
+
+    Attributes:
+        input_scale: root mean square of the elements of x.
+        output_scale: root mean square of the elements of y − mean(y).
+        output_norm: mean of ‖y‖² (squared norm of a token's output).
+    """
+
+    input_scale: float = 1.0
+    output_scale: float = 1.0
+    output_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scales of one MLP's activations, and a sample of its inputs.
+
+    Attributes:
+        scales: see `ActivationScales`.
+        input_mean: (I), mean of x.
+        output_mean: (O), mean of y.
+        inputs: (tokens, I), the calibration tokens' inputs, first positions left out, in the model's dtype.
+    """
+
+    scales: ActivationScales
+    input_mean: Tensor
+    output_mean: Tensor
+    inputs: Tensor
+
+
+def calibrate(
+    model: nn.Module, layers: list[int], batches: Iterable[Mapping[str, Tensor]], tokens: int
+) -> dict[int, Calibration]:
+    """Run the model over batches until `tokens` tokens are seen, and measure every layer's activations.
+
+    Raises:
+        ValueError: when `batches` has no token, or an activation is not finite.
+    """
+    kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
+    seen = 0
+    for batch in batches:
+        mask = token_mask(batch["input_ids"], batch.get("attention_mask"), include_first=False)
+        for layer, (x, y) in capture_mlps(model, layers, batch["input_ids"], batch.get("attention_mask")).items():
+            kept[layer][0].append(x[mask])
+            kept[layer][1].append(y[mask])
+        seen += int(mask.sum())
+        if seen >= tokens:
+            break
+    if not seen:
+        raise ValueError("no tokens to calibrate on: the training data is empty")
+    return {layer: _measure(layer, torch.cat(xs), torch.cat(ys)) for layer, (xs, ys) in kept.items()}
+
+
+def _measure(layer: int, x: Tensor, y: Tensor) -> Calibration:
+    input_mean, output_mean = x.float().mean(0), y.float().mean(0)
+    scales = ActivationScales(
+        input_scale=float(x.float().square().mean().sqrt()),
+        output_scale=float((y.float() - output_mean).square().mean().sqrt()),
+        output_norm=float(y.float().square().sum(-1).mean()),
+    )
+    if not all(math.isfinite(value) and value > 0 for value in vars(scales).values()):
+        raise ValueError(
+            f"the activations of layer {layer} are constant or not finite ({scales}): is the model loaded in float16? "
+            "use bfloat16 or float32"
+        )
+    return Calibration(scales, input_mean, output_mean, x)
+
+
+@torch.no_grad()
+def initialize_layer(
+    layer: SparseLayer, calibration: Calibration, gate_start: str = "data", scale_activations: bool = True
+) -> None:
+    """The authors' start, scaled to the activations; with `gate_start="data"` the gate starts from inputs.
+
+    Scaled: G, E, U ← ·/s_x and b ← mean(y), the start of a layer that sees x / s_x and predicts y − mean(y).
+    From data: expert n's gate row is the direction of one training input x_n from the mean,
+    G_n ∝ x_n − mean(x), with the norm that the random start has, and g_n = −G_n · mean(x). Each expert then wins
+    on the neighbourhood of its token, so that nearly all are used from the first step on.
+
+    Args:
+        layer: is changed in place.
+        calibration: of the same MLP.
+        gate_start: `"data"` or `"random"`; `"keep"` leaves the whole layer as it is.
+        scale_activations: off, the start is the authors' own on raw activations.
+    """
+    if gate_start == "keep":
+        return
+    layer.reset_parameters()
+    scale = calibration.scales.input_scale if scale_activations else 1.0
+    for linear in _input_linears(layer):
+        linear.weight.div_(scale)
+    if scale_activations and layer.output_bias is not None:
+        layer.output_bias.copy_(calibration.output_mean)
+    if gate_start == "data":
+        _gate_from_data(layer, calibration, scale)
+
+
+def _input_linears(layer: SparseLayer) -> list[nn.Linear]:
+    names = ("gate", "encoder", "encoder_up")
+    return [linear for name in names if isinstance(linear := getattr(layer, name, None), nn.Linear)]
+
+
+def _gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) -> None:
+    inputs, experts = calibration.inputs, layer.config.num_experts
+    if len(inputs) >= experts:
+        chosen = torch.randperm(len(inputs))[:experts]
+    else:  # a text shorter than the number of experts: some start from the same token
+        chosen = torch.randint(len(inputs), (experts,))
+    directions = inputs[chosen.to(inputs.device)].float() - calibration.input_mean
+    # The norm of a row of nn.Linear's start: sqrt(I) elements of root mean square 1 / sqrt(3 I).
+    norm = 1 / (math.sqrt(3) * scale)
+    weight = directions * (norm / directions.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+    layer.gate.weight.copy_(weight)
+    if layer.gate.bias is not None:
+        layer.gate.bias.copy_(-(weight @ calibration.input_mean))
+
+
+@torch.no_grad()
+def start_encoder_from_pretrained(layer: SparseLayer, model: nn.Module, index: int) -> None:
+    """Copy the pretrained MLP's encoder (and up projection) into E and U; D and C stay as they are.
+
+    Raises:
+        ValueError: when the layer is no MxD, or its encoder has another form or width than the MLP's.
+    """
+    if not isinstance(layer, MxDLayer):
+        raise ValueError(f"layer {index} is a {layer.config.method}: it has no encoder to start from the pretrained one")
+    site = find_mlp(model, index)
+    weights = site.weights()
+    pairs = [(layer.encoder, weights.encoder, weights.encoder_bias)]
+    if layer.encoder_up is not None and weights.up is not None:
+        pairs.append((layer.encoder_up, weights.up, weights.up_bias))
+    if (layer.encoder_up is None) != (weights.up is None) or layer.encoder.weight.shape != weights.encoder.shape:
+        raise ValueError(
+            f"layer {index}: an encoder of form {layer.config.encoder_type} and intermediate_size "
+            f"{layer.config.intermediate_size} cannot start from the pretrained MLP, which has form "
+            f"{site.architecture.encoder_type} and {weights.encoder.shape[0]}: use those, or the random start"
+        )
+    for linear, weight, bias in pairs:
+        linear.weight.copy_(weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias) if bias is None else linear.bias.copy_(bias)
+
+
+def parameter_scales(layer: SparseLayer, scales: ActivationScales) -> dict[str, float]:
+    """Factor on the learning rate of every parameter that makes Adam on raw activations take the steps that it
+    would take on x / s_x and (y − μ) / s_y: by parameter name, e.g. {"gate.weight": 1 / s_x, "decoder.weight": s_y}.
+    """
+    by_name = {
+        "gate.weight": 1 / scales.input_scale,
+        "encoder.weight": 1 / scales.input_scale,
+        "encoder_up.weight": 1 / scales.input_scale,
+        "skip.weight": scales.output_scale / scales.input_scale,
+        "decoder.weight": scales.output_scale,
+        "decoder": scales.output_scale,
+        "output_bias": scales.output_scale,
+    }
+    return {name: by_name.get(name, 1.0) for name, _ in layer.named_parameters()}
+
+
+def initialize_decomposition(
+    decomposition: MxDModel,
+    model: nn.Module,
+    calibrations: Mapping[int, Calibration],
+    gate_start: str = "data",
+    encoder_start: str = "random",
+    scale_activations: bool = True,
+) -> None:
+    """Start every layer: see `initialize_layer` and `start_encoder_from_pretrained`. Transcoders have no encoder
+    and ignore `encoder_start`."""
+    for index in decomposition.config.layers:
+        layer = decomposition.layer(index)
+        initialize_layer(layer, calibrations[index], gate_start, scale_activations)
+        if encoder_start == "pretrained" and not isinstance(layer, TranscoderLayer):
+            start_encoder_from_pretrained(layer, model, index)
