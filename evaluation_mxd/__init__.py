@@ -1,0 +1,25 @@
+"""Evidence: how faithful a decomposition is, how its experts are used, and figures of both."""
+
+from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
+from .faithfulness import ZeroMLP, faithfulness, load_evaluation, save_evaluation
+from .masks import token_mask
+from .metrics import ErrorSums, LogitSums, explained_share, normalised_entropy, recovered_share
+from .plots import plot_expert_frequency, plot_training_loss
+
+__all__ = [
+    "ErrorSums",
+    "ExpertUse",
+    "LogitSums",
+    "ZeroMLP",
+    "count_expert_use",
+    "explained_share",
+    "faithfulness",
+    "load_evaluation",
+    "measure_expert_statistics",
+    "normalised_entropy",
+    "plot_expert_frequency",
+    "plot_training_loss",
+    "recovered_share",
+    "save_evaluation",
+    "token_mask",
+]

@@ -279,15 +279,20 @@ class _CaptureComplete(Exception):
 
 @torch.no_grad()
 def capture_mlps(
-    model: nn.Module, layers: list[int], input_ids: Tensor, attention_mask: Tensor | None = None
+    model: nn.Module,
+    layers: list[int],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    stop_after_last: bool = True,
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Inputs and outputs of the MLPs of `layers` in one forward pass, run only as far as the last of them.
+    """Inputs and outputs of the MLPs of `layers` in one forward pass, by default only as far as the last of them.
 
     Args:
         model: a causal language model of a supported type.
         layers: indices of the transformer layers.
         input_ids: token ids (batch, tokens).
         attention_mask: 1 where a token is not padding (batch, tokens), or None.
+        stop_after_last: end the pass once the last of them has run.
 
     Returns:
         {layer: (x, y)} with x (batch, tokens, I) and y (batch, tokens, O), in the model's dtype.
@@ -306,7 +311,7 @@ def capture_mlps(
 
         def keep_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: int = layer) -> None:
             captured[layer] = (inputs[layer], output)
-            if len(captured) == len(layers):
+            if stop_after_last and len(captured) == len(layers):
                 raise _CaptureComplete
 
         handles.append(site.input_module.register_forward_pre_hook(keep_input))

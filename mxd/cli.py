@@ -158,9 +158,7 @@ def decompose(
         output=output,
         overwrite=overwrite,
         resume=resume,
-        text=TextOptions(
-            sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length
-        ),
+        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
         training={
             "learning_rate": learning_rate,
             "gate_initialization": gate_start.value,

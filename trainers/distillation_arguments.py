@@ -20,7 +20,9 @@ class DistillationArguments(TrainingArguments):
 
     learning_rate: float = field(
         default=1e-3,
-        metadata={"help": "Peak learning rate in units of the scaled activations (the authors: 1e-4 for 480 M tokens)."},
+        metadata={
+            "help": "Peak learning rate in units of the scaled activations (the authors: 1e-4 for 480 M tokens)."
+        },
     )
     warmup_steps: float = field(default=0.04, metadata={"help": "Warm-up: steps, or below 1 a share of the training."})
     max_grad_norm: float = field(

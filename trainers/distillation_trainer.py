@@ -295,7 +295,9 @@ class DistillationTrainer(Trainer):
             groups: dict[float, list[nn.Parameter]] = {1.0: []}  # first, since its rate is the one that is logged
             for layer in self.model.config.layers:
                 module = self.model.layer(layer)
-                scales = self.scales.get(layer, ActivationScales()) if self.args.scale_activations else ActivationScales()
+                scales = (
+                    self.scales.get(layer, ActivationScales()) if self.args.scale_activations else ActivationScales()
+                )
                 factors = parameter_scales(module, scales)
                 for name, parameter in module.named_parameters():
                     if parameter.requires_grad:

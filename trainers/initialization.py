@@ -149,7 +149,9 @@ def start_encoder_from_pretrained(layer: SparseLayer, model: nn.Module, index: i
         ValueError: when the layer is no MxD, or its encoder has another form or width than the MLP's.
     """
     if not isinstance(layer, MxDLayer):
-        raise ValueError(f"layer {index} is a {layer.config.method}: it has no encoder to start from the pretrained one")
+        raise ValueError(
+            f"layer {index} is a {layer.config.method}: it has no encoder to start from the pretrained one"
+        )
     site = find_mlp(model, index)
     weights = site.weights()
     pairs = [(layer.encoder, weights.encoder, weights.encoder_bias)]

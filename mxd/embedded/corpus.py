@@ -78,10 +78,7 @@ def sample_passages(documents: list[Document], chars: int, seed: int) -> list[Do
     chosen: list[Document] = []
     for domain in domains:
         passages = [
-            d._replace(text=passage)
-            for d in documents
-            if d.domain == domain
-            for passage in cut_passages(d.text)
+            d._replace(text=passage) for d in documents if d.domain == domain for passage in cut_passages(d.text)
         ]
         rng.shuffle(passages)
         left = chars // len(domains)

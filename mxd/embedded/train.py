@@ -136,9 +136,7 @@ def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     inside = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in inside]
     # match_rms_adamw gives Muon's updates AdamW's size, hence learning rates of one order.
-    muon = torch.optim.Muon(
-        matrices, lr=LR_MATRICES, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon(matrices, lr=LR_MATRICES, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(
         [
             {"params": [p for p in rest if p.ndim == 2], "weight_decay": WEIGHT_DECAY},
@@ -161,9 +159,7 @@ def batches(rows: torch.Tensor, steps: int, seed: int) -> Iterator[torch.Tensor]
     """``steps`` batches of rows, shuffled over the whole corpus anew in each epoch."""
     generator = torch.Generator().manual_seed(seed)
     needed = steps * BATCH_ROWS
-    epochs = [
-        torch.randperm(len(rows), generator=generator) for _ in range(-(-needed // len(rows)))
-    ]
+    epochs = [torch.randperm(len(rows), generator=generator) for _ in range(-(-needed // len(rows)))]
     yield from rows[torch.cat(epochs)[:needed]].split(BATCH_ROWS)
 
 
@@ -171,10 +167,7 @@ def train_model(rows: torch.Tensor, steps: int, seed: int) -> LlamaForCausalLM:
     """Train a new model for so many steps of ``TOKENS_PER_STEP`` tokens."""
     model = new_model(seed).train()
     optimizers = new_optimizers(model)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: lr_factor(step, steps))
-        for o in optimizers
-    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: lr_factor(step, steps)) for o in optimizers]
     smoothed = math.log(VOCAB_SIZE)
     with tqdm(total=steps * TOKENS_PER_STEP, unit="tok", unit_scale=True, desc="train") as bar:
         for batch in batches(rows, steps, seed):
@@ -220,9 +213,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     tokenizer.save_pretrained(folder)
 
 
-def evaluate(
-    model: LlamaForCausalLM, ids: dict[str, list[list[int]]], heldout: list[Document]
-) -> dict[str, Any]:
+def evaluate(model: LlamaForCausalLM, ids: dict[str, list[list[int]]], heldout: list[Document]) -> dict[str, Any]:
     """Held-out losses (nats per token, bits per byte), over all domains and for each."""
     losses = {domain: model_loss(model, padded_rows(texts)) for domain, texts in ids.items()}
     total = Loss(sum(x.nats for x in losses.values()), sum(x.tokens for x in losses.values()))
@@ -243,9 +234,7 @@ def sample_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def build(
-    corpus: Path, output: Path, tokens: int, minutes: float | None, seed: int
-) -> dict[str, Any]:
+def build(corpus: Path, output: Path, tokens: int, minutes: float | None, seed: int) -> dict[str, Any]:
     """Build everything under ``output`` and return what ``results.json`` records.
 
     ``minutes``, if given, overrides ``tokens`` with what this machine can do in that time.
@@ -310,9 +299,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--tokens", type=int, default=5_500_000, help="training tokens")
-    budget.add_argument(
-        "--minutes", type=float, help="instead of --tokens: as many as fit in about this time"
-    )
+    budget.add_argument("--minutes", type=float, help="instead of --tokens: as many as fit in about this time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

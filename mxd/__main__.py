@@ -1,0 +1,5 @@
+"""`python -m mxd`."""
+
+from .cli import main
+
+main()
