@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modeling_mxd import ExpertCoefficients, MxDModel, capture_mlps
+from modeling_mxd import Capture, ExpertCoefficients, MxDModel
 
 from .masks import token_mask
 from .metrics import normalised_entropy
@@ -57,25 +57,25 @@ class ExpertUse:
 
 @torch.no_grad()
 def count_expert_use(
-    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+    capture: Capture, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[int, ExpertUse]:
-    """Use of the experts of every layer over all unpadded positions of `batches`, by layer index."""
+    """Use of the experts of every layer over all unpadded positions of `batches`, by layer index; `capture` gives
+    the MLPs' inputs for a batch."""
     config = decomposition.config
     uses = {layer: ExpertUse(config.layer(layer).num_experts) for layer in config.layers}
     for batch in batches:
         mask = token_mask(batch["input_ids"], batch.get("attention_mask"))
-        captured = capture_mlps(model, config.layers, batch["input_ids"], batch.get("attention_mask"))
-        for layer, (x, _) in captured.items():
+        for layer, (x, _) in capture(batch).items():
             uses[layer].update(decomposition.layer(layer).encode(x[mask]))
     return uses
 
 
 def measure_expert_statistics(
-    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+    capture: Capture, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
 ) -> None:
     """Write frequency and mean coefficient of every expert over `batches` (training tokens) into the layers'
     buffers `expert_frequency` and `expert_mean`, from where evaluation takes them."""
-    for layer, use in count_expert_use(model, decomposition, batches).items():
+    for layer, use in count_expert_use(capture, decomposition, batches).items():
         module = decomposition.layer(layer)
         module.expert_frequency.copy_(use.frequency)
         module.expert_mean.copy_(use.mean)

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +119,18 @@ def faithfulness(
         ValueError: when there are no batches.
         SurgeryError: when the model does not fit the decomposition.
     """
-    batches = list(batches)
-    if not batches:
-        raise ValueError("no held-out rows to evaluate on: the text is shorter than one row of context")
     device = next(model.parameters()).device
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    rows = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    if not rows:
+        raise ValueError("no held-out rows to evaluate on: the text is shorter than one row of context")
     decomposition.to(device)
     layers = decomposition.config.layers
     with _evaluating(model, decomposition):
-        evaluations, source = _layer_evaluations(model, decomposition, batches)
+        evaluations, source = _layer_evaluations(model, decomposition, rows)
         untouched, spliced, ablated = LogitSums(), LogitSums(), LogitSums()
         zeros = {layer: ZeroMLP(decomposition.config.layer(layer).output_size) for layer in layers}
         tokens = 0
-        for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, dynamic_ncols=True):
+        for batch in tqdm(rows, desc="evaluate", unit="batch", disable=not progress, dynamic_ncols=True):
             ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
             mask, without_first = token_mask(ids, attention_mask), token_mask(ids, attention_mask, include_first=False)
             tokens += int(mask.sum())
@@ -153,7 +153,7 @@ def faithfulness(
         "top1_agreement": spliced.agreement,
         "settings": {
             "tokens": tokens,
-            "rows": sum(len(batch["input_ids"]) for batch in batches),
+            "rows": sum(len(batch["input_ids"]) for batch in rows),
             "positions": "all but padding; *_without_first: also without each row's first position (BOS)",
             "expert_statistics": source,
             "specialised_frequency": SPECIALISED_FREQUENCY,
@@ -172,7 +172,8 @@ def _layer_evaluations(
         statistics = {i: (layer.expert_frequency, layer.expert_mean) for i, layer in layers.items()}
         source = "training tokens"
     else:
-        uses = count_expert_use(model, decomposition, batches)
+        capture = partial(_capture_and_logits, model, list(layers))
+        uses = count_expert_use(lambda batch: capture(batch)[0], decomposition, batches)
         statistics = {index: (use.frequency, use.mean) for index, use in uses.items()}
         source = "the evaluated tokens, since the decomposition carries none from its training"
     return {index: LayerEvaluation(layers[index], *statistics[index]) for index in layers}, source

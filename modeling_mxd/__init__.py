@@ -6,6 +6,7 @@ from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .modeling_mxd import MxDModel, MxDOutput
 from .parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 from .surgery import (
+    Capture,
     MLPSite,
     ReplacedMLP,
     SurgeryError,
@@ -17,6 +18,7 @@ from .surgery import (
 )
 
 __all__ = [
+    "Capture",
     "ExpertCoefficients",
     "ExpertIntervention",
     "MLPSite",

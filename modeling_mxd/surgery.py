@@ -7,7 +7,7 @@ are the input of the first slot and the output of the last; replacing it puts th
 and the identity into the others.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .configuration_mxd import MxDLayerConfig
 from .layers import SparseLayer
 
 
@@ -71,6 +72,10 @@ ARCHITECTURES: dict[str, MLPArchitecture] = {
 }
 
 
+Capture = Callable[[Mapping[str, Tensor]], dict[int, tuple[Tensor, Tensor]]]
+"""Gives, for a batch of `input_ids` and perhaps `attention_mask`, {layer: (x, y)} as `capture_mlps` does."""
+
+
 class SurgeryError(ValueError):
     """An MLP cannot be found, replaced or restored; the message says which and what to do."""
 
@@ -124,6 +129,17 @@ class MLPSite:
     def output_module(self) -> nn.Module:
         return self.modules[-1]
 
+    def check_fits(self, config: MxDLayerConfig) -> None:
+        """Raise a SurgeryError when a layer of this configuration maps between other widths than the MLP."""
+        weights = self.weights()
+        have = (weights.encoder.shape[1], weights.decoder.shape[0])
+        want = (config.hidden_size, config.output_size)
+        if have != want:
+            raise SurgeryError(
+                f"the MLP of layer {self.layer} maps {have[0]} to {have[1]} dimensions, the decomposition's layer "
+                f"{want[0]} to {want[1]}: is it of another base model?"
+            )
+
     def weights(self) -> PretrainedWeights:
         """Copies of the pretrained weights, detached, in their own dtype and device."""
         row = self.architecture
@@ -139,8 +155,9 @@ class MLPSite:
 
 def _linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight as (out, in) and bias (out) of a Linear or of GPT-2's transposed Conv1D."""
-    weight, bias = module.weight.detach(), module.bias
+    weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
+    weight = weight.detach()
     weight = weight.T if isinstance(module, Conv1D) else weight
     return weight.clone(), bias.detach().clone() if isinstance(bias, Tensor) else None
 
@@ -243,11 +260,7 @@ def replace_mlp(model: nn.Module, layer: int, module: nn.Module, cast: bool = Tr
         raise SurgeryError(f"the MLP of layer {layer} is already replaced by a decomposition: restore it first")
     like = next(site.output_module.parameters(), None)
     if isinstance(module, SparseLayer):
-        weights = site.weights()
-        have = (weights.encoder.shape[1], weights.decoder.shape[0])
-        want = (module.config.hidden_size, module.config.output_size)
-        if have != want:
-            raise SurgeryError(f"the MLP of layer {layer} maps {have[0]} to {have[1]}, the replacement {want}")
+        site.check_fits(module.config)
     if like is not None:
         module.to(device=like.device, dtype=like.dtype if cast else None)
     return ReplacedMLP(site, module)

@@ -5,7 +5,6 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,7 +183,7 @@ def prepare_text(
         DataError: as `trainers.load_text` and `trainers.pack`.
     """
     text = options.text
-    loading = {"text_column": text.text_column, "streaming": text.streaming}
+    loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
     if not text.dataset:
         documents = load_text(str(embedded.text_path("train")))
         heldout: Dataset | IterableDataset = load_text(str(embedded.text_path("heldout")))
@@ -315,7 +314,7 @@ def evaluate(
     if not config.base_model_name_or_path:
         raise ValueError(f"{folder}/config.json names no base_model_name_or_path to evaluate against")
     model, tokenizer, _ = load_base_model(config.base_model_name_or_path, config.base_model_revision, dtype)
-    loading = {"text_column": text.text_column, "streaming": text.streaming}
+    loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
     if text.dataset:
         documents = load_text(text.dataset, config_name=text.config_name, split=text.split, **loading)
     else:
@@ -334,8 +333,3 @@ def _training_settings(folder: Path) -> dict[str, Any]:
         return {}
     training = json.loads(path.read_text()).get("settings", {}).get("training")
     return {"training": training} if training else {}
-
-
-def checkpoints(folder: Path) -> Iterator[Path]:
-    """Checkpoints of an unfinished run in a folder."""
-    return folder.glob("checkpoint-*")

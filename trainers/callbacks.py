@@ -24,6 +24,7 @@ class TokenProgressCallback(ProgressCallback):
     def __init__(self, tokens_per_step: int):
         super().__init__()
         self.tokens_per_step = tokens_per_step
+        self.training_bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar, at the resumed step if there is one."""

@@ -305,8 +305,10 @@ def split_documents(
         if count < 2:
             raise DataError(f"{count} document(s) cannot be divided by document; pass a separate held-out dataset")
         heldout_count = min(count - 1, max(1, round(count * heldout_fraction)))
-        sides = documents.train_test_split(test_size=heldout_count, seed=seed, keep_in_memory=True)
-        return sides["train"], sides["test"]
+        # Not train_test_split: in datasets 5.2 it cannot keep the indices of a cached dataset in memory.
+        order = np.random.default_rng(seed).permutation(count)
+        train_rows, heldout_rows = np.sort(order[heldout_count:]), np.sort(order[:heldout_count])
+        return documents.select(train_rows, keep_in_memory=True), documents.select(heldout_rows, keep_in_memory=True)
     _require_text(documents)
     is_heldout = partial(_is_heldout, fraction=heldout_fraction, seed=seed)
     train = documents.filter(partial(_is_train, is_heldout=is_heldout), input_columns=["text"])

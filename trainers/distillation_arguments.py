@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .initialization import ENCODER_STARTS, GATE_STARTS
+from .initialization import ENCODER_STARTS, GATE_STARTS, MODULATION_STARTS
 
 LOSS_NORMALIZATIONS = ("squared_norm", "norm")
 
@@ -39,7 +39,11 @@ class DistillationArguments(TrainingArguments):
     )
     encoder_initialization: str = field(
         default="random",
-        metadata={"help": "'random': as nn.Linear, the authors' start; 'pretrained': from the MLP's own; 'keep'."},
+        metadata={"help": "'random': as nn.Linear, the authors' start; 'pretrained': from the MLP's own."},
+    )
+    modulation_initialization: str = field(
+        default="random",
+        metadata={"help": "'random': around 0, the authors' start; 'unit': C^T a starts at 1, the layer at D^T z."},
     )
     scale_activations: bool = field(
         default=True,
@@ -67,6 +71,7 @@ class DistillationArguments(TrainingArguments):
         for name, allowed in (
             ("gate_initialization", GATE_STARTS),
             ("encoder_initialization", ENCODER_STARTS),
+            ("modulation_initialization", MODULATION_STARTS),
             ("loss_normalization", LOSS_NORMALIZATIONS),
         ):
             if getattr(self, name) not in allowed:

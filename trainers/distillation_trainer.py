@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from evaluation_mxd import token_mask
 from evaluation_mxd.expert_use import measure_expert_statistics
-from modeling_mxd import MxDModel, capture_mlps
+from modeling_mxd import MxDModel, capture_mlps, find_mlp
 
 from .callbacks import InterruptCallback, TokenProgressCallback
 from .data import CausalCollator
@@ -47,7 +47,7 @@ class DistillationTrainer(Trainer):
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
-        SurgeryError: when the teacher has no such layer.
+        SurgeryError: when the teacher has no such layer, or one of other widths.
 
     Example:
         >>> trainer = DistillationTrainer(mxd, teacher, args, train_dataset=rows)  # doctest: +SKIP
@@ -56,6 +56,7 @@ class DistillationTrainer(Trainer):
 
     args: DistillationArguments
     model: MxDModel
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -70,6 +71,8 @@ class DistillationTrainer(Trainer):
     ):
         if args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
+        for layer in model.config.layers:
+            find_mlp(teacher, layer).check_fits(model.config.layer(layer))
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
         super().__init__(
@@ -255,7 +258,7 @@ class DistillationTrainer(Trainer):
         most = max(self.model.config.layer(layer).num_experts for layer in layers)
         wanted = max(self.args.calibration_tokens, most if self.args.gate_initialization == "data" else 0)
         logger.info("measuring the activations of %d training tokens", wanted)
-        calibrations = calibrate(self.teacher, layers, self._training_batches(), wanted)
+        calibrations = calibrate(self.capture, self._training_batches(), wanted)
         if self.args.gate_initialization != "keep":
             initialize_decomposition(
                 self.model,
@@ -263,6 +266,7 @@ class DistillationTrainer(Trainer):
                 calibrations,
                 self.args.gate_initialization,
                 self.args.encoder_initialization,
+                self.args.modulation_initialization,
                 self.args.scale_activations,
             )
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
@@ -275,7 +279,7 @@ class DistillationTrainer(Trainer):
         if first is None:
             return
         batches = -(-self.args.statistics_tokens // (rows * first["input_ids"].shape[1]))
-        measure_expert_statistics(self.teacher, self.model, list(islice(self._training_batches(), batches)))
+        measure_expert_statistics(self.capture, self.model, islice(self._training_batches(), batches))
 
     def _use_token_progress(self) -> None:
         if self.args.disable_tqdm:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from evaluation_mxd.masks import token_mask
-from modeling_mxd import MxDLayer, MxDModel, SparseLayer, TranscoderLayer, capture_mlps, find_mlp
+from modeling_mxd import Capture, MxDLayer, MxDModel, SparseLayer, find_mlp
 
 GATE_STARTS = ("data", "random", "keep")
-ENCODER_STARTS = ("pretrained", "random", "keep")
+ENCODER_STARTS = ("pretrained", "random")
+MODULATION_STARTS = ("random", "unit")
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,25 @@ class Calibration:
     inputs: Tensor
 
 
-def calibrate(
-    model: nn.Module, layers: list[int], batches: Iterable[Mapping[str, Tensor]], tokens: int
-) -> dict[int, Calibration]:
-    """Run the model over batches until `tokens` tokens are seen, and measure every layer's activations.
+def calibrate(capture: Capture, batches: Iterable[Mapping[str, Tensor]], tokens: int) -> dict[int, Calibration]:
+    """Capture batches until `tokens` tokens are seen, and measure every layer's activations.
+
+    Args:
+        capture: gives {layer: (x, y)} for a batch.
+        batches: `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+        tokens: how many to measure, at least.
 
     Raises:
         ValueError: when `batches` has no token, or an activation is not finite.
     """
-    kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
+    kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     seen = 0
     for batch in batches:
         mask = token_mask(batch["input_ids"], batch.get("attention_mask"), include_first=False)
-        for layer, (x, y) in capture_mlps(model, layers, batch["input_ids"], batch.get("attention_mask")).items():
-            kept[layer][0].append(x[mask])
-            kept[layer][1].append(y[mask])
+        for layer, (x, y) in capture(batch).items():
+            xs, ys = kept.setdefault(layer, ([], []))
+            xs.append(x[mask])
+            ys.append(y[mask])
         seen += int(mask.sum())
         if seen >= tokens:
             break
@@ -128,10 +133,9 @@ def _input_linears(layer: SparseLayer) -> list[nn.Linear]:
 
 def _gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) -> None:
     inputs, experts = calibration.inputs, layer.config.num_experts
-    if len(inputs) >= experts:
-        chosen = torch.randperm(len(inputs))[:experts]
-    else:  # a text shorter than the number of experts: some start from the same token
-        chosen = torch.randint(len(inputs), (experts,))
+    # In a text shorter than the number of experts some start from the same token.
+    enough = len(inputs) >= experts
+    chosen = torch.randperm(len(inputs))[:experts] if enough else torch.randint(len(inputs), (experts,))
     directions = inputs[chosen.to(inputs.device)].float() - calibration.input_mean
     # The norm of a row of nn.Linear's start: sqrt(I) elements of root mean square 1 / sqrt(3 I).
     norm = 1 / (math.sqrt(3) * scale)
@@ -142,16 +146,12 @@ def _gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) 
 
 
 @torch.no_grad()
-def start_encoder_from_pretrained(layer: SparseLayer, model: nn.Module, index: int) -> None:
+def start_encoder_from_pretrained(layer: MxDLayer, model: nn.Module, index: int) -> None:
     """Copy the pretrained MLP's encoder (and up projection) into E and U; D and C stay as they are.
 
     Raises:
-        ValueError: when the layer is no MxD, or its encoder has another form or width than the MLP's.
+        ValueError: when its encoder has another form or width than the MLP's.
     """
-    if not isinstance(layer, MxDLayer):
-        raise ValueError(
-            f"layer {index} is a {layer.config.method}: it has no encoder to start from the pretrained one"
-        )
     site = find_mlp(model, index)
     weights = site.weights()
     pairs = [(layer.encoder, weights.encoder, weights.encoder_bias)]
@@ -167,6 +167,15 @@ def start_encoder_from_pretrained(layer: SparseLayer, model: nn.Module, index: i
         linear.weight.copy_(weight)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias) if bias is None else linear.bias.copy_(bias)
+
+
+@torch.no_grad()
+def start_modulation_at_unit(layer: MxDLayer, calibration: Calibration) -> None:
+    """C ~ U(0, 2 / s) with s the mean sum of a token's coefficients, so that Cᵀa starts at about 1 everywhere and
+    the layer at about Dᵀz: the dense function is learnt first, and the experts have only its errors left to carry."""
+    sample = calibration.inputs[:8192]
+    total = layer.encode(sample).values.float().sum(-1).mean().clamp_min(1e-6)
+    nn.init.uniform_(layer.modulation, 0.0, float(2 / total))
 
 
 def parameter_scales(layer: SparseLayer, scales: ActivationScales) -> dict[str, float]:
@@ -191,12 +200,17 @@ def initialize_decomposition(
     calibrations: Mapping[int, Calibration],
     gate_start: str = "data",
     encoder_start: str = "random",
+    modulation_start: str = "random",
     scale_activations: bool = True,
 ) -> None:
-    """Start every layer: see `initialize_layer` and `start_encoder_from_pretrained`. Transcoders have no encoder
-    and ignore `encoder_start`."""
+    """Start every layer: see `initialize_layer`, `start_encoder_from_pretrained` and `start_modulation_at_unit`.
+    Transcoders have neither encoder nor modulations and ignore those two."""
     for index in decomposition.config.layers:
         layer = decomposition.layer(index)
         initialize_layer(layer, calibrations[index], gate_start, scale_activations)
-        if encoder_start == "pretrained" and not isinstance(layer, TranscoderLayer):
+        if not isinstance(layer, MxDLayer):
+            continue
+        if encoder_start == "pretrained":
             start_encoder_from_pretrained(layer, model, index)
+        if modulation_start == "unit":
+            start_modulation_at_unit(layer, calibrations[index])

@@ -1,0 +1,238 @@
+"""What each start and method costs and gains at equal tokens: one layer, one pass, the same text for all.
+
+    python benchmarks/methods.py MODEL --corpus FOLDER [--layer 15] [--tokens 1M] [--jobs 2] [--rows NAME ...]
+
+One teacher pass records the layer's inputs and outputs; every row trains on the recording, in the same order, in a
+process of its own (one thread each, `--jobs` at a time), and is measured on the same held-out documents. Text: the
+parquet files of FOLDER and the running interpreter's standard library. Rows already in the work folder are not run
+again. Writes benchmarks/results/methods.json and methods.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from evaluation_mxd import faithfulness
+from modeling_mxd import MxDConfig, MxDModel, capture_mlps, find_mlp
+from mxd.base_model import load_base_model
+from mxd.cli import parse_count
+from mxd.decompose import DecompositionOptions, evaluation_batches, layer_config
+from trainers import (
+    DistillationArguments,
+    DistillationTrainer,
+    load_text,
+    materialize,
+    pack,
+    split_documents,
+    take_tokens,
+)
+from trainers.data import python_library_documents
+
+RESULTS = Path(__file__).parent / "results"
+CONTEXT = 256
+ROWS_PER_STEP = 8
+EVALUATION_TOKENS = 16384
+
+RAW = {"gate_initialization": "random", "scale_activations": False}
+SCALED = {"gate_initialization": "random"}
+PRETRAINED = {"encoder_initialization": "pretrained"}
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # name: (options of the layer, arguments of the training)
+    "skip transcoder, raw": ({"method": "skip_transcoder"}, RAW),
+    "MxD, authors' start, raw": ({}, RAW),
+    "skip transcoder, scaled": ({"method": "skip_transcoder"}, SCALED),
+    "MxD, authors' start, scaled": ({}, SCALED),
+    "MxD, authors' start, scaled, H = 576": ({"intermediate_size": 576}, SCALED),
+    "MxD, pretrained encoder, raw": ({}, {**RAW, **PRETRAINED}),
+    "MxD, pretrained encoder, scaled": ({}, {**SCALED, **PRETRAINED}),
+    "skip transcoder, gate from data, lr 3e-3": ({"method": "skip_transcoder"}, {"learning_rate": 3e-3}),
+    "MxD, gate from data": ({}, {}),
+    "MxD, gate from data, lr 3e-3": ({}, {"learning_rate": 3e-3}),
+    "MxD, gate from data, pretrained encoder, Cᵀa from 1": (
+        {},
+        {**PRETRAINED, "modulation_initialization": "unit"},
+    ),
+}
+
+
+class RecordedTeacher:
+    """Inputs and outputs of one MLP for rows of tokens, kept on disk in bfloat16, found again by the row's tokens."""
+
+    def __init__(self, folder: Path, layer: int, rows: Dataset, width: int):
+        self.layer = layer
+        self.rows = {tuple(row["input_ids"].tolist()): index for index, row in enumerate(rows)}
+        shape = (len(rows), CONTEXT, width)
+        self.x, self.y = (self._map(folder / name, shape) for name in ("inputs.bin", "outputs.bin"))
+
+    @staticmethod
+    def _map(path: Path, shape: tuple[int, int, int]) -> Tensor:
+        size = shape[0] * shape[1] * shape[2]
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(shape)
+
+    def record(self, model: torch.nn.Module, rows: Dataset) -> float:
+        """Run the model over all rows; returns seconds."""
+        started = time.monotonic()
+        for start in tqdm(range(0, len(rows), ROWS_PER_STEP), desc="teacher", unit="batch"):
+            part = slice(start, start + ROWS_PER_STEP)
+            self.x[part], self.y[part] = capture_mlps(model, [self.layer], rows[part]["input_ids"])[self.layer]
+        return time.monotonic() - started
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+        """{layer: (x, y)} as recorded."""
+        index = torch.tensor([self.rows[tuple(row)] for row in batch["input_ids"].tolist()])
+        return {self.layer: (self.x[index], self.y[index])}
+
+
+class ReplayTrainer(DistillationTrainer):
+    """A distillation whose teacher was recorded."""
+
+    recorded: RecordedTeacher
+
+    def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+        """What was recorded for these rows."""
+        return self.recorded(inputs)
+
+
+def text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Documents of all domains, and those held out."""
+    files = load_text(sorted(str(path) for path in options.corpus.glob("*.parquet")))
+    return split_documents(concatenate_datasets([files, python_library_documents()]), seed=0)
+
+
+def training_rows(options: argparse.Namespace, tokenizer: Any) -> Dataset:
+    """The same rows, in the same order, for every method."""
+    return materialize(take_tokens(pack(text(options)[0], tokenizer, CONTEXT, seed=0), options.tokens))
+
+
+def record(options: argparse.Namespace) -> None:
+    """Record the teacher once."""
+    marker = options.work / "recorded.json"
+    if marker.exists():
+        return
+    model, tokenizer, _ = load_base_model(str(options.model), dtype="bfloat16")
+    rows = training_rows(options, tokenizer)
+    rows.save_to_disk(str(options.work / "rows"))
+    width = find_mlp(model, options.layer).weights().encoder.shape[1]
+    seconds = RecordedTeacher(options.work, options.layer, rows, width).record(model, rows)
+    marker.write_text(json.dumps({"rows": len(rows), "seconds": seconds}))
+
+
+def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Train and measure one row."""
+    layer_options, training = ROWS[name]
+    set_seed(0)
+    model, tokenizer, _ = load_base_model(str(options.model))
+    chosen = DecompositionOptions(num_experts_per_tok=32, match_transcoder=32, **layer_options)
+    config = layer_config(find_mlp(model, options.layer), chosen)
+    decomposition = MxDModel(MxDConfig.from_layer_configs({options.layer: config}))
+    rows = Dataset.load_from_disk(str(options.work / "rows")).with_format("torch")
+    arguments = DistillationArguments(
+        output_dir=str(options.work / "trainer"),
+        per_device_train_batch_size=ROWS_PER_STEP,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="linear",
+        save_strategy="no",
+        bf16=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **{"learning_rate": 1e-3, **training},
+    )
+    trainer = ReplayTrainer(decomposition, model, arguments, train_dataset=rows)
+    trainer.recorded = RecordedTeacher(options.work, options.layer, rows, config.hidden_size)
+    started = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - started
+    heldout = evaluation_batches(text(options)[1], tokenizer, CONTEXT, EVALUATION_TOKENS)
+    results = faithfulness(model, decomposition, heldout)
+    return {
+        "name": name,
+        "num_experts": config.num_experts,
+        "intermediate_size": config.intermediate_size,
+        "parameters": config.num_parameters,
+        "training": training,
+        "tokens": len(rows) * CONTEXT,
+        "seconds": seconds,
+        **results,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    head = ["", "NMSE", "without BOS", "CE rise", "recovered", "dead", "expert share", "specialised share", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        (layer,), loss = row["layers"].values(), row["cross_entropy"]
+        cells = [
+            row["name"],
+            f"{layer['nmse']:.3f}",
+            f"{layer['nmse_without_first']:.3f}",
+            f"{loss['spliced'] - loss['untouched']:+.4f}",
+            f"{100 * loss['recovered']:.1f} %",
+            f"{100 * layer['dead_experts']:.1f} %",
+            f"{100 * layer['expert_share']:.0f} %",
+            f"{100 * layer['specialised_share']:.0f} %",
+            f"{row['seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    loss = rows[0]["cross_entropy"]
+    lines.append("")
+    lines.append(
+        f"{rows[0]['tokens']:,} training tokens, {rows[0]['settings']['tokens']:,} held-out tokens; cross-entropy "
+        f"untouched {loss['untouched']:.4f}, zero-ablated {loss['zero_ablated']:.4f} nats per token; products in "
+        "bfloat16, weights in float32; seconds are of training from the recording, on one thread."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--layer", type=int, default=15)
+    parser.add_argument("--tokens", type=parse_count, default=10**6)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--one-row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.one_row:
+        path = _row_path(options, options.one_row)
+        path.write_text(json.dumps(run_row(options, options.one_row), indent=1) + "\n")
+        return
+    record(options)
+    missing = [name for name in options.rows if not _row_path(options, name).exists()]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(_run_in_process, missing))
+    rows = [json.loads(path.read_text()) for name in ROWS if (path := _row_path(options, name)).exists()]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "methods.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (RESULTS / "methods.md").write_text(table(rows))
+
+
+def _row_path(options: argparse.Namespace, name: str) -> Path:
+    return Path(options.work) / f"row-{list(ROWS).index(name):02d}.json"
+
+
+def _run_in_process(name: str) -> None:
+    command = [sys.executable, *sys.argv, "--one-row", name]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+if __name__ == "__main__":
+    main()

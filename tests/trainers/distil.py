@@ -1,0 +1,55 @@
+"""A real distillation of a tiny model in a process of its own: `python distil.py OUTPUT KIND [kill=STEP] [resume]`.
+
+KIND: `rows` (map-style) or `stream` (an iterable dataset with a shuffle buffer).
+"""
+
+import os
+import signal
+import sys
+
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from modeling_mxd import MxDConfig, MxDModel
+from trainers import DistillationArguments, DistillationTrainer
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(output, kind, *options):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=2, initializer_range=0.3,
+        )
+    )  # fmt: skip
+    config = MxDConfig(
+        layers=[0, 2], hidden_size=16, intermediate_size=40, num_experts=48, num_experts_per_tok=4,
+        hidden_act="silu", encoder_type="glu",
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (96, 12)).tolist()})
+    if kind == "stream":
+        rows = rows.to_iterable_dataset().shuffle(seed=3, buffer_size=20).repeat(None)
+    arguments = DistillationArguments(
+        output_dir=output, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=12,
+        save_steps=5, learning_rate=1e-2, calibration_tokens=200, statistics_tokens=200, disable_tqdm=True,
+        use_cpu=True,
+    )  # fmt: skip
+    callbacks = [Kill(int(option.removeprefix("kill="))) for option in options if option.startswith("kill=")]
+    trainer = DistillationTrainer(MxDModel(config), teacher, arguments, train_dataset=rows, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint="resume" in options)
+    trainer.save_model(output + "/final")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,253 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from evaluation_mxd import token_mask
+from modeling_mxd import MxDConfig, MxDModel, SurgeryError, capture_mlps
+from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
+
+SCRIPT = Path(__file__).parent / "distil.py"
+
+
+def decomposition(layers=(1,), method="mxd", **changes):
+    values = {
+        "hidden_size": 16,
+        "intermediate_size": 40,
+        "num_experts": 48,
+        "num_experts_per_tok": 4,
+        "hidden_act": "silu",
+        "encoder_type": "glu",
+        "method": method,
+    }
+    return MxDModel(MxDConfig(layers=list(layers), **{**values, **changes}))
+
+
+def arguments(folder, **changes):
+    values = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "max_steps": 10,
+        "learning_rate": 1e-2,
+        "calibration_tokens": 200,
+        "statistics_tokens": 200,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return DistillationArguments(**{**values, **changes})
+
+
+def rows(count=64, length=12, ragged=False):
+    ids = torch.randint(0, 64, (count, length)).tolist()
+    if ragged:
+        ids = [row[: 3 + index % (length - 3)] for index, row in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids})
+
+
+@pytest.mark.parametrize(
+    ("normalization", "floor", "expected"),
+    [
+        # errors 1 + 1 = 2 and 9; norms² 25 and 1; the third token is masked
+        ("squared_norm", 0.0, 2 / 25 + 9 / 1),
+        ("squared_norm", 4.0, 2 / 25 + 9 / 4),
+        ("norm", 0.0, 2 / 5 + 9 / 1),
+    ],
+)
+def test_loss_by_hand(normalization, floor, expected):
+    target = torch.tensor([[3.0, 4.0], [0.0, 1.0], [5.0, 5.0]])
+    prediction = torch.tensor([[4.0, 3.0], [0.0, 4.0], [0.0, 0.0]])
+    mask = torch.tensor([True, True, False])
+    loss = DistillationTrainer.distillation_loss(prediction, target, mask, normalization, floor)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_loss_of_a_zero_target_is_finite():
+    loss = DistillationTrainer.distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, dtype=torch.bool))
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("method", ["mxd", "transcoder", "skip_transcoder"])
+def test_loss_falls_and_every_parameter_moves(tiny_llama, tmp_path, method):
+    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    model = decomposition(layers=(0, 2), method=method)
+    trainer = DistillationTrainer(
+        model, tiny_llama, arguments(tmp_path, max_steps=40, logging_steps=5), train_dataset=rows()
+    )
+    trainer._initialize()
+    start = {name: value.clone() for name, value in model.named_parameters()}
+    trainer.args.gate_initialization = "keep"  # not anew: what was recorded is the start
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    assert not [name for name, value in model.named_parameters() if torch.equal(value, start[name])]
+    assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
+    for layer in (0, 2):
+        assert model.layer(layer).expert_frequency.sum() == pytest.approx(4, abs=0.5)
+
+
+def test_logs_every_layer(tiny_llama, tmp_path):
+    trainer = DistillationTrainer(
+        decomposition(layers=(0, 2)), tiny_llama, arguments(tmp_path, logging_steps=5), train_dataset=rows()
+    )
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["loss"] == pytest.approx((entry["layer_0/loss"] + entry["layer_2/loss"]) / 2, rel=1e-4)
+
+
+def test_layerwise_backward_equals_the_whole_loss(tiny_llama, tmp_path):
+    model = decomposition(layers=(0, 2))
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path), train_dataset=rows())
+    torch.nn.init.normal_(model.layer(0).decoder.weight)
+    torch.nn.init.normal_(model.layer(2).decoder.weight)
+    batch = trainer.data_collator([{"input_ids": row} for row in rows(8)["input_ids"]])
+    whole = trainer.compute_loss(model, batch)
+    whole.backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+    model.zero_grad()
+    stepwise = trainer.training_step(model, batch)
+    torch.testing.assert_close(stepwise, whole.detach())
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.grad, gradients[name], rtol=1e-4, atol=1e-7)
+
+
+def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
+    data = rows(16, ragged=True)
+    trained = []
+    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+        torch.manual_seed(0)
+        model = decomposition()
+        values = arguments(
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            optim="sgd",
+            gate_initialization="random",
+            train_sampling_strategy="sequential",
+        )
+        trainer = DistillationTrainer(model, tiny_llama, values, train_dataset=data)
+        torch.manual_seed(1)
+        trainer.train()
+        trained.append(model.state_dict())
+    for other in trained[1:]:
+        for name, value in trained[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
+    def run(folder, *options):
+        command = [sys.executable, str(SCRIPT), str(tmp_path / folder), kind, *options]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = run("killed", "kill=8")
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final").exists()
+    resumed = run("killed", "resume")
+    assert resumed.returncode == 0, resumed.stderr
+    files = [tmp_path / name / "final" / "model.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_interrupt_keeps_a_checkpoint(tiny_llama, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    trainer = DistillationTrainer(
+        decomposition(),
+        tiny_llama,
+        arguments(tmp_path, save_strategy="steps", save_steps=100),
+        train_dataset=rows(),
+        callbacks=[Interrupt()],
+    )
+    trainer.train()
+    assert trainer.interrupted
+    assert trainer.state.global_step == 4
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_checkpoint_holds_no_arguments_to_unpickle_and_no_teacher(tiny_llama, tmp_path):
+    values = arguments(tmp_path, save_strategy="steps", save_steps=10)
+    DistillationTrainer(decomposition(), tiny_llama, values, train_dataset=rows()).train()
+    folder = tmp_path / "checkpoint-10"
+    names = {path.name for path in folder.iterdir()}
+    assert "training_args.bin" not in names
+    assert {"model.safetensors", "config.json", "training_arguments.json", "activation_scales.json"} <= names
+    assert json.loads((folder / "training_arguments.json").read_text())["learning_rate"] == 1e-2
+    loaded, info = MxDModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.config.layers == [1]
+
+
+def test_unfinished_checkpoint_is_not_resumed_from(tmp_path):
+    for step, complete in ((5, True), (10, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-5")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        last_complete_checkpoint(tmp_path / "checkpoint-10")
+
+
+def test_evaluate_gives_nmse_over_all_rows(tiny_llama, tmp_path):
+    data = rows(10, ragged=True)
+    model = decomposition()
+    torch.nn.init.normal_(model.layer(1).decoder.weight)
+    values = arguments(tmp_path, per_device_eval_batch_size=4)
+    trainer = DistillationTrainer(model, tiny_llama, values, eval_dataset=data)
+    reported = trainer.evaluate()["eval_nmse"]
+    batch = trainer.data_collator([{"input_ids": row} for row in data["input_ids"]])
+    mask = token_mask(batch["input_ids"], batch["attention_mask"])
+    x, y = capture_mlps(tiny_llama, [1], **batch)[1]
+    x, y = x[mask], y[mask]
+    expected = ((model.layer(1)(x) - y).square().sum(-1) / y.square().sum(-1)).mean()
+    assert reported == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gate_initialization", "nonsense"),
+        ("encoder_initialization", "keep"),
+        ("modulation_initialization", "one"),
+        ("loss_normalization", "l2"),
+        ("calibration_tokens", 0),
+        ("statistics_tokens", 0),
+        ("minimum_relative_norm", 1.5),
+    ],
+)
+def test_arguments_refuse_nonsense(tmp_path, field, value):
+    with pytest.raises(ValueError, match=field):
+        arguments(tmp_path, **{field: value})
+
+
+def test_unknown_layer_is_refused_before_training(tiny_llama, tmp_path):
+    with pytest.raises(SurgeryError, match="layer 7 is out of range"):
+        DistillationTrainer(decomposition(layers=(7,)), tiny_llama, arguments(tmp_path), train_dataset=rows())
+
+
+def test_no_tracker_by_default(tmp_path):
+    assert DistillationArguments(output_dir=str(tmp_path)).report_to in ([], "none")
+
+
+def test_bf16_products_keep_float32_weights(tiny_llama, tmp_path):
+    model = decomposition()
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, bf16=True), train_dataset=rows())
+    trainer.train()
+    assert all(value.dtype == torch.float32 for value in model.parameters())
+    assert all(torch.isfinite(value).all() for value in model.parameters())

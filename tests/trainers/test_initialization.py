@@ -1,0 +1,146 @@
+import pytest
+import torch
+
+from modeling_mxd import MxDConfig, MxDModel, capture_mlps, make_layer
+from modeling_mxd.configuration_mxd import MxDLayerConfig
+from trainers.initialization import (
+    ActivationScales,
+    calibrate,
+    initialize_decomposition,
+    initialize_layer,
+    parameter_scales,
+    start_encoder_from_pretrained,
+)
+
+
+@pytest.fixture
+def calibrations(tiny_llama):
+    batches = [{"input_ids": torch.randint(0, 64, (8, 16))} for _ in range(4)]
+
+    def capture(batch):
+        return capture_mlps(tiny_llama, [1], batch["input_ids"])
+
+    return calibrate(capture, batches, tokens=400)
+
+
+def model(**changes):
+    values = {"hidden_size": 16, "intermediate_size": 40, "num_experts": 64, "num_experts_per_tok": 4}
+    return MxDModel(MxDConfig(layers=[1], hidden_act="silu", encoder_type="glu", **{**values, **changes}))
+
+
+def test_calibration_leaves_out_first_positions_and_padding(tiny_llama):
+    ids = torch.randint(0, 64, (2, 6))
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    x, y = capture_mlps(tiny_llama, [1], ids, padding)[1]
+
+    def capture(batch):
+        return {1: (x, y)}
+
+    measured = calibrate(capture, [{"input_ids": ids, "attention_mask": padding}], tokens=1)[1]
+    kept = torch.cat([x[0, 1:], x[1, 1:3]])
+    torch.testing.assert_close(measured.inputs, kept)
+    assert measured.scales.input_scale == pytest.approx(kept.square().mean().sqrt().item(), rel=1e-5)
+    outputs = torch.cat([y[0, 1:], y[1, 1:3]])
+    assert measured.scales.output_scale == pytest.approx((outputs - outputs.mean(0)).square().mean().sqrt().item())
+    assert measured.scales.output_norm == pytest.approx(outputs.square().sum(-1).mean().item())
+
+
+def test_calibration_refuses_an_empty_text():
+    with pytest.raises(ValueError, match="no tokens"):
+        calibrate(lambda batch: {}, [], tokens=1)
+
+
+def test_calibration_refuses_activations_that_are_not_finite():
+    x = torch.full((1, 4, 3), float("inf"))
+    with pytest.raises(ValueError, match="layer 2"):
+        calibrate(lambda batch: {2: (x, x)}, [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}], tokens=1)
+
+
+def test_gate_from_data_points_from_the_mean_to_inputs(calibrations):
+    layer = model().layer(1)
+    calibration = calibrations[1]
+    initialize_layer(layer, calibration, "data")
+    directions = torch.nn.functional.normalize(calibration.inputs - calibration.input_mean, dim=-1)
+    cosines = torch.nn.functional.normalize(layer.gate.weight, dim=-1) @ directions.T
+    torch.testing.assert_close(cosines.max(-1).values, torch.ones(64))
+    at_mean = layer.gate(calibration.input_mean)
+    torch.testing.assert_close(at_mean, torch.zeros(64), rtol=0, atol=1e-5)
+    indices = layer.encode(calibration.inputs).indices
+    assert len(indices.unique()) > 0.9 * 64
+
+
+def test_gate_from_data_works_with_fewer_tokens_than_experts(calibrations):
+    layer = model(num_experts=2000).layer(1)
+    initialize_layer(layer, calibrations[1], "data")
+    assert torch.isfinite(layer.gate.weight).all()
+
+
+def test_scaled_start_sees_inputs_of_unit_scale(calibrations):
+    layer, calibration = model().layer(1), calibrations[1]
+    initialize_layer(layer, calibration, "random")
+    bound = 1 / 16**0.5 / calibration.scales.input_scale
+    assert layer.gate.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
+    assert layer.encoder.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
+    torch.testing.assert_close(layer.output_bias, calibration.output_mean)
+    assert not layer.decoder.weight.any()
+
+
+def test_unscaled_start_is_the_authors_own(calibrations):
+    layer = model().layer(1)
+    initialize_layer(layer, calibrations[1], "random", scale_activations=False)
+    assert layer.gate.weight.abs().max() <= 1 / 16**0.5
+    assert not layer.output_bias.any()
+
+
+def test_pretrained_encoder_gives_the_mlps_hidden_units(tiny_llama, calibrations):
+    decomposition = model()
+    initialize_decomposition(decomposition, tiny_llama, calibrations, encoder_start="pretrained")
+    x, mlp = torch.randn(5, 16), tiny_llama.model.layers[1].mlp
+    expected = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    torch.testing.assert_close(decomposition.layer(1).hidden(x), expected)
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 39}, {"encoder_type": "mlp"}])
+def test_pretrained_encoder_of_another_form_is_refused(tiny_llama, changes):
+    config = {"hidden_size": 16, "output_size": 16, "intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 2}
+    layer = make_layer(MxDLayerConfig(**{**config, "hidden_act": "silu", "encoder_type": "glu", **changes}))
+    with pytest.raises(ValueError, match="layer 1"):
+        start_encoder_from_pretrained(layer, tiny_llama, 1)
+
+
+def test_unit_modulation_starts_around_one(tiny_llama, calibrations):
+    decomposition = model(num_experts=256, num_experts_per_tok=16)
+    initialize_decomposition(decomposition, tiny_llama, calibrations, modulation_start="unit")
+    layer = decomposition.layer(1)
+    summed = layer.sum_experts(layer.encode(calibrations[1].inputs))
+    assert summed.mean().item() == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["mxd", "transcoder", "skip_transcoder"])
+def test_scaled_learning_rates_equal_training_on_scaled_activations(method):
+    """Adam on (x, y) with scaled rates is Adam on (x / s_x, (y − μ) / s_y) with s_x, s_y and μ folded in after."""
+    sizes = MxDLayerConfig(6, 5, 9, 12, 3, "silu", "glu", method)
+    scales, mean = ActivationScales(input_scale=0.2, output_scale=30.0), torch.randn(5, dtype=torch.float64)
+    plain, raw = make_layer(sizes).double(), make_layer(sizes).double()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter)
+    factors = parameter_scales(raw, scales)
+    with torch.no_grad():
+        for (name, parameter), source in zip(raw.named_parameters(), plain.parameters(), strict=True):
+            parameter.copy_(source * factors[name])
+        raw.output_bias += mean
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 5, dtype=torch.float64)
+    x_raw, y_raw = x * scales.input_scale, y * scales.output_scale + mean
+    groups = [
+        {"params": [parameter], "lr": 1e-2 * factors[name], "eps": 1e-8 / factors[name]}
+        for name, parameter in raw.named_parameters()
+    ]
+    for layer, optimizer, inputs, targets, unit in (
+        (plain, torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-8, weight_decay=0), x, y, 1.0),
+        (raw, torch.optim.AdamW(groups, weight_decay=0), x_raw, y_raw, scales.output_scale),
+    ):
+        for _ in range(20):
+            optimizer.zero_grad()
+            ((layer(inputs) - targets) / unit).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(raw(x_raw), plain(x) * scales.output_scale + mean)
