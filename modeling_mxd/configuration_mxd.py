@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 METHODS = ("mxd", "transcoder", "skip_transcoder")
 ENCODER_TYPES = ("mlp", "glu")
+_LEARNED_ACTIVATIONS = ("prelu", "xielu")
 # Token and expert indices are sorted as one flat int64 range, and safetensors shapes are read from files
 # that strangers wrote: no real layer comes near this.
 MAX_SIZE = 2**31 - 1
@@ -69,6 +70,8 @@ class MxDLayerConfig:
                 f"hidden_act must be a name in transformers.activations.ACT2FN "
                 f"(such as gelu, gelu_new, silu, relu), got {self.hidden_act!r}"
             )
+        if self.hidden_act in _LEARNED_ACTIVATIONS:
+            raise ValueError(f"hidden_act must not have parameters of its own, got {self.hidden_act!r}")
         for name in ("gate_bias", "encoder_bias", "output_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -138,13 +141,17 @@ class MxDConfig(PreTrainedConfig):
         layer_overrides: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ):
+        if isinstance(layers, str) or not isinstance(layers, Sequence):
+            raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
         self.layers = list(layers)
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.site = site
         self.hidden_size = hidden_size
         self.output_size = hidden_size if output_size is None else output_size
-        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        # A hidden_size that is no number is refused below, by name.
+        default = 4 * hidden_size if isinstance(hidden_size, int) else hidden_size
+        self.intermediate_size = default if intermediate_size is None else intermediate_size
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.hidden_act = hidden_act
@@ -153,7 +160,10 @@ class MxDConfig(PreTrainedConfig):
         self.gate_bias = gate_bias
         self.encoder_bias = encoder_bias
         self.output_bias = output_bias
-        self.layer_overrides = {str(key): dict(value) for key, value in (layer_overrides or {}).items()}
+        overrides = {} if layer_overrides is None else layer_overrides
+        if not isinstance(overrides, Mapping) or not all(isinstance(value, Mapping) for value in overrides.values()):
+            raise ValueError(f"layer_overrides must map layers to the fields that differ there, got {overrides!r}")
+        self.layer_overrides = {str(key): dict(value) for key, value in overrides.items()}
         self._check()
         super().__init__(**kwargs)
 

@@ -76,8 +76,7 @@ class SparseLayer(nn.Module):
         """
         x = x.to(self.gate.weight.dtype)
         k = self.config.num_experts_per_tok
-        # A gate that somebody wrapped (LoRA) or hooked must be called, not read.
-        if type(self.gate) is nn.Linear and not self.gate._forward_hooks and not self.gate._forward_pre_hooks:
+        if _is_plain_linear(self.gate):
             values, indices = topk_gate(x, self.gate.weight, self.gate.bias, k)
         else:
             values, indices = self.gate(x).topk(k, dim=-1, sorted=False)
@@ -229,6 +228,18 @@ class TranscoderLayer(SparseLayer):
 def make_layer(config: MxDLayerConfig) -> SparseLayer:
     """The layer that a configuration describes, with the authors' start."""
     return MxDLayer(config) if config.method == "mxd" else TranscoderLayer(config)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether weight and bias may be read: a gate that is wrapped (LoRA), hooked or offloaded must be called."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    # accelerate offloads weights by putting a `forward` on the instance.
+    return type(module) is nn.Linear and not any(hooks) and "forward" not in module.__dict__
 
 
 def _linear_start(linear: nn.Linear) -> None:

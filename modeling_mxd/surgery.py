@@ -8,7 +8,7 @@ and the identity into the others.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -141,12 +141,21 @@ class MLPSite:
             )
 
     def weights(self) -> PretrainedWeights:
-        """Copies of the pretrained weights, detached, in their own dtype and device."""
+        """Copies of the pretrained weights, detached, in their own dtype and device.
+
+        Raises:
+            SurgeryError: when something else stands in the MLP's place.
+        """
         row = self.architecture
         holder = self.parent if len(row.slots) > 1 else self.input_module
-        encoder, encoder_bias = _linear_weight(holder.get_submodule(row.encoder))
-        decoder, decoder_bias = _linear_weight(holder.get_submodule(row.decoder))
-        up, up_bias = _linear_weight(holder.get_submodule(row.up)) if row.up else (None, None)
+        try:
+            encoder, encoder_bias = _linear_weight(holder.get_submodule(row.encoder))
+            decoder, decoder_bias = _linear_weight(holder.get_submodule(row.decoder))
+            up, up_bias = _linear_weight(holder.get_submodule(row.up)) if row.up else (None, None)
+        except AttributeError as error:
+            raise SurgeryError(
+                f"the MLP of layer {self.layer} is not the pretrained one ({error}): undo its replacement first"
+            ) from None
         if row.fused:
             encoder, up = encoder.chunk(2)
             encoder_bias, up_bias = encoder_bias.chunk(2) if encoder_bias is not None else (None, None)
@@ -183,7 +192,10 @@ def find_mlps(model: nn.Module) -> dict[int, MLPSite]:
             f"{type(model).__name__} has no {row.layers}: pass the causal language model of type {model_type}, "
             "as AutoModelForCausalLM loads it"
         ) from None
-    assert isinstance(layers, nn.ModuleList) and isinstance(model, PreTrainedModel)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(model, PreTrainedModel):
+        raise SurgeryError(
+            f"{type(model).__name__} is not a transformers model itself: pass the model inside the wrapper"
+        )
     hidden_act = getattr(model.config.get_text_config(decoder=True), row.hidden_act)
     sites = {}
     for index, parent in enumerate(layers):
@@ -269,7 +281,8 @@ def replace_mlp(model: nn.Module, layer: int, module: nn.Module, cast: bool = Tr
 @contextmanager
 def spliced_mlps(model: nn.Module, modules: Mapping[int, nn.Module], cast: bool = True) -> Iterator[list[ReplacedMLP]]:
     """Replace the MLPs of several layers inside the block; afterwards, also after an exception, the very same
-    modules are back. All or none: when one cannot be replaced the others are restored and the error is raised.
+    modules are back. All or none: when one cannot be replaced or restored the others are still restored and the
+    error is raised.
 
     Raises:
         SurgeryError: as `replace_mlp`; also when `modules` is empty.
@@ -277,13 +290,11 @@ def spliced_mlps(model: nn.Module, modules: Mapping[int, nn.Module], cast: bool 
     if not modules:
         raise SurgeryError("nothing to splice: name at least one layer")
     replaced: list[ReplacedMLP] = []
-    try:
+    with ExitStack() as stack:  # calls every restore, also after one that failed
         for layer, module in modules.items():
             replaced.append(replace_mlp(model, layer, module, cast=cast))
+            stack.callback(replaced[-1].restore)
         yield replaced
-    finally:
-        for replacement in reversed(replaced):
-            replacement.restore()
 
 
 class _CaptureComplete(Exception):
@@ -323,8 +334,10 @@ def capture_mlps(
             inputs[layer] = args[0]
 
         def keep_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: int = layer) -> None:
-            captured[layer] = (inputs[layer], output)
-            if stop_after_last and len(captured) == len(layers):
+            # OPT runs its MLP on (batch · tokens, I).
+            x, y = (t.reshape(*input_ids.shape, t.shape[-1]) for t in (inputs[layer], output))
+            captured[layer] = (x, y)
+            if stop_after_last and len(captured) == len(set(layers)):
                 raise _CaptureComplete
 
         handles.append(site.input_module.register_forward_pre_hook(keep_input))

@@ -22,6 +22,7 @@ app = typer.Typer(
 
 DATA_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst"}
 INTERRUPTED = 130
+KEPT = "checkpoints that were complete are kept: put it right, then run again with --resume"
 
 
 class Method(str, Enum):
@@ -249,13 +250,13 @@ def main() -> None:
 def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{os.strerror(error.errno)}{where}; checkpoints that were complete are kept: run again with --resume"
-    if "No space left" in str(error):
-        return "no space left on the disk; checkpoints that were complete are kept: free room, run again with --resume"
-    if isinstance(error, ValueError):
-        return str(error)
+        return f"{os.strerror(error.errno)}{where}; {KEPT}"
     name = type(error).__name__
-    return str(error) if name == "Interrupted" else f"{name}: {error} (run with --debug for the traceback)"
+    if name == "SafetensorError" or "No space left" in str(error):
+        return f"the weights could not be written ({error}); {KEPT}"
+    if isinstance(error, ValueError) or name == "Interrupted":
+        return str(error)
+    return f"{name}: {error} (run with --debug for the traceback)"
 
 
 def _fail(message: str, code: int) -> None:

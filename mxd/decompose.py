@@ -1,13 +1,12 @@
 """The main job: from a pretrained model and text to a faithful decomposition in a folder."""
 
 import json
-import logging
 import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -28,6 +27,7 @@ from trainers import (
     CausalCollator,
     DistillationArguments,
     DistillationTrainer,
+    last_complete_checkpoint,
     load_text,
     materialize,
     pack,
@@ -38,9 +38,9 @@ from trainers import (
 from . import embedded
 from .base_model import load_base_model, resolve_name
 
-logger = logging.getLogger(__name__)
-
 LOG_NAME = "training_log.json"
+
+Documents: TypeAlias = Dataset | IterableDataset
 
 
 class Interrupted(Exception):
@@ -139,20 +139,23 @@ def choose_layers(sites: dict[int, MLPSite], layers: list[int] | None) -> list[i
     """The layers asked for, or the middle one.
 
     Raises:
-        ValueError: naming a layer that the model does not have.
+        ValueError: naming a layer that the model does not have, or that is named twice.
     """
     chosen = [len(sites) // 2] if layers is None else layers
     for layer in chosen:
+        if chosen.count(layer) > 1:
+            raise ValueError(f"layer {layer} is named more than once")
         if layer not in sites:
             raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {len(sites) - 1}")
     return chosen
 
 
-def prepare_output(output: str, overwrite: bool, resume: bool) -> Path:
-    """Make the output folder.
+def check_output(output: str, overwrite: bool, resume: bool) -> Path:
+    """The output folder, if it may be written to; nothing is made or deleted yet.
 
     Raises:
-        ValueError: when it holds something and neither overwriting nor resuming was asked for.
+        ValueError: when it holds something and neither overwriting nor resuming was asked for, or something that
+            is no decomposition.
     """
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
@@ -162,43 +165,48 @@ def prepare_output(output: str, overwrite: bool, resume: bool) -> Path:
             raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
         if not _ours(folder):
             raise ValueError(f"the output folder {folder} holds no decomposition: --overwrite will not delete it")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _ours(folder: Path) -> bool:
     config = folder / "config.json"
     if config.is_file():
-        return json.loads(config.read_text()).get("model_type") == MxDConfig.model_type
+        return bool(json.loads(config.read_text()).get("model_type") == MxDConfig.model_type)
     return all(entry.name.startswith("checkpoint-") for entry in folder.iterdir())
 
 
-def prepare_text(
-    options: DecompositionOptions, tokenizer: PreTrainedTokenizerBase
-) -> tuple[IterableDataset, list[dict[str, torch.Tensor]]]:
-    """Training rows (endless) and the held-out batches.
+def check_resumable(folder: Path, config: MxDConfig) -> str:
+    """The checkpoint to go on from.
 
     Raises:
-        DataError: as `trainers.load_text` and `trainers.pack`.
+        ValueError: when there is none, or it is of another decomposition than the options describe.
     """
-    text = options.text
+    checkpoint = last_complete_checkpoint(folder)
+    before = MxDConfig.from_pretrained(checkpoint)
+    same = before.layers == config.layers and all(before.layer(i) == config.layer(i) for i in config.layers)
+    if not same or before.base_model_name_or_path != config.base_model_name_or_path:
+        raise ValueError(f"{checkpoint} is of another model, layer or size: resume with the options of that run")
+    return checkpoint
+
+
+def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
+    """Training documents and held-out documents.
+
+    Raises:
+        DataError: as `trainers.load_text`.
+    """
+    if not text.dataset and not text.heldout_dataset:
+        return load_text(str(embedded.text_path("train"))), load_text(str(embedded.text_path("heldout")))
     loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
-    if not text.dataset:
-        documents = load_text(str(embedded.text_path("train")))
-        heldout: Dataset | IterableDataset = load_text(str(embedded.text_path("heldout")))
-    else:
-        documents = load_text(text.dataset, config_name=text.config_name, split=text.split, **loading)
-        if not text.heldout_dataset:
-            documents, heldout = split_documents(documents, seed=options.seed)
+    source = text.dataset or [str(embedded.text_path("train"))]
+    documents = load_text(source, config_name=text.config_name, split=text.split, **loading)
     if text.heldout_dataset:
-        heldout = load_text(text.heldout_dataset, **loading)
-    rows = pack(documents, tokenizer, text.context_length, seed=options.seed, repeat=True)
-    return rows, evaluation_batches(heldout, tokenizer, text.context_length, options.evaluation_tokens)
+        return documents, load_text(text.heldout_dataset, **loading)
+    return split_documents(documents, seed=seed)
 
 
 def evaluation_batches(
-    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, context_length: int, tokens: int
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, context_length: int, tokens: int
 ) -> list[dict[str, torch.Tensor]]:
     """Held-out rows in batches of about 2,048 tokens, shuffled with a fixed seed, at most `tokens` in all."""
     rows = materialize(take_tokens(pack(documents, tokenizer, context_length, seed=0), tokens))
@@ -238,18 +246,25 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
         Interrupted: Ctrl-C in training; a checkpoint was saved.
     """
     set_seed(options.seed)
-    folder = prepare_output(options.output, options.overwrite, options.resume)
+    folder = check_output(options.output, options.overwrite, options.resume)
+    documents, heldout_documents = load_documents(options.text, options.seed)
     model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
     sites = find_mlps(model)
     configs = {layer: layer_config(sites[layer], options) for layer in choose_layers(sites, options.layers)}
     config = MxDConfig.from_layer_configs(
         configs, base_model_name_or_path=resolve_name(options.model), base_model_revision=commit
     )
-    rows, heldout = prepare_text(options, tokenizer)
+    checkpoint = check_resumable(folder, config) if options.resume else None
+    context = options.text.context_length
+    rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
+    heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     decomposition = MxDModel(config)
     trainer = DistillationTrainer(decomposition, model, training_arguments(options, folder), train_dataset=rows)
+    if folder.is_dir() and not options.resume:  # only now, when nothing is left to be refused
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.interrupted:
         raise Interrupted(
             f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is kept in "
@@ -261,8 +276,8 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)
     save_evaluation(results, folder)
     draw(decomposition, trainer.state.log_history, folder)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for unneeded in folder.glob("checkpoint-*"):
+        shutil.rmtree(unneeded)
     return results
 
 
@@ -309,16 +324,18 @@ def evaluate(
         raise ValueError(f"{folder} holds no decomposition: there is no config.json in it")
     if json.loads((Path(folder) / "config.json").read_text()).get("model_type") != MxDConfig.model_type:
         raise ValueError(f"{folder} holds a model, but no decomposition")
+    documents = load_text(
+        text.dataset or [str(embedded.text_path("heldout"))],
+        config_name=text.config_name,
+        split=text.split,
+        text_column=text.text_column,
+        streaming=text.streaming,
+    )
     decomposition = MxDModel.from_pretrained(folder)
     config = decomposition.config
     if not config.base_model_name_or_path:
         raise ValueError(f"{folder}/config.json names no base_model_name_or_path to evaluate against")
     model, tokenizer, _ = load_base_model(config.base_model_name_or_path, config.base_model_revision, dtype)
-    loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
-    if text.dataset:
-        documents = load_text(text.dataset, config_name=text.config_name, split=text.split, **loading)
-    else:
-        documents = load_text(str(embedded.text_path("heldout")))
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
     settings = {"evaluation": {**asdict(text), "model_dtype": dtype}, **_training_settings(Path(folder))}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)

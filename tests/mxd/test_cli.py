@@ -1,0 +1,250 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from modeling_mxd import MxDModel
+from mxd import cli, embedded
+from mxd.cli import parse_count, parse_layers, split_arguments
+
+SMALL = ["--experts", "64", "--k", "4", "--tokens", "8k", "--evaluation-tokens", "2048"]
+
+
+def run(*arguments, **kwargs):
+    """The command in a process of its own: exit code, stdout, stderr."""
+    command = [sys.executable, "-m", "mxd", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300, **kwargs)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """The command in this process: its exit code must not be 0, and its message is one line."""
+    monkeypatch.setattr(sys, "argv", ["mxd", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code not in (0, None)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The main job on the embedded default, made small."""
+    folder = tmp_path_factory.mktemp("cli") / "decomposition"
+    code, output, error = run("decompose", *SMALL, "--output", folder)
+    assert code == 0, error
+    return folder, output, error
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("480M", 480_000_000), ("1.5k", 1500), ("2B", 2 * 10**9), ("500_000", 500_000), ("7", 7)]
+)
+def test_counts(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "many", "-5", "0", "1T"])
+def test_counts_that_are_none(text):
+    with pytest.raises(typer.BadParameter):
+        parse_count(text)
+
+
+@pytest.mark.parametrize(("text", "layers"), [("8", [8]), ("4,8", [4, 8]), ("4-7,10", [4, 5, 6, 7, 10]), (None, None)])
+def test_layers(text, layers):
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "x", "1-", "-1"])
+def test_layers_that_are_none(text):
+    with pytest.raises(typer.BadParameter):
+        parse_layers(text)
+
+
+def test_files_that_the_shell_made_of_a_glob():
+    assert split_arguments(["model", "b.parquet", "c.parquet"], ["a.parquet"]) == (
+        "model",
+        ["a.parquet", "b.parquet", "c.parquet"],
+    )
+    with pytest.raises(typer.BadParameter, match="one model"):
+        split_arguments(["gpt2", "gpt3"], [])
+    with pytest.raises(typer.BadParameter, match="--dataset"):
+        split_arguments(["a.parquet"], [])
+
+
+def test_decompose_leaves_a_folder_that_loads(finished):
+    folder, output, error = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json",
+        "evaluation.json",
+        "figures",
+        "model.safetensors",
+        "training_arguments.json",
+        "training_log.json",
+    }
+    assert {path.name for path in (folder / "figures").iterdir()} == {"expert_frequency.png", "training_loss.png"}
+    model, info = MxDModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.base_model_name_or_path == embedded.MODEL_NAME
+    for word in ("NMSE", "dead experts", "specialised share", "zero-ablated", "recovered", "mxd evaluate"):
+        assert word in output
+    assert "tok/s" in error
+
+
+def test_evaluation_is_complete(finished):
+    results = json.loads((finished[0] / "evaluation.json").read_text())
+    (layer,) = results["layers"].values()
+    assert {"nmse", "fvu", "l0", "dead_experts", "expert_share", "specialised_share"} <= set(layer)
+    assert {"expert_entropy", "max_expert_frequency"} <= set(layer)
+    assert set(results["cross_entropy"]) == {"untouched", "spliced", "zero_ablated", "recovered"}
+    assert results["settings"]["expert_statistics"] == "training tokens"
+    assert (
+        results["settings"]["training"]["tokens_trained"] == 6144 or results["settings"]["training"]["tokens_trained"]
+    )
+    # The untouched model predicts its held-out text as well as the record of its training says.
+    assert results["cross_entropy"]["untouched"] == pytest.approx(
+        embedded.results()["heldout"]["cross_entropy"], abs=0.4
+    )
+
+
+def test_evaluate_again_gives_the_same_numbers(finished):
+    folder = finished[0]
+    before = json.loads((folder / "evaluation.json").read_text())
+    code, output, error = run("evaluate", folder, "--tokens", "2048", "--json")
+    assert code == 0, error
+    after = json.loads(output)
+    assert after["layers"]["2"] == pytest.approx(before["layers"]["2"], rel=1e-5)
+    assert after["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-5)
+    assert after["settings"]["training"] == before["settings"]["training"]
+
+
+def test_evaluate_on_other_text(finished, tmp_path):
+    text = tmp_path / "other.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    code, output, error = run("evaluate", finished[0], "--dataset", text, "--context-length", "64")
+    assert code == 0, error
+    assert "NMSE" in output
+
+
+def test_embedded_model_beats_unigrams_by_far():
+    heldout = embedded.results()["heldout"]
+    assert heldout["cross_entropy"] < 0.6 * heldout["unigram_cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such-model"], "cannot load the model 'no/such-model'"),
+        (["--layers", "99"], "layer 99 is out of range: the model has layers 0 to 4"),
+        (["--layers", "x"], "names no layers"),
+        (["--tokens", "lots"], "is no number of tokens"),
+        (["--k", "65", "--experts", "64"], "num_experts_per_tok (65) must not exceed num_experts (64)"),
+        (["--dataset", "missing.parquet"], "missing.parquet"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--layers", "1,1"], "more than once"),
+    ],
+)
+def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, arguments, message):
+    error = refused(monkeypatch, capsys, "decompose", "--output", tmp_path / "out", *arguments)
+    assert message in " ".join(error.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_dataset_and_missing_column(monkeypatch, capsys, tmp_path):
+    empty, other = tmp_path / "empty.jsonl", tmp_path / "other.jsonl"
+    empty.write_text("")
+    other.write_text('{"body": "a text"}\n{"body": "another"}\n')
+    assert "empty" in refused(monkeypatch, capsys, "decompose", "--dataset", empty, "--output", tmp_path / "out")
+    error = refused(monkeypatch, capsys, "decompose", "--dataset", other, "--output", tmp_path / "out")
+    assert "text" in error and "body" in error
+
+
+def test_output_that_is_not_empty(monkeypatch, capsys, tmp_path, finished):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert "--overwrite" in refused(monkeypatch, capsys, "decompose", "--output", mine)
+    assert "will not delete" in refused(monkeypatch, capsys, "decompose", "--output", mine, "--overwrite")
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    # Bad input together with --overwrite costs nothing that was there.
+    refused(monkeypatch, capsys, "decompose", "--output", finished[0], "--overwrite", "--layers", "99")
+    assert (finished[0] / "model.safetensors").is_file()
+
+
+def test_evaluate_of_what_is_no_decomposition(monkeypatch, capsys, tmp_path):
+    assert "holds no decomposition" in refused(monkeypatch, capsys, "evaluate", tmp_path)
+    error = refused(monkeypatch, capsys, "evaluate", embedded.model_path())
+    assert "no decomposition" in error
+
+
+def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
+    assert "no complete checkpoint" in refused(monkeypatch, capsys, "decompose", "--resume", "--output", tmp_path / "o")
+
+
+def test_interrupt_then_resume(tmp_path):
+    folder = tmp_path / "out"
+    arguments = ["--experts", "64", "--k", "4", "--evaluation-tokens", "2048", "--tokens", "200k", "--output", folder]
+    command = [sys.executable, "-m", "mxd", "decompose", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not any(folder.glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 130, error
+    assert "--resume" in error and "Traceback" not in error
+    assert list(folder.glob("checkpoint-*/trainer_state.json"))
+    code, output, error = run("decompose", *arguments, "--resume")
+    assert code == 0, error
+    assert "NMSE" in output and (folder / "model.safetensors").is_file()
+
+
+def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
+    """A limit on the size of files stands for the full disk: the write of the weights fails midway."""
+    folder = tmp_path / "out"
+    script = (
+        "import resource, sys, runpy\n"
+        "from transformers import Trainer\n"
+        "from trainers import DistillationTrainer\n"
+        "save = DistillationTrainer._save_checkpoint\n"
+        "def limited(self, *a):\n"
+        "    if self.state.global_step > 5:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "    save(self, *a)\n"
+        "DistillationTrainer._save_checkpoint = limited\n"
+        "from mxd.cli import main\n"
+        "main()\n"
+    )
+    arguments = ["decompose", "--experts", "64", "--k", "4", "--tokens", "40k", "--output", str(folder)]
+    command = [sys.executable, "-c", script, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr and "kept" in done.stderr
+    assert list(folder.glob("checkpoint-*/trainer_state.json"))
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from mxd import cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_version_of_torch_is_recorded(finished):
+    versions = json.loads((finished[0] / "evaluation.json").read_text())["settings"]["training"]["versions"]
+    assert versions["torch"] == torch.__version__
+
+
+def test_no_path_of_this_machine_in_the_embedded_files():
+    for path in embedded.model_path().glob("*.json"):
+        assert str(Path.home()) not in path.read_text()
