@@ -327,8 +327,8 @@ def capture_mlps(
     inputs: dict[int, Tensor] = {}
     captured: dict[int, tuple[Tensor, Tensor]] = {}
     handles = []
-    for layer in layers:
-        site = find_mlp(model, layer)
+    # All are found before the first hook is set: a layer that does not exist leaves none behind.
+    for layer, site in [(layer, find_mlp(model, layer)) for layer in layers]:
 
         def keep_input(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
             inputs[layer] = args[0]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from .initialization import ENCODER_STARTS, GATE_STARTS, MODULATION_STARTS
@@ -81,4 +82,6 @@ class DistillationArguments(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.minimum_relative_norm <= 1:
             raise ValueError(f"minimum_relative_norm must be from 0 to 1, got {self.minimum_relative_norm}")
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # Trainer refuses bfloat16 on a machine without a GPU unless the CPU is asked for
         super().__post_init__()

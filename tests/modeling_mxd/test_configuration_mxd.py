@@ -1,0 +1,160 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from modeling_mxd import MxDConfig, MxDLayerConfig
+
+VALID = {"hidden_size": 16, "output_size": 12, "intermediate_size": 20, "num_experts": 24, "num_experts_per_tok": 4}
+SIZES = tuple(VALID)
+REFUSED = [
+    *((name, value) for name in SIZES for value in (0, -1, 1.5, 4.0, "4", True, [4], 2**31)),
+    *((name, None) for name in ("hidden_size", "num_experts", "num_experts_per_tok")),
+    ("num_experts_per_tok", 25),
+    ("method", "mixture"),
+    ("method", None),
+    ("encoder_type", "swiglu"),
+    ("encoder_type", ["mlp"]),
+    ("hidden_act", "no_such"),
+    ("hidden_act", None),
+    ("hidden_act", []),
+    ("hidden_act", "prelu"),
+    ("hidden_act", "xielu"),
+    *((name, value) for name in ("gate_bias", "encoder_bias", "output_bias") for value in (1, None, "yes")),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), REFUSED)
+def test_a_refusal_names_the_field_the_value_and_the_layer(field, value):
+    with pytest.raises(ValueError, match=rf"^{field} ") as refusal:
+        MxDLayerConfig(**{**VALID, field: value})
+    assert str(value) in str(refusal.value)
+    with pytest.raises(ValueError, match=rf"^{field} "):
+        MxDConfig(**{**VALID, field: value})
+    with pytest.raises(ValueError, match=rf"^layer 7: {field} "):
+        MxDConfig(layers=[2, 7], layer_overrides={"7": {field: value}}, **VALID)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": [1, -1]}, "layers must be whole numbers from 0, got -1"),
+        ({"layers": [True]}, "layers must be whole numbers from 0, got True"),
+        ({"layers": ["1"]}, "layers must be whole numbers from 0, got '1'"),
+        ({"layers": [1.0]}, "layers must be whole numbers from 0, got 1.0"),
+        ({"layers": [3, 5, 3]}, "layers names layer 3 more than once"),
+        ({"layers": None}, "layers must be a list"),
+        ({"layers": 8}, "layers must be a list"),
+        ({"layers": "8"}, "layers must be a list"),
+        ({"site": "attention"}, "site must be 'mlp'.* got 'attention'"),
+        ({"layers": [1], "layer_overrides": {"2": {}}}, "layer_overrides names layer 2"),
+        ({"layers": [1], "layer_overrides": {"01": {}}}, "layer_overrides names layer 01"),
+        ({"layers": [1], "layer_overrides": {"1": {"experts": 3}}}, r"layer_overrides\['1'\] .*'experts'"),
+        ({"layers": [1], "layer_overrides": {"1": 3}}, "layer_overrides must map"),
+        ({"layers": [1], "layer_overrides": [3]}, "layer_overrides must map"),
+        (
+            {"layers": [1], "layer_overrides": {"1": {"num_experts": 3}}},
+            "layer 1: num_experts_per_tok .4. .*num_experts .3.",
+        ),
+    ],
+)
+def test_refuses_layers_that_make_no_sense(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        MxDConfig(**{**VALID, **fields})
+
+
+def test_defaults_follow_the_hidden_size():
+    layer = MxDConfig(layers=[0], hidden_size=48).layer(0)
+    assert (layer.output_size, layer.intermediate_size) == (48, 192)
+
+
+def test_a_layer_has_the_shared_fields_and_its_own():
+    overrides = {"9": {"num_experts": 100, "method": "transcoder"}}
+    config = MxDConfig(layers=[8, 9], hidden_act="silu", layer_overrides=overrides, **VALID)
+    shared = MxDLayerConfig(hidden_act="silu", **VALID)
+    assert config.layer(8) == shared
+    assert config.layer(9) == replace(shared, num_experts=100, method="transcoder")
+    assert config.num_parameters == config.layer(8).num_parameters + config.layer(9).num_parameters
+    for absent in (7, "8"):
+        with pytest.raises(KeyError, match=r"not in this decomposition, which has layers \[8, 9\]"):
+            config.layer(absent)
+
+
+def test_the_config_keeps_no_reference_to_what_it_was_given():
+    layers, overrides = [8, 9], {"9": {"num_experts": 100}}
+    config = MxDConfig(layers=layers, layer_overrides=overrides, **VALID)
+    layers.append(10)
+    overrides["9"]["num_experts"] = 1
+    assert config.layers == [8, 9] and config.layer(9).num_experts == 100
+
+
+@pytest.fixture
+def config():
+    return MxDConfig(
+        layers=[3, 11, 2],
+        base_model_name_or_path="some/model",
+        base_model_revision="0123abc",
+        hidden_act="silu",
+        encoder_type="glu",
+        gate_bias=False,
+        layer_overrides={"11": {"num_experts": 100, "output_bias": False}, "2": {"method": "skip_transcoder"}},
+        **VALID,
+    )
+
+
+def test_to_dict_and_back_is_equal(config):
+    again = MxDConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict() and again == config
+    assert [again.layer(layer) for layer in again.layers] == [config.layer(layer) for layer in config.layers]
+
+
+def test_json_round_trip_is_equal(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    again = MxDConfig.from_pretrained(tmp_path)
+    assert [again.layer(layer) for layer in (3, 11, 2)] == [config.layer(layer) for layer in (3, 11, 2)]
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == "mxd" and written["layers"] == again.layers == [3, 11, 2]
+    assert written["base_model_name_or_path"] == again.base_model_name_or_path == "some/model"
+    assert written["base_model_revision"] == again.base_model_revision == "0123abc"
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == written
+
+
+def test_a_config_file_with_nonsense_is_refused(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "num_experts": -5}))
+    with pytest.raises(ValueError, match="^num_experts must be"):
+        MxDConfig.from_pretrained(tmp_path)
+
+
+def test_from_layer_configs_resolves_to_the_same_and_shares_what_it_can():
+    first = MxDLayerConfig(**VALID)
+    layer_configs = {4: first, 1: replace(first, num_experts=99, hidden_act="relu"), 7: replace(first)}
+    config = MxDConfig.from_layer_configs(layer_configs, base_model_name_or_path="some/model")
+    assert config.layers == [4, 1, 7] and config.base_model_name_or_path == "some/model"
+    assert {layer: config.layer(layer) for layer in config.layers} == layer_configs
+    assert config.layer_overrides == {"1": {"num_experts": 99, "hidden_act": "relu"}}
+    assert asdict(first).items() <= config.to_dict().items()
+
+
+def test_from_layer_configs_refuses_no_layers():
+    with pytest.raises(ValueError, match="layer_configs is empty"):
+        MxDConfig.from_layer_configs({})
+
+
+def test_check_memory_weighs_the_dtype_and_names_the_largest_layer(monkeypatch):
+    config = MxDConfig(layers=[3, 5], layer_overrides={"5": {"num_experts": 1000}}, **VALID)
+    monkeypatch.setattr("modeling_mxd.configuration_mxd.machine_memory", lambda: 2 * config.num_parameters)
+    config.check_memory(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"num_experts \(1000\).* of layer 5") as refusal:
+        config.check_memory(torch.float32)
+    assert "hidden_size (16)" in str(refusal.value) and "intermediate_size (20)" in str(refusal.value)
+
+
+@pytest.mark.parametrize("field", ["num_experts", "intermediate_size"])
+def test_check_memory_refuses_a_million_by_a_million(field):
+    config = MxDConfig(layers=[0], **{**VALID, "hidden_size": 10**6, field: 10**6})
+    with pytest.raises(ValueError, match=r"needs [\d,.]+ GiB .*1000000.*of layer 0"):
+        config.check_memory(torch.float32)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from modeling_mxd import functional
+from modeling_mxd.functional import expert_sum, scatter_rows, topk_gate, weighted_rows
+
+
+def doubles(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_topk_gate_passes_gradcheck(k, has_bias):
+    x, weight, bias = doubles(2, 3, 5), doubles(7, 5), doubles(7) if has_bias else None
+    assert gradcheck(lambda x, weight, bias: topk_gate(x, weight, bias, k)[0], (x, weight, bias))
+
+
+@pytest.mark.parametrize("elements", [1, 40, 2**24])
+def test_expert_sum_passes_gradcheck_also_where_an_expert_is_named_twice(elements, monkeypatch):
+    monkeypatch.setattr(functional, "CHUNK_ELEMENTS", elements)
+    indices = torch.tensor([[[0, 1, 2], [3, 3, 5], [6, 6, 6]], [[1, 0, 6], [2, 3, 4], [5, 1, 5]]])
+    assert gradcheck(lambda values, table: expert_sum(values, indices, table), (doubles(2, 3, 3), doubles(7, 4)))
+
+
+@pytest.mark.parametrize("needed", ["x", "weight", "bias"])
+def test_topk_gate_gives_only_the_gradient_that_is_asked(needed):
+    tensors = {"x": torch.randn(6, 5), "weight": torch.randn(7, 5), "bias": torch.randn(7)}
+    tensors[needed].requires_grad_()
+    scores = torch.nn.functional.linear(*tensors.values())
+    values, indices = topk_gate(**tensors, k=3)
+    (grad,) = torch.autograd.grad(values.sum(), tensors[needed])
+    (expected,) = torch.autograd.grad(scores.gather(-1, indices).relu().sum(), tensors[needed])
+    torch.testing.assert_close(grad, expected)
+
+
+def test_topk_gate_refuses_a_second_derivative():
+    x, weight = doubles(3, 5), doubles(7, 5)
+    (grad,) = torch.autograd.grad(topk_gate(x, weight, None, 2)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_indices_carry_no_gradient():
+    assert not topk_gate(doubles(3, 5), doubles(7, 5), None, 2)[1].requires_grad
+
+
+def test_the_sums_of_rows_by_hand():
+    table = torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]])
+    indices, weights = torch.tensor([[0, 2], [1, 1]]), torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    assert weighted_rows(indices, weights, table).tolist() == [[201, 402], [20, 40]]
+    rows = torch.tensor([[1.0, 2.0], [10.0, 20.0]])
+    assert scatter_rows(indices, weights, rows, 4).tolist() == [[1, 2], [20, 40], [2, 4], [0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_many_tokens_do_not_stall_in_low_precision(dtype):
+    # A running sum kept in bfloat16 stops growing at 256 ones.
+    tokens = 2000
+    ones, indices = torch.ones(tokens, 1, dtype=dtype), torch.zeros(tokens, 1, dtype=torch.int64)
+    assert scatter_rows(indices, ones, ones, 1).item() == pytest.approx(tokens, rel=0.01)
+    weight, bias = torch.ones(1, 1, dtype=dtype, requires_grad=True), torch.ones(1, dtype=dtype, requires_grad=True)
+    topk_gate(ones, weight, bias, 1)[0].sum().backward()
+    assert weight.grad.item() == pytest.approx(tokens, rel=0.01)
+    assert bias.grad.item() == pytest.approx(tokens, rel=0.01)
+
+
+def test_the_largest_temporary_is_a_chunk(monkeypatch):
+    monkeypatch.setattr(functional, "CHUNK_ELEMENTS", 70)
+    sizes = []
+    linear = torch.nn.functional.linear
+
+    def measured(*args):
+        sizes.append(linear(*args).numel())
+        return linear(*args)
+
+    monkeypatch.setattr(functional.F, "linear", measured)
+    topk_gate(torch.randn(4, 6, 5), torch.randn(7, 5), None, 2)
+    assert sizes == [70, 70, 28]
