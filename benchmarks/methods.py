@@ -29,7 +29,7 @@ from evaluation_mxd import faithfulness
 from modeling_mxd import MxDConfig, MxDModel, capture_mlps, find_mlp
 from mxd.base_model import load_base_model
 from mxd.cli import parse_count
-from mxd.decompose import DecompositionOptions, evaluation_batches, layer_config
+from mxd.pipeline import DecompositionOptions, evaluation_batches, layer_config
 from trainers import (
     DistillationArguments,
     DistillationTrainer,
@@ -65,6 +65,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
         {**PRETRAINED, "modulation_initialization": "unit"},
     ),
+    "MxD, gate from data, pretrained encoder, lr 3e-3": ({}, {**PRETRAINED, "learning_rate": 3e-3}),
 }
 
 

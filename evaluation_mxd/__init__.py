@@ -3,7 +3,16 @@
 from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
 from .faithfulness import ZeroMLP, faithfulness, load_evaluation, save_evaluation
 from .masks import token_mask
-from .metrics import ErrorSums, LogitSums, explained_share, normalised_entropy, recovered_share
+from .metrics import (
+    ErrorSums,
+    LogitSums,
+    explained_share,
+    kl_divergence,
+    next_token_loss,
+    normalised_entropy,
+    normalised_error,
+    recovered_share,
+)
 from .plots import plot_expert_frequency, plot_training_loss
 
 __all__ = [
@@ -14,9 +23,12 @@ __all__ = [
     "count_expert_use",
     "explained_share",
     "faithfulness",
+    "kl_divergence",
     "load_evaluation",
     "measure_expert_statistics",
+    "next_token_loss",
     "normalised_entropy",
+    "normalised_error",
     "plot_expert_frequency",
     "plot_training_loss",
     "recovered_share",

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modeling_mxd import Capture, ExpertCoefficients, MxDModel
+from modeling_mxd import Capture, ExpertCoefficients, MxDModel, capture_mlps
 
+from .forward import evaluating, right_padded
 from .masks import token_mask
 from .metrics import normalised_entropy
 
@@ -18,6 +19,11 @@ class ExpertUse:
 
     Args:
         num_experts: N.
+
+    Attributes:
+        tokens: T, tokens so far.
+        counts: tokens on which each expert was active, (N) int64.
+        sums: Σ_t a_t, (N) float64.
     """
 
     def __init__(self, num_experts: int):
@@ -26,56 +32,98 @@ class ExpertUse:
         self.sums = torch.zeros(num_experts, dtype=torch.float64)
 
     def update(self, coefficients: ExpertCoefficients) -> None:
-        """Add tokens: values and indices (tokens, K)."""
+        """Add tokens: values and indices (..., K), as `SparseLayer.encode` gives them (no expert twice a token)."""
         values, indices = (tensor.detach().cpu() for tensor in coefficients)
         active = values != 0
-        self.tokens += len(values)
+        self.tokens += values.shape[:-1].numel()
         self.counts += torch.bincount(indices[active], minlength=len(self.counts))
         self.sums += torch.bincount(indices[active], weights=values[active].double(), minlength=len(self.counts))
 
     @property
     def frequency(self) -> Tensor:
-        """Share of tokens on which each expert is active, (N) float64."""
+        """Share of tokens on which each expert is active, counts / T, (N) float64."""
         return self.counts.double() / max(self.tokens, 1)
 
     @property
     def mean(self) -> Tensor:
-        """Mean coefficient of each expert over all tokens, zeros included, (N) float64."""
+        """Mean coefficient of each expert over all tokens, zeros included, Σ_t a_t / T, (N) float64."""
         return self.sums / max(self.tokens, 1)
 
-    def summary(self) -> dict[str, float]:
-        """`l0` (active experts a token), `dead_experts` (share active on none of these tokens),
-        `expert_entropy` (normalised), `max_expert_frequency`, `frequent_experts` (number above 25 %)."""
+    def summary(self, frequent_above: float = SPECIALISED_FREQUENCY) -> dict[str, float]:
+        """The numbers of evaluation.json.
+
+        Returns:
+            `l0`: active experts a token, Σ counts / T. `dead_experts`: share of experts active on none of these
+            tokens. `expert_entropy`: of counts / Σ counts, see `normalised_entropy`. `max_expert_frequency`.
+            `frequent_experts`: number of experts with a frequency over `frequent_above`.
+        """
         return {
             "l0": float(self.counts.sum()) / max(self.tokens, 1),
             "dead_experts": float((self.counts == 0).double().mean()),
             "expert_entropy": normalised_entropy(self.counts),
             "max_expert_frequency": float(self.frequency.max()),
-            "frequent_experts": int((self.frequency > SPECIALISED_FREQUENCY).sum()),
+            "frequent_experts": int((self.frequency > frequent_above).sum()),
         }
 
 
 @torch.no_grad()
 def count_expert_use(
-    capture: Capture, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+    model: nn.Module | Capture,
+    decomposition: MxDModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    include_first: bool = True,
 ) -> dict[int, ExpertUse]:
-    """Use of the experts of every layer over all unpadded positions of `batches`, by layer index; `capture` gives
-    the MLPs' inputs for a batch."""
+    """Use of the experts of every layer over all unpadded positions.
+
+    Args:
+        model: the base model, or a function that gives the MLPs' inputs and outputs for a batch, such as a
+            recording of them.
+        decomposition: its layers.
+        batches: `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+        include_first: whether each row's first position (BOS) counts.
+
+    Returns:
+        {layer: use}.
+    """
     config = decomposition.config
     uses = {layer: ExpertUse(config.layer(layer).num_experts) for layer in config.layers}
-    for batch in batches:
-        mask = token_mask(batch["input_ids"], batch.get("attention_mask"))
-        for layer, (x, _) in capture(batch).items():
-            uses[layer].update(decomposition.layer(layer).encode(x[mask]))
+    with evaluating(*([model, decomposition] if isinstance(model, nn.Module) else [decomposition])):
+        for batch in batches:
+            captured, mask = _captured(model, config.layers, batch, include_first)
+            for layer, (x, _) in captured.items():
+                module = decomposition.layer(layer)
+                inputs = x[mask.to(x.device)].to(module.gate.weight.device)
+                uses[layer].update(module.encode(inputs))
     return uses
 
 
+def _captured(
+    model: nn.Module | Capture, layers: list[int], batch: Mapping[str, Tensor], include_first: bool
+) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
+    """{layer: (x, y)} of a batch and the mask (batch, tokens) of the positions that count."""
+    if not isinstance(model, nn.Module):
+        return model(batch), token_mask(batch["input_ids"], batch.get("attention_mask"), include_first)
+    ids, attention_mask = right_padded(batch, next(model.parameters()).device)
+    return capture_mlps(model, layers, ids, attention_mask), token_mask(ids, attention_mask, include_first)
+
+
 def measure_expert_statistics(
-    capture: Capture, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+    model: nn.Module | Capture,
+    decomposition: MxDModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    include_first: bool = True,
 ) -> None:
     """Write frequency and mean coefficient of every expert over `batches` (training tokens) into the layers'
-    buffers `expert_frequency` and `expert_mean`, from where evaluation takes them."""
-    for layer, use in count_expert_use(capture, decomposition, batches).items():
+    buffers `expert_frequency` and `expert_mean`, from where evaluation takes them. Arguments as for
+    `count_expert_use`.
+
+    Raises:
+        ValueError: when there is no token to measure on; the buffers are left as they are.
+    """
+    uses = count_expert_use(model, decomposition, batches, include_first)
+    if not all(use.tokens for use in uses.values()):
+        raise ValueError("no tokens to measure the experts on: batches is empty, or all of it is padding")
+    for layer, use in uses.items():
         module = decomposition.layer(layer)
         module.expert_frequency.copy_(use.frequency)
         module.expert_mean.copy_(use.mean)

@@ -4,8 +4,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer, capture_mlps, spliced_mlps
+from modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer, spliced_mlps
 
 from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, count_expert_use
+from .forward import capture_with_logits, evaluating, next_token_logits, right_padded
 from .masks import token_mask
 from .metrics import ErrorSums, LogitSums, explained_share, recovered_share
 
 EVALUATION_NAME = "evaluation.json"
+_POSITIONS = "all but padding; *_without_first: also without each row's first position (BOS)"
+_TRAINING = "training tokens"
+_EVALUATED = "the evaluated tokens, since the decomposition carries none from its training"
+
+Statistics = tuple[Tensor, Tensor]
+"""Of the experts of one layer: frequency (N) and mean coefficient (N)."""
 
 
 class ZeroMLP(nn.Module):
@@ -39,36 +44,39 @@ class LayerEvaluation:
 
     Args:
         layer: the layer.
-        frequency: share of training tokens on which each expert is active, (N).
-        mean: mean coefficient of each expert over training tokens, (N).
+        statistics: share of training tokens on which each expert is active, and its mean coefficient on them.
+        specialised_frequency: experts active on at most this share are specialised.
     """
 
-    def __init__(self, layer: SparseLayer, frequency: Tensor, mean: Tensor):
+    def __init__(
+        self, layer: SparseLayer, statistics: Statistics, specialised_frequency: float = SPECIALISED_FREQUENCY
+    ):
         self.layer = layer
+        self.specialised_frequency = specialised_frequency
         table = layer.expert_table
-        self.specialised = (frequency <= SPECIALISED_FREQUENCY).to(table.device)
-        mean = mean.to(table)
+        frequency, mean = statistics[0].to(table.device), statistics[1].to(table)
+        self.frequent = frequency > specialised_frequency
         self.mean_sum = mean @ table
-        self.mean_specialised_sum = (mean * self.specialised) @ table
+        self.mean_specialised_sum = (mean * ~self.frequent) @ table
         self.use = ExpertUse(layer.config.num_experts)
         self.errors, self.errors_without_first = ErrorSums(), ErrorSums()
-        self.without_experts, self.without_specialised = ErrorSums(), ErrorSums()
+        self.errors_of_mean, self.errors_of_mean_specialised = ErrorSums(), ErrorSums()
 
     def update(self, x: Tensor, y: Tensor, mask: Tensor, mask_without_first: Tensor) -> None:
         """Add a batch: x (batch, tokens, I), y (batch, tokens, O), masks (batch, tokens)."""
-        first = ~mask_without_first[mask]
-        x, y = x[mask], y[mask]
-        coefficients = self.layer.encode(x)
+        mask, mask_without_first = mask.to(x.device), mask_without_first.to(x.device)
+        x, y, first = (tensor[mask].to(self.mean_sum.device) for tensor in (x, y, ~mask_without_first))
+        values, indices = coefficients = self.layer.encode(x)
         self.use.update(coefficients)
+        frequent = ExpertCoefficients(values * self.frequent[indices], indices)
         summed = self.layer.sum_experts(coefficients)
-        values = coefficients.values * self.specialised[coefficients.indices]
-        specialised = self.layer.sum_experts(ExpertCoefficients(values, coefficients.indices))
-        inputs = x.to(summed.dtype)
-        prediction = self.layer.combine(summed, inputs)
+        mean_specialised = self.layer.sum_experts(frequent) + self.mean_specialised_sum
+        x = x.to(summed.dtype)
+        prediction = self.layer.combine(summed, x)
         self.errors.update(prediction, y)
         self.errors_without_first.update(prediction[~first], y[~first])
-        self.without_experts.update(self.layer.combine(self.mean_sum.expand_as(summed), inputs), y)
-        self.without_specialised.update(self.layer.combine(summed - specialised + self.mean_specialised_sum, inputs), y)
+        self.errors_of_mean.update(self.layer.combine(self.mean_sum.expand_as(summed), x), y)
+        self.errors_of_mean_specialised.update(self.layer.combine(mean_specialised, x), y)
 
     def result(self) -> dict[str, float]:
         """The layer's entry of evaluation.json; see `faithfulness`."""
@@ -78,9 +86,69 @@ class LayerEvaluation:
             "nmse_without_first": self.errors_without_first.nmse,
             "fvu": self.errors.fvu,
             "fvu_without_first": self.errors_without_first.fvu,
-            "expert_share": explained_share(nmse, self.without_experts.nmse),
-            "specialised_share": explained_share(nmse, self.without_specialised.nmse),
-            **self.use.summary(),
+            "expert_share": explained_share(nmse, self.errors_of_mean.nmse),
+            "specialised_share": explained_share(nmse, self.errors_of_mean_specialised.nmse),
+            **self.use.summary(self.specialised_frequency),
+        }
+
+
+class ModelEvaluation:
+    """The base model untouched, spliced and zero-ablated, and its layers, streamed over batches.
+
+    Args:
+        model: the base model, in eval mode.
+        decomposition: its layers, in eval mode and on their MLPs' devices.
+        layers: the evaluation of every layer.
+    """
+
+    def __init__(self, model: nn.Module, decomposition: MxDModel, layers: Mapping[int, LayerEvaluation]):
+        self.model = model
+        self.decomposition = decomposition
+        self.layers = layers
+        self.untouched, self.spliced, self.ablated = LogitSums(), LogitSums(), LogitSums()
+        self.tokens = self.rows = 0
+
+    def update(self, batch: Mapping[str, Tensor]) -> None:
+        """Add a batch: three forward passes."""
+        ids, attention_mask = rows = right_padded(batch, next(self.model.parameters()).device)
+        mask, without_first = token_mask(ids, attention_mask), token_mask(ids, attention_mask, include_first=False)
+        self.rows += len(ids)
+        self.tokens += int(mask.sum())
+        captured, logits = capture_with_logits(self.model, list(self.layers), rows)
+        for layer, (x, y) in captured.items():
+            self.layers[layer].update(x, y, mask, without_first)
+        del captured
+        self.untouched.update(logits, ids, mask)
+        with self.decomposition.spliced(self.model, cast=False):
+            self.spliced.update(next_token_logits(self.model, rows), ids, mask, reference=logits)
+        del logits
+        config = self.decomposition.config
+        with spliced_mlps(self.model, {layer: ZeroMLP(config.layer(layer).output_size) for layer in self.layers}):
+            self.ablated.update(next_token_logits(self.model, rows), ids, mask)
+
+    def result(self) -> dict[str, Any]:
+        """What `faithfulness` returns; of the settings, what the tokens and the model are.
+
+        Raises:
+            ValueError: when there were no tokens.
+        """
+        if not self.rows:
+            raise ValueError("no held-out rows to evaluate on: the text is shorter than one row of context")
+        if not self.tokens:
+            raise ValueError("no held-out tokens to evaluate on: every position is padding")
+        names = ("untouched", "spliced", "zero_ablated")
+        losses = [sums.cross_entropy for sums in (self.untouched, self.spliced, self.ablated)]
+        return {
+            "layers": {str(layer): evaluation.result() for layer, evaluation in self.layers.items()},
+            "cross_entropy": {**dict(zip(names, losses, strict=True)), "recovered": recovered_share(*losses)},
+            "kl": self.spliced.kl,
+            "top1_agreement": self.spliced.agreement,
+            "settings": {
+                "tokens": self.tokens,
+                "rows": self.rows,
+                "positions": _POSITIONS,
+                "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            },
         }
 
 
@@ -89,25 +157,31 @@ def faithfulness(
     model: nn.Module,
     decomposition: MxDModel,
     batches: Iterable[Mapping[str, Tensor]],
+    *,
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
+    specialised_frequency: float = SPECIALISED_FREQUENCY,
 ) -> dict[str, Any]:
     """Measure a decomposition on held-out tokens.
 
     Every metric is over all unpadded positions, the first (BOS) included, since a spliced model runs the layer
-    there too; NMSE and FVU are given without it as well. Layer metrics use the untouched model's activations.
+    there too; NMSE and FVU are given without it as well. Layer metrics use the untouched model's activations; see
+    `ErrorSums`, `LogitSums` and `ExpertUse` for their equations. A value that is not defined is NaN.
 
         recovered          (CE_zero − CE_spliced) / (CE_zero − CE_untouched)
         expert_share       (NMSE_mean − NMSE) / (1 − NMSE), NMSE_mean with Cᵀa replaced by its mean over training
                            tokens: how much of what the layer explains its experts' choice explains
-        specialised_share  the same when only experts active on at most 25 % of training tokens are so replaced
+        specialised_share  the same when only the part of the specialised experts in Cᵀa is so replaced, those
+                           active on at most `specialised_frequency` of the training tokens
 
     Args:
         model: the base model; its MLPs are in place again afterwards.
-        decomposition: its layers, moved to the model's device.
+        decomposition: its layers; each is moved to its MLP's device and keeps its dtype. Registered interventions
+            act on the spliced model, not on the layer metrics.
         batches: `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
         settings: added to the settings that are recorded.
         progress: show a progress bar.
+        specialised_frequency: see above; `frequent_experts` counts those active on more of the evaluated tokens.
 
     Returns:
         {"layers": {"15": {"nmse", "nmse_without_first", "fvu", "fvu_without_first", "expert_share",
@@ -116,125 +190,88 @@ def faithfulness(
         "top1_agreement", "settings"}; cross-entropies and KL in nats per token.
 
     Raises:
-        ValueError: when there are no batches.
-        SurgeryError: when the model does not fit the decomposition.
+        ValueError: when there are no tokens, or `batches` can be passed over only once and has to be twice.
+        SurgeryError: when the model does not fit the decomposition, before anything is measured.
     """
-    device = next(model.parameters()).device
-    rows = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-    if not rows:
-        raise ValueError("no held-out rows to evaluate on: the text is shorter than one row of context")
-    decomposition.to(device)
-    layers = decomposition.config.layers
-    with _evaluating(model, decomposition):
-        evaluations, source = _layer_evaluations(model, decomposition, rows)
-        untouched, spliced, ablated = LogitSums(), LogitSums(), LogitSums()
-        zeros = {layer: ZeroMLP(decomposition.config.layer(layer).output_size) for layer in layers}
-        tokens = 0
-        for batch in tqdm(rows, desc="evaluate", unit="batch", disable=not progress, dynamic_ncols=True):
-            ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
-            mask, without_first = token_mask(ids, attention_mask), token_mask(ids, attention_mask, include_first=False)
-            tokens += int(mask.sum())
-            captured, logits = _capture_and_logits(model, layers, batch)
-            for layer, (x, y) in captured.items():
-                evaluations[layer].update(x, y, mask, without_first)
-            untouched.update(logits, ids, mask)
-            with decomposition.spliced(model, cast=False):
-                spliced.update(_logits(model, batch), ids, mask, reference=logits)
-            with spliced_mlps(model, zeros):
-                ablated.update(_logits(model, batch), ids, mask)
-    losses = (untouched.cross_entropy, spliced.cross_entropy, ablated.cross_entropy)
-    return {
-        "layers": {str(layer): evaluations[layer].result() for layer in layers},
-        "cross_entropy": {
-            **dict(zip(("untouched", "spliced", "zero_ablated"), losses, strict=True)),
-            "recovered": recovered_share(*losses),
-        },
-        "kl": spliced.kl,
-        "top1_agreement": spliced.agreement,
-        "settings": {
-            "tokens": tokens,
-            "rows": sum(len(batch["input_ids"]) for batch in rows),
-            "positions": "all but padding; *_without_first: also without each row's first position (BOS)",
-            "expert_statistics": source,
-            "specialised_frequency": SPECIALISED_FREQUENCY,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            **(settings or {}),
-        },
-    }
+    with decomposition.spliced(model, cast=False):
+        pass  # refuses what does not fit, and moves every layer to where its MLP is
+    with evaluating(model, decomposition):
+        statistics, source = _expert_statistics(model, decomposition, batches)
+        layers = {
+            layer: LayerEvaluation(decomposition.layer(layer), statistics[layer], specialised_frequency)
+            for layer in decomposition.config.layers
+        }
+        evaluation = ModelEvaluation(model, decomposition, layers)
+        for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, dynamic_ncols=True):
+            evaluation.update(batch)
+    results = evaluation.result()
+    results["settings"] |= {"expert_statistics": source, "specialised_frequency": specialised_frequency}
+    results["settings"] |= settings or {}
+    return results
 
 
-def _layer_evaluations(
-    model: nn.Module, decomposition: MxDModel, batches: list[dict[str, Tensor]]
-) -> tuple[dict[int, LayerEvaluation], str]:
-    """Statistics of the experts come from the layers' buffers, or from these tokens where training left none."""
-    layers = {index: decomposition.layer(index) for index in decomposition.config.layers}
-    if all(bool(layer.expert_frequency.any()) for layer in layers.values()):
-        statistics = {i: (layer.expert_frequency, layer.expert_mean) for i, layer in layers.items()}
-        source = "training tokens"
-    else:
-        capture = partial(_capture_and_logits, model, list(layers))
-        uses = count_expert_use(lambda batch: capture(batch)[0], decomposition, batches)
-        statistics = {index: (use.frequency, use.mean) for index, use in uses.items()}
-        source = "the evaluated tokens, since the decomposition carries none from its training"
-    return {index: LayerEvaluation(layers[index], *statistics[index]) for index in layers}, source
-
-
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    output = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
-    logits = output.logits
-    assert isinstance(logits, Tensor)
-    return logits
-
-
-def _capture_and_logits(
-    model: nn.Module, layers: list[int], batch: Mapping[str, Tensor]
-) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
-    """One forward pass that gives both."""
-    kept: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        kept.append(output.logits)
-
-    with model.register_forward_hook(keep):
-        captured = capture_mlps(model, layers, batch["input_ids"], batch.get("attention_mask"), stop_after_last=False)
-    return captured, kept[0]
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, each model's own mode afterwards."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
+def _expert_statistics(
+    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+) -> tuple[dict[int, Statistics], str]:
+    """Statistics of every layer's experts from its buffers, or from `batches` where training left none; and which
+    of the two in words."""
+    indices = decomposition.config.layers
+    layers = {index: decomposition.layer(index) for index in indices}
+    statistics = {index: (layer.expert_frequency, layer.expert_mean) for index, layer in layers.items()}
+    unmeasured = [index for index, layer in layers.items() if not layer.expert_frequency.any()]
+    if not unmeasured:
+        return statistics, _TRAINING
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"the experts of layer {unmeasured[0]} have never been measured, so batches must be passed over twice, "
+            "and an iterator can be only once: give a list or a DataLoader, or call measure_expert_statistics first"
+        )
+    uses = count_expert_use(model, decomposition, batches)
+    statistics.update({index: (uses[index].frequency, uses[index].mean) for index in unmeasured})
+    if len(unmeasured) == len(layers):
+        return statistics, _EVALUATED
+    return statistics, f"{_TRAINING}; for layers {', '.join(map(str, unmeasured))}: {_EVALUATED}"
 
 
 def save_evaluation(results: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
-    """Write evaluation.json (values that are not finite as null) in one move, so that no half file is ever seen."""
+    """Write evaluation.json, in one move so that no half file is ever seen; the folder is made if need be.
+
+    JSON has no NaN and no infinity: both are written as null, "not defined".
+
+    Returns:
+        The file's path.
+
+    Raises:
+        TypeError: when `results` holds something that JSON has not; an earlier file is then left as it is.
+    """
     path = Path(folder) / EVALUATION_NAME
     text = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{EVALUATION_NAME}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
 
 
 def load_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read evaluation.json of a decomposition's folder.
+    """Read evaluation.json of a decomposition's folder; null stays None.
 
     Raises:
         FileNotFoundError: when there is none.
+        ValueError: when it is no JSON object.
     """
-    results = json.loads((Path(folder) / EVALUATION_NAME).read_text(encoding="utf-8"))
-    assert isinstance(results, dict)
+    path = Path(folder) / EVALUATION_NAME
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} holds no evaluation: a JSON object was expected, got {type(results).__name__}")
     return results
 
 
 def _finite(value: Any) -> Any:
+    """`value` with every float that is not finite replaced by None."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -5,7 +5,10 @@ from torch import Tensor
 
 
 def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_first: bool = True) -> Tensor:
-    """True where a position counts: everything that is not padding.
+    """True where a position counts: everything that is not padding, on whichever side the padding is.
+
+        mask_bt = attention_mask_bt ≠ 0                                          include_first
+        mask_bt = attention_mask_bt ≠ 0  and  Σ_{s ≤ t} attention_mask_bs > 1    without the first
 
     Args:
         input_ids: token ids, (batch, tokens).
@@ -16,8 +19,17 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_
 
     Returns:
         (batch, tokens) bool.
+
+    Raises:
+        ValueError: when the two have different shapes.
     """
-    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if include_first:
-        return mask
-    return mask & (mask.cumsum(-1) > 1)
+    if attention_mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    elif attention_mask.shape == input_ids.shape:
+        mask = attention_mask.bool()
+    else:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    return mask if include_first else mask & (mask.cumsum(-1) > 1)

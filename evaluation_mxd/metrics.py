@@ -1,74 +1,152 @@
-"""Definitions of the metrics, each once: sums in float64 over batches, the ratio last."""
+"""Definitions of the metrics, each once: functions of a token, sums in float64 over batches, the ratio last."""
 
-from dataclasses import dataclass, field
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Elements of the largest temporary made of logits: 64 MiB in float32.
+CHUNK_ELEMENTS = 2**24
 
-@dataclass
-class ErrorSums:
-    """Errors of a layer's output over tokens, streamed.
 
-        NMSE = mean_t ‖ŷ_t − y_t‖² / ‖y_t‖²                   (paper's normalised error; tokens with y = 0 left out)
-        FVU  = Σ_t ‖ŷ_t − y_t‖² / Σ_t ‖y_t − ȳ‖²              ȳ the mean output over the same tokens
+def squared_norm(x: Tensor) -> Tensor:
+    """‖x_t‖² in float64; (..., O) → (...)."""
+    return x.double().square().sum(-1)
 
-    NMSE weighs every token alike, FVU by its norm.
+
+def normalised_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """‖ŷ_t − y_t‖² / ‖y_t‖² of every token (the paper's normalised error), in float64; NaN where y_t = 0.
+
+    Args:
+        prediction: ŷ, (..., O).
+        target: y, (..., O).
+
+    Returns:
+        (...).
     """
+    norm = squared_norm(target)
+    return torch.where(norm > 0, squared_norm(prediction.double() - target.double()) / norm, torch.nan)
 
-    tokens: int = 0
-    ratios: float = 0.0
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-    total: Tensor | float = field(default=0.0)
-    """Σ_t y_t, (O), float64"""
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add tokens: ŷ and y, both (tokens, O)."""
-        target = target.double()
-        norm = target.square().sum(-1)
-        counted = norm > 0
-        error = (prediction.double() - target).square().sum(-1)
-        self.tokens += int(counted.sum())
-        self.ratios += float((error[counted] / norm[counted]).sum())
-        self.squared_error += float(error.sum())
-        self.squared_norm += float(norm.sum())
-        self.total = self.total + target.sum(0)
-        self._all_tokens = getattr(self, "_all_tokens", 0) + len(target)
+def next_token_loss(log_p: Tensor, targets: Tensor) -> Tensor:
+    """−log p(next token), nats.
 
-    @property
-    def nmse(self) -> float:
-        """Mean over tokens of the normalised squared error; 0 is exact, 1 is what an output of zero gets."""
-        return self.ratios / self.tokens if self.tokens else float("nan")
+    Args:
+        log_p: log-probabilities, (..., vocabulary).
+        targets: ids of the next tokens, (...).
 
-    @property
-    def fvu(self) -> float:
-        """Fraction of variance unexplained; 0 is exact, 1 is what the mean output gets."""
-        if not isinstance(self.total, Tensor):
-            return float("nan")
-        variance = self.squared_norm - float(self.total.square().sum()) / self._all_tokens
-        return self.squared_error / variance if variance > 0 else float("nan")
+    Returns:
+        (...).
+    """
+    return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def kl_divergence(log_reference: Tensor, log_p: Tensor) -> Tensor:
+    """KL(ref ‖ p) = Σ_v p_ref(v) (log p_ref(v) − log p(v)), nats; log-probabilities (..., vocabulary) → (...)."""
+    return F.kl_div(log_p, log_reference, log_target=True, reduction="none").sum(-1)
 
 
 def explained_share(error: float, ablated_error: float) -> float:
-    """Share of what a layer explains that is lost when a part of it is ablated: (e_ablated − e) / (1 − e)."""
-    return (ablated_error - error) / (1 - error) if error < 1 else float("nan")
+    """Share of what a layer explains that is lost when a part of it is ablated: (e_ablated − e) / (1 − e).
+
+    NaN for a layer that explains nothing (e ≥ 1).
+    """
+    return (ablated_error - error) / (1 - error) if error < 1 else math.nan
 
 
-@dataclass
+def recovered_share(untouched: float, spliced: float, zero_ablated: float) -> float:
+    """(CE_zero − CE_spliced) / (CE_zero − CE_untouched): 1 as good as the original MLP, 0 as bad as none.
+
+    NaN when zeros do no harm.
+    """
+    gap = zero_ablated - untouched
+    return (zero_ablated - spliced) / gap if gap else math.nan
+
+
+def normalised_entropy(counts: Tensor) -> float:
+    """−Σ_n p_n log p_n / log N with p = counts / Σ counts, (N): 1 when all are used alike, 0 when only one is.
+
+    NaN for a single expert, or when none was ever used.
+    """
+    total = counts.double().sum()
+    if len(counts) < 2 or total == 0:
+        return math.nan
+    shares = counts.double() / total
+    return float(torch.special.entr(shares).sum()) / math.log(len(counts))
+
+
+class ErrorSums:
+    """Errors of a layer's output over tokens, streamed.
+
+        NMSE = mean_t ‖ŷ_t − y_t‖² / ‖y_t‖²                   tokens with y_t = 0, which have no ratio, left out
+        FVU  = Σ_t ‖ŷ_t − y_t‖² / Σ_t ‖y_t − ȳ‖²              ȳ the mean output over the same tokens
+
+    NMSE weighs every token alike; in FVU a token weighs as much as it is far from the mean.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._nonzero_tokens = 0
+        self._ratios = 0.0
+        self._squared_error = 0.0
+        # Deviations are from the first token, so that Σ‖d‖² − ‖Σd‖²/n is exact where y does not vary at all.
+        self._origin: Tensor | None = None
+        self._deviation: Tensor | None = None
+        self._squared_deviation = 0.0
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add tokens: ŷ and y, both (..., O)."""
+        prediction, target = prediction.flatten(0, -2).double(), target.flatten(0, -2).double()
+        if not len(target):
+            return
+        if self._origin is None:
+            self._origin, self._deviation = target[0].clone(), torch.zeros_like(target[0])
+        assert self._deviation is not None
+        ratios = normalised_error(prediction, target)
+        nonzero = squared_norm(target) > 0
+        self.tokens += len(target)
+        self._nonzero_tokens += int(nonzero.sum())
+        self._ratios += float(ratios[nonzero].sum())
+        self._squared_error += float(squared_norm(prediction - target).sum())
+        deviation = target - self._origin
+        self._deviation = self._deviation + deviation.sum(0)
+        self._squared_deviation += float(squared_norm(deviation).sum())
+
+    @property
+    def nmse(self) -> float:
+        """Mean over tokens of the normalised squared error; 0 is exact, 1 is what an output of zero gets.
+
+        NaN when there is no token with y ≠ 0.
+        """
+        return self._ratios / self._nonzero_tokens if self._nonzero_tokens else math.nan
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained; 0 is exact, 1 is what the mean output gets. NaN without variance."""
+        if self._deviation is None:
+            return math.nan
+        variance = self._squared_deviation - float(squared_norm(self._deviation)) / self.tokens
+        return self._squared_error / variance if variance > 0 else math.nan
+
+
 class LogitSums:
     """Next-token metrics of one model, and against a reference model, streamed.
 
-    cross-entropy = −mean log p(next token)               nats per token
-    KL            = mean Σ_v p_ref(v) log(p_ref(v) / p(v))  nats per token
+    cross-entropy = mean −log p(next token)                            nats per token
+    KL            = mean Σ_v p_ref(v) (log p_ref(v) − log p(v))        nats per token
     agreement     = share of tokens at which both have the same most likely next token
+
+    Probabilities are a float32 log-softmax of a chunk of tokens at a time: no second (batch, tokens, vocabulary)
+    tensor is ever alive.
     """
 
-    targets: int = 0
-    loss: float = 0.0
-    divergence: float = 0.0
-    agreements: int = 0
+    def __init__(self) -> None:
+        self.targets = 0
+        self._compared = 0
+        self._loss = 0.0
+        self._divergence = 0.0
+        self._agreements = 0
 
     def update(self, logits: Tensor, input_ids: Tensor, mask: Tensor, reference: Tensor | None = None) -> None:
         """Add a batch.
@@ -79,43 +157,34 @@ class LogitSums:
             mask: (batch, tokens) bool, True where not padding. A position counts when it and its next token do.
             reference: logits of the reference model, or None for the loss alone.
         """
-        for row in range(len(input_ids)):  # a row at a time: no second (batch, tokens, vocabulary) tensor is alive
-            counted = mask[row, :-1] & mask[row, 1:]
-            log_p = F.log_softmax(logits[row, :-1][counted].float(), dim=-1)
-            targets = input_ids[row, 1:][counted]
-            self.targets += len(targets)
-            self.loss -= float(log_p.gather(-1, targets.unsqueeze(-1)).double().sum())
+        input_ids, mask = input_ids.to(logits.device), mask.to(logits.device)
+        rows, columns = (mask[:, :-1] & mask[:, 1:]).nonzero(as_tuple=True)
+        chunk = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+        for row, column in zip(rows.split(chunk), columns.split(chunk), strict=True):
+            part = logits[row, column]
+            log_p = F.log_softmax(part.float(), dim=-1)
+            self.targets += len(row)
+            self._loss += float(next_token_loss(log_p, input_ids[row, column + 1]).double().sum())
             if reference is not None:
-                log_q = F.log_softmax(reference[row, :-1][counted].float(), dim=-1)
-                self.divergence += float(
-                    F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1).double().sum()
-                )
-                self.agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                self._compare(part, log_p, reference[row, column])
+
+    def _compare(self, logits: Tensor, log_p: Tensor, reference: Tensor) -> None:
+        log_reference = F.log_softmax(reference.float(), dim=-1)
+        self._compared += len(logits)
+        self._divergence += float(kl_divergence(log_reference, log_p).double().sum())
+        self._agreements += int((logits.argmax(-1) == reference.argmax(-1)).sum())
 
     @property
     def cross_entropy(self) -> float:
-        """Nats per token."""
-        return self.loss / self.targets if self.targets else float("nan")
+        """Nats per token; NaN when no token has a next one."""
+        return self._loss / self.targets if self.targets else math.nan
 
     @property
     def kl(self) -> float:
-        """KL(reference ‖ this model), nats per token."""
-        return self.divergence / self.targets if self.targets else float("nan")
+        """KL(reference ‖ this model), nats per token; NaN without a reference."""
+        return self._divergence / self._compared if self._compared else math.nan
 
     @property
     def agreement(self) -> float:
-        """Share of tokens with the reference's most likely next token."""
-        return self.agreements / self.targets if self.targets else float("nan")
-
-
-def recovered_share(untouched: float, spliced: float, zero_ablated: float) -> float:
-    """(CE_zero − CE_spliced) / (CE_zero − CE_untouched): 1 as good as the original MLP, 0 as bad as none."""
-    gap = zero_ablated - untouched
-    return (zero_ablated - spliced) / gap if gap else float("nan")
-
-
-def normalised_entropy(counts: Tensor) -> float:
-    """−Σ_n p_n log p_n / log N with p = counts / Σ counts, (N): 1 when all are used alike, 0 when only one is."""
-    shares = counts.double() / counts.sum().clamp_min(1)
-    entropy = -torch.special.xlogy(shares, shares).sum()
-    return float(entropy / torch.log(torch.tensor(float(len(counts))))) if len(counts) > 1 else 0.0
+        """Share of tokens with the reference's most likely next token; NaN without a reference."""
+        return self._agreements / self._compared if self._compared else math.nan

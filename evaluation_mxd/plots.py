@@ -1,52 +1,112 @@
 """Figures beside the numbers. They use matplotlib's object interface: no global state, no display."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from .expert_use import SPECIALISED_FREQUENCY
 
+# Okabe and Ito's palette, told apart with any colour vision; its yellow is too pale for lines on white.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+_LINE_STYLES = ("-", "--", ":", "-.")
+_BINS_PER_DECADE = 8
+_LEGEND_ROWS = 16
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _line(index: int, count: int) -> dict[str, Any]:
+    """Colour and dashes of one line of `count`: the palette, or shades in order where it is too short."""
+    if count <= len(_COLOURS):
+        return {"color": _COLOURS[index], "linestyle": _LINE_STYLES[index % len(_LINE_STYLES)]}
+    return {"color": matplotlib.colormaps["cividis"](0.9 * index / (count - 1)), "linewidth": 1}
+
+
+def _legend(figure: Figure, count: int) -> None:
+    """Above the axes where it is short, else beside them: never over the data."""
+    if count <= len(_COLOURS):
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize="small")
+        return
+    columns = -(-count // _LEGEND_ROWS)
+    figure.set_figwidth(6.4 + 2.2 * columns)
+    figure.legend(loc="outside right center", ncols=columns, frameon=False, fontsize="x-small")
+
 
 def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Histogram of how often each expert is active, one line per layer.
+    """Histogram of log₁₀ of how often each expert is active, one line per layer; experts that never are, of which
+    the logarithm does not exist, are named in the legend.
 
     Args:
         frequencies: label → share of tokens on which each expert is active, (N).
-        path: the image's path.
+        path: the image's path; its ending says the format.
     """
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, frequency in frequencies.items():
-        alive = frequency[frequency > 0].double().log10()
-        dead = 1 - len(alive) / len(frequency)
-        counts, edges = torch.histogram(alive.cpu(), bins=50, range=(-6.0, 0.0))
-        axes.stairs(
-            counts.numpy(), edges.numpy(), label=f"{label}: {len(frequency):,} experts, {100 * dead:.1f} % dead"
+    figure, axes = _figure()
+    shares = {label: frequency.detach().double().cpu() for label, frequency in frequencies.items()}
+    smallest = min((float(share[share > 0].min()) for share in shares.values() if share.any()), default=1.0)
+    decades = max(1, math.ceil(-math.log10(smallest)))
+    for index, (label, share) in enumerate(shares.items()):
+        alive = share[share > 0]
+        dead = 100 * (1 - len(alive) / len(share))
+        counts, edges = torch.histogram(
+            alive.log10().clamp(-decades, 0), bins=_BINS_PER_DECADE * decades, range=(-float(decades), 0.0)
         )
-    axes.axvline(torch.tensor(SPECIALISED_FREQUENCY).log10().item(), color="black", linestyle=":", linewidth=1)
-    axes.set(xlabel="share of training tokens on which an expert is active", ylabel="experts")
-    axes.set_xticks(range(-6, 1), [f"$10^{{{power}}}$" for power in range(-6, 1)])
-    axes.legend(title="dotted: 25 %", frameon=False)
+        name = f"{label}: {dead:.1f} % of {len(share):,} dead"
+        centres = (edges[:-1] + edges[1:]) / 2
+        style = "steps-mid" if len(shares) <= len(_COLOURS) else "default"  # many steps hide one another
+        axes.plot(centres.numpy(), counts.numpy(), label=name, drawstyle=style, **_line(index, len(shares)))
+    axes.axvline(
+        math.log10(SPECIALISED_FREQUENCY),
+        color="grey", linestyle=(0, (1, 1)), label=f"{100 * SPECIALISED_FREQUENCY:.0f} % of tokens",
+    )  # fmt: skip
+    axes.set(xlabel="share of tokens on which an expert is active", ylabel="experts per bin", xlim=(-decades, 0))
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(range(-decades, 1), [f"$10^{{{power}}}$" for power in range(-decades, 1)])
+    _legend(figure, len(shares))
     figure.savefig(path, dpi=150)
 
 
 def plot_training_loss(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Training loss against optimiser steps, from `trainer.state.log_history`; one line per layer if it has them."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
+    """Training loss, from `trainer.state.log_history`: over tokens where the log counts them
+    (`include_num_input_tokens_seen`), else over optimiser steps; one line per layer if it has them (`layer_8/loss`).
+
+    Args:
+        log_history: entries with "step", "loss" and perhaps more; those without "loss" are passed over.
+        path: the image's path; its ending says the format.
+    """
+    figure, axes = _figure()
     logs = [entry for entry in log_history if "loss" in entry]
+    by_tokens = bool(logs) and all("num_input_tokens_seen" in entry for entry in logs)
+    position = "num_input_tokens_seen" if by_tokens else "step"
     names = [name for name in (logs[0] if logs else {}) if name.endswith("/loss")] or ["loss"]
-    for name in names:
-        points = [(entry["step"], entry[name]) for entry in logs if name in entry]
-        axes.plot(
-            *zip(*points, strict=True) if points else ([], []), label=name.removesuffix("/loss").replace("_", " ")
-        )
-    axes.set(xlabel="optimiser step", ylabel="loss: normalised squared error", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+    for index, name in enumerate(names):
+        points = [(entry[position], entry[name]) for entry in logs if name in entry]
+        label = name.removesuffix("/loss").replace("_", " ")
+        marker = "." if len(points) < 30 else None
+        axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, marker=marker,
+                  **_line(index, len(names)))  # fmt: skip
+    axes.set(
+        xlabel="training tokens" if by_tokens else "optimiser steps",
+        ylabel="training loss (normalised squared error)", yscale="log",
+    )  # fmt: skip
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    if by_tokens:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.grid(alpha=0.3, linewidth=0.5)
     if len(names) > 1:
-        axes.legend(frameon=False, ncols=2)
+        _legend(figure, len(names))
     figure.savefig(path, dpi=150)

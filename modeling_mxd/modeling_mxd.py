@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,11 @@ class MxDModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MxDLayer | TranscoderLayer):
             module.reset_parameters()
+
+    def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
+        # transformers passes over custom code's modules whose own tensors were all in the file, so a layer of which
+        # only a linear is missing would keep unset memory. nn.init spares what was loaded: no need to pass over.
+        super()._initialize_weights(module)
 
     def layer(self, layer: int) -> SparseLayer:
         """The layer that stands for the MLP of transformer layer `layer`.

@@ -1,4 +1,70 @@
 """MxD: take the MLPs of a language model apart without breaking the model.
 
-The public names of all rooms in one place; `python -m mxd` and the command `mxd` are the same.
+The public names of all rooms in one place; each is imported when it is first used, so that the command's help
+needs no torch. `python -m mxd` and the command `mxd` are the same.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evaluation_mxd import faithfulness, load_evaluation, measure_expert_statistics, token_mask
+    from modeling_mxd import (
+        ExpertCoefficients,
+        ExpertIntervention,
+        MxDConfig,
+        MxDLayer,
+        MxDLayerConfig,
+        MxDModel,
+        SurgeryError,
+        TranscoderLayer,
+        capture_mlps,
+        find_mlps,
+        num_experts_matching_transcoder,
+        num_latents_matching_transcoder,
+        replace_mlp,
+        spliced_mlps,
+    )
+    from trainers import DataError, DistillationArguments, DistillationTrainer, load_text, pack, split_documents
+
+    from .base_model import BaseModelError, load_base_model
+    from .pipeline import DecompositionOptions, TextOptions, decompose, evaluate
+
+_HOME = {
+    "evaluation_mxd": ["faithfulness", "load_evaluation", "measure_expert_statistics", "token_mask"],
+    "modeling_mxd": [
+        "ExpertCoefficients",
+        "ExpertIntervention",
+        "MxDConfig",
+        "MxDLayer",
+        "MxDLayerConfig",
+        "MxDModel",
+        "SurgeryError",
+        "TranscoderLayer",
+        "capture_mlps",
+        "find_mlps",
+        "num_experts_matching_transcoder",
+        "num_latents_matching_transcoder",
+        "replace_mlp",
+        "spliced_mlps",
+    ],
+    "trainers": [
+        "DataError",
+        "DistillationArguments",
+        "DistillationTrainer",
+        "load_text",
+        "pack",
+        "split_documents",
+    ],
+    "mxd.base_model": ["BaseModelError", "load_base_model"],
+    "mxd.pipeline": ["DecompositionOptions", "TextOptions", "decompose", "evaluate"],
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = list(_MODULE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'mxd' has no attribute {name!r}")
+    return getattr(import_module(_MODULE[name]), name)

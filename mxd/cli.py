@@ -140,7 +140,9 @@ def decompose(
     Without arguments: the embedded model and text.
     """
     model, sources = split_arguments(arguments or [], dataset or [])
-    from .decompose import DecompositionOptions, TextOptions, decompose, embedded
+    from .pipeline import DecompositionOptions, TextOptions, decompose, embedded
+
+    _quiet()
 
     options = DecompositionOptions(
         model=model or embedded.MODEL_NAME,
@@ -170,10 +172,11 @@ def decompose(
     )
     _report(decompose(options), as_json)
     if not as_json:
-        console = Console()
-        console.print(f"\nSaved in [bold]{output}[/bold]: weights, evaluation.json, training_log.json, figures/")
-        console.print(f"Next:   mxd evaluate {output} --dataset <other text>")
-        console.print(f'        MxDModel.from_pretrained("{output}")    # see the README for reading and steering')
+        typer.echo(f"\nSaved in {output}: weights, evaluation.json, training_log.json, figures/")
+        typer.echo(f"Next:  mxd evaluate {output} --dataset <other text>")
+        typer.echo(
+            f'       mxd.MxDModel.from_pretrained("{output}")   # the README shows how to read and steer experts'
+        )
 
 
 @app.command()
@@ -193,38 +196,47 @@ def evaluate(
 ) -> None:
     """Measure a decomposition on text: a table on screen, evaluation.json in its folder."""
     model, sources = split_arguments([folder, *(files or [])], dataset or [])
-    from .decompose import TextOptions, evaluate
+    from .pipeline import TextOptions, evaluate
+
+    _quiet()
 
     text = TextOptions(sources, [], dataset_config, split, text_column, streaming, context_length)
     _report(evaluate(model or folder, text, parse_count(tokens), dtype, progress=not as_json), as_json)
+
+
+def _quiet() -> None:
+    """Bars and warnings of the libraries off: the command has its own."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _report(results: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(results, indent=2))
         return
-    loss = results["cross_entropy"]
-    table = Table(title="Faithfulness on held-out text (cross-entropy in nats per token)")
-    columns = ("layer", "NMSE", "FVU", "L0", "dead experts", "expert share", "specialised share")
-    for column in columns:
-        table.add_column(column, justify="right")
+    layers = Table(title="Layers, on held-out text")
+    for column in ("layer", "NMSE", "FVU", "L0", "dead\nexperts", "expert\nshare", "specialised\nshare"):
+        layers.add_column(column, justify="right")
     for layer, row in results["layers"].items():
         shares = [_percent(row[name]) for name in ("dead_experts", "expert_share", "specialised_share")]
-        table.add_row(layer, f"{row['nmse']:.4f}", f"{row['fvu']:.4f}", f"{row['l0']:.1f}", *shares)
-    model = Table(title="The model with these layers spliced in")
-    for column in ("untouched", "spliced", "rise", "zero-ablated", "recovered", "KL", "same top token"):
-        model.add_column(column, justify="right")
-    model.add_row(
-        f"{loss['untouched']:.4f}",
-        f"{loss['spliced']:.4f}",
-        f"{loss['spliced'] - loss['untouched']:+.4f}",
-        f"{loss['zero_ablated']:.4f}",
-        _percent(loss["recovered"]),
-        f"{results['kl']:.4f}",
-        _percent(results["top1_agreement"]),
-    )
+        layers.add_row(layer, f"{row['nmse']:.4f}", f"{row['fvu']:.4f}", f"{row['l0']:.1f}", *shares)
+    loss = results["cross_entropy"]
+    model = Table(title="The model with them spliced in")
+    model.add_column("")
+    model.add_column("cross-entropy\n(nats per token)", justify="right")
+    model.add_row("untouched", f"{loss['untouched']:.4f}")
+    model.add_row("spliced", f"{loss['spliced']:.4f}  ({loss['spliced'] - loss['untouched']:+.4f})")
+    model.add_row("zero-ablated", f"{loss['zero_ablated']:.4f}  ({loss['zero_ablated'] - loss['untouched']:+.4f})")
+    model.add_section()
+    model.add_row("recovered", _percent(loss["recovered"]))
+    model.add_row("KL to the untouched model", f"{results['kl']:.4f}")
+    model.add_row("same most likely token", _percent(results["top1_agreement"]))
     console = Console()
-    console.print(table)
+    console.print(layers)
     console.print(model)
 
 

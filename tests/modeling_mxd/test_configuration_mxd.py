@@ -4,7 +4,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from modeling_mxd import MxDConfig, MxDLayerConfig
+from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
+from modeling_mxd import modeling_mxd as model_module
 
 VALID = {"hidden_size": 16, "output_size": 12, "intermediate_size": 20, "num_experts": 24, "num_experts_per_tok": 4}
 SIZES = tuple(VALID)
@@ -105,7 +106,8 @@ def config():
 
 def test_to_dict_and_back_is_equal(config):
     again = MxDConfig.from_dict(config.to_dict())
-    assert again.to_dict() == config.to_dict() and again == config
+    assert again.to_dict() == config.to_dict()
+    assert MxDConfig.from_dict(again.to_dict()) == again  # the first to_dict writes transformers' version into it
     assert [again.layer(layer) for layer in again.layers] == [config.layer(layer) for layer in config.layers]
 
 
@@ -125,7 +127,7 @@ def test_a_config_file_with_nonsense_is_refused(config, tmp_path):
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**written, "num_experts": -5}))
-    with pytest.raises(ValueError, match="^num_experts must be"):
+    with pytest.raises(ValueError, match=r"^num_experts must be"):
         MxDConfig.from_pretrained(tmp_path)
 
 
@@ -158,3 +160,33 @@ def test_check_memory_refuses_a_million_by_a_million(field):
     config = MxDConfig(layers=[0], **{**VALID, "hidden_size": 10**6, field: 10**6})
     with pytest.raises(ValueError, match=r"needs [\d,.]+ GiB .*1000000.*of layer 0"):
         config.check_memory(torch.float32)
+
+
+def no_allocation(*args):
+    raise AssertionError("a layer was allocated")
+
+
+HUGE = {"hidden_size": 10**6, "output_size": 10**6, "intermediate_size": 10**6}
+
+
+def test_a_model_that_no_machine_holds_is_refused_before_allocation(monkeypatch):
+    monkeypatch.setattr(model_module, "make_layer", no_allocation)
+    with pytest.raises(ValueError, match=r"needs [\d,.]+ GiB .* of layer 4"):
+        MxDModel(MxDConfig(layers=[4], **{**VALID, **HUGE}))
+
+
+def test_a_folder_that_no_machine_holds_is_refused_before_allocation(monkeypatch, tmp_path):
+    MxDModel(MxDConfig(layers=[4], **VALID)).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, **HUGE}))
+    monkeypatch.setattr(model_module, "make_layer", no_allocation)
+    with pytest.raises(ValueError, match=r"needs [\d,.]+ GiB .* of layer 4"):
+        MxDModel.from_pretrained(tmp_path)
+
+
+def test_a_folder_whose_weights_have_other_sizes_is_refused(tmp_path):
+    MxDModel(MxDConfig(layers=[4], **VALID)).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "num_experts": 30}))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        MxDModel.from_pretrained(tmp_path)

@@ -58,7 +58,7 @@ def test_latents_of_a_skip_transcoder_pay_for_the_skip(skip):
 
 
 def test_a_budget_too_small_is_refused():
-    with pytest.raises(ValueError, match="transcoder of 1 x 64 latents has .* raise the multiplier"):
+    with pytest.raises(ValueError, match=r"transcoder of 1 x 64 latents has .* raise the multiplier"):
         num_experts_matching_transcoder(64, 64, 256, 1, "mlp")
     with pytest.raises(ValueError, match="intermediate_size 256"):
         num_experts_matching_transcoder(64, 64, 256, 3, "glu")

@@ -95,7 +95,7 @@ def test_decompose_leaves_a_folder_that_loads(finished):
     model, info = MxDModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.base_model_name_or_path == embedded.MODEL_NAME
-    for word in ("NMSE", "dead experts", "specialised share", "zero-ablated", "recovered", "mxd evaluate"):
+    for word in ("NMSE", "FVU", "L0", "dead", "specialised", "zero-ablated", "recovered", "mxd evaluate"):
         assert word in output
     assert "tok/s" in error
 

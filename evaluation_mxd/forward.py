@@ -1,0 +1,69 @@
+"""Forward passes as evaluation needs them: without dropout, without padding on the left, each run once."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeling_mxd import capture_mlps
+
+Batch = tuple[Tensor, Tensor | None]
+"""`input_ids` and `attention_mask`, both (batch, tokens)."""
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards, also after an exception, every module's own mode."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def right_padded(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
+    """Token ids and mask on `device`, with every row's padding moved to its right.
+
+    Models with absolute positions count them from the left of the row: with padding there a plain forward pass
+    gives every token a wrong position (generation corrects this, forward does not).
+
+    Raises:
+        ValueError: when the batch has no tokens, or ids and mask differ in shape.
+    """
+    ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"input_ids must be (batch, tokens) with at least one token, got {tuple(ids.shape)}")
+    if mask is None:
+        return ids, None
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {tuple(ids.shape)}")
+    mask = mask.to(device)
+    order = (mask == 0).to(torch.int8).argsort(dim=-1, stable=True)
+    return ids.gather(-1, order), mask.gather(-1, order)
+
+
+def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (batch, tokens, vocabulary) of a causal language model."""
+    ids, attention_mask = batch
+    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def capture_with_logits(
+    model: nn.Module, layers: list[int], batch: Batch
+) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
+    """What `capture_mlps` and `next_token_logits` give, in one forward pass."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept.append(output.logits)
+
+    with model.register_forward_hook(keep):
+        captured = capture_mlps(model, layers, *batch, stop_after_last=False)
+    return captured, kept[0]

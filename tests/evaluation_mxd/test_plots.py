@@ -1,0 +1,103 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import evaluation_mxd
+from evaluation_mxd import plot_expert_frequency, plot_training_loss
+
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
+    saved, save = [], Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        saved.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()] if figure.legends else []
+
+
+def test_histogram_counts_every_living_expert_and_names_the_dead(figures, tmp_path):
+    frequency = torch.tensor([0.0, 0.0, 0.001, 0.01, 0.3, 1.0, 0.5, 0.02])
+    plot_expert_frequency({"layer 8": frequency, "layer 9": torch.zeros(4)}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    (axes,) = figures[0].axes
+    first, second, quarter = axes.get_lines()
+    assert (first.get_ydata().sum(), second.get_ydata().sum()) == (6, 0)
+    assert quarter.get_xdata() == pytest.approx([math.log10(0.25)] * 2)
+    assert legend(figures[0]) == ["layer 8: 25.0 % of 8 dead", "layer 9: 100.0 % of 4 dead", "25 % of tokens"]
+    assert axes.get_xlabel() and axes.get_ylabel()
+
+
+@pytest.mark.parametrize("smallest", [1e-9, 1e-3, 1.0])
+def test_no_frequency_falls_off_the_axis(figures, tmp_path, smallest):
+    frequency = torch.tensor([smallest, 0.5, 1.0], dtype=torch.bfloat16).requires_grad_()
+    plot_expert_frequency({"layer 8": frequency}, tmp_path / "a.png")
+    line = figures[0].axes[0].get_lines()[0]
+    assert line.get_ydata().sum() == 3
+    left, right = figures[0].axes[0].get_xlim()
+    assert left <= math.log10(smallest) <= right == 0
+
+
+def test_many_layers_and_none(figures, tmp_path):
+    plot_expert_frequency({f"layer {i}": torch.rand(50) for i in range(40)}, tmp_path / "a.png")
+    assert len(legend(figures[0])) == 41
+    colours = [line.get_color() for line in figures[0].axes[0].get_lines()[:40]]
+    assert len(set(colours)) == 40
+    plot_expert_frequency({}, tmp_path / "b.svg")
+    assert "<svg" in (tmp_path / "b.svg").read_text()
+
+
+LOG = [
+    {"loss": 2.0, "step": 1},
+    {"eval_loss": 9.0, "step": 1},
+    {"loss": 0.5, "step": 2},
+    {"train_runtime": 3.0, "step": 2},
+]
+
+
+def test_loss_over_steps(figures, tmp_path):
+    plot_training_loss(LOG, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    (axes,) = figures[0].axes
+    (line,) = axes.get_lines()
+    assert [list(line.get_xdata()), list(line.get_ydata())] == [[1, 2], [2.0, 0.5]]
+    assert axes.get_yscale() == "log" and axes.get_xlabel() == "optimiser steps" and axes.get_ylabel()
+    assert not legend(figures[0])
+
+
+def test_loss_over_tokens_where_all_entries_count_them(figures, tmp_path):
+    counted = [{**entry, "num_input_tokens_seen": 100 * entry["step"]} for entry in LOG]
+    plot_training_loss(counted, tmp_path / "a.png")
+    plot_training_loss([*counted, {"loss": 0.4, "step": 3}], tmp_path / "a.png")
+    assert list(figures[0].axes[0].get_lines()[0].get_xdata()) == [100, 200]
+    assert figures[0].axes[0].get_xlabel() == "training tokens"
+    assert figures[1].axes[0].get_xlabel() == "optimiser steps"
+
+
+def test_loss_of_every_layer(figures, tmp_path):
+    log = [{"loss": 1.5, "layer_2/loss": 1.0, "layer_10/loss": 2.0, "step": step} for step in (1, 2)]
+    plot_training_loss(log, tmp_path / "a.png")
+    assert legend(figures[0]) == ["layer 2", "layer 10"]
+    assert list(figures[0].axes[0].get_lines()[1].get_ydata()) == [2.0, 2.0]
+
+
+def test_an_empty_log_still_gives_a_figure(tmp_path):
+    plot_training_loss([], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+def test_no_global_state_of_matplotlib_is_touched():
+    for path in Path(evaluation_mxd.__file__).parent.glob("*.py"):
+        assert not {"pyplot", "rcParams", "matplotlib.use"} & set(path.read_text().replace(".", " ").split()), path
