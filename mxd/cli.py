@@ -223,7 +223,7 @@ def _report(results: dict[str, Any], as_json: bool) -> None:
         layers.add_column(column, justify="right")
     for layer, row in results["layers"].items():
         shares = [_percent(row[name]) for name in ("dead_experts", "expert_share", "specialised_share")]
-        layers.add_row(layer, f"{row['nmse']:.4f}", f"{row['fvu']:.4f}", f"{row['l0']:.1f}", *shares)
+        layers.add_row(layer, _number(row["nmse"]), _number(row["fvu"]), f"{row['l0']:.1f}", *shares)
     loss = results["cross_entropy"]
     model = Table(title="The model with them spliced in")
     model.add_column("")
@@ -238,6 +238,10 @@ def _report(results: dict[str, Any], as_json: bool) -> None:
     console = Console()
     console.print(layers)
     console.print(model)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _percent(share: float | None) -> str:

@@ -13,7 +13,7 @@ import transformers
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from evaluation_mxd import faithfulness, plot_expert_frequency, plot_training_loss, save_evaluation
+from evaluation_mxd import faithfulness, load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
 from modeling_mxd import (
     MLPSite,
     MxDConfig,
@@ -229,6 +229,7 @@ def training_arguments(options: DecompositionOptions, folder: Path) -> Distillat
         "save_steps": max(1, min(500, steps // 4)),
         "save_total_limit": 1,
         "seed": options.seed,
+        "disable_tqdm": False,  # the stock default follows transformers' verbosity
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     return DistillationArguments(**{**defaults, **options.training})
@@ -278,7 +279,7 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     draw(decomposition, trainer.state.log_history, folder)
     for unneeded in folder.glob("checkpoint-*"):
         shutil.rmtree(unneeded)
-    return results
+    return load_evaluation(folder)
 
 
 def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, seconds: float) -> dict[str, Any]:
@@ -340,7 +341,7 @@ def evaluate(
     settings = {"evaluation": {**asdict(text), "model_dtype": dtype}, **_training_settings(Path(folder))}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
     save_evaluation(results, folder)
-    return results
+    return load_evaluation(folder)
 
 
 def _training_settings(folder: Path) -> dict[str, Any]:
