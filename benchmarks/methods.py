@@ -46,8 +46,9 @@ CONTEXT = 256
 ROWS_PER_STEP = 8
 EVALUATION_TOKENS = 16384
 
-RAW = {"gate_initialization": "random", "scale_activations": False}
-SCALED = {"gate_initialization": "random"}
+DATA = {"encoder_initialization": "random"}
+SCALED = {"gate_initialization": "random", "encoder_initialization": "random"}
+RAW = {**SCALED, "scale_activations": False}
 PRETRAINED = {"encoder_initialization": "pretrained"}
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # name: (options of the layer, arguments of the training)
@@ -59,13 +60,13 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "MxD, pretrained encoder, raw": ({}, {**RAW, **PRETRAINED}),
     "MxD, pretrained encoder, scaled": ({}, {**SCALED, **PRETRAINED}),
     "skip transcoder, gate from data, lr 3e-3": ({"method": "skip_transcoder"}, {"learning_rate": 3e-3}),
-    "MxD, gate from data": ({}, {}),
-    "MxD, gate from data, lr 3e-3": ({}, {"learning_rate": 3e-3}),
+    "MxD, gate from data": ({}, DATA),
+    "MxD, gate from data, lr 3e-3": ({}, {**DATA, "learning_rate": 3e-3}),
     "MxD, gate from data, pretrained encoder, Cᵀa from 1": (
         {},
         {**PRETRAINED, "modulation_initialization": "unit"},
     ),
-    "MxD, gate from data, pretrained encoder, lr 3e-3": ({}, {**PRETRAINED, "learning_rate": 3e-3}),
+    "MxD, gate from data, pretrained encoder, lr 3e-3 (default)": ({}, {**PRETRAINED, "learning_rate": 3e-3}),
 }
 
 
@@ -220,7 +221,9 @@ def main() -> None:
     missing = [name for name in options.rows if not _row_path(options, name).exists()]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(_run_in_process, missing))
-    rows = [json.loads(path.read_text()) for name in ROWS if (path := _row_path(options, name)).exists()]
+    rows = [
+        {**json.loads(path.read_text()), "name": name} for name in ROWS if (path := _row_path(options, name)).exists()
+    ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "methods.json").write_text(json.dumps(rows, indent=1) + "\n")
     (RESULTS / "methods.md").write_text(table(rows))

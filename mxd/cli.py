@@ -47,6 +47,13 @@ class EncoderStart(str, Enum):
     random = "random"
 
 
+class ModulationStart(str, Enum):
+    """Where the experts' modulations start from."""
+
+    random = "random"
+    unit = "unit"
+
+
 def parse_count(text: str) -> int:
     """`"480M"` → 480,000,000; also k, B, and plain digits."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbB]?)", text.replace("_", "").replace(",", "").strip())
@@ -120,9 +127,16 @@ def decompose(
     tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "1M",
     context_length: ContextLength = 128,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one optimiser step.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")] = 3e-3,
     gate_start: Annotated[GateStart, typer.Option(help="Where the gate starts from.")] = GateStart.data,
-    encoder_start: Annotated[EncoderStart, typer.Option(help="Where the encoder starts from.")] = EncoderStart.random,
+    encoder_start: Annotated[
+        EncoderStart | None,
+        typer.Option(help="Where the encoder starts from. [the pretrained MLP's, unless --intermediate-size is given]"),
+    ] = None,
+    modulation_start: Annotated[
+        ModulationStart,
+        typer.Option(help="unit: from C^T a = 1, most faithful, but the dense encoder does the work."),
+    ] = ModulationStart.random,
     bf16: Annotated[bool, typer.Option(help="Matrix products in bfloat16, weights in float32.")] = False,
     dtype: Dtype = "float32",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
@@ -144,6 +158,8 @@ def decompose(
 
     _quiet()
 
+    if encoder_start is None:
+        encoder_start = EncoderStart.random if intermediate_size else EncoderStart.pretrained
     options = DecompositionOptions(
         model=model or embedded.MODEL_NAME,
         revision=revision,
@@ -166,6 +182,7 @@ def decompose(
             "learning_rate": learning_rate,
             "gate_initialization": gate_start.value,
             "encoder_initialization": encoder_start.value,
+            "modulation_initialization": modulation_start.value,
             "bf16": bf16,
             "report_to": report_to,
         },
@@ -268,8 +285,9 @@ def _explain(error: Exception) -> str:
         where = f" ({error.filename})" if error.filename else ""
         return f"{os.strerror(error.errno)}{where}; {KEPT}"
     name = type(error).__name__
-    if name == "SafetensorError" or "No space left" in str(error):
-        return f"the weights could not be written ({error}); {KEPT}"
+    # torch.save says of a full disk only that its position in the file is not the expected one.
+    if name == "SafetensorError" or any(sign in str(error) for sign in ("No space left", "inline_container")):
+        return f"a file could not be written, the disk may be full ({error}); {KEPT}"
     if isinstance(error, ValueError) or name == "Interrupted":
         return str(error)
     return f"{name}: {error} (run with --debug for the traceback)"

@@ -285,7 +285,8 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
 def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, seconds: float) -> dict[str, Any]:
     """How a decomposition was made, for evaluation.json."""
     arguments = trainer.args
-    names = ("learning_rate", "gate_initialization", "encoder_initialization", "scale_activations", "bf16")
+    starts = ("gate_initialization", "encoder_initialization", "modulation_initialization")
+    names = ("learning_rate", *starts, "scale_activations", "bf16")
     return {
         **{name: value for name, value in asdict(options).items() if name not in ("output", "overwrite", "resume")},
         **{name: getattr(arguments, name) for name in names},

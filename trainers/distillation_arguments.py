@@ -20,7 +20,7 @@ class DistillationArguments(TrainingArguments):
     """
 
     learning_rate: float = field(
-        default=1e-3,
+        default=3e-3,
         metadata={
             "help": "Peak learning rate in units of the scaled activations (the authors: 1e-4 for 480 M tokens)."
         },
@@ -39,8 +39,8 @@ class DistillationArguments(TrainingArguments):
         },
     )
     encoder_initialization: str = field(
-        default="random",
-        metadata={"help": "'random': as nn.Linear, the authors' start; 'pretrained': from the MLP's own."},
+        default="pretrained",
+        metadata={"help": "'pretrained': from the MLP's own encoder; 'random': as nn.Linear, the authors' start."},
     )
     modulation_initialization: str = field(
         default="random",
