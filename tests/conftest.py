@@ -2,9 +2,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no test may reach a network
 
+import datasets
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +30,12 @@ def tiny_llama():
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def library_verbosity():
+    """The commands silence transformers and datasets for the process; no other test may see that."""
+    yield
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
