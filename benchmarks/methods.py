@@ -5,7 +5,7 @@
 One teacher pass records the layer's inputs and outputs; every row trains on the recording, in the same order, in a
 process of its own (one thread each, `--jobs` at a time), and is measured on the same held-out documents. Text: the
 parquet files of FOLDER and the running interpreter's standard library. Rows already in the work folder are not run
-again. Writes benchmarks/results/methods.json and methods.md.
+again. Writes benchmarks/results/methods.json, and the table into the README.
 """
 
 import argparse
@@ -41,32 +41,38 @@ from trainers import (
 )
 from trainers.data import python_library_documents
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "methods.json"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks/methods.py: begin -->\n", "<!-- benchmarks/methods.py: end -->"
 CONTEXT = 256
 ROWS_PER_STEP = 8
 EVALUATION_TOKENS = 16384
 
-DATA = {"encoder_initialization": "random"}
-SCALED = {"gate_initialization": "random", "encoder_initialization": "random"}
+NAIVE = {"learning_rate": 1e-3, "gate_learning_rate_factor": 1.0, "modulation_learning_rate_factor": 1.0}
+DATA = {**NAIVE, "encoder_initialization": "random"}
+SCALED = {**DATA, "gate_initialization": "random"}
 RAW = {**SCALED, "scale_activations": False}
 PRETRAINED = {"encoder_initialization": "pretrained"}
+SKIP = {"method": "skip_transcoder"}
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # name: (options of the layer, arguments of the training)
-    "skip transcoder, raw": ({"method": "skip_transcoder"}, RAW),
+    "skip transcoder, raw": (SKIP, RAW),
     "MxD, authors' start, raw": ({}, RAW),
-    "skip transcoder, scaled": ({"method": "skip_transcoder"}, SCALED),
+    "skip transcoder, scaled": (SKIP, SCALED),
     "MxD, authors' start, scaled": ({}, SCALED),
     "MxD, authors' start, scaled, H = 576": ({"intermediate_size": 576}, SCALED),
     "MxD, pretrained encoder, raw": ({}, {**RAW, **PRETRAINED}),
     "MxD, pretrained encoder, scaled": ({}, {**SCALED, **PRETRAINED}),
-    "skip transcoder, gate from data, lr 3e-3": ({"method": "skip_transcoder"}, {"learning_rate": 3e-3}),
     "MxD, gate from data": ({}, DATA),
     "MxD, gate from data, lr 3e-3": ({}, {**DATA, "learning_rate": 3e-3}),
     "MxD, gate from data, pretrained encoder, Cᵀa from 1": (
         {},
-        {**PRETRAINED, "modulation_initialization": "unit"},
+        {**DATA, **PRETRAINED, "modulation_initialization": "unit"},
     ),
-    "MxD, gate from data, pretrained encoder, lr 3e-3 (default)": ({}, {**PRETRAINED, "learning_rate": 3e-3}),
+    "MxD, gate from data, pretrained encoder, lr 3e-3": ({}, {**DATA, **PRETRAINED, "learning_rate": 3e-3}),
+    "skip transcoder, gate from data, lr 3e-3": (SKIP, {**DATA, "learning_rate": 3e-3}),
+    "skip transcoder, the defaults": (SKIP, {}),
+    "MxD, the defaults": ({}, {}),
 }
 
 
@@ -151,7 +157,7 @@ def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
         bf16=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **{"learning_rate": 1e-3, **training},
+        **training,
     )
     trainer = ReplayTrainer(decomposition, model, arguments, train_dataset=rows)
     trainer.recorded = RecordedTeacher(options.work, options.layer, rows, config.hidden_size)
@@ -200,6 +206,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """Put the table between its marks in the README."""
+    before, _, rest = README.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    README.write_text(before + BEGIN + table(rows) + END + after)
+
+
 def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,9 +237,8 @@ def main() -> None:
     rows = [
         {**json.loads(path.read_text()), "name": name} for name in ROWS if (path := _row_path(options, name)).exists()
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "methods.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / "methods.md").write_text(table(rows))
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    write_table(rows)
 
 
 def _row_path(options: argparse.Namespace, name: str) -> Path:

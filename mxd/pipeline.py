@@ -286,7 +286,8 @@ def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, se
     """How a decomposition was made, for evaluation.json."""
     arguments = trainer.args
     starts = ("gate_initialization", "encoder_initialization", "modulation_initialization")
-    names = ("learning_rate", *starts, "scale_activations", "bf16")
+    rates = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor")
+    names = (*rates, *starts, "scale_activations", "bf16")
     return {
         **{name: value for name, value in asdict(options).items() if name not in ("output", "overwrite", "resume")},
         **{name: getattr(arguments, name) for name in names},

@@ -1,5 +1,6 @@
 """Arguments of layerwise distillation: transformers' `TrainingArguments` with the method's own fields."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,13 @@ class DistillationArguments(TrainingArguments):
         metadata={
             "help": "Peak learning rate in units of the scaled activations (the authors: 1e-4 for 480 M tokens)."
         },
+    )
+    gate_learning_rate_factor: float = field(
+        default=0.3,
+        metadata={"help": "On the gate's learning rate: a slower gate keeps its experts in use while the rest learns."},
+    )
+    modulation_learning_rate_factor: float = field(
+        default=3.0, metadata={"help": "On the learning rate of an MxD's modulations C, which are rarely updated each."}
     )
     warmup_steps: float = field(default=0.04, metadata={"help": "Warm-up: steps, or below 1 a share of the training."})
     max_grad_norm: float = field(
@@ -80,8 +88,17 @@ class DistillationArguments(TrainingArguments):
         for name in ("calibration_tokens", "statistics_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gate_learning_rate_factor", "modulation_learning_rate_factor"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number from 0, got {getattr(self, name)}")
         if not 0 <= self.minimum_relative_norm <= 1:
             raise ValueError(f"minimum_relative_norm must be from 0 to 1, got {self.minimum_relative_norm}")
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # Trainer refuses bfloat16 on a machine without a GPU unless the CPU is asked for
         super().__post_init__()
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        """Factor on the learning rate of a layer's parameter, by its name in the layer."""
+        if parameter.startswith("gate."):
+            return self.gate_learning_rate_factor
+        return self.modulation_learning_rate_factor if parameter == "modulation" else 1.0

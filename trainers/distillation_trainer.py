@@ -293,21 +293,22 @@ class DistillationTrainer(Trainer):
         self.add_callback(TokenProgressCallback(first["input_ids"].numel() * accumulated))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group per scale of parameter: see `initialization.parameter_scales`. Weight decay as in `args`."""
+        """One group per learning rate: see `initialization.parameter_scales` and the arguments' factors for gate and
+        modulations. Weight decay as in `args`."""
         if self.optimizer is None:
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups: dict[float, list[nn.Parameter]] = {1.0: []}  # first, since its rate is the one that is logged
+            # The plain group first, since its rate is the one that is logged.
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): []}
             for layer in self.model.config.layers:
                 module = self.model.layer(layer)
-                scales = (
-                    self.scales.get(layer, ActivationScales()) if self.args.scale_activations else ActivationScales()
-                )
-                factors = parameter_scales(module, scales)
+                measured = self.scales.get(layer) if self.args.scale_activations else None
+                scales = parameter_scales(module, measured or ActivationScales())
                 for name, parameter in module.named_parameters():
                     if parameter.requires_grad:
-                        groups.setdefault(factors[name], []).append(parameter)
+                        factor = self.args.learning_rate_factor(name)
+                        groups.setdefault((scales[name], factor), []).append(parameter)
             self.optimizer = optimizer_class(
-                [_parameter_group(parameters, factor, kwargs) for factor, parameters in groups.items() if parameters],
+                [_parameter_group(parameters, *key, kwargs) for key, parameters in groups.items() if parameters],
                 weight_decay=self.args.weight_decay,
                 **kwargs,
             )
@@ -331,10 +332,12 @@ class DistillationTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
 
-def _parameter_group(parameters: list[nn.Parameter], factor: float, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    group: dict[str, Any] = {"params": parameters, "lr": kwargs["lr"] * factor}
+def _parameter_group(
+    parameters: list[nn.Parameter], scale: float, factor: float, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    group: dict[str, Any] = {"params": parameters, "lr": kwargs["lr"] * scale * factor}
     if "eps" in kwargs:
-        group["eps"] = kwargs["eps"] / factor
+        group["eps"] = kwargs["eps"] / scale
     return group
 
 

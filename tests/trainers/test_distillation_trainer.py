@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -231,11 +232,30 @@ def test_evaluate_gives_nmse_over_all_rows(tiny_llama, tmp_path):
         ("calibration_tokens", 0),
         ("statistics_tokens", 0),
         ("minimum_relative_norm", 1.5),
+        ("gate_learning_rate_factor", -0.1),
+        ("modulation_learning_rate_factor", math.inf),
+        ("modulation_learning_rate_factor", math.nan),
     ],
 )
 def test_arguments_refuse_nonsense(tmp_path, field, value):
     with pytest.raises(ValueError, match=field):
         arguments(tmp_path, **{field: value})
+
+
+def test_gate_and_modulations_learn_at_their_own_rates(tiny_llama, tmp_path):
+    model = decomposition()
+    settings = arguments(
+        tmp_path, scale_activations=False, gate_learning_rate_factor=0.0, modulation_learning_rate_factor=4.0
+    )
+    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
+    optimizer = trainer.create_optimizer()
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    layer = model.layer(1)
+    assert {rates[id(parameter)] for parameter in layer.gate.parameters()} == {0.0}
+    assert rates[id(layer.modulation)] == pytest.approx(4e-2)
+    others = [value for name, value in layer.named_parameters() if not name.startswith(("gate.", "modulation"))]
+    assert {rates[id(parameter)] for parameter in others} == {1e-2}
+    assert len(rates) == len(list(layer.parameters()))
 
 
 def test_unknown_layer_is_refused_before_training(tiny_llama, tmp_path):
