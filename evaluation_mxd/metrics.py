@@ -43,8 +43,10 @@ def next_token_loss(log_p: Tensor, targets: Tensor) -> Tensor:
 
 
 def kl_divergence(log_reference: Tensor, log_p: Tensor) -> Tensor:
-    """KL(ref ‖ p) = Σ_v p_ref(v) (log p_ref(v) − log p(v)), nats; log-probabilities (..., vocabulary) → (...)."""
-    return F.kl_div(log_p, log_reference, log_target=True, reduction="none").sum(-1)
+    """KL(ref ‖ p) = Σ_v p_ref(v) (log p_ref(v) − log p(v)), nats; log-probabilities (..., vocabulary) → (...).
+    Tokens that the reference rules out (log-probability −inf, as where a model masks some) count 0."""
+    terms = F.kl_div(log_p, log_reference, log_target=True, reduction="none")
+    return terms.masked_fill(log_reference == -torch.inf, 0.0).sum(-1)
 
 
 def explained_share(error: float, ablated_error: float) -> float:

@@ -17,7 +17,7 @@ from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .parameter_budget import transcoder_parameters  # noqa: F401
 from .reference import reference_forward  # noqa: F401
-from .surgery import ReplacedMLP, replace_mlp, spliced_mlps
+from .surgery import ReplacedMLP, replace_mlps, spliced_mlps
 
 
 @dataclass
@@ -100,18 +100,13 @@ class MxDModel(PreTrainedModel):
         Raises:
             SurgeryError: as `replace_mlp`; the model is then as it was.
         """
-        replaced: list[ReplacedMLP] = []
-        try:
-            for layer in self.config.layers:
-                replaced.append(replace_mlp(model, layer, self.layer(layer), cast=cast))
-        except Exception:
-            for replacement in reversed(replaced):
-                replacement.restore()
-            raise
-        return replaced
+        return replace_mlps(model, self._modules_by_layer(), cast=cast)
 
     @contextmanager
     def spliced(self, model: nn.Module, cast: bool = True) -> Iterator[list[ReplacedMLP]]:
         """Splice inside the block; afterwards, also after an exception, the base model is as it was."""
-        with spliced_mlps(model, {layer: self.layer(layer) for layer in self.config.layers}, cast=cast) as replaced:
+        with spliced_mlps(model, self._modules_by_layer(), cast=cast) as replaced:
             yield replaced
+
+    def _modules_by_layer(self) -> dict[int, nn.Module]:
+        return {layer: self.layer(layer) for layer in self.config.layers}

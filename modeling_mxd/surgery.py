@@ -10,6 +10,7 @@ and the identity into the others.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class SurgeryError(ValueError):
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Copies of an MLP's weights in the layout of the field: y = decoder · (act(encoder · x) [* up · x])."""
+    """An MLP's weights in the layout of the field: y = decoder · (act(encoder · x) [* up · x])."""
 
     encoder: Tensor
     """(H, I)"""
@@ -131,7 +132,7 @@ class MLPSite:
 
     def check_fits(self, config: MxDLayerConfig) -> None:
         """Raise a SurgeryError when a layer of this configuration maps between other widths than the MLP."""
-        weights = self.weights()
+        weights = self.weights(copy=False)
         have = (weights.encoder.shape[1], weights.decoder.shape[0])
         want = (config.hidden_size, config.output_size)
         if have != want:
@@ -140,8 +141,8 @@ class MLPSite:
                 f"{want[0]} to {want[1]}: is it of another base model?"
             )
 
-    def weights(self) -> PretrainedWeights:
-        """Copies of the pretrained weights, detached, in their own dtype and device.
+    def weights(self, copy: bool = True) -> PretrainedWeights:
+        """The pretrained weights, detached, in their own dtype and device; `copy=False`: views of them.
 
         Raises:
             SurgeryError: when something else stands in the MLP's place.
@@ -159,7 +160,8 @@ class MLPSite:
         if row.fused:
             encoder, up = encoder.chunk(2)
             encoder_bias, up_bias = encoder_bias.chunk(2) if encoder_bias is not None else (None, None)
-        return PretrainedWeights(encoder, encoder_bias, up, up_bias, decoder, decoder_bias)
+        weights: tuple[Any, ...] = (encoder, encoder_bias, up, up_bias, decoder, decoder_bias)
+        return PretrainedWeights(*(weight.clone() if copy and weight is not None else weight for weight in weights))
 
 
 def _linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +170,7 @@ def _linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     assert isinstance(weight, Tensor)
     weight = weight.detach()
     weight = weight.T if isinstance(module, Conv1D) else weight
-    return weight.clone(), bias.detach().clone() if isinstance(bias, Tensor) else None
+    return weight, bias.detach() if isinstance(bias, Tensor) else None
 
 
 def find_mlps(model: nn.Module) -> dict[int, MLPSite]:
@@ -267,33 +269,47 @@ def replace_mlp(model: nn.Module, layer: int, module: nn.Module, cast: bool = Tr
     Raises:
         SurgeryError: unknown model type or layer, an MLP that is already replaced, or another width.
     """
-    site = find_mlp(model, layer)
-    if isinstance(site.input_module, SparseLayer):
-        raise SurgeryError(f"the MLP of layer {layer} is already replaced by a decomposition: restore it first")
+    site = _check_replaceable(model, layer, module)
     like = next(site.output_module.parameters(), None)
-    if isinstance(module, SparseLayer):
-        site.check_fits(module.config)
     if like is not None:
         module.to(device=like.device, dtype=like.dtype if cast else None)
     return ReplacedMLP(site, module)
 
 
-@contextmanager
-def spliced_mlps(model: nn.Module, modules: Mapping[int, nn.Module], cast: bool = True) -> Iterator[list[ReplacedMLP]]:
-    """Replace the MLPs of several layers inside the block; afterwards, also after an exception, the very same
-    modules are back. All or none: when one cannot be replaced or restored the others are still restored and the
-    error is raised.
+def _check_replaceable(model: nn.Module, layer: int, module: nn.Module) -> MLPSite:
+    site = find_mlp(model, layer)
+    if isinstance(site.input_module, SparseLayer):
+        raise SurgeryError(f"the MLP of layer {layer} is already replaced by a decomposition: restore it first")
+    if isinstance(module, SparseLayer):
+        site.check_fits(module.config)
+    return site
+
+
+def replace_mlps(model: nn.Module, modules: Mapping[int, nn.Module], cast: bool = True) -> list[ReplacedMLP]:
+    """Put {layer: module} in place of the MLPs of several layers: all, or none and neither model nor modules touched.
 
     Raises:
         SurgeryError: as `replace_mlp`; also when `modules` is empty.
     """
     if not modules:
         raise SurgeryError("nothing to splice: name at least one layer")
-    replaced: list[ReplacedMLP] = []
+    for layer, module in modules.items():
+        _check_replaceable(model, layer, module)
+    return [replace_mlp(model, layer, module, cast=cast) for layer, module in modules.items()]
+
+
+@contextmanager
+def spliced_mlps(model: nn.Module, modules: Mapping[int, nn.Module], cast: bool = True) -> Iterator[list[ReplacedMLP]]:
+    """Replace the MLPs of several layers inside the block; afterwards, also after an exception, the very same
+    modules are back, save where one was changed meanwhile: the others are still restored and the error is raised.
+
+    Raises:
+        SurgeryError: as `replace_mlps`.
+    """
     with ExitStack() as stack:  # calls every restore, also after one that failed
-        for layer, module in modules.items():
-            replaced.append(replace_mlp(model, layer, module, cast=cast))
-            stack.callback(replaced[-1].restore)
+        replaced = replace_mlps(model, modules, cast=cast)
+        for replacement in replaced:
+            stack.callback(replacement.restore)
         yield replaced
 
 

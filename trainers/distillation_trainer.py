@@ -214,7 +214,8 @@ class DistillationTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for column, (layer, (x, y)) in enumerate(self.capture(inputs).items()):
                 error = (model(x, layer=layer).output.float() - y.float()).square().sum(-1)
-                sums[:, column] = (error / y.float().square().sum(-1)).where(mask, 0.0).sum(-1)
+                squared_norm = y.float().square().sum(-1)
+                sums[:, column] = (error / squared_norm).where(mask & (squared_norm > 0), 0.0).sum(-1)
         return None, sums, mask.sum(-1)
 
     # Training

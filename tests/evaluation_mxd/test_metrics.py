@@ -179,3 +179,11 @@ def test_entropy_by_hand():
     assert normalised_entropy(torch.tensor([7, 7, 7])) == pytest.approx(1)
     assert normalised_entropy(torch.tensor([0, 9, 0])) == 0
     assert math.isnan(normalised_entropy(torch.tensor([0, 0]))) and math.isnan(normalised_entropy(torch.tensor([5])))
+
+
+def test_kl_of_tokens_that_the_reference_rules_out_is_zero():
+    reference = torch.tensor([0.5, 0.5, 0.0]).log()
+    p = torch.tensor([0.25, 0.75, 0.0]).log()
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert kl_divergence(reference, p).item() == pytest.approx(expected)
+    assert kl_divergence(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log()).item() == math.inf

@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from modeling_mxd import MxDConfig, MxDLayer, MxDModel, MxDOutput, TranscoderLayer
+from modeling_mxd import MxDConfig, MxDLayer, MxDModel, MxDOutput, SurgeryError, TranscoderLayer
 
 SIZES = {
     "hidden_size": 16,
@@ -228,3 +228,14 @@ def test_the_memory_is_weighed_in_the_dtype_of_the_load(tmp_path, monkeypatch, d
     else:
         with pytest.raises(ValueError, match="GiB"):
             MxDModel.from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_a_splice_that_is_refused_casts_no_layer(tiny_llama):
+    size = tiny_llama.config.hidden_size
+    sizes = {"hidden_size": size, "output_size": size}
+    model = MxDModel(config(layers=(0, 99), **sizes))
+    tiny_llama.to(torch.bfloat16)
+    for splice in (model.splice, lambda base: model.spliced(base).__enter__()):
+        with pytest.raises(SurgeryError, match="layer 99 is out of range"):
+            splice(tiny_llama)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
