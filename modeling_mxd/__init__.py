@@ -1,10 +1,13 @@
 """What a Hub repo carries: configuration, layers, model and surgery. Needs torch and transformers only."""
 
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
 from .configuration_mxd import MxDConfig, MxDLayerConfig
 from .interventions import ExpertCoefficients, ExpertIntervention
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
-from .modeling_mxd import MxDModel, MxDOutput
+from .modeling_mxd import MxDForCausalLM, MxDModel, MxDOutput
 from .parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
+from .spliced_language_model import SplicedLanguageModel
 from .surgery import (
     Capture,
     MLPSite,
@@ -14,6 +17,7 @@ from .surgery import (
     find_mlp,
     find_mlps,
     replace_mlp,
+    replace_mlps,
     spliced_mlps,
 )
 
@@ -23,12 +27,14 @@ __all__ = [
     "ExpertIntervention",
     "MLPSite",
     "MxDConfig",
+    "MxDForCausalLM",
     "MxDLayer",
     "MxDLayerConfig",
     "MxDModel",
     "MxDOutput",
     "ReplacedMLP",
     "SparseLayer",
+    "SplicedLanguageModel",
     "SurgeryError",
     "TranscoderLayer",
     "capture_mlps",
@@ -38,5 +44,11 @@ __all__ = [
     "num_experts_matching_transcoder",
     "num_latents_matching_transcoder",
     "replace_mlp",
+    "replace_mlps",
     "spliced_mlps",
 ]
+
+# All or none: a local config would meet a remote model.
+AutoConfig.register(MxDConfig.model_type, MxDConfig, exist_ok=True)
+AutoModel.register(MxDConfig, MxDModel, exist_ok=True)
+AutoModelForCausalLM.register(MxDConfig, MxDForCausalLM, exist_ok=True)

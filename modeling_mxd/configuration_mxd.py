@@ -18,6 +18,14 @@ _LEARNED_ACTIVATIONS = ("prelu", "xielu")
 # Token and expert indices are sorted as one flat int64 range, and safetensors shapes are read from files
 # that strangers wrote: no real layer comes near this.
 MAX_SIZE = 2**31 - 1
+MAX_NAME = 4096
+MAX_LAYERS = 10_000
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_mxd.MxDConfig",
+    "AutoModel": "modeling_mxd.MxDModel",
+    "AutoModelForCausalLM": "modeling_mxd.MxDForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,9 @@ class MxDConfig(PreTrainedConfig):
         layers: indices of the base model's decomposed layers, each at most once.
         base_model_name_or_path: Hub id or folder of the base model.
         base_model_revision: commit of the base model on the Hub, if it came from there.
+        base_model_type: `model_type` of the base model; another one is refused when splicing.
+        base_hidden_act: activation of the base model's MLPs; another one is refused when splicing.
+        vocab_size, num_attention_heads: of the base model, whose config class PEFT reads ours with.
         site: which function of the layer is decomposed; only `"mlp"` so far: from the MLP's input (after the
             layer norm) to its output (before the residual is added).
         hidden_size, output_size, intermediate_size, num_experts, num_experts_per_tok, hidden_act, encoder_type,
@@ -126,6 +137,10 @@ class MxDConfig(PreTrainedConfig):
         layers: Sequence[int] = (),
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
+        base_model_type: str | None = None,
+        base_hidden_act: str | None = None,
+        vocab_size: int | None = None,
+        num_attention_heads: int | None = None,
         site: str = "mlp",
         hidden_size: int = 768,
         output_size: int | None = None,
@@ -146,6 +161,10 @@ class MxDConfig(PreTrainedConfig):
         self.layers = list(layers)
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
+        self.base_model_type = base_model_type
+        self.base_hidden_act = base_hidden_act
+        self.vocab_size = vocab_size
+        self.num_attention_heads = num_attention_heads
         self.site = site
         self.hidden_size = hidden_size
         self.output_size = hidden_size if output_size is None else output_size
@@ -164,10 +183,19 @@ class MxDConfig(PreTrainedConfig):
         if not isinstance(overrides, Mapping) or not all(isinstance(value, Mapping) for value in overrides.values()):
             raise ValueError(f"layer_overrides must map layers to the fields that differ there, got {overrides!r}")
         self.layer_overrides = {str(key): dict(value) for key, value in overrides.items()}
-        self._check()
+        self.check()
         super().__init__(**kwargs)
+        # Saving a class writes only its own entry: every copy names all doors.
+        self.auto_map = dict(AUTO_MAP)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse nonsense, as when built: for a config of which fields were set later.
+
+        Raises:
+            ValueError: naming the field, and the layer where it is one layer's.
+        """
+        if len(self.layers) > MAX_LAYERS:
+            raise ValueError(f"layers must be at most {MAX_LAYERS}, got {len(self.layers)}")
         for layer in self.layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ValueError(f"layers must be whole numbers from 0, got {layer!r} in {self.layers}")
@@ -176,13 +204,8 @@ class MxDConfig(PreTrainedConfig):
             raise ValueError(f"layers names layer {repeated[0]} more than once: {self.layers}")
         if self.site != "mlp":
             raise ValueError(f"site must be 'mlp', the only site supported, got {self.site!r}")
-        unknown = sorted(set(self.layer_overrides) - {str(layer) for layer in self.layers})
-        if unknown:
-            raise ValueError(f"layer_overrides names layer {unknown[0]}, which is not in layers {self.layers}")
-        for key, override in self.layer_overrides.items():
-            odd = sorted(set(override) - set(_LAYER_FIELDS))
-            if odd:
-                raise ValueError(f"layer_overrides[{key!r}] has the unknown field {odd[0]!r}")
+        self._check_names()
+        self._check_overrides()
         # Also without layers the shared fields are checked, so that a mistake shows where it is made.
         MxDLayerConfig(**{name: getattr(self, name) for name in _LAYER_FIELDS})
         for layer in self.layers:
@@ -190,6 +213,32 @@ class MxDConfig(PreTrainedConfig):
                 self.layer(layer)
             except ValueError as error:
                 raise ValueError(f"layer {layer}: {error}") from None
+
+    def _check_names(self) -> None:
+        for name in ("base_model_name_or_path", "base_model_revision", "base_model_type", "base_hidden_act"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME):
+                raise ValueError(f"{name} must be a text of at most {MAX_NAME} characters, got {str(value)[:80]!r}")
+
+    def _check_overrides(self) -> None:
+        unknown = sorted(set(self.layer_overrides) - {str(layer) for layer in self.layers})
+        if unknown:
+            raise ValueError(f"layer_overrides names layer {unknown[0]}, which is not in layers {self.layers}")
+        for key, override in self.layer_overrides.items():
+            odd = sorted(set(override) - set(_LAYER_FIELDS))
+            if odd:
+                raise ValueError(f"layer_overrides[{key!r}] has the unknown field {odd[0]!r}")
+
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """Name only these layers.
+
+        Raises:
+            ValueError: when `layers` is nonsense.
+        """
+        self.layers = list(layers)
+        kept = {str(layer) for layer in self.layers}
+        self.layer_overrides = {key: value for key, value in self.layer_overrides.items() if key in kept}
+        self.check()
 
     def layer(self, layer: int) -> MxDLayerConfig:
         """The resolved configuration of one layer.

@@ -10,7 +10,6 @@ and the identity into the others.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,8 +131,8 @@ class MLPSite:
 
     def check_fits(self, config: MxDLayerConfig) -> None:
         """Raise a SurgeryError when a layer of this configuration maps between other widths than the MLP."""
-        weights = self.weights(copy=False)
-        have = (weights.encoder.shape[1], weights.decoder.shape[0])
+        encoder, decoder, _ = self._linears()
+        have = (_widths(encoder)[0], _widths(decoder)[1])
         want = (config.hidden_size, config.output_size)
         if have != want:
             raise SurgeryError(
@@ -141,27 +140,43 @@ class MLPSite:
                 f"{want[0]} to {want[1]}: is it of another base model?"
             )
 
-    def weights(self, copy: bool = True) -> PretrainedWeights:
-        """The pretrained weights, detached, in their own dtype and device; `copy=False`: views of them.
+    def weights(self) -> PretrainedWeights:
+        """Copies of the pretrained weights, detached, in their own dtype and device.
 
         Raises:
             SurgeryError: when something else stands in the MLP's place.
         """
-        row = self.architecture
-        holder = self.parent if len(row.slots) > 1 else self.input_module
-        try:
-            encoder, encoder_bias = _linear_weight(holder.get_submodule(row.encoder))
-            decoder, decoder_bias = _linear_weight(holder.get_submodule(row.decoder))
-            up, up_bias = _linear_weight(holder.get_submodule(row.up)) if row.up else (None, None)
-        except AttributeError as error:
-            raise SurgeryError(
-                f"the MLP of layer {self.layer} is not the pretrained one ({error}): undo its replacement first"
-            ) from None
-        if row.fused:
+        encoder_linear, decoder_linear, up_linear = self._linears()
+        encoder, encoder_bias = _linear_weight(encoder_linear)
+        decoder, decoder_bias = _linear_weight(decoder_linear)
+        up, up_bias = _linear_weight(up_linear) if up_linear is not None else (None, None)
+        if self.architecture.fused:
             encoder, up = encoder.chunk(2)
             encoder_bias, up_bias = encoder_bias.chunk(2) if encoder_bias is not None else (None, None)
-        weights: tuple[Any, ...] = (encoder, encoder_bias, up, up_bias, decoder, decoder_bias)
-        return PretrainedWeights(*(weight.clone() if copy and weight is not None else weight for weight in weights))
+        return PretrainedWeights(encoder, encoder_bias, up, up_bias, decoder, decoder_bias)
+
+    def _linears(self) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+        row = self.architecture
+        holder = self.parent if len(row.slots) > 1 else self.input_module
+
+        def linear(name: str) -> nn.Module:
+            module = getattr(holder, name, None)
+            if not isinstance(module, nn.Module) or not hasattr(module, "weight"):
+                raise SurgeryError(
+                    f"the MLP of layer {self.layer} is not the pretrained one (no linear {name!r}): undo its "
+                    "replacement first"
+                )
+            return module
+
+        return linear(row.encoder), linear(row.decoder), linear(row.up) if row.up else None
+
+
+def _widths(linear: nn.Module) -> tuple[int, int]:
+    """Input and output width; of a quantised linear the weight's shape would not tell."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    assert isinstance(linear.weight, Tensor)
+    return linear.weight.shape[0], linear.weight.shape[1]  # Conv1D, transposed
 
 
 def _linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +185,7 @@ def _linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     assert isinstance(weight, Tensor)
     weight = weight.detach()
     weight = weight.T if isinstance(module, Conv1D) else weight
-    return weight, bias.detach() if isinstance(bias, Tensor) else None
+    return weight.clone(), bias.detach().clone() if isinstance(bias, Tensor) else None
 
 
 def find_mlps(model: nn.Module) -> dict[int, MLPSite]:
@@ -272,8 +287,20 @@ def replace_mlp(model: nn.Module, layer: int, module: nn.Module, cast: bool = Tr
     site = _check_replaceable(model, layer, module)
     like = next(site.output_module.parameters(), None)
     if like is not None:
-        module.to(device=like.device, dtype=like.dtype if cast else None)
+        dtype = like.dtype
+        if isinstance(model, PreTrainedModel) and not dtype.is_floating_point:
+            dtype = model.dtype
+        module.to(device=_device(site.output_module, like), dtype=dtype if cast else None)
     return ReplacedMLP(site, module)
+
+
+def _device(module: nn.Module, parameter: Tensor) -> torch.device | str | int:
+    """Where a module runs: an offloaded one's parameters are elsewhere, its hook (of accelerate) knows."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return device
+    return parameter.device
 
 
 def _check_replaceable(model: nn.Module, layer: int, module: nn.Module) -> MLPSite:

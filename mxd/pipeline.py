@@ -272,6 +272,7 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
             f"{folder}: run the same command with --resume to go on"
         )
     trainer.save_model()
+    tokenizer.save_pretrained(folder)  # so that pipelines find it beside the decomposition
     (folder / LOG_NAME).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
     settings = {"training": run_settings(options, trainer, time.monotonic() - started)}
     results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)

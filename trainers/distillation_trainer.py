@@ -73,6 +73,7 @@ class DistillationTrainer(Trainer):
             raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
         for layer in model.config.layers:
             find_mlp(teacher, layer).check_fits(model.config.layer(layer))
+        model.record_base(teacher)
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
         super().__init__(

@@ -1,0 +1,177 @@
+"""The base language model with a decomposition spliced in: a class of the base's own name that saves only the
+decomposition."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .surgery import ReplacedMLP, SurgeryError
+
+_SAMPLE = 1024
+_CLASSES: dict[type, type] = {}
+
+
+class SplicedLanguageModel:
+    """What a base model gains when a decomposition is spliced in for good; made by `make_spliced`.
+
+    The base's own weights are frozen, since no decomposition's repo stores them. Adapters train as usual.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time: pickle and deepcopy make it again from the base's.
+        return _new_spliced, (type(self).__mro__[2],), self.__dict__
+
+    @property
+    def decomposition(self) -> Any:
+        """The `MxDModel` whose layers stand in the MLPs' places."""
+        return self.__dict__["_decomposition"]
+
+    def unsplice(self) -> PreTrainedModel:
+        """Put the base's own MLPs back, in place, and give the base model: its class, its name, all as it was
+        save for the frozen weights, which train again.
+
+        Raises:
+            SurgeryError: when an MLP was replaced again since; the model is left as it is.
+        """
+        for replaced in reversed(self.__dict__["_replaced"]):
+            like = next(replaced.replacement.parameters())
+            for module in replaced.original:  # the model may have been moved or cast meanwhile, without them
+                if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
+                    module.to(device=like.device, dtype=like.dtype)
+            replaced.restore()
+        assert isinstance(self, PreTrainedModel)
+        self.__dict__.update(self.__dict__.pop("_base_attributes"))
+        for name in ("_decomposition", "_replaced", "_samples"):
+            del self.__dict__[name]
+        self.__class__ = type(self).__mro__[2]
+        _trainable(self, True)
+        return self
+
+    def save_pretrained(
+        self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        """Save the decomposition (or, with a PEFT adapter in the model, only the adapter, as transformers does).
+
+        Raises:
+            ValueError: when weights of the base were changed, which a decomposition's repo cannot store.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[misc]
+            return
+        assert isinstance(self, nn.Module)
+        changed = changed_parameters(self, self.__dict__["_samples"])
+        if changed:
+            raise ValueError(
+                f"weights of the base model were changed ({changed[0]} and {len(changed) - 1} more), and a "
+                "decomposition's repo does not store them: save adapters unmerged, or save the base by "
+                "model.unsplice().save_pretrained(...)"
+            )
+        kwargs.pop("save_peft_format", None)
+        if state_dict is not None:
+            state_dict = self._of_decomposition(state_dict)
+        self.decomposition.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Also takes the decomposition's own state, as `save_pretrained` wrote it: so a Trainer resumes."""
+        if state_dict and state_dict.keys() <= self.decomposition.state_dict().keys():
+            return self.decomposition.load_state_dict(state_dict, *args, **kwargs)
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+
+    def _of_decomposition(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(self, nn.Module)
+        places = {id(module): name for name, module in self.named_modules()}
+        own = {}
+        for name, module in self.decomposition.layers.items():
+            prefix = places[id(module)] + "."
+            for key, value in state_dict.items():
+                if key.startswith(prefix):
+                    own[f"layers.{name}.{key.removeprefix(prefix)}"] = value
+        return own
+
+
+def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTrainedModel:
+    """Splice a decomposition into a base model for good: in place, and the base's class becomes a subclass of the
+    same name.
+
+    Args:
+        base: a causal language model that fits the decomposition.
+        decomposition: the `MxDModel`.
+        name: folder or Hub id of the decomposition; adapters name it as their base.
+
+    Returns:
+        `base`.
+
+    Raises:
+        SurgeryError: when it does not fit, or another decomposition was spliced in for good before; `base` is then
+            as it was.
+    """
+    if isinstance(base, SplicedLanguageModel):
+        raise SurgeryError(
+            "a decomposition is spliced into this model for good: unsplice() it first, or use mxd.splice(model) for "
+            "further layers"
+        )
+    _trainable(base, False)
+    try:
+        samples = sample_parameters(base)
+        replaced: list[ReplacedMLP] = decomposition.splice(base)
+    except Exception:
+        _trainable(base, True)
+        raise
+    attributes = {"name_or_path": base.name_or_path, "training": base.training}
+    # Not registered as a module: its layers already are, in the MLPs' places.
+    base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples)
+    base.__dict__["_base_attributes"] = attributes
+    base.name_or_path = name
+    base.__class__ = _spliced_class(type(base))
+    return base
+
+
+def _trainable(model: nn.Module, value: bool) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(value)
+
+
+def _spliced_class(base: type) -> type:
+    if base not in _CLASSES:
+        _CLASSES[base] = type(base.__name__, (SplicedLanguageModel, base), {"__module__": base.__module__})
+    return _CLASSES[base]
+
+
+def _new_spliced(base: type) -> Any:
+    return object.__new__(_spliced_class(base))
+
+
+def sample_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Up to 1,024 evenly spaced entries of every parameter, on the CPU: to tell later whether it was changed.
+    Parameters that are offloaded or quantised are left out."""
+    return {
+        name: _sample(parameter)
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta and parameter.is_floating_point()
+    }
+
+
+def changed_parameters(model: nn.Module, samples: Mapping[str, Tensor]) -> list[str]:
+    """Names of the parameters that differ from their samples by more than a change of dtype does."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if name in samples and not parameter.is_meta and not _same(samples[name], _sample(parameter))
+    ]
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().reshape(-1)
+    step = max(1, len(flat) // _SAMPLE)
+    return flat[::step][:_SAMPLE].to("cpu", copy=True)
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    narrow = (torch.bfloat16, torch.float16)
+    return before.shape == after.shape and (
+        torch.equal(before.to(after.dtype), after) or any(torch.equal(before.to(d), after.to(d)) for d in narrow)
+    )

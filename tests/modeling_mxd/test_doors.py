@@ -1,0 +1,338 @@
+"""One repo, two doors: AutoModel gives the decomposition, AutoModelForCausalLM the base model with it spliced in."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+
+from modeling_mxd import MxDConfig, MxDForCausalLM, MxDModel, SplicedLanguageModel, SurgeryError
+
+LAYERS = (0, 2)
+IDS = torch.arange(2, 22).reshape(2, 10)
+
+
+@pytest.fixture
+def base_folder(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def repo(base_folder, tiny_llama, tmp_path):
+    folder = tmp_path / "repo"
+    decomposition(base_folder, tiny_llama).save_pretrained(folder)
+    return folder
+
+
+def decomposition(base_folder, base, layers=LAYERS):
+    config = MxDConfig(
+        layers=list(layers),
+        hidden_size=16,
+        intermediate_size=40,
+        encoder_bias=False,
+        num_experts=24,
+        num_experts_per_tok=4,
+        base_model_name_or_path=str(base_folder),
+        layer_overrides={str(layers[-1]): {"encoder_type": "glu", "intermediate_size": 20}},  # as large as the others
+    )
+    model = MxDModel(config)
+    for tensor in (*model.parameters(), *model.buffers()):
+        nn.init.normal_(tensor, std=0.3)
+    model.record_base(base)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture
+def spliced(repo):
+    return AutoModelForCausalLM.from_pretrained(repo)
+
+
+@pytest.fixture
+def expected(repo, base_folder):
+    base = LlamaForCausalLM.from_pretrained(base_folder)
+    with MxDModel.from_pretrained(repo).spliced(base):
+        return logits(base)
+
+
+def test_both_doors(repo, spliced, expected, tiny_llama):
+    mxd = AutoModel.from_pretrained(repo)
+    assert type(mxd) is MxDModel
+    assert isinstance(spliced, LlamaForCausalLM)
+    assert isinstance(spliced, SplicedLanguageModel)
+    assert type(spliced).__name__ == "LlamaForCausalLM"
+    assert torch.equal(logits(spliced), expected)
+    assert not torch.equal(expected, logits(tiny_llama))
+    assert not spliced.training
+
+
+def test_without_the_library(repo, expected, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+repo = {str(repo)!r}
+ids = torch.arange(2, 22).reshape(2, 10)
+lm = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
+mxd = AutoModel.from_pretrained(repo, trust_remote_code=True)
+assert "transformers_modules" in type(mxd).__module__, type(mxd).__module__
+again = {str(tmp_path / "again")!r}
+lm.save_pretrained(again)
+torch.save([lm(ids).logits, AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)(ids).logits,
+            lm.generate(ids, max_new_tokens=3, do_sample=False)], {str(tmp_path / "out.pt")!r})
+""")
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, str(script)], check=True, cwd=tmp_path, env=env, timeout=300)
+    first, second, tokens = torch.load(tmp_path / "out.pt")
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+    assert tokens.shape == (2, 13)
+    saved, loaded = (tmp_path / name / "config.json" for name in ("again", "repo"))
+    assert json.loads(saved.read_text())["auto_map"] == json.loads(loaded.read_text())["auto_map"]
+
+
+def test_only_the_decomposition_is_saved_and_byte_for_byte(repo, spliced, tmp_path):
+    spliced.save_pretrained(tmp_path / "again")
+    files = sorted(path.name for path in repo.glob("*.safetensors"))
+    assert len(files) == 2  # a shard for each layer
+    for name in files:
+        assert (tmp_path / "again" / name).read_bytes() == (repo / name).read_bytes()
+    assert MxDConfig.from_pretrained(tmp_path / "again").to_dict() == MxDConfig.from_pretrained(repo).to_dict()
+
+
+def test_copies(spliced, expected):
+    for other in (copy.deepcopy(spliced), pickle.loads(pickle.dumps(spliced))):
+        assert torch.equal(logits(other), expected)
+        other.decomposition.layer(0).output_bias.data.add_(1)
+        assert not torch.equal(logits(other), expected)  # one and the same layer inside the copy
+        assert torch.equal(logits(spliced), expected)
+
+
+def test_unsplice(spliced, tiny_llama, tmp_path):
+    base = spliced.unsplice()
+    assert base is spliced
+    assert type(base) is LlamaForCausalLM
+    assert torch.equal(logits(base), logits(tiny_llama))
+    base.save_pretrained(tmp_path / "whole")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "whole").num_parameters() == tiny_llama.num_parameters()
+
+
+def test_unsplice_after_a_change_of_dtype(spliced, tiny_llama):
+    base = spliced.to(torch.bfloat16).unsplice()
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(base), logits(tiny_llama.to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", "auto"])
+def test_dtypes(repo, dtype):
+    model = AutoModelForCausalLM.from_pretrained(repo, dtype=dtype)
+    want = {"float16": torch.float16, "auto": torch.float32}.get(dtype, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {want}
+    assert logits(model).isfinite().all()
+
+
+def test_generation(spliced):
+    def run(**how):
+        return spliced.generate(IDS, max_new_tokens=5, min_new_tokens=5, pad_token_id=0, **how)
+
+    greedy = run(do_sample=False)
+    assert torch.equal(greedy, run(do_sample=False, use_cache=False))
+    assert torch.equal(greedy, run(do_sample=False, cache_implementation="static"))
+    assert run(num_beams=2).shape == run(do_sample=True).shape == (2, 15)
+    draft = copy.deepcopy(spliced)
+    alone = spliced.generate(IDS[:1], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assisted = spliced.generate(
+        IDS[:1], max_new_tokens=5, min_new_tokens=5, do_sample=False, assistant_model=draft
+    )  # fmt: skip
+    assert torch.equal(alone, assisted)
+
+
+def test_some_layers(repo, tmp_path):
+    for file in repo.glob("model-00001*"):  # layer 0's: must not be read
+        file.unlink()
+    mxd = MxDModel.from_pretrained(repo, layers=[2])
+    whole = MxDConfig.from_pretrained(repo)
+    assert mxd.config.layers == [2]
+    assert mxd.config.layer(2) == whole.layer(2)
+    shard = load_file(next(repo.glob("model-00002*")))
+    assert all(torch.equal(value, shard[key]) for key, value in mxd.state_dict().items())
+    mxd.save_pretrained(tmp_path / "one")
+    assert MxDModel.from_pretrained(tmp_path / "one").config.layers == [2]
+    lm = AutoModelForCausalLM.from_pretrained(repo, layers=[2])
+    assert lm.decomposition.config.layers == [2]
+    with pytest.raises(ValueError, match="layers names layer 2 more than once"):
+        MxDModel.from_pretrained(repo, layers=[2, 2])
+    with pytest.raises(ValueError, match=r"layers\.9\..* is missing"):
+        MxDModel.from_pretrained(repo, layers=[9])
+
+
+def test_layers_of_an_unsharded_repo(repo, tmp_path):
+    MxDModel.from_pretrained(repo).save_pretrained(tmp_path / "one-file", max_shard_size="1GB")
+    assert MxDModel.from_pretrained(tmp_path / "one-file", layers=[2]).config.layers == [2]
+
+
+def test_two_decompositions_at_once(repo, base_folder, tiny_llama):
+    first = AutoModelForCausalLM.from_pretrained(repo, layers=[0])
+    other = decomposition(base_folder, tiny_llama, layers=(1,))
+    before = logits(first)
+    with other.spliced(first):
+        assert not torch.equal(logits(first), before)
+    assert torch.equal(logits(first), before)
+    with pytest.raises(SurgeryError, match="already replaced"):
+        decomposition(base_folder, tiny_llama, layers=(1, 0)).splice(first)
+    assert torch.equal(logits(first), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("base_model_type", "gpt2", "base_model_type 'gpt2', this model's is 'llama'"),
+        ("base_hidden_act", "gelu", "base_hidden_act 'gelu', this model's is 'silu'"),
+        ("hidden_size", 12, "maps 16 to 16 dimensions, the decomposition's layer 12 to 16"),
+    ],
+)
+def test_another_base_is_refused(base_folder, tiny_llama, field, value, message):
+    mxd = MxDModel(
+        MxDConfig(
+            **{**decomposition(base_folder, tiny_llama).config.to_diff_dict(), field: value, "layer_overrides": {}}
+        )
+    )
+    before = logits(tiny_llama)
+    with pytest.raises(SurgeryError, match=message):
+        mxd.splice(tiny_llama)
+    assert torch.equal(logits(tiny_llama), before)
+
+
+def test_another_commit_is_warned_about(base_folder, tiny_llama, caplog, monkeypatch):
+    mxd = decomposition(base_folder, tiny_llama)
+    mxd.config.base_model_revision, tiny_llama.config._commit_hash = "a" * 40, "b" * 40
+    warned = []
+    monkeypatch.setattr("modeling_mxd.modeling_mxd.logger.warning", warned.append)
+    with mxd.spliced(tiny_llama):
+        pass
+    assert "a" * 40 in warned[0]
+    assert "b" * 40 in warned[0]
+
+
+def test_base_weights_are_frozen_and_changed_ones_refused(spliced, tmp_path):
+    trainable = {name for name, parameter in spliced.named_parameters() if parameter.requires_grad}
+    assert trainable
+    assert all(name.startswith(("model.layers.0.mlp.", "model.layers.2.mlp.")) for name in trainable)
+    spliced.lm_head.weight.data += 0.01
+    with pytest.raises(ValueError, match="weights of the base model were changed"):
+        spliced.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
+
+
+def test_trainer_trains_saves_and_resumes(spliced, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(8, 1)]
+
+    def train(model, steps, **kwargs):
+        arguments = TrainingArguments(
+            str(tmp_path / "run"), max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to="none",
+            use_cpu=True, disable_tqdm=True, learning_rate=1e-2, gradient_checkpointing=True,
+            lr_scheduler_type="constant",
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=rows).train(**kwargs)
+        return logits(model.eval())
+
+    other = copy.deepcopy(spliced)
+    before = logits(spliced)
+    whole = train(spliced, 4)
+    assert not torch.equal(whole, before)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")), whole)
+    resumed = train(other, 4, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert torch.allclose(resumed, whole, atol=1e-6)
+
+
+def test_peft(repo, spliced, tmp_path):
+    from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        spliced, LoraConfig(target_modules=["q_proj", "gate", "encoder"], r=2, task_type="CAUSAL_LM")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(repo)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 20_000
+    want = logits(model)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), want)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), want)
+    merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match="weights of the base model were changed"):
+        merged.save_pretrained(tmp_path / "merged")
+
+
+def test_a_base_that_is_a_decomposition_is_refused(repo):
+    with pytest.raises(ValueError, match="is a decomposition itself"):
+        AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=str(repo))
+
+
+def test_a_base_that_is_not_named_is_refused(repo):
+    config = json.loads((repo / "config.json").read_text())
+    (repo / "config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="names no base_model_name_or_path"):
+        AutoModelForCausalLM.from_pretrained(repo)
+
+
+def test_no_instances(repo):
+    with pytest.raises(TypeError, match="has no instances"):
+        MxDForCausalLM(AutoConfig.from_pretrained(repo))
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_weights_that_do_not_fit_are_refused(repo, change):
+    file = next(repo.glob("model-00001*"))
+    weights, index = load_file(file), json.loads((repo / "model.safetensors.index.json").read_text())
+    name = "layers.0.output_bias"
+    if change == "missing":
+        del weights[name], index["weight_map"][name]
+    elif change == "extra":
+        weights["layers.0.surprise"] = torch.zeros(3)
+        index["weight_map"]["layers.0.surprise"] = file.name
+    else:
+        weights[name] = torch.zeros(3)
+    save_file(weights, file, metadata={"format": "pt"})
+    (repo / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises((ValueError, RuntimeError), match=r"layers\.0\.(output_bias|surprise)|size mismatch|mismatch"):
+        MxDModel.from_pretrained(repo)
+
+
+@pytest.mark.parametrize("file", ["../elsewhere.safetensors", "/etc/passwd", "model.bin", 7])
+def test_an_index_that_points_elsewhere_is_refused(repo, file):
+    path = repo / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["layers.0.output_bias"] = file
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"weight_map|outside of the repo"):
+        MxDModel.from_pretrained(repo, layers=[0])
+
+
+def test_pickles_are_not_read(repo):
+    torch.save({}, repo / "pytorch_model.bin")
+    for file in (*repo.glob("*.safetensors"), repo / "model.safetensors.index.json"):
+        Path(file).unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        MxDModel.from_pretrained(repo)
