@@ -4,6 +4,7 @@ Parameter names follow transformers (`hidden_size`, `num_experts`, `num_experts_
 """
 
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,6 +27,11 @@ AUTO_MAP = {
     "AutoModel": "modeling_mxd.MxDModel",
     "AutoModelForCausalLM": "modeling_mxd.MxDForCausalLM",
 }
+
+
+def _shown(value: Any) -> str:
+    """For a message: of what a stranger's file holds, however large, only the start."""
+    return reprlib.repr(value)
 
 
 @dataclass(frozen=True)
@@ -65,24 +71,24 @@ class MxDLayerConfig:
         for name in ("hidden_size", "output_size", "intermediate_size", "num_experts", "num_experts_per_tok"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-                raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {value!r}")
+                raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {_shown(value)}")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_experts ({self.num_experts})"
             )
         for name, allowed in (("method", METHODS), ("encoder_type", ENCODER_TYPES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {_shown(getattr(self, name))}")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"hidden_act must be a name in transformers.activations.ACT2FN "
-                f"(such as gelu, gelu_new, silu, relu), got {self.hidden_act!r}"
+                f"(such as gelu, gelu_new, silu, relu), got {_shown(self.hidden_act)}"
             )
         if self.hidden_act in _LEARNED_ACTIVATIONS:
-            raise ValueError(f"hidden_act must not have parameters of its own, got {self.hidden_act!r}")
+            raise ValueError(f"hidden_act must not have parameters of its own, got {_shown(self.hidden_act)}")
         for name in ("gate_bias", "encoder_bias", "output_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be true or false, got {_shown(getattr(self, name))}")
 
     @property
     def num_parameters(self) -> int:
@@ -157,7 +163,7 @@ class MxDConfig(PreTrainedConfig):
         **kwargs: Any,
     ):
         if isinstance(layers, str) or not isinstance(layers, Sequence):
-            raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
+            raise ValueError(f"layers must be a list of layer indices, got {_shown(layers)}")
         self.layers = list(layers)
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
@@ -181,7 +187,9 @@ class MxDConfig(PreTrainedConfig):
         self.output_bias = output_bias
         overrides = {} if layer_overrides is None else layer_overrides
         if not isinstance(overrides, Mapping) or not all(isinstance(value, Mapping) for value in overrides.values()):
-            raise ValueError(f"layer_overrides must map layers to the fields that differ there, got {overrides!r}")
+            raise ValueError(
+                f"layer_overrides must map layers to the fields that differ there, got {_shown(overrides)}"
+            )
         self.layer_overrides = {str(key): dict(value) for key, value in overrides.items()}
         self.check()
         super().__init__(**kwargs)
@@ -198,12 +206,12 @@ class MxDConfig(PreTrainedConfig):
             raise ValueError(f"layers must be at most {MAX_LAYERS}, got {len(self.layers)}")
         for layer in self.layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise ValueError(f"layers must be whole numbers from 0, got {layer!r} in {self.layers}")
+                raise ValueError(f"layers must be whole numbers from 0, got {_shown(layer)} in {_shown(self.layers)}")
         repeated = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
         if repeated:
-            raise ValueError(f"layers names layer {repeated[0]} more than once: {self.layers}")
+            raise ValueError(f"layers names layer {repeated[0]} more than once: {_shown(self.layers)}")
         if self.site != "mlp":
-            raise ValueError(f"site must be 'mlp', the only site supported, got {self.site!r}")
+            raise ValueError(f"site must be 'mlp', the only site supported, got {_shown(self.site)}")
         self._check_names()
         self._check_overrides()
         # Also without layers the shared fields are checked, so that a mistake shows where it is made.
@@ -218,16 +226,18 @@ class MxDConfig(PreTrainedConfig):
         for name in ("base_model_name_or_path", "base_model_revision", "base_model_type", "base_hidden_act"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME):
-                raise ValueError(f"{name} must be a text of at most {MAX_NAME} characters, got {str(value)[:80]!r}")
+                raise ValueError(f"{name} must be a text of at most {MAX_NAME} characters, got {_shown(value)}")
 
     def _check_overrides(self) -> None:
         unknown = sorted(set(self.layer_overrides) - {str(layer) for layer in self.layers})
         if unknown:
-            raise ValueError(f"layer_overrides names layer {unknown[0]}, which is not in layers {self.layers}")
+            raise ValueError(
+                f"layer_overrides names layer {unknown[0][:80]}, which is not in layers {_shown(self.layers)}"
+            )
         for key, override in self.layer_overrides.items():
             odd = sorted(set(override) - set(_LAYER_FIELDS))
             if odd:
-                raise ValueError(f"layer_overrides[{key!r}] has the unknown field {odd[0]!r}")
+                raise ValueError(f"layer_overrides[{key!r}] has the unknown field {_shown(odd[0])}")
 
     def keep_layers(self, layers: Sequence[int]) -> None:
         """Name only these layers.

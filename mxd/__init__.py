@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluation_mxd import faithfulness, load_evaluation, measure_expert_statistics, token_mask
+    from hub_cards import build_card, list_decompositions, push_decomposition, show_decomposition
     from modeling_mxd import (
         ExpertCoefficients,
         ExpertIntervention,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "evaluation_mxd": ["faithfulness", "load_evaluation", "measure_expert_statistics", "token_mask"],
+    "hub_cards": ["build_card", "list_decompositions", "push_decomposition", "show_decomposition"],
     "modeling_mxd": [
         "ExpertCoefficients",
         "ExpertIntervention",

@@ -1,4 +1,4 @@
-"""The command `mxd`: decompose a model, evaluate a decomposition."""
+"""The command `mxd`: decompose a model, evaluate a decomposition, share it and find others'."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     add_completion=False,
@@ -221,6 +222,103 @@ def evaluate(
     _report(evaluate(model or folder, text, parse_count(tokens), dtype, progress=not as_json), as_json)
 
 
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="Folder of a decomposition.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repo on the Hub, made if need be.")],
+    private: Annotated[bool | None, typer.Option(help="Of a new repo. [the account's default]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Propose it as a pull request.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag the commit.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the base, if config.json has a folder.")] = None,
+    license_name: Annotated[str | None, typer.Option("--license", help="[the base model's]")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload decomposition",
+    debug: Debug = False,
+) -> None:
+    """Share a decomposition on the Hub: weights, results, code and a card, in one commit."""
+    from hub_cards import push_decomposition
+
+    pushed = push_decomposition(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        tag=tag,
+        base_model=base_model,
+        license=license_name,
+        message=message,
+    )
+    typer.echo(f"Pushed to {pushed.url} (commit {pushed.commit[:8]})")
+    typer.echo(f'Next:  AutoModelForCausalLM.from_pretrained("{pushed.repo_id}", trust_remote_code=True)')
+
+
+@app.command()
+def search(
+    query: Annotated[str | None, typer.Argument(help="Part of the name of the repo or of its base model.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Exact Hub id of the base model.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Only those that have this layer.")] = None,
+    author: Annotated[str | None, typer.Option(help="User or organisation.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    debug: Debug = False,
+) -> None:
+    """Decompositions that others share on the Hub."""
+    from hub_cards import list_decompositions
+
+    found = list(list_decompositions(query, base_model=base_model, layer=layer, author=author, limit=limit))
+    if not found:
+        typer.echo("none found")
+        return
+    table = Table(title="Decompositions on the Hub")
+    for column in ("repo", "base model", "layers"):
+        table.add_column(column, overflow="fold")
+    for column in ("K", "experts", "CE rise", "likes", "date"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for info in found:
+        rise = "–" if info.cross_entropy_rise is None else f"{info.cross_entropy_rise:+.4f}"
+        date = "–" if info.last_modified is None else f"{info.last_modified:%Y-%m-%d}"
+        counts = (str(value) if value is not None else "–" for value in (info.num_experts_per_tok, info.num_experts))
+        layers = ", ".join(map(str, info.layers[:20])) or "–"
+        # Text: what strangers wrote is no markup.
+        table.add_row(*map(Text, (info.repo_id, info.base_model or "–", layers, *counts, rise, str(info.likes), date)))
+    Console().print(table)
+
+
+@app.command()
+def show(
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repo on the Hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Configuration, results and size of a decomposition on the Hub; no weights are downloaded, no code is run."""
+    from hub_cards import show_decomposition
+
+    details = show_decomposition(repo, revision=revision)
+    config = details.config
+    table = Table(title=Text(f"{details.info.repo_id}, commit {details.commit[:8]}"))
+    for column in ("layer", "method", "K", "experts", "encoder", "parameters"):
+        table.add_column(column, justify="right")
+    for layer in config.layers[:100]:
+        sizes = config.layer(layer)
+        encoder = f"{sizes.intermediate_size} {sizes.hidden_act} {sizes.encoder_type}" if sizes.method == "mxd" else "–"
+        row = (layer, sizes.method, sizes.num_experts_per_tok, sizes.num_experts, encoder, f"{sizes.num_parameters:,}")
+        table.add_row(*(Text(str(value)) for value in row))
+    console = Console()
+    console.print(table)
+    revision_text = f" at {config.base_model_revision}" if config.base_model_revision else ""
+    console.print(
+        Text(f"needs: transformers 5 or later, the base model {config.base_model_name_or_path}{revision_text}")
+    )
+    console.print(Text(f"download: {details.weight_bytes / 1e6:,.1f} MB of weights, besides the base model"))
+    if details.evaluation is None:
+        console.print("it comes with no evaluation.json: nothing was measured")
+        return
+    try:
+        _report(details.evaluation, as_json=False)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        console.print("its evaluation.json is not as `mxd evaluate` writes it, and is not shown")
+
+
 def _quiet() -> None:
     """Bars and warnings of the libraries off: the command has its own."""
     import datasets
@@ -240,7 +338,7 @@ def _report(results: dict[str, Any], as_json: bool) -> None:
         layers.add_column(column, justify="right")
     for layer, row in results["layers"].items():
         shares = [_percent(row[name]) for name in ("dead_experts", "expert_share", "specialised_share")]
-        layers.add_row(layer, _number(row["nmse"]), _number(row["fvu"]), f"{row['l0']:.1f}", *shares)
+        layers.add_row(Text(layer), _number(row["nmse"]), _number(row["fvu"]), f"{row['l0']:.1f}", *shares)
     loss = results["cross_entropy"]
     model = Table(title="The model with them spliced in")
     model.add_column("")

@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from evaluation_mxd import token_mask
 from evaluation_mxd.expert_use import measure_expert_statistics
+from hub_cards import build_card, update_card
 from modeling_mxd import MxDModel, capture_mlps, find_mlp
 
 from .callbacks import InterruptCallback, TokenProgressCallback
@@ -293,6 +294,16 @@ class DistillationTrainer(Trainer):
         self.remove_callback(TokenProgressCallback)
         accumulated = self.args.gradient_accumulation_steps * self.args.world_size
         self.add_callback(TokenProgressCallback(first["input_ids"].numel() * accumulated))
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Our card instead of the stock one; what a person wrote into an earlier one is kept."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        card, path = build_card(folder, repo_id=self.hub_model_id), folder / "README.md"
+        if path.is_file():
+            card = update_card(path.read_text(encoding="utf-8"), card)
+        card.save(path)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per learning rate: see `initialization.parameter_scales` and the arguments' factors for gate and

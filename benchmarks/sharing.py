@@ -1,0 +1,105 @@
+"""What a shared decomposition costs: size of the repo, time and peak memory of loading against the base model alone,
+and the share of the weights that one layer of all needs.
+
+    python benchmarks/sharing.py MODEL
+
+MODEL is a folder with a language model. Layers are untrained, K = 32, as many parameters as a transcoder with 32
+latents per dimension. Loads run in a process of their own, alternating; medians of `--repeats`. Writes
+benchmarks/results/sharing.json.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "sharing.json"
+
+
+def load(what: str, folder: str) -> None:
+    """In a process of its own: import, load, print seconds and peak memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import modeling_mxd  # noqa: F401, so that both sides pay for the imports
+
+    torch.set_num_threads(2)
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    seconds = time.perf_counter() - started
+    model(torch.arange(8)[None])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"what": what, "seconds": seconds, "peak_bytes": peak}))  # noqa: T201
+
+
+def save(model: str, layers: list[int] | None, experts: int | None, folder: Path) -> dict[str, Any]:
+    """A folder with an untrained decomposition of these layers (None: all)."""
+    from modeling_mxd import MxDConfig, MxDModel, find_mlps
+    from mxd.pipeline import DecompositionOptions, layer_config, load_base_model
+
+    base, _, _ = load_base_model(model)
+    sites = find_mlps(base)
+    options = DecompositionOptions(num_experts=experts)
+    configs = {layer: layer_config(sites[layer], options) for layer in (sites if layers is None else layers)}
+    decomposition = MxDModel(MxDConfig.from_layer_configs(configs, base_model_name_or_path=str(Path(model).resolve())))
+    decomposition.record_base(base)
+    decomposition.save_pretrained(folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    return {
+        "layers": len(configs),
+        "parameters": decomposition.num_parameters(),
+        "base_parameters": base.num_parameters(),
+        "weight_bytes": sum(path.stat().st_size for path in weights),
+        "other_bytes": sum(path.stat().st_size for path in folder.iterdir() if path not in weights),
+        "shards": len(weights),
+        "largest_shard_bytes": max(path.stat().st_size for path in weights),
+    }
+
+
+def one_layer(folder: Path, layer: int) -> dict[str, Any]:
+    """Which share of the weights' bytes the shards of one layer are."""
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {file for key, file in weight_map.items() if key.startswith(f"layers.{layer}.")}
+    needed = sum((folder / file).stat().st_size for file in files)
+    return {"layer": layer, "shards": len(files), "bytes": needed}
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load:
+        load(*options.load)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        three, whole = Path(temporary) / "three", Path(temporary) / "all"
+        results: dict[str, Any] = {"three_layers": save(options.model, [8, 15, 22], None, three)}
+        runs: dict[str, list[dict[str, Any]]] = {"base": [], "spliced": []}
+        for _ in range(options.repeats):
+            for what, folder in (("base", options.model), ("spliced", str(three))):
+                command = [sys.executable, __file__, options.model, "--load", what, folder]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                runs[what].append(json.loads(done.stdout.splitlines()[-1]))
+        for what, measured in runs.items():
+            results[what] = {
+                name: statistics.median(run[name] for run in measured) for name in ("seconds", "peak_bytes")
+            }
+        # Few experts, since only the proportion counts here.
+        results["all_layers"] = save(options.model, None, 256, whole)
+        results["one_of_all"] = one_layer(whole, 8)
+        results["one_of_all"]["share"] = results["one_of_all"]["bytes"] / results["all_layers"]["weight_bytes"]
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,492 @@
+"""The model card of a decomposition, filled from its folder alone: config.json, evaluation.json, figures/.
+
+What those files hold was written by strangers. Every value that the template prints passes `_escaped`, and what goes
+into a block of code passes `_argument`; no value is ever a template.
+"""
+
+import html
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+from markupsafe import Markup
+
+from modeling_mxd import MxDConfig, MxDLayerConfig
+
+from .hub import read_json
+
+BEGIN, END = "<!-- mxd: begin -->", "<!-- mxd: end -->"
+UNKNOWN = "–"
+MAX_TEXT = 200
+MAX_NAMES = 20
+
+_TEMPLATE = Path(__file__).parent / "card_template.md"
+# A mark without its partner is text like any other: a begin is never paired with an end beyond the next begin.
+_GENERATED = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
+_LAYER_TAG = re.compile(r"mxd-layer-\d+")
+# Metadata that is ours even where this card has none: numbers of an earlier evaluation must not outlive it.
+_OWN_METADATA = ("model_name", "model-index", "mxd")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_BASE_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_FIGURE = re.compile(r"[A-Za-z0-9][\w-]{0,80}\.png", re.ASCII)
+_DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst")
+# `mxd.embedded.MODEL_NAME`: it looks like a Hub id and is none.
+_EMBEDDED_MODEL = "mxd/embedded-default"
+_EMBEDDED_TEXT = "the text sample that ships with mxd"
+_METHODS = {"mxd": "Mixture of Decoders", "transcoder": "transcoder", "skip_transcoder": "skip transcoder"}
+_METHOD_TAGS = {"mxd": "mixture-of-decoders", "transcoder": "transcoder", "skip_transcoder": "skip-transcoder"}
+_LAYER_METRICS = {
+    "nmse": "NMSE",
+    "expert_share": "expert share",
+    "specialised_share": "specialised share",
+    "dead_experts": "dead experts",
+}
+# Option of `mxd decompose` → where the settings of a training hold its value.
+_OPTIONS = {
+    "--revision": ("revision",),
+    "--dataset-config": ("text", "config_name"),
+    "--split": ("text", "split"),
+    "--text-column": ("text", "text_column"),
+    "--k": ("num_experts_per_tok",),
+    "--experts": ("num_experts",),
+    "--match-transcoder": ("match_transcoder",),
+    "--intermediate-size": ("intermediate_size",),
+    "--tokens": ("tokens",),
+    "--context-length": ("text", "context_length"),
+    "--batch-tokens": ("batch_tokens",),
+    "--learning-rate": ("learning_rate",),
+    "--gate-start": ("gate_initialization",),
+    "--encoder-start": ("encoder_initialization",),
+    "--modulation-start": ("modulation_initialization",),
+    "--dtype": ("dtype",),
+    "--evaluation-tokens": ("evaluation_tokens",),
+    "--seed": ("seed",),
+}
+
+
+def build_card(
+    folder: str | Path,
+    repo_id: str | None = None,
+    license: str | None = None,  # noqa: A002, the card's own name for it
+    base_model: str | None = None,
+) -> ModelCard:
+    """The card of the decomposition in a folder; nothing is asked of the network.
+
+    Args:
+        folder: holds config.json; evaluation.json and figures/*.png if there are any.
+        repo_id: user/name that the card's code loads; by default the folder's name.
+        license: the Hub's identifier of a licence; without one the card names none.
+        base_model: Hub id of the base model, where config.json names another place of it.
+
+    Raises:
+        ValueError: config.json is missing, or it or evaluation.json cannot be read or is nonsense (naming the file);
+            `repo_id` is not one that the Hub allows.
+    """
+    folder = Path(folder)
+    if repo_id is not None:
+        validate_repo_id(repo_id)
+    config = _load_config(folder)
+    evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else None
+    name = _plain(repo_id.split("/")[-1] if repo_id else folder.resolve().name) or "decomposition"
+    base = _Base(base_model or config.base_model_name_or_path, given=base_model is not None)
+    data = _metadata(config, evaluation or {}, name, base, license)
+    body = _render(
+        {
+            "title": _title(config, base),
+            "repo": _argument(repo_id or name),
+            "license": license,
+            "base": base,
+            "own_tokenizer": any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")),
+            "methods": {config.layer(layer).method for layer in config.layers},
+            "layers": config.layers,
+            "configurations": [_configuration_row(layer, config.layer(layer)) for layer in config.layers],
+            "parameters": f"{config.num_parameters:,}",
+            "results": None if evaluation is None else _results(config, evaluation),
+            "training": _training(config, base, _at(evaluation, "settings", "training")),
+            "figures": _figures(folder / "figures"),
+        }
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BEGIN}\n{body.strip()}\n{END}\n")
+
+
+def update_card(existing: str, card: ModelCard) -> ModelCard:
+    """The card with all that a person wrote into an earlier one.
+
+    Of the earlier text, only what lies between the marks `BEGIN` and `END` is replaced; without marks all of it is
+    kept and ours follows. Of the earlier metadata, what this card has is replaced, tags are united (but tags of
+    layers that are no more are dropped), and everything else is kept. Comments in the metadata are lost.
+
+    Raises:
+        ValueError: the earlier metadata is no YAML mapping that a card can have, or `card` is none of `build_card`'s.
+    """
+    existing = existing.removeprefix("\ufeff")
+    newline = "\r\n" if "\r\n" in existing else "\n"
+    generated = _GENERATED.search(card.text)
+    if generated is None:
+        raise ValueError("the new card has no marks: it must be one that build_card made")
+    block = generated.group().replace("\r\n", "\n").replace("\n", newline)
+    match = REGEX_YAML_BLOCK.search(existing)
+    metadata, text = (_front_matter(match.group(2)), existing[match.end() :]) if match else ({}, existing)
+    if _GENERATED.search(text):
+        text = _GENERATED.sub(lambda _: block, text, count=1)
+    else:
+        text = f"{text.rstrip()}{newline * 2}{block}{newline}" if text.strip() else f"{newline}{block}{newline}"
+    own = card.data.to_dict()
+    tags = [tag for tag in _texts(metadata.get("tags")) if not _LAYER_TAG.fullmatch(tag)]
+    merged = {key: value for key, value in metadata.items() if key not in _OWN_METADATA} | own
+    merged["tags"] = list(dict.fromkeys([*tags, *own["tags"]]))
+    front = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, line_break=newline)
+    try:
+        return ModelCard(f"---{newline}{front.strip()}{newline}---{newline}{text}")
+    except TypeError as error:  # a key that is no text, or that the class's own arguments are called
+        raise ValueError(f"the metadata of the README that is there cannot be a card's: {error}") from None
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    try:
+        metadata = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"the metadata of the README that is there is no YAML: {reason}") from None
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"the metadata of the README that is there must be a mapping, got {type(metadata).__name__}")
+    return metadata
+
+
+class _Base:
+    """The base model as a card may name it: by its Hub id, or by the last part of a path.
+
+    Attributes:
+        hub_id: None when it is not on the Hub.
+        name: what is shown.
+        argument: of the command; None for the model that ships with mxd.
+    """
+
+    def __init__(self, name: str | None, given: bool):
+        self.embedded = name == _EMBEDDED_MODEL and not given
+        on_hub = bool(name and len(name) <= MAX_TEXT and _BASE_ID.fullmatch(name) and not Path(name).is_dir())
+        self.hub_id = name if on_hub and not self.embedded else None
+        shown = name if on_hub or name is None else _last_part(name)
+        self.name = _plain(shown) or "an unnamed language model"
+        self.argument = None if self.embedded else _argument(self.name if name else "MODEL")
+
+
+def _load_config(folder: Path) -> MxDConfig:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no decomposition: there is no config.json in it")
+    if read_json(folder / "config.json").get("model_type") != MxDConfig.model_type:
+        raise ValueError(f"config.json in {folder} is a model's, but no decomposition's")
+    try:
+        config = MxDConfig.from_pretrained(folder)
+    except (TypeError, AttributeError, KeyError) as error:  # transformers' own fields are not all checked
+        raise ValueError(f"config.json in {folder} is no configuration: {error}") from None
+    if not config.layers:
+        raise ValueError(f"config.json in {folder} names no layers: there is nothing to describe")
+    return config
+
+
+# What strangers wrote, made harmless.
+
+
+def _plain(value: Any) -> str:
+    """One line of visible characters, at most `MAX_TEXT` of them."""
+    text = value if isinstance(value, str) else "" if _number(value) is None else str(value)
+    text = "".join(character if character.isprintable() else " " for character in text[: MAX_TEXT + 1])
+    return text.strip() if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def _escaped(value: Any) -> Markup:
+    """For Markdown and HTML, in a table too: what could be markup becomes a character reference."""
+    if isinstance(value, Markup):
+        return value
+    text = html.escape(_plain(value) or UNKNOWN)
+    # An underscore within a word is no emphasis, and names have many.
+    return Markup(re.sub(r"[`|\\*\[\]~${}@!]|(?<!\w)_|_(?!\w)|^[#+=-]", lambda match: f"&#{ord(match[0])};", text))
+
+
+def _argument(value: Any) -> Markup:
+    """For blocks of code, where there are no references: what is neither a word nor harmless becomes `_`."""
+    return Markup(re.sub(r"[^\w./:+@,=%*\[\]-]", "_", _plain(value)).lstrip("-"))
+
+
+def _quoted(value: Any) -> str:
+    """For a shell, which would expand a glob."""
+    return shlex.quote(str(_argument(value)))
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _shown(value: Any, style: str = ".3f", factor: float = 1.0, unit: str = "") -> Markup:
+    """A number in a format, `UNKNOWN` where there is none, few digits for what no measurement gives."""
+    number = _number(value)
+    if number is None:
+        return Markup(UNKNOWN)
+    number *= factor
+    return Markup(f"{number:{style if abs(number) < 1e15 else '.3g'}}{unit}")
+
+
+def _share(value: Any) -> Markup:
+    return _shown(value, ".1f", 100, " %")
+
+
+def _at(value: Any, *keys: str) -> Any:
+    """`value[keys[0]][keys[1]]…`, None where there is no such thing."""
+    for key in keys:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _last_part(path: str) -> str:
+    return PureWindowsPath(path.split("?", maxsplit=1)[0] if "://" in path else path).name or "a local folder"
+
+
+def _dataset_id(name: str) -> str | None:
+    """The Hub id that a data set's name is, or None for what may be a path: as `trainers.load_text` tells them."""
+    on_hub = _HUB_ID.fullmatch(name) and not name.lower().endswith(_DATA_ENDINGS) and not Path(name).exists()
+    return name if on_hub and len(name) <= MAX_TEXT else None
+
+
+def _dataset_names(names: Any) -> list[str]:
+    """Names without this machine's folders."""
+    shown = [_dataset_id(name) or _plain(_last_part(name)) for name in _texts(names)]
+    return [*shown[:MAX_NAMES], f"and {len(shown) - MAX_NAMES} more"] if len(shown) > MAX_NAMES else shown
+
+
+def _layer_ranges(layers: list[int]) -> str:
+    """`[4, 5, 6, 10]` → `"4-6,10"`, as `mxd decompose --layers` takes them."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+# What the card says.
+
+
+def _title(config: MxDConfig, base: _Base) -> str:
+    methods = {config.layer(layer).method for layer in config.layers}
+    kind = _METHODS[methods.pop()] if len(methods) == 1 else "decomposition"
+    layers = f"layer{'s' if len(config.layers) > 1 else ''} {_layer_ranges(config.layers)}"
+    return f"{kind[0].upper()}{kind[1:]} of {base.name[:80]}, {layers}"
+
+
+def _metadata(
+    config: MxDConfig, evaluation: Mapping[str, Any], name: str, base: _Base, license_name: str | None
+) -> ModelCardData:
+    layers = [config.layer(layer) for layer in config.layers]
+    datasets = _texts(_at(evaluation, "settings", "training", "text", "dataset"))
+    own: dict[str, Any] = {
+        "layers": config.layers,
+        "method": layers[0].method,
+        "num_experts": layers[0].num_experts,
+        "num_experts_per_tok": layers[0].num_experts_per_tok,
+    }
+    rise = _cross_entropy_rise(evaluation)
+    return ModelCardData(
+        base_model=base.hub_id,
+        # The Hub knows adapter, finetune, merge and quantized. Like an adapter, a decomposition is small weights of its
+        # own that are nothing without the base's, which stay as they are; the others are whole models.
+        base_model_relation="adapter" if base.hub_id else None,
+        library_name="mxd",
+        pipeline_tag="text-generation",
+        tags=[
+            "mxd",
+            *dict.fromkeys(_METHOD_TAGS[layer.method] for layer in layers),
+            "interpretability",
+            *(f"mxd-layer-{layer}" for layer in config.layers),
+        ],
+        datasets=list(dict.fromkeys(filter(None, map(_dataset_id, datasets))))[:MAX_NAMES] or None,
+        license=_plain(license_name) if license_name else None,
+        model_name=name,
+        eval_results=_eval_results(config, evaluation) or None,
+        mxd=own if rise is None else own | {"cross_entropy_rise": rise},
+    )
+
+
+def _cross_entropy_rise(evaluation: Mapping[str, Any]) -> float | None:
+    spliced = _number(_at(evaluation, "cross_entropy", "spliced"))
+    untouched = _number(_at(evaluation, "cross_entropy", "untouched"))
+    return None if spliced is None or untouched is None else _number(spliced - untouched)
+
+
+def _eval_results(config: MxDConfig, evaluation: Mapping[str, Any]) -> list[EvalResult]:
+    text, names = _evaluated_on(evaluation)
+    hub_ids = [name for name in names if _dataset_id(name)]
+    values = [
+        ("cross_entropy_rise", "cross-entropy rise, nats per token", _cross_entropy_rise(evaluation)),
+        ("cross_entropy_recovered", "recovered share", _number(_at(evaluation, "cross_entropy", "recovered"))),
+    ]
+    for layer in config.layers:
+        result = _at(evaluation, "layers", str(layer))
+        for key, label in _LAYER_METRICS.items():
+            values.append((key, f"{label}, layer {layer}", _number(_at(result, key))))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=hub_ids[0] if len(names) == len(hub_ids) == 1 else "text",
+            dataset_name=_plain(", ".join(names)) or "held-out text",
+            dataset_config=_plain(_at(text, "config_name")) or None,
+            dataset_split=_plain(_at(text, "split")) or None,
+            metric_type=kind,
+            metric_name=label,
+            metric_value=value,
+        )
+        for kind, label, value in values
+        if value is not None
+    ]
+
+
+def _evaluated_on(evaluation: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The settings of the text that was measured on, and its names: those of a later `mxd evaluate`, else those of
+    the training."""
+    text = _at(evaluation, "settings", "evaluation")
+    if text is None:
+        text = _at(evaluation, "settings", "training", "text")
+        if _texts(_at(text, "heldout_dataset")):  # it has no configuration and no split of its own
+            return None, _dataset_names(_at(text, "heldout_dataset"))
+    return text, _text_names(text)
+
+
+def _text_names(text: Any) -> list[str]:
+    """Names of the data sets that the settings of a text have; an empty list there is mxd's own text."""
+    return [_EMBEDDED_TEXT] if _at(text, "dataset") == [] else _dataset_names(_at(text, "dataset"))
+
+
+def _configuration_row(layer: int, config: MxDLayerConfig) -> list[str | int]:
+    dense = config.method == "mxd"
+    return [
+        layer,
+        _METHODS[config.method],
+        f"{config.num_experts:,}",
+        config.num_experts_per_tok,
+        f"{config.intermediate_size:,}" if dense else UNKNOWN,
+        f"{config.hidden_act}, {config.encoder_type.upper()}" if dense else UNKNOWN,
+        f"{config.hidden_size:,} → {config.output_size:,}",
+        f"{config.num_parameters:,}",
+    ]
+
+
+def _results(config: MxDConfig, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    rows = []
+    for layer in config.layers:
+        result = _at(evaluation, "layers", str(layer))
+        errors = [_shown(_at(result, "nmse")), _shown(_at(result, "fvu")), _shown(_at(result, "l0"), ".1f")]
+        shares = [_share(_at(result, key)) for key in ("dead_experts", "expert_share", "specialised_share")]
+        rows.append([layer, *errors, *shares])
+    cross_entropy = _at(evaluation, "cross_entropy")
+    settings = _at(evaluation, "settings")
+    frequency = _number(_at(settings, "specialised_frequency"))
+    return {
+        "rows": rows,
+        "cross_entropy": [_shown(_at(cross_entropy, key), ".4f") for key in ("untouched", "spliced", "zero_ablated")]
+        + [_shown(_cross_entropy_rise(evaluation), "+.4f"), _share(_at(cross_entropy, "recovered"))],
+        "kl": _shown(_at(evaluation, "kl"), ".4f"),
+        "agreement": _share(_at(evaluation, "top1_agreement")),
+        "tokens": _shown(_at(settings, "tokens"), ",.0f"),
+        "dtype": _at(settings, "dtype"),
+        "text": ", ".join(_evaluated_on(evaluation)[1]) or None,
+        "specialised_frequency": _shown(0.25 if frequency is None else frequency, ".0f", 100, " %"),
+    }
+
+
+def _training(config: MxDConfig, base: _Base, training: Any) -> dict[str, Any] | None:
+    """How it was made: lines of name and value, and the command; None where evaluation.json does not say."""
+    if not isinstance(training, Mapping):
+        return None
+    versions = _at(training, "versions")
+    versions = list(versions.items())[:MAX_NAMES] if isinstance(versions, Mapping) else []
+    lines = {
+        "Training tokens": _shown(training.get("tokens_trained"), ",.0f"),
+        "Text": ", ".join(_text_names(training.get("text"))) or None,
+        "Context length": _shown(_at(training, "text", "context_length"), ",.0f"),
+        "Tokens of a step": _shown(training.get("batch_tokens"), ",.0f"),
+        "Learning rate": _shown(training.get("learning_rate"), "g"),
+        "Its factor for the gate": _shown(training.get("gate_learning_rate_factor"), "g"),
+        "Its factor for the modulations": _shown(training.get("modulation_learning_rate_factor"), "g"),
+        "Gate starts from": training.get("gate_initialization"),
+        "Encoder starts from": training.get("encoder_initialization"),
+        "Modulations start from": training.get("modulation_initialization"),
+        "Loss": training.get("loss"),
+        "Activations scaled": _yes_or_no(training.get("scale_activations")),
+        "Products in bfloat16": _yes_or_no(training.get("bf16")),
+        "Dtype of the base model": training.get("dtype"),
+        "Seed": _shown(training.get("seed"), ".0f"),
+        "Device": training.get("device"),
+        "Threads": _shown(training.get("threads"), ",.0f"),
+        "Seconds": _shown(training.get("seconds"), ",.0f"),
+        "Versions": ", ".join(f"{_plain(name)[:40]} {_plain(version)[:40]}" for name, version in versions) or None,
+    }
+    return {
+        "lines": {name: value for name, value in lines.items() if value is not None and value != UNKNOWN},
+        "command": _command(config, base, training),
+    }
+
+
+def _yes_or_no(value: Any) -> str | None:
+    return ("yes" if value else "no") if isinstance(value, bool) else None
+
+
+def _command(config: MxDConfig, base: _Base, training: Mapping[str, Any]) -> Markup:
+    """The command that would make it again, `\\` at the lines' ends; local data by the last parts of their paths."""
+    lines = [f"mxd decompose {_quoted(base.argument)}" if base.argument else "mxd decompose"]
+    for option, key in (("--dataset", "dataset"), ("--heldout-dataset", "heldout_dataset")):
+        names = _texts(_at(training, "text", key))[:MAX_NAMES]
+        lines += [f"{option} {_quoted(_dataset_id(name) or _last_part(name))}" for name in names]
+    if _at(training, "text", "streaming") is True:
+        lines.append("--streaming")
+    method = config.layer(config.layers[0]).method
+    lines += [f"--layers {_layer_ranges(config.layers)}", f"--method {method.replace('_', '-')}"]
+    for option, keys in _OPTIONS.items():
+        value = _at(training, *keys)
+        if isinstance(value, str) and _argument(value) == value:  # an altered one would be another command
+            lines.append(f"{option} {_quoted(value)}")
+        elif (number := _number(value)) is not None and abs(number) < 1e15:
+            lines.append(f"{option} {value}")
+    if training.get("num_experts") is not None:  # it goes before the budget that is otherwise matched
+        lines = [line for line in lines if not line.startswith("--match-transcoder")]
+    if training.get("bf16") is True:
+        lines.append("--bf16")
+    return Markup(" \\\n    ".join(lines))
+
+
+def _figures(folder: Path) -> list[tuple[str, Markup]]:
+    """Alternative text and path in the repo; a name that is no plain one is left out."""
+    paths = sorted(path for path in folder.glob("*.png") if path.is_file() and _FIGURE.fullmatch(path.name))
+    return [(path.stem.replace("_", " ").capitalize(), Markup(f"figures/{path.name}")) for path in paths[:MAX_NAMES]]
+
+
+def _render(values: Mapping[str, Any]) -> str:
+    environment = SandboxedEnvironment(
+        autoescape=True, finalize=_escaped, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(values)

@@ -1,0 +1,447 @@
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from typer.main import get_command
+
+from hub_cards.card import BEGIN, END, build_card, update_card
+from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
+
+LAYER = {
+    "nmse": 0.2114,
+    "nmse_without_first": 0.212,
+    "fvu": 0.301,
+    "fvu_without_first": 0.302,
+    "expert_share": 0.9012,
+    "specialised_share": 0.8888,
+    "l0": 4.0,
+    "dead_experts": 0.029,
+    "expert_entropy": 0.9,
+    "max_expert_frequency": 0.2,
+    "frequent_experts": 0,
+}
+EVALUATION = {
+    "layers": {"4": LAYER, "5": {**LAYER, "nmse": 0.4321, "fvu": None}, "8": LAYER},
+    "cross_entropy": {"untouched": 2.9, "spliced": 2.9135, "zero_ablated": 3.05, "recovered": 0.909},
+    "kl": 0.0123,
+    "top1_agreement": 0.955,
+    "settings": {
+        "tokens": 16384,
+        "specialised_frequency": 0.25,
+        "dtype": "float32",
+        "training": {
+            "model": "openai-community/gpt2",
+            "revision": None,
+            "dtype": "float32",
+            "num_experts_per_tok": 4,
+            "num_experts": None,
+            "match_transcoder": 32,
+            "intermediate_size": None,
+            "tokens": 1000000,
+            "batch_tokens": 2048,
+            "evaluation_tokens": 16384,
+            "seed": 7,
+            "text": {
+                "dataset": ["HuggingFaceFW/fineweb-edu", "/home/ann/secret/texts/*.parquet", "wiki/part.jsonl"],
+                "heldout_dataset": ["~/secret/held.txt"],
+                "config_name": "sample-10BT",
+                "split": "train",
+                "text_column": "text",
+                "streaming": True,
+                "context_length": 128,
+            },
+            "learning_rate": 0.003,
+            "gate_learning_rate_factor": 0.3,
+            "modulation_learning_rate_factor": 3.0,
+            "gate_initialization": "data",
+            "encoder_initialization": "pretrained",
+            "modulation_initialization": "random",
+            "scale_activations": True,
+            "bf16": True,
+            "loss": "squared_norm",
+            "tokens_trained": 999424,
+            "seconds": 343.2,
+            "threads": 2,
+            "device": "cuda:0",
+            "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
+        },
+    },
+}
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_experts": 32, "num_experts_per_tok": 4}
+HOSTILE = (
+    "`x` | y\n```\n---\n<script>alert(1)</script><!-- mxd: end --> [a](javascript:b) ![i](https://evil.example/i.png) "
+    "{{ 7 * 7 }}{% raw %} $$z$$ **b** \u202e\x00\ud800 &lt; 'q\" key: value"
+)
+
+
+def write_folder(folder, evaluation=EVALUATION, base="openai-community/gpt2", **changes):
+    folder.mkdir(exist_ok=True)
+    config = MxDConfig(layers=[4, 5, 8], base_model_name_or_path=base, **{**SIZES, **changes})
+    config.save_pretrained(folder)
+    if evaluation is not None:
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def write_figures(folder, *names):
+    (folder / "figures").mkdir()
+    for name in names:
+        (folder / "figures" / name).write_bytes(b"")
+
+
+def every_text_replaced(value, text):
+    if isinstance(value, dict):
+        return {key: every_text_replaced(item, text) for key, item in value.items()} | {text: text}
+    if isinstance(value, list):
+        return [every_text_replaced(item, text) for item in value] + [text]
+    return value if isinstance(value, bool) else text
+
+
+def section(card, title):
+    return card.text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def tokens_of(card):
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
+    return [inner for token in tokens for inner in [token, *(token.children or [])]]
+
+
+def test_the_results_are_those_of_the_file(tmp_path):
+    results = section(build_card(write_folder(tmp_path)), "Results")
+    assert "| 4 | 0.211 | 0.301 | 4.0 | 2.9 % | 90.1 % | 88.9 % |" in results
+    assert "| 5 | 0.432 | – | 4.0 |" in results
+    assert "| 2.9000 | 2.9135 | 3.0500 | +0.0135 | 90.9 % |" in results
+    assert "16,384 held-out tokens of held.txt, the base model in float32." in results
+    assert "KL divergence from the untouched model 0.0123" in results
+    for name in ("NMSE", "FVU", "L0", "Dead experts", "Expert share", "Specialised share", "Rise", "Recovered"):
+        assert f"\n- **{name}**: " in results
+
+
+def test_every_table_has_as_many_cells_as_its_head(tmp_path):
+    tables = re.findall(r"(?:^\|.*\|\n)+", build_card(write_folder(tmp_path)).text, flags=re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_metadata(tmp_path):
+    card = build_card(write_folder(tmp_path), repo_id="ann/gpt2-mxd", license="mit")
+    metadata = card.data.to_dict()
+    assert metadata["base_model"] == "openai-community/gpt2"
+    assert metadata["base_model_relation"] == "adapter"
+    assert (metadata["library_name"], metadata["pipeline_tag"], metadata["license"]) == (
+        "mxd",
+        "text-generation",
+        "mit",
+    )
+    layers = ["mxd-layer-4", "mxd-layer-5", "mxd-layer-8"]
+    assert metadata["tags"] == ["mxd", "mixture-of-decoders", "interpretability", *layers]
+    assert metadata["datasets"] == ["HuggingFaceFW/fineweb-edu"]
+    assert metadata["mxd"] == {
+        "layers": [4, 5, 8],
+        "method": "mxd",
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "cross_entropy_rise": pytest.approx(0.0135),
+    }
+    assert metadata["model-index"][0]["name"] == "gpt2-mxd"
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert len(results) == 2 + 3 * 4
+    assert results["NMSE, layer 5"] == 0.4321
+    assert results["recovered share"] == 0.909
+    assert "inherits the base model's licence" in section(card, "Licence")
+
+
+def test_without_a_licence_there_is_none(tmp_path):
+    card = build_card(write_folder(tmp_path))
+    assert "license" not in card.data.to_dict()
+    assert "## Licence" not in card.text
+
+
+def test_yaml_round_trip(tmp_path):
+    card = build_card(write_folder(tmp_path), license="mit")
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict()
+    assert again.data.eval_results == card.data.eval_results
+    assert str(again) == str(card)
+
+
+def test_transcoders_are_called_so(tmp_path):
+    overrides = {str(layer): {"method": "skip_transcoder"} for layer in (5, 8)}
+    card = build_card(write_folder(tmp_path, method="transcoder", layer_overrides=overrides))
+    assert {"transcoder", "skip-transcoder"} <= set(card.data.tags)
+    assert "mixture-of-decoders" not in card.data.tags
+    assert "| 8 | skip transcoder | 32 | 4 | – | – | 16 → 16 | 1,328 |" in section(card, "Configuration")
+    assert "\nTranscoders, sparse stand-ins" in card.text
+
+
+def test_without_evaluation_nothing_was_measured(tmp_path):
+    card = build_card(write_folder(tmp_path, evaluation=None))
+    assert "Nothing was measured" in section(card, "Results")
+    assert "not recorded" in section(card, "How it was made")
+    assert "held-out" not in card.text
+    assert "model-index" not in card.data.to_dict()
+    assert "cross_entropy_rise" not in card.data.mxd
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [{}, {"layers": 5, "cross_entropy": [], "settings": "x"}, {"layers": {"4": None}, "settings": {"training": {}}}],
+)
+def test_missing_parts_are_dashes(tmp_path, evaluation):
+    card = build_card(write_folder(tmp_path, evaluation=evaluation))
+    assert "| 4 | – | – | – | – | – | – |" in card.text
+    assert "| – | – | – | – | – |" in card.text
+    assert "ships with mxd" not in card.text
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "true", '"0.1"', "[1]", "{}", "1" + "0" * 400])
+def test_what_is_no_finite_number_is_a_dash(tmp_path, value):
+    folder = write_folder(tmp_path)
+    text = json.dumps({**EVALUATION, "kl": "X", "layers": {"4": {"nmse": "X", "l0": "X", "dead_experts": "X"}}})
+    (folder / "evaluation.json").write_text(text.replace('"X"', value))
+    card = build_card(folder)
+    assert "| 4 | – | – | – | – | – | – |" in card.text
+    assert "untouched model – nats" in card.text
+    assert "nmse" not in {result.metric_type for result in card.data.eval_results}
+
+
+def test_absurd_numbers_stay_short(tmp_path):
+    card = build_card(write_folder(tmp_path, evaluation={**EVALUATION, "layers": {"4": {"nmse": 1e300}}}))
+    assert "| 4 | 1e+300 |" in card.text
+
+
+def test_hostile_texts_are_only_text(tmp_path):
+    evaluation = every_text_replaced(EVALUATION, HOSTILE)
+    evaluation["layers"] = {"4": LAYER}
+    folder = write_folder(tmp_path, evaluation=evaluation, base=HOSTILE)
+    card = build_card(folder, license=HOSTILE)
+    plain = build_card(write_folder(tmp_path / "plain", base="no hub id"), license="mit")
+    body = str(card)
+    body.encode()
+    assert (card.text.count(BEGIN), card.text.count(END)) == (1, 1)
+    assert card.text.count("```") == plain.text.count("```")
+    assert body.count("\n## ") == str(plain).count("\n## ")
+    for part in ("<script", "<img", "{{", "{%", "$$", "\u202e", "\x00"):
+        assert part not in card.text
+    assert "49" not in section(card, "How it was made")
+    found = tokens_of(card)
+    assert [token.content.strip() for token in found if token.type.startswith("html")] == [BEGIN, END]
+    assert {token.attrs["href"] for token in found if token.type == "link_open"} == {"https://arxiv.org/abs/2505.21364"}
+    assert not [token for token in found if token.type == "image"]
+    code = "".join(token.content for token in found if token.type == "fence")
+    assert set("`<>$&|") & set(code) == set()
+    assert ModelCard(body).data.to_dict() == card.data.to_dict()
+    assert str(update_card(body, card)) == body
+
+
+def test_hostile_names_of_files_and_repos_are_left_out_or_refused(tmp_path):
+    folder = write_folder(tmp_path / "a`b <i>")
+    write_figures(folder, "a](x) ![.png", "loss.png", "loss.svg")
+    card = build_card(folder)
+    assert re.findall(r"!\[.*", card.text) == ["![Loss](figures/loss.png)"]
+    assert "<i>" not in card.text
+    with pytest.raises(ValueError, match="Repo id"):
+        build_card(folder, repo_id='x"\nimport os')
+
+
+def test_long_texts_are_cut(tmp_path):
+    evaluation = json.loads(json.dumps(EVALUATION))
+    evaluation["settings"]["training"]["device"] = "d" * 5000
+    assert f"- Device: {'d' * 199}…\n" in build_card(write_folder(tmp_path, evaluation=evaluation)).text
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "{", "[1]", '"text"', "\udcff", " " * 10_000_001 + "{}"])
+@pytest.mark.parametrize("name", ["evaluation.json", "config.json"])
+def test_an_unreadable_file_is_named(tmp_path, name, text):
+    folder = write_folder(tmp_path)
+    (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=re.escape(name)):
+        build_card(folder)
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "llama"}, {"model_type": "mxd", "layers": []}])
+def test_what_is_no_decomposition_is_refused(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        build_card(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["/home/ann/secret/llama", "~/secret/llama", "secret/a/llama", "C:\\secret\\llama"])
+def test_no_path_of_the_machine_appears(tmp_path, base):
+    card = build_card(write_folder(tmp_path / "mine", base=base))
+    assert "base_model" not in card.data.to_dict()
+    for part in ("secret", "/home", "~/", str(tmp_path), tmp_path.name, "wiki/"):
+        assert part not in str(card)
+    assert " MLPs of llama, a model that is not on the Hub" in card.text
+    assert "HuggingFaceFW/fineweb-edu, &#42;.parquet, part.jsonl" in card.text
+
+
+def test_a_folder_of_the_base_is_no_hub_id_even_where_it_looks_like_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models/llama").mkdir(parents=True)
+    folder = write_folder(tmp_path / "mine", base="models/llama")
+    assert "base_model" not in build_card(folder).data.to_dict()
+    card = build_card(folder, base_model="meta/llama")
+    assert card.data.base_model == "meta/llama"
+    assert "[meta/llama](https://huggingface.co/meta/llama)" in card.text
+
+
+def test_figures_are_embedded_by_relative_path(tmp_path):
+    folder = write_folder(tmp_path)
+    write_figures(folder, "training_loss.png", "expert_frequency.png")
+    text = build_card(folder).text
+    assert "![Expert frequency](figures/expert_frequency.png)" in text
+    assert "![Training loss](figures/training_loss.png)" in text
+
+
+def test_the_command_is_one_that_the_program_takes(tmp_path):
+    from mxd.cli import app, parse_count, parse_layers
+
+    made = section(build_card(write_folder(tmp_path)), "How it was made")
+    assert "- Training tokens: 999,424\n" in made
+    assert "- Versions: python 3.11.7, torch 2.13.0+cpu, transformers 5.23.0\n" in made
+    words = shlex.split(re.search(r"```sh\n(.*?)```", made, flags=re.DOTALL)[1].replace("\\\n", " "))
+    assert words[:3] == ["mxd", "decompose", "openai-community/gpt2"]
+    options = get_command(app).commands["decompose"].make_context("decompose", words[2:]).params
+    assert options["arguments"] == ["openai-community/gpt2"]
+    assert options["dataset"] == ["HuggingFaceFW/fineweb-edu", "*.parquet", "part.jsonl"]
+    assert options["heldout_dataset"] == ["held.txt"]
+    assert parse_layers(options["layers"]) == [4, 5, 8]
+    assert parse_count(options["tokens"]) == 1_000_000
+    assert (options["k"], options["seed"], options["learning_rate"]) == (4, 7, 0.003)
+    assert options["streaming"]
+    assert options["bf16"]
+    assert options["dataset_config"] == "sample-10BT"
+
+
+def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
+    sizes = {"hidden_size": 192, "output_size": 192, "intermediate_size": 8, "num_experts_per_tok": 2}
+    layer = MxDLayerConfig(num_experts=16, hidden_act="silu", encoder_type="glu", **sizes)
+    config = MxDConfig.from_layer_configs({2: layer}, base_model_name_or_path="mxd/embedded-default")
+    monkeypatch.chdir(tmp_path)
+    MxDModel(config).save_pretrained("mine")
+    card = build_card("mine")
+    assert "base_model" not in card.data.to_dict()
+    names: dict[str, object] = {}
+    exec(re.search(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1], names)
+    assert names["indices"].shape[-1] == 2
+    assert torch.isfinite(names["values"]).all()
+    assert "The state of the Union" in capsys.readouterr().out
+
+
+def test_the_snippet_is_python_for_every_kind_of_base(tmp_path):
+    for base, own_tokenizer in (("gpt2", False), ("gpt2", True), ("/models/llama", False), (None, True)):
+        folder = write_folder(tmp_path, base=base)
+        if own_tokenizer:
+            (folder / "tokenizer.json").write_text("{}")
+        code = re.search(r"```python\n(.*?)```", build_card(folder, "ann/x").text, flags=re.DOTALL)[1]
+        compile(code, "snippet", "exec")
+        assert 'repo = "ann/x"' in code
+        assert ("AutoTokenizer.from_pretrained(repo)" in code) == own_tokenizer
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+
+
+HAND = """---
+language: en
+license: apache-2.0
+tags:
+- hand
+- mxd-layer-9
+extra:
+  date: 2024-01-02
+  note: "yes"
+model-index: of another time
+---
+
+# My own title
+
+Words before, with \\1 and \\g<0>.
+
+MARKS
+
+Words after.
+"""
+
+
+def test_an_update_keeps_what_was_written_by_hand(tmp_path):
+    folder = write_folder(tmp_path)
+    card = build_card(folder)
+    updated = update_card(HAND.replace("MARKS", f"{BEGIN}\nold numbers\n{END}"), card)
+    before, after = HAND.split("---\n", 2)[2].split("MARKS")
+    assert updated.text.startswith(before + BEGIN)
+    assert updated.text.endswith(END + after)
+    assert "old numbers" not in updated.text
+    metadata = updated.data.to_dict()
+    assert str(updated).startswith("---\nlanguage: en\nlicense: apache-2.0\ntags:\n- hand\n")
+    assert (metadata["language"], metadata["license"]) == ("en", "apache-2.0")
+    assert metadata["extra"] == yaml.safe_load("{date: 2024-01-02, note: 'yes'}")
+    assert metadata["tags"] == ["hand", *card.data.tags]
+    assert {key: metadata[key] for key in card.data.to_dict() if key != "tags"} == {
+        key: value for key, value in card.data.to_dict().items() if key != "tags"
+    }
+    assert str(update_card(str(updated), card)) == str(updated)
+
+
+def test_numbers_of_an_earlier_evaluation_do_not_outlive_it(tmp_path):
+    folder = write_folder(tmp_path)
+    earlier = str(build_card(folder))
+    (folder / "evaluation.json").unlink()
+    card = build_card(folder)
+    assert update_card(earlier, card).data.to_dict() == {
+        **card.data.to_dict(),
+        "datasets": ["HuggingFaceFW/fineweb-edu"],
+    }
+    assert "0.211" not in str(update_card(earlier, card))
+
+
+@pytest.mark.parametrize(
+    "existing",
+    [
+        "",
+        "# Only text\n\nand a rule\n\n---\n\nend",
+        "---\nlicense: mit\n---\n",
+        f"# Broken\n\n{BEGIN}\nhalf of the marks",
+        f"{END} and {BEGIN}\n",
+        "\ufeff---\r\nlicense: mit\r\n---\r\n# Windows\r\n\r\ntext\r\n",
+    ],
+)
+def test_a_card_without_marks_is_kept_and_ours_follows(tmp_path, existing):
+    card = build_card(write_folder(tmp_path))
+    updated = update_card(existing, card)
+    kept = existing.split("---\n", 2)[-1] if existing.startswith("---") else existing
+    kept = kept.split("---\r\n", 2)[-1].strip()
+    assert updated.text.strip().startswith(kept)
+    assert updated.text.count("## Results") == 1
+    assert str(update_card(str(updated), card)) == str(updated)
+    assert ("\r\n" in existing) == ("\r\n" in str(updated))
+    assert "\n" not in str(updated).replace("\r\n", "") or "\r\n" not in existing
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "a: [",
+        "- a",
+        "!!python/object/apply:os.system [echo]",
+        "1: 2",
+        "ignore_metadata_errors: true",
+        "a: " + "[" * 5000,
+    ],
+)
+def test_earlier_metadata_that_no_card_can_have_is_refused(tmp_path, front):
+    card = build_card(write_folder(tmp_path))
+    with pytest.raises(ValueError, match=r"metadata of the README"):
+        update_card(f"---\n{front}\n---\ntext", card)
+
+
+def test_only_our_cards_update_others(tmp_path):
+    with pytest.raises(ValueError, match="no marks"):
+        update_card("text", ModelCard("---\nlicense: mit\n---\n"))

@@ -1,0 +1,307 @@
+"""Push, search and load against a Hub on loopback, by the real client."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+
+from hub_cards import HubError, list_decompositions, push_decomposition, show_decomposition
+from modeling_mxd import MxDModel
+
+REPO = "user/mxd-tiny"
+
+
+def weights(hub, revision="main"):
+    return {name: data for name, data in hub.files(REPO, revision).items() if name.endswith(".safetensors")}
+
+
+def assert_complete(hub, folder, revision="main"):
+    files = hub.files(REPO, revision)
+    assert weights(hub, revision) == {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert {"README.md", "config.json", "modeling_mxd.py", "layers.py", "surgery.py"} <= files.keys()
+    assert "__init__.py" not in files
+
+
+def test_everything_in_one_commit(hub, folder, base):
+    (folder / "training_arguments.json").write_text("{}")
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"x")
+    pushed = push_decomposition(folder, REPO, tag="v1")
+    assert_complete(hub, folder)
+    assert len(hub.repos[REPO].commits) == 2  # the empty repo's and ours
+    assert hub.repos[REPO].tags == {"v1": pushed.commit}
+    assert not {name for name in hub.files(REPO) if "checkpoint" in name or "arguments" in name}
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("mxd", "user/base", "mit")
+    config = json.loads(hub.files(REPO)["config.json"])
+    assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("user/base", base)
+    assert hub.token not in "".join(str(data) for data in hub.files(REPO).values())
+
+
+def test_a_second_push_replaces_and_keeps_what_was_written_by_hand(hub, folder, tmp_path):
+    push_decomposition(folder, REPO)
+    api = HfApi()
+    readme = hub.files(REPO)["README.md"].decode().replace("license: mit", "license: cc0-1.0")
+    readme += "\nRead by hand: expert 7 likes commas.\n"
+    api.upload_file(path_or_fileobj=readme.encode(), path_in_repo="README.md", repo_id=REPO)
+    api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=REPO)
+    one = tmp_path / "one"
+    MxDModel.from_pretrained(folder, layers=[2]).save_pretrained(one)
+    push_decomposition(one, REPO)
+    assert_complete(hub, one)  # the two shards of before and their index are gone
+    assert "model.safetensors.index.json" not in hub.files(REPO)
+    assert hub.files(REPO)["notes.txt"] == b"mine"
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert "expert 7 likes commas" in card.text
+    assert card.data.license == "cc0-1.0"
+    push_decomposition(one, REPO, license="mit")
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "mit"
+
+
+def test_branch_private_and_pull_request(hub, folder):
+    push_decomposition(folder, REPO, private=True, revision="try")
+    assert hub.repos[REPO].private
+    assert not weights(hub)
+    assert_complete(hub, folder, "try")
+    pushed = push_decomposition(folder, REPO, create_pr=True)
+    assert pushed.url.endswith("/discussions/1")
+    assert not weights(hub)
+    assert_complete(hub, folder, "refs/pr/1")
+
+
+CALLS = {
+    "base": ("GET", "/api/models/user/base"),
+    "create": ("POST", "/api/repos/create"),
+    "info": ("GET", f"/api/models/{REPO}"),
+    "preupload": ("POST", "/preupload/"),
+    "batch": ("POST", "/info/lfs/objects/batch"),
+    "put": ("PUT", "/lfs/"),
+    "verify": ("POST", "/lfs/.*/verify"),
+    "commit": ("POST", "/commit/"),
+}
+FAULTS = {
+    "429": {"status": 429},
+    "500": {"status": 500},
+    "503": {"status": 503},
+    "drop": {"mode": "drop"},
+    "half": {"mode": "half"},
+    "lost": {"mode": "lost"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_passing_fault_is_overcome_with_one_commit(hub, folder, call, fault):
+    hub.fail(*CALLS[call], **FAULTS[fault])
+    push_decomposition(folder, REPO)
+    assert_complete(hub, folder)
+    assert len(hub.repos[REPO].commits) == 2
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "401", "403", "404"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_lasting_fault_fails_cleanly_and_a_repeat_succeeds(hub, folder, call, fault):
+    options = FAULTS.get(fault) or {"status": int(fault)}
+    hub.fail(*CALLS[call], times=10**6, **options)
+    try:
+        push_decomposition(folder, REPO)
+    except HubError as error:
+        assert str(error)
+        assert hub.token not in str(error)
+        done = bool(weights(hub)) if REPO in hub.repos else False
+        assert not done or fault == "lost"
+    else:
+        assert fault == "lost" or call == "verify"  # the deed was done: found by its mark
+        assert_complete(hub, folder)
+    hub.faults.clear()
+    push_decomposition(folder, REPO)
+    assert_complete(hub, folder)
+
+
+def test_anothers_commit_in_between_is_not_overwritten(hub, folder):
+    push_decomposition(folder, REPO)
+    hub.fail("POST", "/commit/", status=412)
+    before = len(hub.repos[REPO].commits)
+    push_decomposition(folder, REPO)
+    assert len(hub.repos[REPO].commits) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "there is no config.json"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "but no decomposition"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "no JSON that can be read"),
+        (lambda folder: next(folder.glob("*00001-of*")).unlink(), "no weights of layer 0"),
+        (lambda folder: next(folder.glob("*00001-of*")).write_bytes(b"abc"), "no complete safetensors file"),
+    ],
+)
+def test_a_folder_that_is_not_complete_is_refused_before_anything_is_sent(hub, folder, change, message):
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        push_decomposition(folder, REPO)
+    assert REPO not in hub.repos
+    assert not hub.requests
+
+
+def test_a_base_that_others_cannot_load_is_refused(hub, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is no Hub id"):
+        push_decomposition(folder, REPO)
+    with pytest.raises(HubError, match="user/nothing: there is no such repo"):
+        push_decomposition(folder, REPO, base_model="user/nothing")
+    assert REPO not in hub.repos
+    push_decomposition(folder, REPO, base_model="user/base")
+    assert str(tmp_path) not in "".join(str(data) for data in hub.files(REPO).values())
+
+
+def test_without_a_token(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(HubError, match="token"):
+        push_decomposition(folder, REPO)
+    assert REPO not in hub.repos
+
+
+def test_catalogue(hub, folder, tmp_path):
+    for index in range(5):  # more than a page
+        push_decomposition(folder, f"user/mxd-{index}")
+    one = tmp_path / "one"
+    MxDModel.from_pretrained(folder, layers=[2]).save_pretrained(one)
+    push_decomposition(one, "org/single")
+    hub.create("user/else", {"README.md": b"---\nlibrary_name: transformers\n---\n"})
+    hub.create(
+        "user/hostile", {"README.md": b"---\ntags: [mxd]\nmxd: {layers: 7, num_experts: [1], method: {}}\n---\n"}
+    )
+    hub.requests.clear()
+    found = {info.repo_id: info for info in list_decompositions()}
+    assert set(found) == {*(f"user/mxd-{index}" for index in range(5)), "org/single", "user/hostile"}
+    assert all(path.startswith("/api/models") for _, path, _ in hub.requests)
+    info = found["user/mxd-3"]
+    assert (info.base_model, info.layers, info.num_experts, info.num_experts_per_tok) == ("user/base", [0, 2], 24, 4)
+    assert found["user/hostile"].layers == []
+    assert {info.repo_id for info in list_decompositions(layer=0)} == {f"user/mxd-{index}" for index in range(5)}
+    assert [info.repo_id for info in list_decompositions("SINGLE")] == ["org/single"]
+    assert len(list(list_decompositions("base", limit=3))) == 3
+    assert len(list(list_decompositions(base_model="user/base"))) == 6
+    assert [info.repo_id for info in list_decompositions(author="org")] == ["org/single"]
+
+
+def test_show_downloads_no_weights(hub, folder):
+    pushed = push_decomposition(folder, REPO)
+    hub.requests.clear()
+    details = show_decomposition(REPO)
+    assert details.commit == pushed.commit
+    assert details.config.layers == [0, 2]
+    assert details.weight_bytes == sum(map(len, weights(hub).values()))
+    assert not [path for _, path, _ in hub.requests if path.endswith((".safetensors", ".py"))]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no config.json"),
+        ({"config.json": b'{"model_type": "llama"}'}, "no decomposition"),
+        ({"config.json": b"[" * 50_000}, "no JSON that can be read"),
+        ({"config.json": b'{"a": "' + b"x" * 10_000_000 + b'"}'}, "larger than"),
+        ({"config.json": b'{"model_type": "mxd", "num_experts": 1e400}'}, "num_experts"),
+        ({"config.json": b'{"model_type": "mxd", "num_experts": 1000000000000}'}, "num_experts"),
+        ({"config.json": b'{"model_type": "mxd", "layers": [1, 1]}'}, "layer 1 more than once"),
+        ({"config.json": b'{"model_type": "mxd", "hidden_act": "__import__"}'}, "hidden_act"),
+    ],
+)
+def test_hostile_repos_are_refused(hub, files, message):
+    hub.create(REPO, files)
+    with pytest.raises(ValueError, match=message):
+        show_decomposition(REPO)
+
+
+def test_show_of_what_is_not_there(hub):
+    with pytest.raises(HubError, match="there is no such repo"):
+        show_decomposition("user/nothing")
+
+
+LOAD = """
+import json, sys
+if {hide}:
+    class Hidden:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in ("modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd"):
+                raise ModuleNotFoundError(name)
+    sys.meta_path.insert(0, Hidden())
+else:
+    import modeling_mxd
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+kwargs = dict(trust_remote_code=True, **json.loads({kwargs!r}))
+lm = AutoModelForCausalLM.from_pretrained({repo!r}, **kwargs)
+mxd = AutoModel.from_pretrained({repo!r}, **kwargs)
+torch.save((lm(torch.arange(2, 12)[None]).logits, mxd.config.layers, type(mxd).__module__), {out!r})
+"""
+
+
+def load(hub, tmp_path, hide, offline=False, **kwargs):
+    script, out = tmp_path / "load.py", tmp_path / "out.pt"
+    script.write_text(LOAD.format(hide=hide, repo=REPO, out=str(out), kwargs=json.dumps(kwargs)))
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "1" if offline else "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, check=False, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("hide", [True, False], ids=["without the library", "with the library"])
+def test_both_doors_of_a_pushed_private_repo_then_offline(hub, folder, tmp_path, expected, hide):
+    first = push_decomposition(folder, REPO, private=True)
+    logits, layers, module = load(hub, tmp_path, hide)
+    assert torch.equal(logits, expected)
+    assert layers == [0, 2]
+    assert module.startswith("transformers_modules" if hide else "modeling_mxd")
+    before = len(hub.requests)
+    assert torch.equal(load(hub, tmp_path, hide, offline=True)[0], expected)
+    assert len(hub.requests) == before
+    one = tmp_path / "one"
+    MxDModel.from_pretrained(folder, layers=[2]).save_pretrained(one)
+    push_decomposition(one, REPO)
+    assert load(hub, tmp_path, hide)[1] == [2]
+    assert torch.equal(load(hub, tmp_path, hide, revision=first.commit)[0], expected)
+
+
+def test_one_layer_downloads_only_its_shard(hub, folder, tmp_path):
+    push_decomposition(folder, REPO)
+    hub.requests.clear()
+    assert load(hub, tmp_path, True, layers=[2])[1] == [2]
+    got = {path.rsplit("/", 1)[1] for method, path, _ in hub.requests if method == "GET" and "mxd-tiny/resolve" in path}
+    assert "model-00002-of-00002.safetensors" in got
+    assert "model-00001-of-00002.safetensors" not in got
+
+
+def test_the_trainer_pushes_with_our_card(hub, base, tiny_llama, tmp_path):
+    from datasets import Dataset
+
+    from trainers import DistillationArguments, DistillationTrainer
+
+    tiny_llama.config._name_or_path = tiny_llama.name_or_path = "user/base"
+    config = MxDModel.config_class(
+        layers=[1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4, hidden_act="silu"
+    )
+    rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (32, 12)).tolist()})
+    arguments = DistillationArguments(
+        str(tmp_path / "run"), push_to_hub=True, hub_model_id="user/trained", max_steps=2, use_cpu=True,
+        per_device_train_batch_size=8, disable_tqdm=True, calibration_tokens=200, statistics_tokens=200,
+        encoder_initialization="random", save_strategy="no",
+    )  # fmt: skip
+    trainer = DistillationTrainer(MxDModel(config), tiny_llama, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files("user/trained")
+    assert ModelCard(files["README.md"].decode()).data.base_model == "user/base"
+    assert {"config.json", "model.safetensors", "modeling_mxd.py"} <= files.keys()
+    assert str(tmp_path) not in "".join(str(data) for data in files.values())
+    assert hub.token not in "".join(str(data) for data in files.values())
