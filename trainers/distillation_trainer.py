@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 SCALES_NAME = "activation_scales.json"
 ARGUMENTS_NAME = "training_arguments.json"
+# Folders of this machine, and what only it needs: the file is pushed along with `push_to_hub=True`.
+_LOCAL_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "hub_token")
 
 
 class DistillationTrainer(Trainer):
@@ -334,7 +336,9 @@ class DistillationTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-        (folder / ARGUMENTS_NAME).write_text(json.dumps(self.args.to_sanitized_dict(), indent=2) + "\n")
+        arguments = self.args.to_sanitized_dict()
+        arguments = {name: value for name, value in arguments.items() if name not in _LOCAL_ARGUMENTS}
+        (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

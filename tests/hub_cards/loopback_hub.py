@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import yaml
 
@@ -93,6 +93,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_):
+        self.fail("*", "", times=10**9, mode="drop")  # also on connections that are still open
         self.http.shutdown()
         self.http.server_close()
 
@@ -347,12 +348,14 @@ class _Handler(BaseHTTPRequestHandler):
             if (not repo.private or self.known) and search.lower() in name.lower() and name.startswith(author)
             and wanted <= set((model := self.described(name))["tags"])
         ]  # fmt: skip
+        if self.query.get("sort") == ["lastModified"]:
+            found.sort(key=lambda model: model["lastModified"], reverse=True)
         start = int(self.query.get("cursor", ["0"])[0])
         size = min(PAGE, int(self.query.get("limit", [str(PAGE)])[0]))
         headers = {}
         if start + size < len(found):
-            query = "&".join(f"filter={tag}" for tag in sorted(wanted))
-            headers["Link"] = f'<{self.server_state.url}/api/models?{query}&cursor={start + size}>; rel="next"'
+            query = urlencode({**self.query, "cursor": start + size}, doseq=True)
+            headers["Link"] = f'<{self.server_state.url}/api/models?{query}>; rel="next"'
         return Reply(200, found[start : start + size], headers)
 
     def tree(self, repo, revision, folder=None):
