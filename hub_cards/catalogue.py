@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from modeling_mxd import MxDConfig
 
-from .hub import MAX_JSON_BYTES, HubError, explained, read_json, retried
+from .hub import MAX_JSON_BYTES, explained, read_json, retried
 
 LIBRARY = "mxd"
 
@@ -169,17 +168,11 @@ def show_decomposition(
     values = read("config.json")
     if values.get("model_type") != MxDConfig.model_type:
         raise ValueError(f"{repo_id} holds a model, but no decomposition")
-    evaluation = None
-    try:
-        evaluation = read("evaluation.json") if "evaluation.json" in sizes else None
-    except HubError as error:
-        if not isinstance(error.__cause__, EntryNotFoundError):
-            raise
     assert model.sha
     return DecompositionDetails(
         info=_info(model),
         config=MxDConfig.from_dict(values),
-        evaluation=evaluation,
+        evaluation=read("evaluation.json") if "evaluation.json" in sizes else None,
         commit=model.sha,
         weight_bytes=sum(size for name, size in sizes.items() if name.endswith(".safetensors")),
         private=bool(model.private),

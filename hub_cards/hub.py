@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 10_000_000
 _PASSING = (429, 500, 502, 503, 504)
-_ATTEMPTS = 5
+ATTEMPTS = 5
 
 Result = TypeVar("Result")
 
@@ -59,21 +59,21 @@ def passes(error: Exception) -> bool:
     return is_broken_connection(error) or status_of(error) in _PASSING
 
 
-def retried(call: Callable[[], Result], what: str, attempts: int = _ATTEMPTS) -> Result:
-    """Call until it succeeds, at most `attempts` times, waiting 1, 2, 4 … seconds in between.
+def retried(call: Callable[[], Result], what: str) -> Result:
+    """Call until it succeeds, at most `ATTEMPTS` times, waiting 1, 2, 4 … seconds in between.
 
     Raises:
         HubError: it failed for good.
     """
-    for attempt in range(attempts):
+    for attempt in range(ATTEMPTS):
         try:
             return call()
         except Exception as error:
-            if not passes(error) or attempt == attempts - 1:
+            if not passes(error) or attempt == ATTEMPTS - 1:
                 raise explained(error, what) from error
             logger.warning("%s failed (%s), trying again", what, _first_line(error))
             time.sleep(2**attempt)
-    raise AssertionError("attempts must be at least 1")
+    raise AssertionError("unreachable")
 
 
 def explained(error: Exception, what: str) -> Exception:

@@ -16,13 +16,12 @@ import modeling_mxd
 from modeling_mxd import MxDConfig
 
 from .card import build_card, update_card
-from .hub import HubError, explained, logger, passes, read_json, retried, status_of
+from .hub import ATTEMPTS, HubError, explained, logger, passes, read_json, retried, status_of
 
 # Only what belongs to a decomposition is uploaded: no checkpoints, no training arguments (they name local paths).
 _PATTERNS = (
     "*.safetensors",
     "model.safetensors.index.json",
-    "evaluation.json",
     "training_log.json",
     "figures/*.png",
     "tokenizer*",
@@ -35,7 +34,6 @@ _PATTERNS = (
 _REPLACED = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|figures/[^/]+\.png|evaluation\.json|[^/]+\.py"
 )
-_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -118,12 +116,12 @@ class _Commit:
 
     def push(self, content: dict[str, bytes | Path], card: Any) -> PushedDecomposition:
         what = f"pushing to {self.repo_id}"
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             info = retried(lambda: self.api.model_info(self.repo_id, revision=self.branch), what)
             assert info.sha
-            earlier = {file.rfilename for file in info.siblings or []}
             if attempt and (made := self._made()):
                 return made
+            earlier = {file.rfilename for file in info.siblings or []}
             operations = self._operations(content, card, earlier, info.sha)
             try:
                 done = self.api.create_commit(
@@ -141,7 +139,7 @@ class _Commit:
                     raise explained(error, what) from error
                 if self.create_pr and status_of(error) is None:
                     raise HubError(f"{what}: the reply was lost; see whether the pull request is there") from error
-                if attempt == _ATTEMPTS - 1:
+                if attempt == ATTEMPTS - 1:
                     if made := self._made():
                         return made
                     if status_of(error) == 412:

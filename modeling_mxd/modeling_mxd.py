@@ -93,9 +93,7 @@ class MxDModel(PreTrainedModel):
             OSError: files are not there.
         """
         access = {name: kwargs[name] for name in (*_ACCESS, *_OWN) if name in kwargs}
-        if not isinstance(config, PreTrainedConfig):
-            fields = {name: kwargs.pop(name) for name in _CONFIG_FIELDS & kwargs.keys()}
-            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **access, **fields)
+        config = _load_config(config, pretrained_model_name_or_path, access, kwargs)
         config.keep_layers(config.layers)  # `layers=` may have been set after it was read
         config.check_memory(torch.float8_e4m3fn)  # the narrowest that weights come in: before any download
         kwargs["use_safetensors"] = True
@@ -116,8 +114,7 @@ class MxDModel(PreTrainedModel):
         """As transformers' `save_pretrained`; by default in shards as large as the largest layer, so that one layer
         can be had without the others."""
         largest = max(sum(t.nbytes for t in layer.state_dict().values()) for layer in self.layers.values())
-        kwargs.setdefault("max_shard_size", largest)
-        if kwargs["max_shard_size"] == "50GB":  # the stock default, which push_to_hub and Trainer spell out
+        if kwargs.get("max_shard_size", "50GB") == "50GB":  # the stock default, which push_to_hub spells out
             kwargs["max_shard_size"] = largest
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -252,9 +249,7 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         adapter = kwargs.pop("adapter_kwargs", None)
         for name in ("trust_remote_code", "code_revision", "_commit_hash", "_from_auto", "use_safetensors"):
             kwargs.pop(name, None)
-        if not isinstance(config, PreTrainedConfig):
-            fields = {name: kwargs.pop(name) for name in _CONFIG_FIELDS & kwargs.keys()}
-            config = MxDConfig.from_pretrained(config or pretrained_model_name_or_path, **access, **own, **fields)
+        config = _load_config(config, pretrained_model_name_or_path, access | own, kwargs)
         source = {"revision": config.base_model_revision, **access}
         _check_base_name(config, source)
         base = AutoModelForCausalLM.from_pretrained(
@@ -275,6 +270,14 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 _CONFIG_FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"}
+
+
+def _load_config(config: Any, name: Any, access: dict[str, Any], kwargs: dict[str, Any]) -> MxDConfig:
+    """The config that `from_pretrained` was given, or the repo's with the fields among `kwargs`, which leave them."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    fields = {field: kwargs.pop(field) for field in _CONFIG_FIELDS & kwargs.keys()}
+    return MxDConfig.from_pretrained(config or name, **access, **fields)
 
 
 def _check_base_name(config: MxDConfig, source: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ class SplicedLanguageModel:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: pickle and deepcopy make it again from the base's.
-        return _new_spliced, (type(self).__mro__[2],), self.__dict__
+        return _new_spliced, (_base_class(self),), self.__dict__
 
     @property
     def decomposition(self) -> Any:
@@ -46,7 +46,7 @@ class SplicedLanguageModel:
         self.__dict__.update(self.__dict__.pop("_base_attributes"))
         for name in ("_decomposition", "_replaced", "_samples"):
             del self.__dict__[name]
-        self.__class__ = type(self).__mro__[2]
+        self.__class__ = _base_class(self)
         _trainable(self, True)
         return self
 
@@ -139,6 +139,10 @@ def _spliced_class(base: type) -> type:
     if base not in _CLASSES:
         _CLASSES[base] = type(base.__name__, (SplicedLanguageModel, base), {"__module__": base.__module__})
     return _CLASSES[base]
+
+
+def _base_class(model: Any) -> type:
+    return type(model).__mro__[2]  # after the class made by `_spliced_class` and SplicedLanguageModel
 
 
 def _new_spliced(base: type) -> Any:

@@ -284,14 +284,7 @@ def replace_mlp(model: nn.Module, layer: int, module: nn.Module, cast: bool = Tr
     Raises:
         SurgeryError: unknown model type or layer, an MLP that is already replaced, or another width.
     """
-    site = _check_replaceable(model, layer, module)
-    like = next(site.output_module.parameters(), None)
-    if like is not None:
-        dtype = like.dtype
-        if isinstance(model, PreTrainedModel) and not dtype.is_floating_point:
-            dtype = model.dtype
-        module.to(device=_device(site.output_module, like), dtype=dtype if cast else None)
-    return ReplacedMLP(site, module)
+    return replace_mlps(model, {layer: module}, cast=cast)[0]
 
 
 def _device(module: nn.Module, parameter: Tensor) -> torch.device | str | int:
@@ -320,9 +313,20 @@ def replace_mlps(model: nn.Module, modules: Mapping[int, nn.Module], cast: bool 
     """
     if not modules:
         raise SurgeryError("nothing to splice: name at least one layer")
+    sites = {layer: _check_replaceable(model, layer, module) for layer, module in modules.items()}
     for layer, module in modules.items():
-        _check_replaceable(model, layer, module)
-    return [replace_mlp(model, layer, module, cast=cast) for layer, module in modules.items()]
+        _move_to(sites[layer], model, module, cast)
+    return [ReplacedMLP(sites[layer], module) for layer, module in modules.items()]
+
+
+def _move_to(site: MLPSite, model: nn.Module, module: nn.Module, cast: bool) -> None:
+    like = next(site.output_module.parameters(), None)
+    if like is None:
+        return
+    dtype = like.dtype
+    if isinstance(model, PreTrainedModel) and not dtype.is_floating_point:
+        dtype = model.dtype  # a quantised MLP's weights are integers
+    module.to(device=_device(site.output_module, like), dtype=dtype if cast else None)
 
 
 @contextmanager
