@@ -2,24 +2,17 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .capture import Capture, capture_mlps
 from .configuration_mxd import MxDConfig, MxDLayerConfig
 from .interventions import ExpertCoefficients, ExpertIntervention
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .modeling_mxd import MxDForCausalLM, MxDModel, MxDOutput
 from .parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
+from .pretrained_weights import PretrainedWeights, WeightLayout
+from .sites import MLPSite, SurgeryError, find_all_mlps, find_mlp, find_mlps, find_stacks
 from .spliced_language_model import SplicedLanguageModel
-from .surgery import (
-    Capture,
-    MLPSite,
-    ReplacedMLP,
-    SurgeryError,
-    capture_mlps,
-    find_mlp,
-    find_mlps,
-    replace_mlp,
-    replace_mlps,
-    spliced_mlps,
-)
+from .surgery import ReplacedMLP, replace_mlp, replace_mlps, spliced_mlps
+from .verification import verify_sites
 
 __all__ = [
     "Capture",
@@ -32,20 +25,25 @@ __all__ = [
     "MxDLayerConfig",
     "MxDModel",
     "MxDOutput",
+    "PretrainedWeights",
     "ReplacedMLP",
     "SparseLayer",
     "SplicedLanguageModel",
     "SurgeryError",
     "TranscoderLayer",
+    "WeightLayout",
     "capture_mlps",
+    "find_all_mlps",
     "find_mlp",
     "find_mlps",
+    "find_stacks",
     "make_layer",
     "num_experts_matching_transcoder",
     "num_latents_matching_transcoder",
     "replace_mlp",
     "replace_mlps",
     "spliced_mlps",
+    "verify_sites",
 ]
 
 # All or none: a local config would meet a remote model.

@@ -4,6 +4,7 @@ Parameter names follow transformers (`hidden_size`, `num_experts`, `num_experts_
 """
 
 import os
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +22,11 @@ _LEARNED_ACTIVATIONS = ("prelu", "xielu")
 MAX_SIZE = 2**31 - 1
 MAX_NAME = 4096
 MAX_LAYERS = 10_000
+
+# `-1` is the last item of a list, `*` stands for the numbers of a list of lists.
+_PATH = r"[A-Za-z_]\w*(\.(\w+|-1))*"
+_SITE = re.compile(rf"{_PATH}(, ?{_PATH})*", re.ASCII)
+_STACK = re.compile(r"[A-Za-z_]\w*(\.(\w+|\*))*", re.ASCII)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mxd.MxDConfig",
@@ -119,8 +125,11 @@ class MxDConfig(PreTrainedConfig):
         base_model_type: `model_type` of the base model; another one is refused when splicing.
         base_hidden_act: activation of the base model's MLPs; another one is refused when splicing.
         vocab_size, num_attention_heads: of the base model, whose config class PEFT reads ours with.
-        site: which function of the layer is decomposed; only `"mlp"` so far: from the MLP's input (after the
-            layer norm) to its output (before the residual is added).
+        site: which function of the layer is decomposed: `"mlp"` for the layer's main MLP, from its input (after the
+            layer norm) to its output (before the residual is added); or the dotted paths, from the layer, of other
+            modules that make up one, separated by commas (`"mlp.experts"`, `"shared_mlp"`, `"fc1,act,fc2"`).
+        stack: which list of transformer layers `layers` counts: None for the language model's (the decoder's of an
+            encoder–decoder model), `"encoder"`, `"decoder"`, or the list's dotted path.
         hidden_size, output_size, intermediate_size, num_experts, num_experts_per_tok, hidden_act, encoder_type,
         method, gate_bias, encoder_bias, output_bias: see `MxDLayerConfig`. `output_size` defaults to
             `hidden_size`, `intermediate_size` to four times `hidden_size`.
@@ -148,6 +157,7 @@ class MxDConfig(PreTrainedConfig):
         vocab_size: int | None = None,
         num_attention_heads: int | None = None,
         site: str = "mlp",
+        stack: str | None = None,
         hidden_size: int = 768,
         output_size: int | None = None,
         intermediate_size: int | None = None,
@@ -172,6 +182,7 @@ class MxDConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.num_attention_heads = num_attention_heads
         self.site = site
+        self.stack = stack
         self.hidden_size = hidden_size
         self.output_size = hidden_size if output_size is None else output_size
         # A hidden_size that is no number is refused below, by name.
@@ -210,8 +221,17 @@ class MxDConfig(PreTrainedConfig):
         repeated = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
         if repeated:
             raise ValueError(f"layers names layer {repeated[0]} more than once: {_shown(self.layers)}")
-        if self.site != "mlp":
-            raise ValueError(f"site must be 'mlp', the only site supported, got {_shown(self.site)}")
+        if not isinstance(self.site, str) or len(self.site) > MAX_NAME or not _SITE.fullmatch(self.site):
+            raise ValueError(
+                "site must be 'mlp', or dotted paths of modules in a transformer layer, separated by commas, got "
+                f"{_shown(self.site)}"
+            )
+        stack_fits = isinstance(self.stack, str) and len(self.stack) <= MAX_NAME and _STACK.fullmatch(self.stack)
+        if self.stack is not None and not stack_fits:
+            raise ValueError(
+                "stack must be None, 'encoder', 'decoder' or the dotted path of a list of transformer layers, got "
+                f"{_shown(self.stack)}"
+            )
         self._check_names()
         self._check_overrides()
         # Also without layers the shared fields are checked, so that a mistake shows where it is made.

@@ -17,14 +17,19 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, ModelOutput, cached_file, logging
 
 # Every sibling is imported here, also the unused: a Hub repo carries only what its entry file names.
+from .architectures import layer_chains  # noqa: F401
+from .capture import capture_mlps  # noqa: F401
 from .configuration_mxd import MxDConfig
 from .functional import topk_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .parameter_budget import transcoder_parameters  # noqa: F401
+from .pretrained_weights import PretrainedWeights  # noqa: F401
 from .reference import reference_forward  # noqa: F401
+from .sites import SurgeryError, find_mlps
 from .spliced_language_model import make_spliced
-from .surgery import ReplacedMLP, SurgeryError, find_mlps, replace_mlps, spliced_mlps
+from .surgery import ReplacedMLP, replace_mlps, spliced_mlps
+from .verification import verify_sites  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -146,20 +151,21 @@ class MxDModel(PreTrainedModel):
             layer = self.config.layers[0]
         return MxDOutput(output=self.layer(layer)(hidden_states))
 
-    def splice(self, model: nn.Module, cast: bool = True) -> list[ReplacedMLP]:
-        """Put every layer in place of the base model's MLP, until `restore()` is called on what is returned.
+    def splice(self, model: nn.Module, cast: bool = True, **options: Any) -> list[ReplacedMLP]:
+        """Put every layer in place of the base model's MLP, until `restore()` is called on what is returned. Options
+        are `verify` and `example_inputs` of `replace_mlps`.
 
         Raises:
             SurgeryError: as `replace_mlp`; the model is then as it was.
         """
         self.check_base(model)
-        return replace_mlps(model, self._modules_by_layer(), cast=cast)
+        return replace_mlps(model, self._modules_by_layer(), cast, **self._where(), **options)
 
     @contextmanager
-    def spliced(self, model: nn.Module, cast: bool = True) -> Iterator[list[ReplacedMLP]]:
-        """Splice inside the block; afterwards, also after an exception, the base model is as it was."""
+    def spliced(self, model: nn.Module, cast: bool = True, **options: Any) -> Iterator[list[ReplacedMLP]]:
+        """As `splice`, inside the block; afterwards, also after an exception, the base model is as it was."""
         self.check_base(model)
-        with spliced_mlps(model, self._modules_by_layer(), cast=cast) as replaced:
+        with spliced_mlps(model, self._modules_by_layer(), cast, **self._where(), **options) as replaced:
             yield replaced
 
     def record_base(self, model: PreTrainedModel) -> None:
@@ -172,7 +178,7 @@ class MxDModel(PreTrainedModel):
         found = {
             "base_model_name_or_path": model.config._name_or_path or None,
             "base_model_type": model.config.model_type,
-            "base_hidden_act": next(iter(find_mlps(model).values())).hidden_act,
+            "base_hidden_act": self._hidden_act(model),
             "vocab_size": getattr(text_config, "vocab_size", None),
             "num_attention_heads": getattr(text_config, "num_attention_heads", None),
         }
@@ -188,12 +194,12 @@ class MxDModel(PreTrainedModel):
         Raises:
             SurgeryError: saying both, theirs and ours.
         """
-        sites, config = find_mlps(model), getattr(model, "config", None)
+        config = getattr(model, "config", None)
         have = {"base_model_type": getattr(config, "model_type", None)}
-        have["base_hidden_act"] = next((site.hidden_act for site in sites.values()), None)
+        have["base_hidden_act"] = self._hidden_act(model)
         for name, value in have.items():
             named = getattr(self.config, name)
-            if named is not None and named != value:
+            if named is not None and value is not None and named != value:
                 raise SurgeryError(f"the decomposition is of a base with {name} {named!r}, this model's is {value!r}")
         commit, named = getattr(config, "_commit_hash", None), self.config.base_model_revision
         if commit and named and re.fullmatch(r"[0-9a-f]{40}", named) and commit != named:
@@ -201,6 +207,16 @@ class MxDModel(PreTrainedModel):
                 f"the decomposition is of commit {named} of {self.config.base_model_name_or_path}, this model is "
                 f"commit {commit}: its weights may differ"
             )
+
+    def _hidden_act(self, model: nn.Module) -> str | None:
+        """Activation of the base's MLPs; None where they all are replaced."""
+        sites = find_mlps(model, **self._where())
+        # Of the decomposed layers first, then of others: some may be replaced already.
+        ordered = sorted(sites.values(), key=lambda site: site.layer not in self.config.layers)
+        return next(filter(None, (site.hidden_act for site in ordered if site.slots)), None)
+
+    def _where(self) -> dict[str, Any]:
+        return {"stack": self.config.stack, "site": self.config.site}
 
     def _modules_by_layer(self) -> dict[int, nn.Module]:
         return {layer: self.layer(layer) for layer in self.config.layers}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .surgery import ReplacedMLP, SurgeryError
+from .sites import SurgeryError
+from .surgery import ReplacedMLP
 
 _SAMPLE = 1024
 _CLASSES: dict[type, type] = {}

@@ -19,6 +19,7 @@ from modeling_mxd import (
     MxDConfig,
     MxDLayerConfig,
     MxDModel,
+    SurgeryError,
     find_mlps,
     num_experts_matching_transcoder,
     num_latents_matching_transcoder,
@@ -112,10 +113,14 @@ class DecompositionOptions:
 
 def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig:
     """Configuration of the layer that will stand for one MLP, sizes read from its weights."""
-    weights = site.weights()
-    inputs, outputs = weights.encoder.shape[1], weights.decoder.shape[0]
-    units = options.intermediate_size or weights.encoder.shape[0]
-    encoder_type = site.architecture.encoder_type
+    if site.widths is None:
+        raise SurgeryError(
+            f"no rule finds the weights of layer {site.layer} ({', '.join(site.slots)}), which tell its sizes: build "
+            "the MxDConfig yourself and use DistillationTrainer"
+        )
+    inputs, _, outputs = site.widths
+    units = options.intermediate_size or site.active_units or inputs
+    encoder_type = site.encoder_type
     if options.num_experts is not None:
         experts = options.num_experts
     elif options.method == "mxd":
@@ -129,7 +134,8 @@ def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig
         intermediate_size=units,
         num_experts=experts,
         num_experts_per_tok=options.num_experts_per_tok,
-        hidden_act=site.hidden_act,
+        # Where the MLP's own is none of transformers', the usual one of its form.
+        hidden_act=site.hidden_act or ("silu" if encoder_type == "glu" else "gelu"),
         encoder_type=encoder_type,
         method=options.method,
     )

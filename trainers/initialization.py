@@ -154,6 +154,8 @@ def start_encoder_from_pretrained(layer: MxDLayer, model: nn.Module, index: int)
     """
     site = find_mlp(model, index)
     weights = site.weights()
+    if site.kind == "mixture-of-experts" and layer.config.intermediate_size < len(weights.encoder):
+        weights = weights.strongest(layer.config.intermediate_size)
     pairs = [(layer.encoder, weights.encoder, weights.encoder_bias)]
     if layer.encoder_up is not None and weights.up is not None:
         pairs.append((layer.encoder_up, weights.up, weights.up_bias))
@@ -161,7 +163,7 @@ def start_encoder_from_pretrained(layer: MxDLayer, model: nn.Module, index: int)
         raise ValueError(
             f"layer {index}: an encoder of form {layer.config.encoder_type} and intermediate_size "
             f"{layer.config.intermediate_size} cannot start from the pretrained MLP, which has form "
-            f"{site.architecture.encoder_type} and {weights.encoder.shape[0]}: use those, or the random start"
+            f"{site.encoder_type} and {weights.encoder.shape[0]}: use those, or the random start"
         )
     for linear, weight, bias in pairs:
         linear.weight.copy_(weight)

@@ -6,7 +6,7 @@ from mxd_cases import random_layer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling_mxd import SurgeryError, capture_mlps, find_mlp, find_mlps, spliced_mlps
+from modeling_mxd import SurgeryError, capture_mlps, find_mlp, find_mlps, replace_mlps, spliced_mlps
 
 
 def test_capture_of_a_layer_named_twice_stops_early(tiny_llama):
@@ -20,25 +20,39 @@ def test_a_compiled_model_is_refused_by_name(tiny_llama):
         find_mlps(torch.compile(tiny_llama, backend="eager"))
 
 
-def test_a_layer_without_its_mlp_is_named(tiny_llama):
+def test_a_layer_without_its_mlp_says_so(tiny_llama):
     del tiny_llama.model.layers[1].mlp
-    with pytest.raises(SurgeryError, match="layer 1 of LlamaForCausalLM has no module 'mlp'"):
-        find_mlps(tiny_llama)
+    sites = find_mlps(tiny_llama)
+    assert [site.kind for site in sites.values()] == ["module", "none", "module"]
+    assert sites[1].reason.startswith("LlamaDecoderLayer has no module that is an MLP, only self_attn (LlamaAttention)")
+    for attempt in (lambda: find_mlp(tiny_llama, 1), lambda: sites[1].modules, sites[1].weights):
+        with pytest.raises(SurgeryError, match="layer 1 of LlamaForCausalLM has no MLP: LlamaDecoderLayer has"):
+            attempt()
+    with pytest.raises(SurgeryError, match=r"layer 1 .* has no MLP"):
+        replace_mlps(tiny_llama, {0: nn.Identity(), 1: nn.Identity()})
+    assert find_mlp(tiny_llama, 0).kind == "module"
 
 
-def test_the_activation_is_the_configs(tiny_llama):
+def test_the_activation_is_told_by_its_values_not_by_the_config(tiny_llama):
     assert find_mlp(tiny_llama, 0).hidden_act == "silu"
     tiny_llama.config.hidden_act = "relu"
+    assert find_mlp(tiny_llama, 0).hidden_act == "silu"
+    tiny_llama.model.layers[0].mlp.act_fn = nn.ReLU()
     assert find_mlp(tiny_llama, 0).hidden_act == "relu"
 
 
-def test_a_foreign_replacement_is_not_taken_for_the_mlp(tiny_llama):
+def test_widths_that_no_weights_tell_are_probed(tiny_llama):
+    """A block of unknown make: its widths show when tokens are run through it."""
+    tiny_llama.model.layers[1].mlp = nn.Sequential(tiny_llama.model.layers[1].mlp)
+    site = find_mlp(tiny_llama, 1)
+    assert site.widths is None and site.hidden_act is None
     with (
-        spliced_mlps(tiny_llama, {1: nn.Sequential(find_mlp(tiny_llama, 1).input_module)}),
-        pytest.raises(SurgeryError, match="MLP of layer 1 is not the pretrained one"),
-        spliced_mlps(tiny_llama, {1: random_layer(hidden_size=16, output_size=16)}),
+        pytest.raises(SurgeryError, match="layer 1 maps 16 to 16 dimensions, the decomposition's layer 8 to 16"),
+        spliced_mlps(tiny_llama, {1: random_layer(hidden_size=8, output_size=16)}),
     ):
         pytest.fail("the block ran")
+    with spliced_mlps(tiny_llama, {1: random_layer(hidden_size=16, output_size=16)}):
+        tiny_llama(torch.zeros(1, 3, dtype=torch.int64))
 
 
 def test_activation_checkpointing_gives_the_same_gradients(tiny_llama):

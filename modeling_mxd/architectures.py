@@ -1,0 +1,152 @@
+"""Where models keep their MLPs: a few rules that hold for nearly all of transformers, and the exceptions to them,
+each with its reason.
+
+An MLP is a chain of one or more modules of a transformer layer, its *slots*: `("mlp",)` where it is a module of its
+own, and `("fc1", "activation_fn", "fc2")` where the layer (or a block with a residual or a norm inside) calls its
+linears itself. Its input is that of the first slot and its output that of the last. Paths are dotted, from the
+transformer layer; `-1` names the last item of a list.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# Tried in this order. A path that leads to a single linear is none of a module's: ALBERT calls its encoder `ffn`.
+RULES: tuple[tuple[str, ...], ...] = (
+    ("mlp",),
+    ("feed_forward",),
+    ("ffn",),
+    ("block_sparse_moe",),
+    ("mlp_block",),
+    ("ff",),
+    ("shared_mlp",),
+    ("layer.-1.DenseReluDense",),
+    ("layer.-1.mlp",),
+    ("fc1", "activation_fn", "fc2"),
+    ("ffn", "activation", "ffn_output"),
+    ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
+    ("lin1", "act", "lin2"),
+)
+
+
+@dataclass(frozen=True)
+class LayerException:
+    """A class of transformer layers that the rules do not fit.
+
+    Attributes:
+        slots: the chains of its MLPs, the main one first.
+        reason: why the rules do not fit.
+        repeated: the model runs the same layer several times in one forward pass.
+    """
+
+    slots: tuple[tuple[str, ...], ...]
+    reason: str
+    repeated: bool = False
+
+
+_ADDS_RESIDUAL = "the block takes the residual and adds it itself"
+_NORM_INSIDE = "the block holds residual or layer norm"
+_TIED = "the block's weights are tied over layers; each layer's is replaced on its own"
+
+LAYER_EXCEPTIONS: dict[str, LayerException] = {
+    "BloomBlock": LayerException((("mlp.dense_h_to_4h", "mlp.gelu_impl", "mlp.dense_4h_to_h"),), _ADDS_RESIDUAL),
+    "MptBlock": LayerException((("ffn.up_proj", "ffn.act", "ffn.down_proj"),), _ADDS_RESIDUAL),
+    "XLNetLayer": LayerException((("ff.layer_1", "ff.activation_function", "ff.layer_2"),), _NORM_INSIDE),
+    "ReformerLayer": LayerException(
+        (("feed_forward.dense.dense", "feed_forward.dense.act_fn", "feed_forward.output.dense"),), _NORM_INSIDE
+    ),
+    "CpmAntTransformerBlock": LayerException((("ffn.ffn",),), _NORM_INSIDE),
+    "GptOssDecoderLayer": LayerException(
+        (("mlp.experts",),), "the block also returns its router's scores: the router stays"
+    ),
+    "ZayaDecoderLayer": LayerException(
+        (("mlp.experts",),), "the block hands its router's state to the next layer's router: the router stays"
+    ),
+    "ZambaHybridLayer": LayerException((("shared_transf.feed_forward",),), _TIED),
+    "Zamba2HybridLayer": LayerException((("shared_transformer.feed_forward",),), _TIED),
+    "LongcatFlashDecoderLayer": LayerException(
+        (("mlp",), ("mlps.0",), ("mlps.1",)), "a mixture of experts and two dense MLPs a layer"
+    ),
+    "GraniteMoeHybridDecoderLayer": LayerException(
+        (("block_sparse_moe",), ("shared_mlp",)), "experts and a shared MLP side by side, their outputs added"
+    ),
+    "GraniteMoeSharedDecoderLayer": LayerException(
+        (("block_sparse_moe",), ("shared_mlp",)), "experts and a shared MLP side by side, their outputs added"
+    ),
+    "Gemma4TextDecoderLayer": LayerException(
+        (("mlp",), ("experts",)), "a dense MLP and, in some models, experts beside it that read another input"
+    ),
+    "AlbertLayer": LayerException(
+        (("ffn", "activation", "ffn_output"),), "one block is run for all layers: one decomposition for all", True
+    ),
+}
+
+# What a block's callers get besides the output: by the class of the block, its second value.
+NOTHING, SECOND_INPUT = "None", "its second input"
+SECOND_OUTPUT: dict[str, str] = {
+    "Llama4TextMoe": NOTHING,  # router logits, which the layer throws away
+    "RwkvFeedForward": SECOND_INPUT,  # the state, which only the block itself reads and writes
+}
+
+# A multimodal model's other towers are not its language model.
+_OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|sound|video|patch", re.IGNORECASE)
+
+
+def resolve(layer: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path, None where there is none."""
+    module: object = layer
+    for name in path.split("."):
+        if name == "-1":
+            if not isinstance(module, nn.ModuleList) or not len(module):
+                return None
+            module = module[-1]
+        else:
+            module = getattr(module, name, None)
+        if not isinstance(module, nn.Module):
+            return None
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def spelled_out(layer: nn.Module, path: str) -> str:
+    """`path` with `-1` as the number that it stands for."""
+    names: list[str] = []
+    for name in path.split("."):
+        if name == "-1":
+            items = resolve(layer, ".".join(names)) if names else layer
+            assert isinstance(items, nn.ModuleList)
+            name = str(len(items) - 1)  # noqa: PLW2901
+        names.append(name)
+    return ".".join(names)
+
+
+def layer_chains(layer: nn.Module) -> list[tuple[str, ...]]:
+    """The chains of a layer's MLPs, the main one first; empty where it has none."""
+    exception = LAYER_EXCEPTIONS.get(type(layer).__name__)
+    if exception is not None:
+        return [chain for chain in exception.slots if _is_there(layer, chain)]
+    for chain in RULES:
+        if _is_there(layer, chain):
+            return [tuple(spelled_out(layer, path) for path in chain)]
+    mixer = getattr(layer, "mixer", None)  # NemotronH: a layer is either attention, Mamba or an MLP
+    if isinstance(mixer, nn.Module) and re.search("MLP|MoE", type(mixer).__name__):
+        return [("mixer",)]
+    # XLM keeps its MLPs in a list of their own.
+    return [("",)] if _is_there(layer, ("lin1", "lin2")) and not hasattr(layer, "attention") else []
+
+
+def _is_there(layer: nn.Module, chain: tuple[str, ...]) -> bool:
+    modules = [resolve(layer, path) for path in chain]
+    if any(module is None for module in modules):
+        return False
+    # nn.Identity and empty blocks stand where a layer has none; what holds no weight is no MLP.
+    whole = len(chain) == 1
+    single = isinstance(modules[0], nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Identity | nn.LayerNorm)
+    return not (whole and single)
+
+
+def is_other_tower(path: str) -> bool:
+    """Whether a list of layers is a multimodal model's eye or ear rather than its language model."""
+    return bool(_OTHER_TOWERS.search(path))
