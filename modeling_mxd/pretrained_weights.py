@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class PretrainedWeights:
         that is narrower than all experts of a mixture together."""
         strength = self.encoder.float().norm(dim=1) * self.decoder.float().norm(dim=0)
         kept = strength.topk(units).indices.sort().values
-        chosen = {
+        chosen: dict[str, Any] = {
             name: None if (tensor := getattr(self, name)) is None else tensor[kept]
             for name in ("encoder", "encoder_bias", "up", "up_bias")
         }

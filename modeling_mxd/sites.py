@@ -260,7 +260,8 @@ def find_mlps(model: nn.Module, stack: str | None = None, site: str = MAIN) -> d
         model: any model of transformers, itself rather than inside a wrapper.
         stack: see `choose_stack`; for an unknown model the path of any list of modules.
         site: `"mlp"` for a layer's main MLP, or dotted paths from the layer, separated by commas, of other modules
-            that make up one: `"mlp.experts"`, `"shared_mlp"`, `"fc1,act,fc2"`.
+            that make up one: `"mlp.experts"` (of a mixture, whatever the model calls it, the routed experts alone:
+            router and shared expert stay), `"shared_mlp"`, `"fc1,act,fc2"`.
 
     Raises:
         SurgeryError: the model has no such stack, or none of its layers has such modules.
@@ -291,7 +292,7 @@ def _site(model: nn.Module, stack: str, index: int, path: str, layer: nn.Module,
     exception = LAYER_EXCEPTIONS.get(type(layer).__name__)
     chains = layer_chains(layer)
     if name != MAIN:
-        chain = tuple(part.strip() for part in name.split(","))
+        chain = tuple(_physical(layer, part.strip(), chains) for part in name.split(","))
         there = all(resolve(layer, part) is not None for part in chain)
         chains = [tuple(spelled_out(layer, part) for part in chain)] if there else []
     if not chains:
@@ -304,6 +305,13 @@ def _site(model: nn.Module, stack: str, index: int, path: str, layer: nn.Module,
     repeated = exception is not None and exception.repeated
     reason = exception.reason if exception is not None else ""
     return MLPSite(model, stack, index, path, name, slots, _kind(modules, reason), reason, repeated)
+
+
+def _physical(layer: nn.Module, path: str, chains: list[tuple[str, ...]]) -> str:
+    """`mlp.experts` also where the model calls its MLP otherwise."""
+    first, _, rest = path.partition(".")
+    renamed = first == MAIN and not hasattr(layer, MAIN) and chains and len(chains[0]) == 1
+    return f"{chains[0][0]}.{rest}".rstrip(".") if renamed else path
 
 
 def _kind(modules: list[nn.Module], reason: str) -> str:

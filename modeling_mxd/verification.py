@@ -274,7 +274,7 @@ def _sound_shape(model: PreTrainedModel) -> tuple[int, ...]:
     config: Any = model.config
     if model.main_input_name == "input_values" and not hasattr(config, "max_length"):
         return (1, 16_000)
-    bins = int(getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80))
+    bins: Any = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
     frames = 2 * getattr(config, "max_source_positions", 64)
     if model.main_input_name == "input_values":
         return (1, config.max_length, bins)
