@@ -319,6 +319,36 @@ def show(
         console.print("its evaluation.json is not as `mxd evaluate` writes it, and is not shown")
 
 
+@app.command()
+def layers(
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder. [the embedded default]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Where a model keeps its MLPs, which can be decomposed and why others can't; no weights are downloaded."""
+    from . import embedded
+    from .layers import describe_layers, layer_groups, load_skeleton
+
+    _quiet()
+    skeleton = load_skeleton(model or embedded.MODEL_NAME, revision)
+    groups = layer_groups(skeleton)
+    console = Console()
+    for stack in dict.fromkeys(group.site.stack for group in groups):
+        table = Table(title=Text(f"{stack} of {type(skeleton).__name__}"))
+        for column in ("layers", "site", "kind", "widths", "activation", "weights"):
+            table.add_column(column, overflow="fold")
+        notes = []
+        rows = [(group.site, describe_layers(group.layers)) for group in groups if group.site.stack == stack]
+        for site, indices in rows:
+            widths = " → ".join(f"{width:,}" for width in site.widths) if site.slots and site.widths else "–"
+            own = (site.hidden_act or "–", str(site.layout or "–")) if site.slots else ("–", "–")
+            table.add_row(*map(Text, (indices, site.name, site.kind, widths, *own)))
+            notes += [f"{indices}, {site.name}: {site.reason}"] if site.reason else []
+        console.print(table)
+        for note in notes:
+            console.print(Text(note))
+
+
 def _quiet() -> None:
     """Bars and warnings of the libraries off: the command has its own."""
     import datasets

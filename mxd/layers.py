@@ -1,0 +1,86 @@
+"""What `mxd layers` shows: where a model keeps its MLPs, and why a layer has none. No weights are read."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
+
+from modeling_mxd import MLPSite, find_all_mlps
+
+from . import embedded
+from .base_model import BaseModelError
+
+
+@dataclass
+class LayerGroup:
+    """Layers of a stack whose MLPs are alike.
+
+    Attributes:
+        site: of the first of them.
+        layers: their indices.
+    """
+
+    site: MLPSite
+    layers: list[int] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What alike means."""
+        site = self.site
+        if not site.slots:
+            return site.stack, site.name, site.reason
+        slots = tuple(slot.removeprefix(site.path) for slot in site.slots)
+        return site.stack, site.name, site.kind, slots, str(site.layout), site.widths, site.hidden_act
+
+
+def load_skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
+    """The model without its weights, on the meta device: only its config is downloaded.
+
+    Args:
+        name: Hub id, folder, or the name of the embedded default.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        BaseModelError: there is no such config, or transformers has no code for it.
+    """
+    source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+        if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            auto = AutoModelForSeq2SeqLM
+        with torch.device("meta"):
+            model = auto.from_config(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise BaseModelError(f"cannot build the model {name!r}: {reason}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def layer_groups(model: PreTrainedModel) -> list[LayerGroup]:
+    """The MLPs of all stacks of a model, those that are alike together, in the order in which they first occur."""
+    groups: dict[tuple[object, ...], LayerGroup] = {}
+    for site in find_all_mlps(model):
+        group = LayerGroup(site)
+        groups.setdefault(group.key, group).layers.append(site.layer)
+    return list(groups.values())
+
+
+def describe_layers(layers: list[int]) -> str:
+    """`[0, 1, 2, 5]` → `"0-2, 5"`."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and layer == ranges[-1][-1] + 1:
+            ranges[-1].append(layer)
+        else:
+            ranges.append([layer])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in ranges)
