@@ -2,7 +2,7 @@
 
 from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
 from .faithfulness import ZeroMLP, faithfulness, load_evaluation, save_evaluation
-from .masks import token_mask
+from .masks import activation_mask, token_mask
 from .metrics import (
     ErrorSums,
     LogitSums,
@@ -20,6 +20,7 @@ __all__ = [
     "ExpertUse",
     "LogitSums",
     "ZeroMLP",
+    "activation_mask",
     "count_expert_use",
     "explained_share",
     "faithfulness",

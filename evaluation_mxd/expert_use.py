@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from modeling_mxd import Capture, ExpertCoefficients, MxDModel, capture_mlps
 
 from .forward import evaluating, right_padded
-from .masks import token_mask
+from .masks import activation_mask
 from .metrics import normalised_entropy
 
 SPECIALISED_FREQUENCY = 0.25
@@ -89,22 +89,26 @@ def count_expert_use(
     uses = {layer: ExpertUse(config.layer(layer).num_experts) for layer in config.layers}
     with evaluating(*([model, decomposition] if isinstance(model, nn.Module) else [decomposition])):
         for batch in batches:
-            captured, mask = _captured(model, config.layers, batch, include_first)
+            captured, masks = _captured(model, decomposition, batch, include_first)
             for layer, (x, _) in captured.items():
                 module = decomposition.layer(layer)
-                inputs = x[mask.to(x.device)].to(module.gate.weight.device)
-                uses[layer].update(module.encode(inputs))
+                uses[layer].update(module.encode(x[masks[layer]].to(module.gate.weight.device)))
     return uses
 
 
 def _captured(
-    model: nn.Module | Capture, layers: list[int], batch: Mapping[str, Tensor], include_first: bool
-) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
-    """{layer: (x, y)} of a batch and the mask (batch, tokens) of the positions that count."""
-    if not isinstance(model, nn.Module):
-        return model(batch), token_mask(batch["input_ids"], batch.get("attention_mask"), include_first)
-    ids, attention_mask = right_padded(batch, next(model.parameters()).device)
-    return capture_mlps(model, layers, ids, attention_mask), token_mask(ids, attention_mask, include_first)
+    model: nn.Module | Capture, decomposition: MxDModel, batch: Mapping[str, Tensor], include_first: bool
+) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]:
+    """{layer: (x, y)} of a batch, and {layer: mask of the positions that count}."""
+    config = decomposition.config
+    if isinstance(model, nn.Module):
+        ids, attention_mask = right_padded(batch, next(model.parameters()).device)
+        captured = capture_mlps(model, config.layers, ids, attention_mask, **config.where)
+        batch = {"input_ids": ids} if attention_mask is None else {"input_ids": ids, "attention_mask": attention_mask}
+    else:
+        captured = model(batch)
+    masks = {layer: activation_mask(batch, x, include_first, config.of_decoder) for layer, (x, _) in captured.items()}
+    return captured, masks
 
 
 def measure_expert_statistics(

@@ -114,7 +114,8 @@ class ModelEvaluation:
         mask, without_first = token_mask(ids, attention_mask), token_mask(ids, attention_mask, include_first=False)
         self.rows += len(ids)
         self.tokens += int(mask.sum())
-        captured, logits = capture_with_logits(self.model, list(self.layers), rows)
+        config = self.decomposition.config
+        captured, logits = capture_with_logits(self.model, config, rows)
         for layer, (x, y) in captured.items():
             self.layers[layer].update(x, y, mask, without_first)
         del captured
@@ -122,8 +123,8 @@ class ModelEvaluation:
         with self.decomposition.spliced(self.model, cast=False):
             self.spliced.update(next_token_logits(self.model, rows), ids, mask, reference=logits)
         del logits
-        config = self.decomposition.config
-        with spliced_mlps(self.model, {layer: ZeroMLP(config.layer(layer).output_size) for layer in self.layers}):
+        zeros = {layer: ZeroMLP(config.layer(layer).output_size) for layer in self.layers}
+        with spliced_mlps(self.model, zeros, **config.where):
             self.ablated.update(next_token_logits(self.model, rows), ids, mask)
 
     def result(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling_mxd import capture_mlps
+from modeling_mxd import MxDConfig, capture_mlps
 
 Batch = tuple[Tensor, Tensor | None]
 """`input_ids` and `attention_mask`, both (batch, tokens)."""
@@ -56,14 +56,14 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def capture_with_logits(
-    model: nn.Module, layers: list[int], batch: Batch
+    model: nn.Module, config: MxDConfig, batch: Batch
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
-    """What `capture_mlps` and `next_token_logits` give, in one forward pass."""
+    """What `capture_mlps` gives of a decomposition's layers, and `next_token_logits`, in one forward pass."""
     kept: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         kept.append(output.logits)
 
     with model.register_forward_hook(keep):
-        captured = capture_mlps(model, layers, *batch, stop_after_last=False)
+        captured = capture_mlps(model, config.layers, *batch, stop_after_last=False, **config.where)
     return captured, kept[0]

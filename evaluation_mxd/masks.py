@@ -1,5 +1,7 @@
 """The one definition of which positions count, in training and in evaluation."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,27 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_
             f"got {tuple(attention_mask.shape)}"
         )
     return mask if include_first else mask & (mask.cumsum(-1) > 1)
+
+
+def activation_mask(
+    inputs: Mapping[str, Tensor], x: Tensor, include_first: bool = True, decoder: bool = False
+) -> Tensor:
+    """True where an activation counts that `capture_mlps` gave: `token_mask` where x has a position for every token,
+    and everywhere where its positions are no tokens of the batch (patches of an image, frames of a sound).
+
+    Args:
+        inputs: what the model was given.
+        x: (batch, tokens, I); (n · batch, tokens, I) of a layer that runs n times.
+        include_first: see `token_mask`.
+        decoder: x comes from the decoder of an encoder–decoder model, whose tokens are `decoder_input_ids`, or the
+            `labels` that the model shifts.
+
+    Returns:
+        (batch, tokens) bool, or (n · batch, tokens).
+    """
+    ids, padding = inputs.get("input_ids"), inputs.get("attention_mask")
+    if decoder and ("decoder_input_ids" in inputs or "labels" in inputs):
+        ids, padding = inputs.get("decoder_input_ids", inputs.get("labels")), inputs.get("decoder_attention_mask")
+    if ids is None or ids.shape[1] != x.shape[1] or len(x) % len(ids):
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    return token_mask(ids, padding, include_first).repeat(len(x) // len(ids), 1).to(x.device)

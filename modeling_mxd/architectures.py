@@ -78,6 +78,18 @@ LAYER_EXCEPTIONS: dict[str, LayerException] = {
     "Gemma4TextDecoderLayer": LayerException(
         (("mlp",), ("experts",)), "a dense MLP and, in some models, experts beside it that read another input"
     ),
+    "FunnelLayer": LayerException((("ffn.linear_1", "ffn.activation_function", "ffn.linear_2"),), _NORM_INSIDE),
+    "MobileBertLayer": LayerException(
+        (
+            ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
+            *(
+                (f"ffn.{i}.intermediate.dense", f"ffn.{i}.intermediate.intermediate_act_fn", f"ffn.{i}.output.dense")
+                for i in range(8)
+            ),
+        ),
+        "several MLPs one after another, each with a norm; the last is the main one",
+    ),
+    "IBertLayer": LayerException((), "its integer linears pass a scaling factor along with every tensor"),
     "AlbertLayer": LayerException(
         (("ffn", "activation", "ffn_output"),), "one block is run for all layers: one decomposition for all", True
     ),
@@ -90,6 +102,11 @@ SECOND_OUTPUT: dict[str, str] = {
     "RwkvFeedForward": SECOND_INPUT,  # the state, which only the block itself reads and writes
 }
 
+# A GLU's fused halves with the activated one second; everywhere else it is the first.
+ACTIVATED_SECOND = ("MoonshineDecoderMLP", "MoonshineStreamingDecoderMLP", "Phi4MultimodalAudioMLP")
+
+# What may be called as an MLP is called and is none.
+_NO_MLP = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Identity, nn.LayerNorm, nn.ModuleList)
 # A multimodal model's other towers are not its language model.
 _OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|sound|video|patch", re.IGNORECASE)
 
@@ -143,8 +160,7 @@ def _is_there(layer: nn.Module, chain: tuple[str, ...]) -> bool:
         return False
     # nn.Identity and empty blocks stand where a layer has none; what holds no weight is no MLP.
     whole = len(chain) == 1
-    single = isinstance(modules[0], nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Identity | nn.LayerNorm)
-    return not (whole and single)
+    return not (whole and isinstance(modules[0], _NO_MLP))
 
 
 def is_other_tower(path: str) -> bool:

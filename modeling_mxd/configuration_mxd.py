@@ -301,6 +301,16 @@ class MxDConfig(PreTrainedConfig):
         return cls(layers=list(layer_configs), layer_overrides=overrides, **shared, **kwargs)
 
     @property
+    def where(self) -> dict[str, Any]:
+        """`stack` and `site`, as the functions of surgery take them."""
+        return {"stack": self.stack, "site": self.site}
+
+    @property
+    def of_decoder(self) -> bool:
+        """Whether the stack is a decoder's."""
+        return self.stack is not None and "decoder" in self.stack
+
+    @property
     def num_parameters(self) -> int:
         """Trainable parameters of all layers."""
         return sum(self.layer(layer).num_parameters for layer in self.layers)

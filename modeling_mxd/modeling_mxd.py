@@ -159,13 +159,13 @@ class MxDModel(PreTrainedModel):
             SurgeryError: as `replace_mlp`; the model is then as it was.
         """
         self.check_base(model)
-        return replace_mlps(model, self._modules_by_layer(), cast, **self._where(), **options)
+        return replace_mlps(model, self._modules_by_layer(), cast, **self.config.where, **options)
 
     @contextmanager
     def spliced(self, model: nn.Module, cast: bool = True, **options: Any) -> Iterator[list[ReplacedMLP]]:
         """As `splice`, inside the block; afterwards, also after an exception, the base model is as it was."""
         self.check_base(model)
-        with spliced_mlps(model, self._modules_by_layer(), cast, **self._where(), **options) as replaced:
+        with spliced_mlps(model, self._modules_by_layer(), cast, **self.config.where, **options) as replaced:
             yield replaced
 
     def record_base(self, model: PreTrainedModel) -> None:
@@ -184,6 +184,8 @@ class MxDModel(PreTrainedModel):
         }
         if self.config.base_model_name_or_path in (None, found["base_model_name_or_path"]):
             found["base_model_revision"] = getattr(model.config, "_commit_hash", None)
+        if model.config.is_encoder_decoder:
+            found["stack"] = "decoder"  # which None means there; said, so that nobody has to know
         for name, value in found.items():
             if getattr(self.config, name) is None:
                 setattr(self.config, name, value)
@@ -210,13 +212,10 @@ class MxDModel(PreTrainedModel):
 
     def _hidden_act(self, model: nn.Module) -> str | None:
         """Activation of the base's MLPs; None where they all are replaced."""
-        sites = find_mlps(model, **self._where())
+        sites = find_mlps(model, **self.config.where)
         # Of the decomposed layers first, then of others: some may be replaced already.
         ordered = sorted(sites.values(), key=lambda site: site.layer not in self.config.layers)
         return next(filter(None, (site.hidden_act for site in ordered if site.slots)), None)
-
-    def _where(self) -> dict[str, Any]:
-        return {"stack": self.config.stack, "site": self.config.site}
 
     def _modules_by_layer(self) -> dict[int, nn.Module]:
         return {layer: self.layer(layer) for layer in self.config.layers}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from .architectures import ACTIVATED_SECOND
+
 # Names of (encoder, up, decoder) where a GLU's halves are apart, and of (encoder, decoder); tried in this order.
 GLU_NAMES = (
     ("gate_proj", "up_proj", "down_proj"),
@@ -19,6 +21,7 @@ GLU_NAMES = (
     ("w1", "v1", "w2"),
     ("wi_0", "wi_1", "wo"),
     ("w_in.w_0", "w_in.w_1", "w_out"),
+    ("proj_up_gate", "proj_up", "proj_down"),
 )
 PAIR_NAMES = (
     ("gate_up_proj", "down_proj"),
@@ -29,6 +32,9 @@ PAIR_NAMES = (
     ("fc_in", "fc_out"),
     ("lin1", "lin2"),
     ("linear1", "linear2"),
+    ("linear_1", "linear_2"),
+    ("linear_fc1", "linear_fc2"),
+    ("dense1", "dense2"),
     ("linear_in", "linear_out"),
     ("Wi", "Wo"),
     ("wi", "wo"),
@@ -38,12 +44,13 @@ PAIR_NAMES = (
     ("intermediate.dense", "output.dense"),
     ("dense.dense", "output.dense"),
     ("input_linear", "output_linear"),
-    ("proj_up_gate", "proj_down"),
     ("weights_in", "weights_out"),
     ("key", "value"),
     ("0", "2"),
+    ("0", "3"),
 )
 SHARED_EXPERT_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
+EXPERT_LISTS = (nn.ModuleList, nn.ModuleDict)
 EXPERT_HOLDERS = ("experts", "experts.mlp", "mlp")
 ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "activation_function")
 # For a call written into the code: those that transformers' models call so.
@@ -97,7 +104,7 @@ class WeightLayout:
     Attributes:
         holder: dotted path in the MLP of what holds them; empty for the MLP itself (of an inline one: its slots).
         encoder, up, decoder: names in the holder; `up` is None without a GLU, and where the encoder holds it too.
-        fused: None, `"halves"` (the encoder's units, then up's) or `"interleaved"` (in turn).
+        fused: None, `"halves"` (the encoder's units, then up's), `"swapped halves"` or `"interleaved"` (in turn).
         transposed: weights are (in, out) rather than (out, in).
         experts: how many, where the weights are stacks of experts; else None.
         shared: layout of the expert that every token meets, where there is one beside the routed.
@@ -130,10 +137,9 @@ class WeightLayout:
 def find_layout(modules: tuple[nn.Module, ...]) -> WeightLayout | None:
     """Where the MLP that consists of `modules` (one, or the slots of an inline one) keeps its weights; None where no
     rule finds them."""
-    if len(modules) > 1:
-        inline = nn.ModuleDict({"encoder": modules[0], "decoder": modules[-1]})
-        return _from_shapes(inline, "", "encoder", None, "decoder")
-    module = modules[0]
+    module = _whole(modules)
+    if isinstance(module, _Inline):
+        return _from_shapes(module, "", "encoder", None, "decoder")
     found = next(filter(None, (_named(module, holder) for holder in ("", *EXPERT_HOLDERS))), None)
     shared = next(filter(None, (_named(module, holder) for holder in SHARED_EXPERT_NAMES)), None)
     if found is None or shared is None:
@@ -148,10 +154,7 @@ def read_weights(modules: tuple[nn.Module, ...], layout: WeightLayout) -> Pretra
     Raises:
         ValueError: a weight cannot be read: it is offloaded, or quantised in a way that its module cannot undo.
     """
-    if len(modules) > 1:
-        module: nn.Module = nn.ModuleDict({"encoder": modules[0], "decoder": modules[-1]})
-    else:
-        module = modules[0]
+    module = _whole(modules)
     routed = _read(module, layout)
     if layout.shared is None:
         return routed
@@ -167,6 +170,23 @@ def _joined(name: str, first: PretrainedWeights, second: PretrainedWeights) -> T
 
 
 # Finding
+
+
+class _Inline(nn.Module):
+    """The slots of an inline MLP, as if they were a module's."""
+
+    def __init__(self, modules: tuple[nn.Module, ...]):
+        super().__init__()
+        self.encoder, self.decoder = modules[0], modules[-1]
+
+
+def _whole(modules: tuple[nn.Module, ...]) -> nn.Module:
+    return modules[0] if len(modules) == 1 else _Inline(modules)
+
+
+def _experts(container: nn.Module) -> list[nn.Module]:
+    """Those of a list's modules that are experts: NLLB keeps a dropout among them."""
+    return [child for child in container.children() if any(True for _ in child.parameters())]
 
 
 def _get(module: object, path: str) -> object:
@@ -187,10 +207,10 @@ def _weight(part: object) -> Tensor | None:
 
 def _named(module: nn.Module, holder: str) -> WeightLayout | None:
     inside = _get(module, holder)
-    if isinstance(inside, nn.ModuleList | nn.ModuleDict) and len(inside):  # one module an expert
-        first = next(iter(inside._modules))
-        layout = _named(module, f"{holder}.{first}") if isinstance(inside, nn.ModuleList) else None
-        return layout and replace(layout, holder=holder, experts=len(inside))
+    if isinstance(inside, EXPERT_LISTS):
+        experts = _experts(inside)
+        layout = _named(experts[0], "") if experts else None
+        return layout and replace(layout, holder=holder, experts=len(experts))
     for encoder, up, decoder in GLU_NAMES:
         if all(_weight(_get(inside, name)) is not None for name in (encoder, up, decoder)):
             return _from_shapes(module, holder, encoder, up, decoder)
@@ -221,7 +241,9 @@ def _from_shapes(module: nn.Module, holder: str, encoder: str, up: str | None, d
     fused = None
     if up is None and _units(into, 0, transposed) == 2 * _units(out_of, 1, transposed):
         fused = "halves" if getattr(inside, "is_concatenated", True) else "interleaved"
-    experts = into[0] if len(into) == 3 else None
+        fused = "swapped halves" if type(inside).__name__ in ACTIVATED_SECOND else fused
+    # LongCat's decoders are fewer than its encoders: its zero experts have none. DBRX keeps its experts in rows.
+    experts = out_of[0] if len(into) == 3 else getattr(inside, "moe_num_experts", None)
     return WeightLayout(holder, encoder, decoder, up, fused, transposed, experts)
 
 
@@ -231,19 +253,21 @@ def _units(shape: tuple[int, ...], side: int, transposed: bool) -> int:
 
 def layout_widths(modules: tuple[nn.Module, ...], layout: WeightLayout) -> tuple[int, int, int]:
     """Widths (I, H, O) of an MLP: input, hidden units (of all experts, the shared one included), output."""
-    module = modules[0] if len(modules) == 1 else nn.ModuleDict({"encoder": modules[0], "decoder": modules[-1]})
+    module = _whole(modules)
     inside = _get(module, layout.holder)
-    if isinstance(inside, nn.ModuleList):
-        inside = inside[0]
+    if isinstance(inside, EXPERT_LISTS):
+        inside = _experts(inside)[0]
     into, out_of = _stored_shape(_get(inside, layout.encoder)), _stored_shape(_get(inside, layout.decoder))
-    units = _units(into, 0, layout.transposed) // (2 if layout.fused else 1) * (layout.experts or 1)
+    units = _units(into, 0, layout.transposed) // (2 if layout.fused else 1)
+    if layout.experts and not _is_rows(into, out_of):
+        units *= layout.experts
     if layout.shared is not None:
         units += layout_widths((module,), layout.shared)[1]
-    outputs = _units(out_of, 1 if _decoder_is_rows(into, out_of) else 0, layout.transposed)
+    outputs = _units(out_of, 1 if _is_rows(into, out_of) else 0, layout.transposed)
     return _units(into, 1, layout.transposed), units, outputs
 
 
-def _decoder_is_rows(into: tuple[int, ...], out_of: tuple[int, ...]) -> bool:
+def _is_rows(into: tuple[int, ...], out_of: tuple[int, ...]) -> bool:
     """DBRX stores its decoder as its encoder: a row for every unit."""
     return len(into) == 2 and into == out_of and into[0] != into[1]
 
@@ -253,9 +277,9 @@ def _decoder_is_rows(into: tuple[int, ...], out_of: tuple[int, ...]) -> bool:
 
 def _read(module: nn.Module, layout: WeightLayout) -> PretrainedWeights:
     inside = _get(module, layout.holder)
-    if isinstance(inside, nn.ModuleList):
+    if isinstance(inside, EXPERT_LISTS):
         single = replace(layout, holder="", experts=None, shared=None)
-        parts = [_read(expert, single) for expert in inside]
+        parts = [_read(expert, single) for expert in _experts(inside)]
         joined = parts[0]
         for part in parts[1:]:
             joined = PretrainedWeights(*(_joined(name, joined, part) for name in PretrainedWeights.__annotations__))  # type: ignore[arg-type]
@@ -268,11 +292,12 @@ def _read(module: nn.Module, layout: WeightLayout) -> PretrainedWeights:
         if encoder_bias is not None:
             encoder_bias, up_bias = _split(encoder_bias, -1, layout.fused)
     if encoder.ndim == 3:  # a stack of experts
+        encoder, up = encoder[: len(decoder)], None if up is None else up[: len(decoder)]
         encoder, up = encoder.flatten(0, 1), None if up is None else up.flatten(0, 1)
         decoder, decoder_bias = decoder.transpose(0, 1).flatten(1, 2), None
         encoder_bias = None if encoder_bias is None else encoder_bias.flatten()
         up_bias = None if up_bias is None else up_bias.flatten()
-    elif _decoder_is_rows(tuple(encoder.shape), tuple(decoder.shape)):
+    elif _is_rows(tuple(encoder.shape), tuple(decoder.shape)):
         decoder = decoder.T
     values = (encoder, encoder_bias, up, up_bias, decoder, decoder_bias)
     return PretrainedWeights(*(None if value is None else value.clone() for value in values))  # type: ignore[arg-type]
@@ -284,7 +309,7 @@ def _split(tensor: Tensor, dim: int, fused: str) -> tuple[Tensor, Tensor]:
         index = torch.arange(tensor.shape[dim], device=tensor.device)
         return tensor.index_select(dim, index[::2]), tensor.index_select(dim, index[1::2])
     one, other = tensor.chunk(2, dim)
-    return one, other
+    return (other, one) if fused == "swapped halves" else (one, other)
 
 
 def _matrix(inside: object, name: str, layout: WeightLayout) -> tuple[Tensor, Tensor | None]:

@@ -299,6 +299,8 @@ def _site(model: nn.Module, stack: str, index: int, path: str, layer: nn.Module,
         inside = ", ".join(f"{child} ({type(module).__name__})" for child, module in layer.named_children())
         what = "an MLP" if name == MAIN else name
         reason = f"{type(layer).__name__} has no module that is {what}, only {inside[:300] or 'nothing'}"
+        if exception is not None and not exception.slots and name == MAIN:
+            reason = exception.reason
         return MLPSite(model, stack, index, path, name, (), "none", reason)
     slots = tuple(f"{path}.{part}" if part else path for part in chains[0])
     modules = [model.get_submodule(slot) for slot in slots]

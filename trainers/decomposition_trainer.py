@@ -130,18 +130,18 @@ class DecompositionTrainer(Trainer):
     def _calibrate(self, tokens: int) -> dict[int, Calibration]:
         """Measure the layers' activations on the training data, and set `scales`."""
         logger.info("measuring the activations of %d training tokens", tokens)
-        calibrations = calibrate(self.capture, self._training_batches(), tokens)
+        decoder = self.decomposition.config.of_decoder
+        calibrations = calibrate(self.capture, self._training_batches(), tokens, decoder)
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
         # Weights are broadcast from process 0 by DDP; the scales must be the same everywhere too.
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
         return calibrations
 
     def _measure_experts(self) -> None:
-        rows = self.args.per_device_train_batch_size
         first = next(self._training_batches(), None)
         if first is None:
             return
-        batches = -(-self.args.statistics_tokens // (rows * first["input_ids"].shape[1]))
+        batches = -(-self.args.statistics_tokens // self.counted(first).numel())
         measure_expert_statistics(self.capture, self.decomposition, islice(self._training_batches(), batches))
 
     def _use_token_progress(self) -> None:
@@ -153,7 +153,7 @@ class DecompositionTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(TokenProgressCallback)
         accumulated = self.args.gradient_accumulation_steps * self.args.world_size
-        self.add_callback(TokenProgressCallback(first["input_ids"].numel() * accumulated, self.progress_name))
+        self.add_callback(TokenProgressCallback(self.counted(first).numel() * accumulated, self.progress_name))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per learning rate: see `initialization.parameter_scales` and the arguments' factors for gate and

@@ -6,6 +6,7 @@ so that the graph of only one layer is alive at a time. The Trainer's model is t
 wrapped, optimised, saved.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 
+from evaluation_mxd import activation_mask, token_mask
 from modeling_mxd import MxDModel, capture_mlps, find_mlp
 
 from .decomposition_trainer import DecompositionTrainer
@@ -25,10 +27,11 @@ class DistillationTrainer(DecompositionTrainer):
 
     Args:
         model: the decomposition.
-        teacher: the causal language model that it decomposes; it is put into eval mode and its parameters are
-            frozen, nothing else of it is changed, and it is not saved.
+        teacher: the model that it decomposes, of any kind; it is put into eval mode and its parameters are frozen,
+            nothing else of it is changed, and it is not saved.
         args: a `DistillationArguments`.
-        train_dataset, eval_dataset: rows with `input_ids` (and `attention_mask` where there is padding).
+        train_dataset, eval_dataset: rows with `input_ids` (and `attention_mask` where there is padding), or what else
+            the teacher reads; then with a `data_collator` for it.
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
@@ -53,9 +56,10 @@ class DistillationTrainer(DecompositionTrainer):
         compute_metrics: Any = None,
         **kwargs: Any,
     ):
-        for layer in model.config.layers:
-            find_mlp(teacher, layer).check_fits(model.config.layer(layer))
         model.record_base(teacher)
+        self.sites = [find_mlp(teacher, layer, **model.config.where) for layer in model.config.layers]
+        for site in self.sites:
+            site.check_fits(model.config.layer(site.layer))
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
         super().__init__(
@@ -71,9 +75,29 @@ class DistillationTrainer(DecompositionTrainer):
         self._layer_losses = dict.fromkeys(model.config.layers, torch.zeros((), device=args.device))
         self._layer_losses_since = 0
 
+    def _set_signature_columns_if_needed(self) -> None:
+        columns = list(inspect.signature(self.teacher.forward).parameters)
+        # Of labels a causal model makes nothing but a loss; an encoder–decoder model makes its decoder's inputs.
+        self._signature_columns = [
+            name for name in columns if name != "labels" or self.teacher.config.is_encoder_decoder
+        ]
+
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-        """{layer: (x, y)} of the teacher's MLPs for a batch of token ids; x (batch, tokens, I), y (…, O)."""
-        return capture_mlps(self.teacher, self.model.config.layers, inputs["input_ids"], inputs.get("attention_mask"))
+        """{layer: (x, y)} of the teacher's MLPs for a batch; x (batch, tokens, I), y (batch, tokens, O)."""
+        given: dict[str, Any] = {**inputs, **self.model.config.where}
+        return capture_mlps(self.teacher, self.model.config.layers, **given)
+
+    def counted(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Which positions the loss is of, (batch, tokens) bool. What is no text, and what a layer meets several times,
+        is counted by a forward pass of its own."""
+        ids = inputs.get("input_ids")
+        if ids is None or any(site.repeated for site in self.sites) or self.teacher.config.is_encoder_decoder:
+            x, _ = next(iter(self.capture(self._prepare_inputs(dict(inputs))).values()))
+            return self._mask(inputs, x)
+        return token_mask(ids, inputs.get("attention_mask"))
+
+    def _mask(self, inputs: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return activation_mask(inputs, x, decoder=self.model.config.of_decoder)
 
     @staticmethod
     def distillation_loss(
@@ -122,10 +146,9 @@ class DistillationTrainer(DecompositionTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean over layers and counted tokens of the loss; all layers' graphs are alive, see `training_step`."""
-        mask = self.counted(inputs)
-        tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        tokens = self.counted(inputs).sum() if num_items_in_batch is None else num_items_in_batch
         captured = self.capture(inputs)
-        losses = [self.layer_loss(model, layer, x, y, mask) for layer, (x, y) in captured.items()]
+        losses = [self.layer_loss(model, layer, x, y, self._mask(inputs, x)) for layer, (x, y) in captured.items()]
         loss = torch.stack(losses).mean() / tokens * self.args.world_size
         return (loss, {}) if return_outputs else loss
 
@@ -135,8 +158,7 @@ class DistillationTrainer(DecompositionTrainer):
         """Forward and backward of every layer in turn; returns the mean loss of the layers, detached."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        mask = self.counted(inputs)
-        tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        tokens = self.counted(inputs).sum() if num_items_in_batch is None else num_items_in_batch
         captured = self.capture(inputs)
         total = torch.zeros((), device=self.args.device)
         layers = list(captured)
@@ -144,7 +166,7 @@ class DistillationTrainer(DecompositionTrainer):
             x, y = captured.pop(layer)
             # DDP averages gradients over processes; the sum over all tokens is wanted.
             with self.compute_loss_context_manager():
-                loss = self.layer_loss(model, layer, x, y, mask) / tokens * self.args.world_size
+                loss = self.layer_loss(model, layer, x, y, self._mask(inputs, x)) / tokens * self.args.world_size
             self.accelerator.backward(loss / len(layers))
             self._layer_losses[layer] = self._layer_losses[layer] + loss.detach()
             total += loss.detach() / len(layers)
@@ -170,14 +192,19 @@ class DistillationTrainer(DecompositionTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Per row: the sum of ‖ŷ−y‖²/‖y‖² of every layer (rows, layers), and the tokens that count (rows)."""
         inputs = self._prepare_inputs(inputs)
-        mask = self.counted(inputs)
-        sums = torch.zeros(len(mask), len(self.model.config.layers), device=mask.device)
+        rows = len(next(iter(inputs.values())))
+        sums: list[Tensor] = []
+        counts: list[Tensor] = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            for column, (layer, (x, y)) in enumerate(self.capture(inputs).items()):
+            for layer, (x, y) in self.capture(inputs).items():
+                mask = self._mask(inputs, x)
                 error = (model(x, layer=layer).output.float() - y.float()).square().sum(-1)
                 squared_norm = y.float().square().sum(-1)
-                sums[:, column] = (error / squared_norm).where(mask & (squared_norm > 0), 0.0).sum(-1)
-        return None, sums, mask.sum(-1)
+                ratios = (error / squared_norm).where(mask & (squared_norm > 0), 0.0)
+                # A layer that runs several times has all its runs, one after another.
+                sums.append(ratios.reshape(-1, rows, x.shape[1]).sum((0, 2)))
+                counts.append(mask.reshape(-1, rows, x.shape[1]).sum((0, 2)))
+        return None, torch.stack(sums, dim=1), counts[0]
 
     def _start(self) -> None:
         most = max(self.model.config.layer(layer).num_experts for layer in self.model.config.layers)

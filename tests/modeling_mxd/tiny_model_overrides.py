@@ -5,18 +5,21 @@ from typing import Any
 VOCABULARY = 96
 
 _BY_VALUE: list[tuple[Any, str]] = [
+    (91, "image_token_id image_token_index"),
+    (92, "video_token_id"),
+    (93, "audio_token_id"),
     (
         VOCABULARY,
-        "vocab_size vocab_size_per_layer_input",
+        "vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size",
     ),
     (
         64,
-        "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length seq_length model_max_length "
+        "num_position_embeddings max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length seq_length model_max_length "
         "max_2d_position_embeddings max_source_positions max_target_positions original_max_position_embeddings",
     ),
     (
         48,
-        "intermediate_size ffn_dim d_ff dim_ff dff n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim hidden_dim "
+        "intermediate_size ffn_dim d_ff dim_ff dff d_inner n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim hidden_dim "
         "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp "
         "expert_ffn_hidden_size dense_intermediate_size shared_experts_intermediate_size "
         "moe_shared_expert_intermediate_size",
@@ -24,7 +27,7 @@ _BY_VALUE: list[tuple[Any, str]] = [
     (
         32,
         "hidden_size n_embd d_model dim n_dims emb_dim embed_dim embedding_size attention_hidden_size "
-        "word_embed_proj_dim lru_width image_size",
+        "word_embed_proj_dim lru_width image_size projection_dim out_hidden_size",
     ),
     (
         16,
@@ -39,7 +42,7 @@ _BY_VALUE: list[tuple[Any, str]] = [
     (6, "sliding_window"),
     (
         4,
-        "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
+        "depth num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
         "num_encoder_layers num_attention_heads n_head n_heads num_heads encoder_attention_heads "
         "decoder_attention_heads num_encoder_attention_heads num_experts n_routed_experts num_local_experts "
         "moe_num_experts num_kv_heads index_n_heads mamba_n_heads mamba_num_heads mamba_dt_rank mamba_chunk_size "
@@ -62,6 +65,32 @@ SIZES: dict[str, Any] = {name: value for value, names in _BY_VALUE for name in n
 # Model type (a sub-config's as well) → field → value; a dictionary under a sub-config's name changes that sub-config.
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention"] * 2
 LINEAR_THEN_FULL = ["linear_attention", "full_attention"] * 2
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+SPEECH = {
+    "conv_dim": [16, 16, 16],
+    "conv_stride": [5, 2, 2],
+    "conv_kernel": [10, 3, 3],
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+WINDOWS = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "patch_size": 4}
+PYRAMID = {
+    "num_encoder_blocks": 2,
+    "depths": [2, 2],
+    "hidden_sizes": [16, 32],
+    "num_attention_heads": [2, 4],
+    "sr_ratios": [2, 1],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "mlp_ratios": [2, 2],
+}
+CONVOLUTIONS = {
+    "num_stages": 2,
+    "depths": [2, 2],
+    "hidden_sizes": [16, 32],
+    "patch_size": 4,
+    "layer_scale_init_value": 1.0,
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     # --- causal language models -------------------------------------------------------------------------------------
     "bailing_hybrid": {"layer_group_size": 2},
@@ -186,7 +215,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 32,
         "shape_vocab_size": VOCABULARY,
     },
-    "xlnet": {"d_inner": 48},
     "xmod": {"default_language": "en_XX"},
     "xlstm": {
         "hidden_size": 64,  # its cache rounds the widths of queries and values up to multiples of 64, its layers don't
@@ -205,6 +233,119 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,  # the only number that the config takes
         "router_hidden_size": 16,
     },
+    # --- others -----------------------------------------------------------------------------------------------------
+    "audio-spectrogram-transformer": {"max_length": 32, "frequency_stride": 4, "time_stride": 8},
+    "blip-2": {"num_query_tokens": 4},
+    "blip_2_qformer": {"encoder_hidden_size": 32},
+    "blip_text_model": {"encoder_hidden_size": 32},
+    "bros": {"hidden_size": 64},
+    "canine": {"num_hash_buckets": 64},
+    "convnext": CONVOLUTIONS,
+    "convnextv2": CONVOLUTIONS,
+    "cvt": {"embed_dim": [16, 32, 32], "depth": [1, 2, 3], "num_heads": [1, 2, 4]},
+    "data2vec-audio": {**SPEECH, "num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5},
+    "dinov3_vit": {"num_register_tokens": 2},
+    "donut-swin": WINDOWS,
+    "focalnet": {"embed_dim": 16, "depths": [2, 2], "focal_levels": [2, 2], "focal_windows": [3, 3], "patch_size": 4},
+    "funnel": {"block_sizes": [2, 2], "d_head": 8},
+    "glpn": PYRAMID,
+    "groupvit_vision_model": {"depths": [2, 1, 1], "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 4]},
+    "groupvit": {"projection_intermediate_dim": 48},
+    "hiera": {
+        "image_size": [32, 32],
+        "patch_size": [3, 3],
+        "patch_stride": [2, 2],
+        "patch_padding": [1, 1],
+        "embed_dim": 8,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+    },
+    "hubert": SPEECH,
+    "instructblip": {"num_query_tokens": 4},
+    "instructblip_qformer": {"encoder_hidden_size": 32},
+    "internvl_vision": {"image_size": [32, 32], "patch_size": [8, 8]},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},  # four of these and two of those make the hidden size
+    "levit": {
+        "image_size": 64,
+        "patch_size": 16,
+        "hidden_sizes": [16, 24, 32],
+        "depths": [1, 1, 1],
+        "num_attention_heads": [2, 2, 2],
+        "key_dim": [8, 8, 8],
+    },
+    "lilt": {"hidden_size": 48},  # a multiple of 6, for the six coordinates of a box
+    "luke": {"entity_vocab_size": 16, "entity_emb_size": 8},
+    "lxmert": {
+        "l_layers": 2,
+        "x_layers": 2,
+        "r_layers": 2,
+        "visual_feat_dim": 16,
+        "num_qa_labels": 4,
+        "num_object_labels": 4,
+        "num_attr_labels": 4,
+    },
+    "markuplm": {
+        "max_depth": 4,
+        "xpath_unit_hidden_size": 4,
+        "max_xpath_tag_unit_embeddings": 16,
+        "max_xpath_subs_unit_embeddings": 16,
+        "tag_pad_id": 15,
+        "subs_pad_id": 15,
+    },
+    "maskformer-swin": WINDOWS,
+    "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 16},
+    "mobilevit": {
+        "hidden_sizes": [16, 24, 32],
+        "neck_hidden_sizes": [8] * 7,
+        "image_size": 64,
+        "patch_size": 2,
+        "conv_kernel_size": 3,
+    },
+    "moonshine": dict.fromkeys(
+        ["encoder_num_hidden_layers", "decoder_num_hidden_layers", "encoder_num_attention_heads"]
+        + ["decoder_num_attention_heads"],
+        4,
+    ),
+    "patchtst": {"context_length": 32, "patch_length": 4, "patch_stride": 4},
+    "patchtsmixer": {"context_length": 32, "patch_length": 4, "patch_stride": 4},
+    "poolformer": {
+        "num_encoder_blocks": 2,
+        "depths": [2, 2],
+        "hidden_sizes": [16, 32],
+        "patch_sizes": [7, 3],
+        "strides": [4, 2],
+        "padding": [2, 1],
+        "layer_scale_init_value": 1.0,
+    },
+    "pvt": {**PYRAMID, "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]},
+    "pvt_v2": PYRAMID,
+    "qwen2_vl_text": {"rope_parameters": SECTIONS},
+    "qwen2_5_vl_text": {"rope_parameters": SECTIONS},
+    "qwen3_vl_text": {"rope_parameters": SECTIONS},
+    "qwen2_5_vl_vision": {"window_size": 16, "fullatt_block_indexes": [1, 3]},
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [1, 2]},
+    "segformer": PYRAMID,
+    "seggpt": {"image_size": [64, 32]},
+    "sew": SPEECH,
+    "sew-d": SPEECH,
+    "siglip2_vision_model": {"num_patches": 16},
+    "speecht5": SPEECH,
+    "speech_to_text": {"input_feat_per_channel": 16, "conv_channels": 16},
+    "swin": WINDOWS,
+    "swinv2": WINDOWS | {"pretrained_window_sizes": [0, 0]},
+    "unispeech": SPEECH,
+    "unispeech-sat": SPEECH,
+    "vjepa2": {
+        "crop_size": 32,
+        "frames_per_clip": 4,
+        "pred_hidden_size": 32,
+        "pred_num_attention_heads": 4,
+        "pred_num_hidden_layers": 2,
+    },
+    "wav2vec2": SPEECH,
+    "wav2vec2-bert": {"feature_projection_input_dim": 16},
+    "wav2vec2-conformer": SPEECH,
+    "wavlm": SPEECH,
 }
 
 # `type@variant` → field → value: other layouts of the same architecture.
@@ -234,3 +375,75 @@ UNBUILDABLE: dict[str, str] = {
 
 # Types whose unmodified tiny model can't `generate`.
 GENERATE_FAILS: dict[str, str] = {}
+
+_BY_AUTO_CLASS = {
+    "AutoModelForMaskedLM": "albert convbert deberta deberta-v2 distilbert esm eurobert flaubert fnet funnel gte ibert "
+    "jina_embeddings_v3 layoutlm longformer luke mobilebert modernbert mpnet mra nomic_bert nystromformer squeezebert "
+    "tapas yoso",
+    "AutoModelForSeq2SeqLM": "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 "
+    "marian mbart mt5 mvp nllb-moe pegasus pegasus_x plbart prophetnet seamless_m4t switch_transformers t5 t5gemma "
+    "t5gemma2 umt5",
+    "AutoModelForSpeechSeq2Seq": "moonshine speech_to_text whisper speecht5 pop2piano",
+    "AutoModelForImageTextToText": "aya_vision blip blip-2 idefics3 instructblip internvl llava mistral3 "
+    "paligemma qwen2_vl qwen2_5_vl qwen3_vl smolvlm",
+    "AutoModel": "canine splinter lilt markuplm bros layoutlmv3 vit vit_mae vit_msn deit beit data2vec-vision dinov2 "
+    "dinov2_with_registers dinov3_vit ijepa hiera pvt pvt_v2 segformer mobilevit yolos swin swinv2 "
+    "siglip_vision_model siglip2_vision_model clip_vision_model aimv2_vision_model convnext convnextv2 poolformer "
+    "levit videomae vivit timesformer vjepa2 pixtral sapiens2 seggpt donut-swin maskformer-swin cvt focalnet imagegpt "
+    "internvl_vision mlcd_vision_model dpt glpn sam_vision_model "
+    "audio-spectrogram-transformer wav2vec2 wav2vec2-bert wav2vec2-conformer hubert wavlm unispeech unispeech-sat sew "
+    "sew-d data2vec-audio parakeet_encoder voxtral_encoder qwen2_audio_encoder "
+    "clip clip_text_model siglip siglip2 chinese_clip altclip clipseg flava vilt visual_bert lxmert groupvit owlvit "
+    "patchtst patchtsmixer decision_transformer dpr",
+}
+
+# Type that isn't a causal language model, or its encoder–decoder form → the auto class that builds it.
+OTHER_TYPES: dict[str, str] = {name: auto for auto, names in _BY_AUTO_CLASS.items() for name in names.split()}
+
+# Types of OTHER_TYPES that take images beside text → how many placeholder tokens an image has in the text.
+IMAGE_TOKENS: dict[str, int] = (
+    dict.fromkeys(["altclip", "blip", "chinese_clip", "clip", "clipseg", "flava", "groupvit", "owlvit", "siglip", "vilt"], 0)
+    | {
+        "aya_vision": 4,
+        "blip-2": 4,
+        "instructblip": 4,
+        "idefics3": 4,
+        "internvl": 4,
+        "llava": 16,
+        "mistral3": 4,
+        "paligemma": 16,
+    }
+    | dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm"], 4)
+)
+
+_PATCHES = {"pixel_values": (16, 192), "pixel_attention_mask": [1] * 16, "spatial_shapes": [4, 4]}
+_GRID = {"pixel_values": (16, 384), "image_grid_thw": [1, 4, 4]}
+# Type → input that the general rules don't give → its shape without the batch, or, as a list, its values.
+MORE_INPUTS: dict[str, dict[str, tuple[int | str, ...] | list[int]]] = {
+    "audio-spectrogram-transformer": {"input_values": (32, 16)},
+    "bros": {"bbox": ("tokens", 4)},
+    "decision_transformer": {
+        "states": (8, 17),
+        "actions": (8, 4),
+        "rewards": (8, 1),
+        "returns_to_go": (8, 1),
+        "timesteps": list(range(8)),
+    },
+    "idefics3": {"pixel_values": (1, 3, 32, 32)},
+    "instructblip": {"qformer_input_ids": [5, 6, 7]},
+    "lxmert": {"visual_feats": (5, 16), "visual_pos": (5, 4)},
+    "mistral3": {"image_sizes": [32, 32]},
+    "parakeet_encoder": {"input_features": (64, 16)},
+    "patchtsmixer": {"past_values": (32, 1)},
+    "patchtst": {"past_values": (32, 1)},
+    "qwen2_5_vl": _GRID,
+    "qwen2_vl": _GRID,
+    "qwen3_vl": _GRID,
+    "seggpt": dict.fromkeys(["pixel_values", "prompt_pixel_values", "prompt_masks"], (3, 32, 32)),
+    "siglip2": _PATCHES,
+    "siglip2_vision_model": _PATCHES,
+    "smolvlm": {"pixel_values": (1, 3, 32, 32)},
+    "speech_to_text": {"input_features": (32, 16)},
+    "vjepa2": {"pixel_values_videos": (4, 3, 32, 32)},
+    "wav2vec2-bert": {"input_features": (32, 16)},
+}

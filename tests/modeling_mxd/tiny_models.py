@@ -1,12 +1,23 @@
 """A tiny random model of any architecture that transformers ships, built from its config class, no network needed."""
 
 import dataclasses
+import inspect
 import warnings
 from typing import Any
 
 import torch
 import transformers
-from tiny_model_overrides import GENERATE_FAILS, OVERRIDES, SIZES, UNBUILDABLE, VARIANTS, VOCABULARY
+from tiny_model_overrides import (
+    GENERATE_FAILS,
+    IMAGE_TOKENS,
+    MORE_INPUTS,
+    OTHER_TYPES,
+    OVERRIDES,
+    SIZES,
+    UNBUILDABLE,
+    VARIANTS,
+    VOCABULARY,
+)
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -28,7 +39,6 @@ LARGEST = 3_000_000  # parameters: more means that a size was missed
 CAUSAL_TYPES: list[str] = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in UNBUILDABLE]
 # Composite types whose causal class takes the config of one part only.
 CAUSAL_PART = {"musicgen": "decoder", "musicgen_melody": "decoder"}
-OTHER_TYPES: dict[str, str] = {}
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
@@ -37,17 +47,21 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 
 def _shrunk(config_class: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
+    default = config_class()
     fields = {field.name for field in dataclasses.fields(config_class)}
-    values = {name: size for name, size in SIZES.items() if name in fields}
+    values = {name: size for name, size in SIZES.items() if name in fields and _is_scalar(getattr(default, name))}
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention expands to all heads
     own = {**OVERRIDES.get(config_class.model_type, {}), **changes}
-    default = config_class()
     for name in config_class.sub_configs:
         nested = getattr(default, name, None)
         if isinstance(nested, PreTrainedConfig):  # not those that are optional and absent
             own[name] = _shrunk(type(nested), own.get(name, {}))
     return config_class(**{**values, **own})
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, list | tuple)  # a size of each stage needs an override
 
 
 def tiny_model(model_type: str, auto_class: Any = None, **changes: Any) -> PreTrainedModel:
@@ -100,22 +114,60 @@ def _randomise(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or parameter.dim() < 2:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        elif parameter.abs().max() < 0.5 and parameter.std() < 0.1:  # so not the decay rates of a state space
+        elif (
+            parameter.numel() and parameter.abs().max() < 0.5 and parameter.std() < 0.1
+        ):  # so not the decay rates of a state space
             parameter.normal_(std=0.15)
 
 
-def model_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 8) -> dict[str, torch.Tensor]:
+def model_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 8) -> dict[str, Any]:
     """What `model(**inputs)` needs; the same at every call."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
-    if hasattr(config, "num_codebooks") and config.model_type.startswith("musicgen"):
-        batch *= config.num_codebooks
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.randint(3, VOCABULARY - 6, shape, generator=generator)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
     if config.model_type == "gemma4_unified_assistant":  # drafts from the states of the model that it assists
         text = config.text_config
         states = {
-            kind: torch.randn(2, batch, layer.num_key_value_heads, tokens, layer.head_dim, generator=generator).unbind()
+            kind: noise(2, batch, layer.num_key_value_heads, tokens, layer.head_dim).unbind()
             for kind, layer in zip(text.layer_types, text.per_layer_config, strict=True)
         }
-        embeddings = torch.randn(batch, tokens, 2 * config.backbone_hidden_size, generator=generator)
-        return {"inputs_embeds": embeddings, "shared_kv_states": states}
-    return {"input_ids": torch.randint(3, VOCABULARY - 6, (batch, tokens), generator=generator)}
+        return {"inputs_embeds": noise(batch, tokens, 2 * config.backbone_hidden_size), "shared_kv_states": states}
+    if config.model_type in ("musicgen_decoder", "musicgen_melody_decoder"):
+        return {"input_ids": ids(batch * config.num_codebooks, tokens)}
+
+    kind = config.model_type
+    takes = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {}
+    if "input_ids" in takes:
+        image = torch.full((batch, IMAGE_TOKENS.get(kind, 0)), SIZES["image_token_id"])
+        inputs["input_ids"] = torch.cat([image, ids(batch, tokens)], dim=1)
+    if config.is_encoder_decoder and "decoder_input_ids" in takes:
+        inputs["decoder_input_ids"] = ids(batch, tokens)
+    if kind in IMAGE_TOKENS or model.main_input_name == "pixel_values":
+        inputs["pixel_values"] = noise(batch, *_image_shape(getattr(config, "vision_config", config)))
+    elif model.main_input_name == "input_values":
+        inputs["input_values"] = noise(batch, 2000)
+    elif model.main_input_name == "input_features":
+        inputs["input_features"] = noise(batch, 16, 128)
+    for name, shape in MORE_INPUTS.get(kind, {}).items():
+        if isinstance(shape, list):
+            inputs[name] = torch.tensor([shape] * batch)
+        else:
+            inputs[name] = noise(batch, *(tokens if size == "tokens" else size for size in shape))
+    if "image_grid_thw" in inputs:  # the patches of all images in one row
+        inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == SIZES["image_token_id"]).int()
+    return inputs
+
+
+def _image_shape(config: PreTrainedConfig) -> tuple[int, ...]:
+    size = getattr(config, "image_size", 32)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    frames = [config.num_frames] if hasattr(config, "num_frames") else []
+    return (*frames, getattr(config, "num_channels", 3), height, width)

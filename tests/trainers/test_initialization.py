@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modeling_mxd import MxDConfig, MxDModel, capture_mlps, make_layer
+from modeling_mxd import MxDConfig, MxDModel, capture_mlps, find_mlp, make_layer
 from modeling_mxd.configuration_mxd import MxDLayerConfig
 from trainers.initialization import (
     ActivationScales,
@@ -105,7 +105,7 @@ def test_pretrained_encoder_of_another_form_is_refused(tiny_llama, changes):
     config = {"hidden_size": 16, "output_size": 16, "intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 2}
     layer = make_layer(MxDLayerConfig(**{**config, "hidden_act": "silu", "encoder_type": "glu", **changes}))
     with pytest.raises(ValueError, match="layer 1"):
-        start_encoder_from_pretrained(layer, tiny_llama, 1)
+        start_encoder_from_pretrained(layer, find_mlp(tiny_llama, 1))
 
 
 def test_unit_modulation_starts_around_one(tiny_llama, calibrations):
