@@ -235,13 +235,15 @@ def choose_stack(model: PreTrainedModel, stack: str | None, stacks: Mapping[str,
     if stack in ("encoder", "decoder"):
         candidates = [path for path in stacks if re.search(rf"(^|[._]){stack}([._]|$)", path)]
     elif stack is not None:
-        raise SurgeryError(f"{type(model).__name__} has no stack {stack!r}; it has {', '.join(stacks) or 'none'}")
+        raise SurgeryError(f"{type(model).__name__} has no stack {stack!r}; it has {', '.join(stacks) or 'no stack'}")
     elif len(candidates) > 1:
         decoder = model.get_decoder()
         under = next((path for path, module in model.named_modules() if module is decoder), "")
         candidates = [path for path in candidates if path.startswith(f"{under}." if under else "")] or candidates
     if len(candidates) > 1:
         candidates = [path for path in candidates if not is_other_tower(path)] or candidates
+    if not candidates and stack is not None:
+        raise SurgeryError(f"{type(model).__name__} has no {stack}; it has {', '.join(stacks) or 'no stack'}")
     if len(candidates) != 1:
         raise SurgeryError(
             f"{type(model).__name__} has the stacks {', '.join(stacks) or '(none)'}: say which is meant with stack="

@@ -249,6 +249,9 @@ def make_example_inputs(model: PreTrainedModel) -> dict[str, Any]:
         inputs[name] = _token_ids(model)
     if "input_ids" in accepted and "input_ids" not in inputs and not config.is_encoder_decoder:
         inputs["input_ids"] = _token_ids(model)
+    placed_in_text = any(name.startswith("image_token") for name in vars(config))
+    if "pixel_values" in accepted and hasattr(config, "vision_config") and not placed_in_text:  # CLIP wants both
+        inputs["pixel_values"] = torch.zeros(_image_shape(model), device=device, dtype=model.dtype)
     if config.is_encoder_decoder and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _token_ids(model)
     if "use_cache" in accepted:

@@ -1,0 +1,148 @@
+"""Splices are verified: exact ones pass unseen, others are refused and leave the model as it was."""
+
+import pytest
+import torch
+from mxd_cases import random_layer
+from tiny_models import model_inputs, tiny_model
+from torch import nn
+
+from modeling_mxd import SurgeryError, find_mlp, find_mlps, replace_mlps, spliced_mlps, verify_sites
+from modeling_mxd.verification import StandIn, make_example_inputs
+
+
+def layer():
+    return random_layer(hidden_size=16, output_size=16)
+
+
+class Remembering(nn.Module):
+    """Adds its input, which it remembers from the call, not from its arguments: no position-wise function."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x, residual=None):
+        return self.mlp(x) if residual is None else (self.mlp(x), residual)
+
+
+@pytest.fixture
+def odd_llama(tiny_llama):
+    """Its second block gives a pair, which its caller takes apart."""
+    block = tiny_llama.model.layers[1]
+    block.mlp = Remembering(block.mlp)
+    inner = block.mlp
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = inner
+
+        def forward(self, x):
+            y, residual = self.block(x, x)
+            return y + 0 * residual
+
+    block.mlp = Calls()
+    return tiny_llama
+
+
+def test_what_loses_something_is_refused(odd_llama):
+    """The named module gives two tensors and its caller needs both: a decomposition gives one."""
+    names = dict(odd_llama.named_modules())
+    ids = torch.randint(0, 64, (2, 5))
+    before = odd_llama(ids).logits
+    with pytest.raises(SurgeryError, match=r"LlamaForCausalLM \(model type 'llama'\)"):
+        replace_mlps(odd_llama, {1: layer()}, site="mlp.block")
+    assert dict(odd_llama.named_modules()) == names
+    assert torch.equal(odd_llama(ids).logits, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in odd_llama.modules())
+    with spliced_mlps(odd_llama, {1: layer()}):
+        pass  # the block around it is exact
+
+
+def test_the_model_runs_no_further_than_it_must_and_only_once(tiny_llama):
+    ran = []
+    for index, block in enumerate(tiny_llama.model.layers):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    with spliced_mlps(tiny_llama, {1: layer()}):
+        assert ran == [0, 1, 0, 1]
+    with spliced_mlps(tiny_llama, {1: layer()}):
+        assert ran == [0, 1, 0, 1], "a site that was verified is not verified again"
+    with spliced_mlps(tiny_llama, {0: layer(), 1: layer()}):
+        assert ran == [0, 1, 0, 1, 0, 0]
+
+
+def test_verification_can_be_left_out(tiny_llama):
+    handle = tiny_llama.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with spliced_mlps(tiny_llama, {1: layer()}, verify=False):
+        handle.remove()
+
+
+def test_the_model_is_as_it_was(tiny_llama):
+    tiny_llama.train()
+    tiny_llama.model.layers[0].eval()
+    modes = [module.training for module in tiny_llama.modules()]
+    state = torch.get_rng_state()
+    verify_sites(tiny_llama, list(find_mlps(tiny_llama).values()))
+    assert [module.training for module in tiny_llama.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_cannot_be_run_says_what_to_pass(tiny_llama):
+    tiny_llama.model.embed_tokens.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("no such tokens"))
+    with pytest.raises(SurgeryError, match=r"cannot be run .* no such tokens\): pass example_inputs="):
+        replace_mlps(tiny_llama, {1: layer()})
+    assert type(find_mlp(tiny_llama, 1).input_module).__name__ == "LlamaMLP"
+
+
+def test_a_layer_that_does_not_run_is_refused():
+    model = tiny_model("mllama")  # its cross-attention layers run on images only
+    skipped = model.model.layers[3]
+    assert type(skipped).__name__ == "MllamaCrossAttentionDecoderLayer"
+    with pytest.raises(SurgeryError, match="layer 3 of model.layers does not run on the example inputs"):
+        replace_mlps(model, {3: nn.Identity()})
+
+
+def test_a_model_on_the_meta_device_is_not_run(tiny_llama):
+    with spliced_mlps(tiny_llama.to("meta"), {1: layer()}) as replaced:
+        assert replaced[0].replacement.gate.weight.is_meta
+
+
+def test_router_logits_need_a_router():
+    model = tiny_model("mixtral")
+    inputs = {**model_inputs(model), "labels": model_inputs(model)["input_ids"]}
+    model.config.output_router_logits = True
+    identities = {index: nn.Identity() for index in find_mlps(model)}
+    with pytest.raises(SurgeryError, match="output_router_logits.* no router would be left"):
+        replace_mlps(model, identities)
+    with spliced_mlps(model, {0: nn.Identity()}):
+        assert model(**inputs).aux_loss.isfinite()
+    with spliced_mlps(model, identities, site="mlp.experts"):
+        assert model(**inputs).aux_loss.isfinite()
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "rwkv", "deepseek_v4", "zamba2", "gpt_oss", "zaya"])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_what_callers_pass_and_expect_besides(model_type, batch):
+    """A batch of 2 is where a tensor is silently taken apart as if it were a pair."""
+    model = tiny_model(model_type)
+    inputs = model_inputs(model, batch=batch)
+    site = next(site for site in find_mlps(model).values() if site.slots)
+
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    with torch.no_grad(), spliced_mlps(model, {site.layer: Double()}):
+        assert isinstance(model.get_submodule(site.slots[0]), StandIn)
+        together = model(**inputs).logits
+        alone = torch.cat([model(**{k: v[row : row + 1] for k, v in inputs.items()}).logits for row in range(batch)])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5", "vit", "clip", "whisper", "wav2vec2", "gemma3", "hubert"])
+def test_example_inputs_suit_the_model(model_type):
+    model = tiny_model(model_type, "AutoModelForSpeechSeq2Seq" if model_type == "whisper" else None)
+    with torch.no_grad():
+        model(**make_example_inputs(model))
+    stack = {"clip": "text_model.encoder.layers", "whisper": "encoder"}.get(model_type)
+    verify_sites(model, [find_mlp(model, 0, stack)])

@@ -1,0 +1,56 @@
+import pytest
+from tiny_models import tiny_config
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from mxd.base_model import BaseModelError
+from mxd.cli import app
+from mxd.layers import describe_layers, layer_groups, load_skeleton
+
+
+def shown(*arguments):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["layers", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_embedded_model():
+    output = shown()
+    assert "model.layers of LlamaForCausalLM" in output
+    assert "0-4" in output and "192 → 512 → 192" in output and "gate_proj, up_proj, down_proj" in output
+
+
+def test_layers_that_are_alike_share_a_line_and_those_without_say_why(tmp_path):
+    tiny_config("nemotron_h").save_pretrained(tmp_path)
+    output = shown(tmp_path)
+    assert output.count("mixture-of-experts") == 1
+    assert (
+        "NemotronHBlock has no module that is an MLP, only norm (NemotronHRMSNorm), mixer (NemotronHMamba2Mixer)"
+        in (" ".join(output.split()))
+    )
+
+
+def test_every_stack_has_a_table(tmp_path):
+    tiny_config("t5").save_pretrained(tmp_path)
+    output = shown(tmp_path)
+    assert "encoder.block of T5ForConditionalGeneration" in output and "decoder.block of" in output
+
+
+def test_no_weights_are_read_or_made(tmp_path):
+    """A config of 10^12 parameters: the folder holds nothing else, and nothing of that size is made."""
+    LlamaConfig(
+        hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=8, num_attention_heads=64
+    ).save_pretrained(tmp_path)
+    model = load_skeleton(str(tmp_path))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    [group] = layer_groups(model)
+    assert group.layers == list(range(8)) and group.site.widths == (2**16, 2**18, 2**16)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(BaseModelError, match="cannot build the model"):
+        load_skeleton(str(tmp_path / "nothing"))
+
+
+def test_ranges_of_layers():
+    assert describe_layers([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
