@@ -26,7 +26,7 @@ from .updating import generated_figures, update_card
 # Only what belongs to a decomposition is uploaded: no checkpoints, no training arguments (they name local paths).
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt")
 _PATTERNS = (
-    "*.safetensors",
+    "model*.safetensors",
     "model.safetensors.index.json",
     "training_log.json",
     "figures/*.png",
@@ -53,7 +53,8 @@ def push_decomposition(
     """Push a decomposition's folder with a card and the code that loads it, in one commit.
 
     What the Hub refuses for the moment is tried again, also after a reply was lost: the commit is not made twice.
-    Of an earlier card, what was written by hand is kept; weights and figures that are no more are deleted. Where
+    Of an earlier card (the repo's, else the folder's) what was written by hand is kept; weights and figures of an
+    earlier push that are no more are deleted. Where
     neither folder nor repo has a tokenizer, the base model's goes along, so that pipelines work.
 
     Args:
@@ -95,7 +96,8 @@ def push_decomposition(
     card = build(repo_id)
     card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(tags or [])]))
     folders = {name.split("/")[0] for name in also or ()}
-    commit = _Commit(api, repo_id, branch, create_pr, message, description)
+    mine = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else None
+    commit = _Commit(api, repo_id, branch, create_pr, message, description, mine)
     pushed = commit.push(_Content(content, spare, card, license is None, folders))
     if tag:
         retried(
@@ -143,9 +145,17 @@ class _Commit:
     """One commit, made once however often the connection breaks."""
 
     def __init__(
-        self, api: HfApi, repo_id: str, branch: str, create_pr: bool, message: str | None, description: str | None
+        self,
+        api: HfApi,
+        repo_id: str,
+        branch: str,
+        create_pr: bool,
+        message: str | None,
+        description: str | None,
+        own_card: str | None,
     ):
         self.api, self.repo_id, self.branch, self.create_pr = api, repo_id, branch, create_pr
+        self.own_card = own_card
         self.message = message or "Upload decomposition"
         self.mark = f"mxd push {uuid.uuid4()}"  # by which we know our own commit when the reply to it was lost
         self.description = f"{description}\n\n{self.mark}" if description else self.mark
@@ -194,7 +204,7 @@ class _Commit:
 
     def _card_of(self, repo: HubRepo) -> str | None:
         if "README.md" not in repo.files:
-            return None
+            return self.own_card
 
         def load() -> str:
             path = hf_hub_download(
@@ -253,22 +263,20 @@ def _content(folder: Path, base: str, base_commit: str | None) -> dict[str, byte
         if path.name != "__init__.py":
             content[path.name] = path
     if (evaluation := folder / "evaluation.json").is_file():
-        content["evaluation.json"] = (json.dumps(public_evaluation(read_json(evaluation)), indent=2) + "\n").encode()
+        values = read_json(evaluation)
+        values["settings"] = without_folders(values.get("settings", {}))
+        content["evaluation.json"] = (json.dumps(values, indent=2) + "\n").encode()
     return content
 
 
 _LOCAL = re.compile(r"/|~|\.\.?/|[A-Za-z]:\\")
 
 
-def public_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The same without this machine's folders: of every local path in the settings only the last part is kept."""
-
-    def shorten(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: shorten(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [shorten(item) for item in value]
-        local = isinstance(value, str) and _LOCAL.match(value)
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if local else value
-
-    return {**evaluation, "settings": shorten(evaluation.get("settings", {}))}
+def without_folders(value: Any) -> Any:
+    """The same JSON without this machine's folders: of every text that is a local path only the last part is kept."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    local = isinstance(value, str) and _LOCAL.match(value)
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if local else value

@@ -280,28 +280,3 @@ def test_one_layer_downloads_only_its_shard(hub, folder, tmp_path):
     got = {path.rsplit("/", 1)[1] for method, path, _ in hub.requests if method == "GET" and "mxd-tiny/resolve" in path}
     assert "model-00002-of-00002.safetensors" in got
     assert "model-00001-of-00002.safetensors" not in got
-
-
-def test_the_trainer_pushes_with_our_card(hub, base, tiny_llama, tmp_path):
-    from datasets import Dataset
-
-    from trainers import DistillationArguments, DistillationTrainer
-
-    tiny_llama.config._name_or_path = tiny_llama.name_or_path = "user/base"
-    config = MxDModel.config_class(
-        layers=[1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4, hidden_act="silu"
-    )
-    rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (32, 12)).tolist()})
-    arguments = DistillationArguments(
-        str(tmp_path / "run"), push_to_hub=True, hub_model_id="user/trained", max_steps=2, use_cpu=True,
-        per_device_train_batch_size=8, disable_tqdm=True, calibration_tokens=200, statistics_tokens=200,
-        encoder_initialization="random", save_strategy="no",
-    )  # fmt: skip
-    trainer = DistillationTrainer(MxDModel(config), tiny_llama, arguments, train_dataset=rows)
-    trainer.train()
-    trainer.push_to_hub()
-    files = hub.files("user/trained")
-    assert ModelCard(files["README.md"].decode()).data.base_model == "user/base"
-    assert {"config.json", "model.safetensors", "modeling_mxd.py"} <= files.keys()
-    assert str(tmp_path) not in "".join(str(data) for data in files.values())
-    assert hub.token not in "".join(str(data) for data in files.values())
