@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig  # by the name that transformers 4 knows too
 from transformers.activations import ACT2FN
 
 METHODS = ("mxd", "transcoder", "skip_transcoder")
@@ -32,6 +32,12 @@ AUTO_MAP = {
     "AutoModel": "modeling_mxd.MxDModel",
     "AutoModelForCausalLM": "modeling_mxd.MxDForCausalLM",
 }
+
+
+def _listed(layers: Any) -> list[int]:
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ValueError(f"layers must be a list of layer indices, got {_shown(layers)}")
+    return list(layers)
 
 
 def _shown(value: Any) -> str:
@@ -111,7 +117,7 @@ class MxDLayerConfig:
 _LAYER_FIELDS = tuple(field.name for field in fields(MxDLayerConfig))
 
 
-class MxDConfig(PreTrainedConfig):
+class MxDConfig(PretrainedConfig):
     """A decomposition of some MLPs of one base model.
 
     The layer fields given at the top hold for every layer; `layer_overrides` changes some of them for single
@@ -167,9 +173,7 @@ class MxDConfig(PreTrainedConfig):
         layer_overrides: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ):
-        if isinstance(layers, str) or not isinstance(layers, Sequence):
-            raise ValueError(f"layers must be a list of layer indices, got {_shown(layers)}")
-        self.layers = list(layers)
+        self.layers = _listed(layers)
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_model_type = base_model_type
@@ -294,7 +298,7 @@ class MxDConfig(PreTrainedConfig):
         Raises:
             ValueError: when `layers` is nonsense.
         """
-        self.layers = list(layers)
+        self.layers = _listed(layers)
         kept = {str(layer) for layer in self.layers}
         self.layer_overrides = {key: value for key, value in self.layer_overrides.items() if key in kept}
         self.check()

@@ -45,10 +45,11 @@ class SplicedLanguageModel:
             replaced.restore()
         assert isinstance(self, PreTrainedModel)
         self.__dict__.update(self.__dict__.pop("_base_attributes"))
-        for name in ("_decomposition", "_replaced", "_samples"):
+        trainable = self.__dict__["_trainable"]
+        for name in ("_decomposition", "_replaced", "_samples", "_trainable"):
             del self.__dict__[name]
         self.__class__ = _base_class(self)
-        _trainable(self, True)
+        _set_trainable(self, trainable)
         return self
 
     def save_pretrained(
@@ -121,26 +122,31 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
             "a decomposition is spliced into this model for good: unsplice() it first, or use mxd.splice(model) for "
             "further layers"
         )
-    _trainable(base, False)
+    before = dict(base.named_parameters())
+    trainable = [name for name, parameter in before.items() if parameter.requires_grad]
+    base.requires_grad_(False)
     try:
         samples = sample_parameters(base)
         replaced: list[ReplacedMLP] = decomposition.splice(base)
     except Exception:
-        _trainable(base, True)
+        _set_trainable(base, trainable)
         raise
+    after = dict(base.named_parameters())
+    samples = {name: sample for name, sample in samples.items() if after.get(name) is before[name]}
     attributes = {"name_or_path": base.name_or_path, "training": base.training}
     # Not registered as a module: its layers already are, in the MLPs' places.
-    base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples)
+    base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples, _trainable=trainable)
     base.__dict__["_base_attributes"] = attributes
     base.name_or_path = name
     base.__class__ = _spliced_class(type(base))
     return base
 
 
-def _trainable(model: nn.Module, value: bool) -> None:
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(value)
+def _set_trainable(model: nn.Module, names: list[str]) -> None:
+    wanted = set(names)
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            parameter.requires_grad_(True)
 
 
 def _spliced_class(base: type) -> type:
@@ -157,33 +163,36 @@ def _new_spliced(base: type) -> Any:
     return object.__new__(_spliced_class(base))
 
 
-def sample_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Up to 1,024 evenly spaced entries of every parameter, on the CPU: to tell later whether it was changed.
-    Parameters that are offloaded or quantised are left out."""
-    return {
-        name: _sample(parameter)
-        for name, parameter in model.named_parameters()
-        if not parameter.is_meta and parameter.is_floating_point()
-    }
+def sample_parameters(model: nn.Module) -> dict[str, tuple[torch.Size, Tensor]]:
+    """Shape, and up to 1,024 evenly spaced entries on the CPU, of every parameter: to tell later whether it was
+    changed. Parameters that are offloaded or quantised are left out."""
+    return {name: _sample(parameter) for name, parameter in model.named_parameters() if _is_plain(parameter)}
 
 
-def changed_parameters(model: nn.Module, samples: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that differ from their samples by more than a change of dtype does."""
-    return [
+def changed_parameters(model: nn.Module, samples: Mapping[str, tuple[torch.Size, Tensor]]) -> list[str]:
+    """Names of the parameters that are gone, or differ from their samples by more than a change of dtype does."""
+    parameters = dict(model.named_parameters())
+    gone = [name for name in samples if name not in parameters]
+    return gone + [
         name
-        for name, parameter in model.named_parameters()
-        if name in samples and not parameter.is_meta and not _same(samples[name], _sample(parameter))
+        for name, parameter in parameters.items()
+        if name in samples and _is_plain(parameter) and not _same(samples[name], _sample(parameter))
     ]
 
 
-def _sample(parameter: Tensor) -> Tensor:
+def _is_plain(parameter: Tensor) -> bool:
+    # Quantised ones are integers (bitsandbytes) or of a class of their own that calls itself floating (torchao).
+    return not parameter.is_meta and parameter.is_floating_point() and type(parameter.data) is Tensor
+
+
+def _sample(parameter: Tensor) -> tuple[torch.Size, Tensor]:
     flat = parameter.detach().reshape(-1)
-    step = max(1, len(flat) // _SAMPLE)
-    return flat[::step][:_SAMPLE].to("cpu", copy=True)
+    places = torch.linspace(0, len(flat) - 1, min(_SAMPLE, len(flat)), dtype=torch.float64).long()
+    return parameter.shape, flat[places.to(flat.device)].cpu()
 
 
-def _same(before: Tensor, after: Tensor) -> bool:
-    narrow = (torch.bfloat16, torch.float16)
-    return before.shape == after.shape and (
-        torch.equal(before.to(after.dtype), after) or any(torch.equal(before.to(d), after.to(d)) for d in narrow)
+def _same(before: tuple[torch.Size, Tensor], after: tuple[torch.Size, Tensor]) -> bool:
+    (shape, old), (shape_now, new) = before, after
+    return shape == shape_now and any(
+        torch.equal(old.to(dtype), new.to(dtype)) for dtype in (new.dtype, torch.bfloat16, torch.float16)
     )
