@@ -93,6 +93,8 @@ def push_decomposition(
     branch = revision or "main"
     if revision and not create_pr and not revision.startswith("refs/"):
         retried(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), f"making the branch {branch}")
+    if tag:
+        _check_free(repo_id, tag, token)
     card = build(repo_id)
     card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(tags or [])]))
     folders = {name.split("/")[0] for name in also or ()}
@@ -100,11 +102,22 @@ def push_decomposition(
     commit = _Commit(api, repo_id, branch, create_pr, message, description, mine)
     pushed = commit.push(_Content(content, spare, card, license is None, folders))
     if tag:
+        # Not there before: one that is there now is of an attempt whose reply was lost.
         retried(
             lambda: api.create_tag(repo_id, tag=tag, revision=pushed.oid, exist_ok=True),
             f"the commit {pushed.oid[:8]} is on the Hub, but tagging it {tag}",
         )
     return pushed
+
+
+def _check_free(repo_id: str, tag: str, token: str | bool | None) -> None:
+    try:
+        look_up(repo_id, f"looking for the tag {tag}", tag, token)
+    except HubError as error:
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            return
+        raise
+    raise HubError(f"{repo_id} has a tag or branch {tag} already: choose another name")
 
 
 @dataclass

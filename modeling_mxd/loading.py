@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from transformers import PretrainedConfig  # by the name that transformers 4 knows too
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file, extract_commit_hash
 
-from .configuration_mxd import MxDConfig
+from .configuration_mxd import MAX_FILE_BYTES, MxDConfig
+from .downloads import file_if_any, tried
 
 # What says where files come from: as good for the base model's files as for ours,
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -34,7 +36,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 def pinned(name: Any, access: dict[str, Any]) -> dict[str, Any]:
     """`access` at the commit that it leads to now, so that all files are of one commit, whoever pushes meanwhile."""
-    config = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **access)
+    config = file_if_any(name, CONFIG_NAME, access)
     commit = extract_commit_hash(config, None)
     return access if commit is None else {**access, "revision": commit}
 
@@ -77,7 +79,7 @@ def _stored_config(name: Any, access: dict[str, Any], needed: bool) -> MxDConfig
     if name is None:
         return None
     try:
-        values, _ = MxDConfig.get_config_dict(name, **access)
+        values, _ = tried(partial(MxDConfig.get_config_dict, name, **access), name)
     except OSError:
         if needed:
             raise
@@ -98,12 +100,19 @@ def arguments_of_base(config: MxDConfig, stored: MxDConfig | None) -> dict[str, 
     return found
 
 
-def base_source(config: MxDConfig, stored: MxDConfig | None, access: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def base_source(
+    config: MxDConfig, stored: MxDConfig | None, access: dict[str, Any], local: bool
+) -> tuple[str, dict[str, Any]]:
     """Name of the base, and how to get its files. From wherever it is loaded this time, `config` then names again
     what the decomposition was made of.
 
+    Args:
+        config, stored: as `load_config` returns them.
+        access: how to get files of the base.
+        local: whether the decomposition is in a folder of this machine, whose base may be in one too.
+
     Raises:
-        ValueError: no base is named, or one that is a decomposition itself.
+        ValueError: no base is named, or one that is a decomposition itself, or a stranger's repo names a folder.
         OSError: it is not there.
     """
     name, revision = config.base_model_name_or_path, config.base_model_revision
@@ -115,10 +124,12 @@ def base_source(config: MxDConfig, stored: MxDConfig | None, access: dict[str, A
         config.base_model_name_or_path = stored.base_model_name_or_path
         config.base_model_revision = stored.base_model_revision
     if Path(name).is_dir():
+        if not local and stored is not None and name == stored.base_model_name_or_path:
+            raise ValueError(f"the base model that the repo names is a folder of this machine: {name!r}")
         revision = None
     try:
         source = pinned(name, {**access, "revision": revision})
-        values, _ = PretrainedConfig.get_config_dict(name, **source)
+        values, _ = tried(partial(PretrainedConfig.get_config_dict, name, **source), name)
     except OSError as error:
         raise OSError(
             f"the decomposition's base model {name!r} cannot be had; if it is elsewhere, pass "
@@ -147,23 +158,39 @@ def some_layers(name: Any, layers: list[int], access: dict[str, Any]) -> dict[st
         ValueError: the index is no index of this repo's files.
         OSError: files are not there.
     """
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **access)
+    index = file_if_any(name, SAFE_WEIGHTS_INDEX_NAME, access)
     if index is None:
         return None
-    weight_map = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map")
-    if not isinstance(weight_map, dict) or any(not isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {name} has no weight_map of names to files")
-    for file in weight_map.values():
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {name} names a file outside of the repo: {file[:200]!r}")
+    weight_map = _weight_map(Path(index), name)
     wanted = {key: file for key, file in weight_map.items() if (m := _LAYER.match(key)) and int(m[1]) in layers}
     if len(wanted) == len(weight_map):
         return None
     tensors = {}
     for file in sorted(set(wanted.values())):
-        with safe_open(cached_file(name, file, **access), framework="pt") as shard:
+        path = tried(partial(cached_file, name, file, **access), name)
+        with safe_open(path, framework="pt") as shard:
             tensors.update({key: shard.get_tensor(key) for key, where in wanted.items() if where == file})
     return tensors
+
+
+def _weight_map(index: Path, name: Any) -> dict[str, str]:
+    """Weight → file, from the index of a sharded repo, which a stranger may have written."""
+    what = f"{SAFE_WEIGHTS_INDEX_NAME} of {name}"
+    if index.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{what} is larger than {MAX_FILE_BYTES:,} bytes: it is not read")
+    try:
+        values = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{what} is no JSON that can be read") from None
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or any(not isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{what} has no weight_map of names to files")
+    if not isinstance(values.get("metadata"), dict):  # which transformers takes for granted
+        raise ValueError(f"{what} has no metadata")
+    for file in weight_map.values():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{what} names a file outside of the repo: {file[:200]!r}")
+    return weight_map
 
 
 def check_loaded(info: dict[str, Any], layers: list[int]) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import ModelOutput, logging
 
 # Every sibling is imported here, also the unused: a Hub repo carries only what its entry file names.
 from .configuration_mxd import MxDConfig
+from .downloads import tried
 from .functional import topk_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
@@ -110,9 +112,8 @@ class MxDModel(PreTrainedModel):
             tensors = some_layers(pretrained_model_name_or_path, config.layers, access)
         if tensors is not None:
             pretrained_model_name_or_path, kwargs["state_dict"], access = None, tensors, {}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs, **access
-        )
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, *model_args, config=config, **access)
+        model, info = tried(partial(load, output_loading_info=True, **kwargs), pretrained_model_name_or_path)
         check_loaded(info, config.layers)
         return (model, info) if output_loading_info else model
 
@@ -287,10 +288,9 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         here = pinned(pretrained_model_name_or_path, {**access, **own})
         config, stored = load_config(config, pretrained_model_name_or_path, here, kwargs)
         kwargs = {**arguments_of_base(config, stored), **kwargs}
-        name, source = base_source(config, stored, access)
-        base = AutoModelForCausalLM.from_pretrained(
-            name, *model_args, trust_remote_code=False, use_safetensors=True, **source, **kwargs
-        )
+        name, source = base_source(config, stored, access, local=Path(pretrained_model_name_or_path).is_dir())
+        load = partial(AutoModelForCausalLM.from_pretrained, name, *model_args, use_safetensors=True, **source)
+        base = tried(partial(load, trust_remote_code=False, **kwargs), name)
         base.config._commit_hash = source.get("revision")  # newer transformers don't keep it; it is never saved
         mxd, info = MxDModel.from_pretrained(
             pretrained_model_name_or_path, config=config, dtype=base.dtype, output_loading_info=True, **here
