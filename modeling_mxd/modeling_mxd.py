@@ -23,6 +23,7 @@ from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .parameter_budget import transcoder_parameters  # noqa: F401
 from .reference import reference_forward  # noqa: F401
+from .sharing import push_to_hub
 from .spliced_language_model import make_spliced
 from .surgery import ReplacedMLP, SurgeryError, find_mlps, replace_mlps, spliced_mlps
 
@@ -32,6 +33,8 @@ logger = logging.get_logger(__name__)
 _ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 # and what says which of our repo's files, which must never be passed on to the base.
 _OWN = ("revision", "subfolder")
+# What says where `save_pretrained(push_to_hub=True)` pushes to.
+_PUSH = ("repo_id", "commit_message", "private", "revision", "create_pr")
 
 
 @dataclass
@@ -113,10 +116,17 @@ class MxDModel(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers' `save_pretrained`; by default in shards as large as the largest layer, so that one layer
         can be had without the others."""
+        push, how = kwargs.pop("push_to_hub", False), {name: kwargs.pop(name) for name in _PUSH if name in kwargs}
         largest = max(sum(t.nbytes for t in layer.state_dict().values()) for layer in self.layers.values())
         if kwargs.get("max_shard_size", "50GB") == "50GB":  # the stock default, which push_to_hub spells out
             kwargs["max_shard_size"] = largest
         super().save_pretrained(save_directory, *args, **kwargs)
+        if push:
+            self.push_to_hub(how.pop("repo_id", Path(save_directory).name), **how)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As transformers' `push_to_hub`, and complete: see `sharing.push_to_hub`."""
+        return push_to_hub(self, self.config, repo_id, **kwargs)
 
     def layer(self, layer: int) -> SparseLayer:
         """The layer that stands for the MLP of transformer layer `layer`.

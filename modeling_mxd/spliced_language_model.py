@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .sharing import push_to_hub
 from .surgery import ReplacedMLP, SurgeryError
 
 _SAMPLE = 1024
@@ -95,6 +96,13 @@ class SplicedLanguageModel:
         if state_dict is not None:
             state_dict = self._of_decomposition(state_dict)
         self.decomposition.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Push the decomposition, with a tokenizer, so that both doors load it (with a PEFT adapter in the model, only
+        the adapter, as transformers does)."""
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+        return push_to_hub(self, self.decomposition.config, repo_id, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Also takes the decomposition's own state, as `save_pretrained` wrote it: so a Trainer resumes."""

@@ -232,7 +232,7 @@ def push(
     tag: Annotated[str | None, typer.Option(help="Tag the commit.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, if config.json has a folder.")] = None,
     license_name: Annotated[str | None, typer.Option("--license", help="[the base model's]")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload decomposition",
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     debug: Debug = False,
 ) -> None:
     """Share a decomposition on the Hub: weights, results, code and a card, in one commit."""
@@ -249,8 +249,8 @@ def push(
         license=license_name,
         message=message,
     )
-    typer.echo(f"Pushed to {pushed.url} (commit {pushed.commit[:8]})")
-    typer.echo(f'Next:  AutoModelForCausalLM.from_pretrained("{pushed.repo_id}", trust_remote_code=True)')
+    typer.echo(f"Pushed to {pushed.pr_url or pushed.repo_url} (commit {pushed.oid[:8]})")
+    typer.echo(f'Next:  AutoModelForCausalLM.from_pretrained("{pushed.repo_url.repo_id}", trust_remote_code=True)')
 
 
 @app.command()

@@ -21,6 +21,9 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(
+            "transformers.utils.hub._hf_api", None, raising=False
+        )  # it keeps the address of its first use
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
