@@ -1,6 +1,5 @@
 """The main job: from a pretrained model and text to a faithful decomposition in a folder."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,10 @@ from .runs import (
     asked_for,
     check_output,
     evaluation_batches,
+    load_base_of,
+    load_decomposition,
     load_documents,
+    made_how,
     prepare_output,
     run_training,
     save_results,
@@ -141,7 +143,7 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     arguments = DistillationArguments(**step_arguments(options, folder))
     trainer = DistillationTrainer(decomposition, model, arguments, train_dataset=rows)
     prepare_output(folder, options.resume)  # only now, when nothing is left to be refused
-    how = run_training(trainer, tokenizer, folder, checkpoint)
+    how = run_training(trainer, tokenizer, options, checkpoint)
     settings = {"training": run_settings(options, trainer, how)}
     results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)
     return save_results(results, decomposition, folder)
@@ -158,7 +160,6 @@ def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, ho
         "model": trainer.model.config.base_model_name_or_path,
         "layers": trainer.model.config.layers,
         "loss": arguments.loss_normalization,
-        "tokens_trained": arguments.max_steps * arguments.per_device_train_batch_size * options.text.context_length,
     }
 
 
@@ -170,10 +171,9 @@ def evaluate(
     Raises:
         ValueError: when the folder holds no decomposition, or the text cannot be read.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} holds no decomposition: there is no config.json in it")
-    if json.loads((Path(folder) / "config.json").read_text()).get("model_type") != MxDConfig.model_type:
-        raise ValueError(f"{folder} holds a model, but no decomposition")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder: name that of a decomposition")
+    decomposition = load_decomposition(folder)
     documents = load_text(
         text.dataset or [str(embedded.text_path("heldout"))],
         config_name=text.config_name,
@@ -181,22 +181,9 @@ def evaluate(
         text_column=text.text_column,
         streaming=text.streaming,
     )
-    decomposition = MxDModel.from_pretrained(folder)
-    config = decomposition.config
-    if not config.base_model_name_or_path:
-        raise ValueError(f"{folder}/config.json names no base_model_name_or_path to evaluate against")
-    model, tokenizer, _ = load_base_model(config.base_model_name_or_path, config.base_model_revision, dtype)
+    model, tokenizer = load_base_of(decomposition, dtype)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
-    settings = {"evaluation": {**asdict(text), "model_dtype": dtype}, **_training_settings(Path(folder))}
+    settings = {"evaluation": {**asdict(text), "model_dtype": dtype}, **made_how(folder)}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
     save_evaluation(results, folder)
     return load_evaluation(folder)
-
-
-def _training_settings(folder: Path) -> dict[str, Any]:
-    """What an earlier evaluation.json says of the training, so that measuring again does not lose it."""
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        return {}
-    training = json.loads(path.read_text()).get("settings", {}).get("training")
-    return {"training": training} if training else {}

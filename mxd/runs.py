@@ -11,16 +11,21 @@ from typing import Any, TypeAlias
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from evaluation_mxd import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
+from evaluation_mxd.faithfulness import EVALUATION_NAME
+from hub_cards.reading import read_config, read_json
 from modeling_mxd import MxDConfig, MxDModel
 from trainers import CausalCollator, load_text, materialize, pack, split_documents, take_tokens
 from trainers.decomposition_trainer import DecompositionTrainer
 
 from . import embedded
+from .base_model import load_base_model
 
 LOG_NAME = "training_log.json"
+START_NAME = "finetuning_start.json"  # in the output folder of a fine-tuning that is not finished
 
 Documents: TypeAlias = Dataset | IterableDataset
 
@@ -105,7 +110,51 @@ def _ours(folder: Path) -> bool:
     config = folder / "config.json"
     if config.is_file():
         return bool(json.loads(config.read_text()).get("model_type") == MxDConfig.model_type)
-    return all(entry.name.startswith("checkpoint-") for entry in folder.iterdir())
+    return all(entry.name.startswith("checkpoint-") or entry.name == START_NAME for entry in folder.iterdir())
+
+
+def load_decomposition(name: str) -> MxDModel:
+    """A decomposition from a folder or the Hub; no code of it is run.
+
+    Raises:
+        ValueError: it is none, or cannot be had.
+    """
+    if Path(name).is_dir():
+        path = Path(name) / "config.json"
+    else:
+        try:
+            path = Path(cached_file(name, "config.json"))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise ValueError(f"{name!r} is no folder with a decomposition, and: {reason}") from error
+    read_config(path, name)
+    decomposition = MxDModel.from_pretrained(name)
+    assert isinstance(decomposition, MxDModel)
+    return decomposition
+
+
+def load_base_of(decomposition: MxDModel, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that a decomposition's config names, and its tokenizer.
+
+    Raises:
+        ValueError: it names none (`BaseModelError`: or one that cannot be loaded).
+    """
+    config = decomposition.config
+    if not config.base_model_name_or_path:
+        raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
+    model, tokenizer, _ = load_base_model(config.base_model_name_or_path, config.base_model_revision, dtype)
+    return model, tokenizer
+
+
+def made_how(name: str) -> dict[str, Any]:
+    """What evaluation.json of a decomposition (folder or Hub id) says of how it was made: the settings of its training
+    and of its fine-tunings. Empty where it says nothing."""
+    path = cached_file(name, EVALUATION_NAME, _raise_exceptions_for_missing_entries=False)
+    settings = {} if path is None else read_json(Path(path)).get("settings")
+    if not isinstance(settings, dict):
+        return {}
+    kinds = {"training": dict, "finetuning": list}
+    return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
 
 
 def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
@@ -136,6 +185,14 @@ def evaluation_batches(
     ]
 
 
+def evaluation_settings(options: RunOptions) -> dict[str, Any]:
+    """On which text a trained decomposition was measured, for evaluation.json."""
+    text = asdict(options.text)
+    if options.text.heldout_dataset:
+        text |= {"dataset": options.text.heldout_dataset, "heldout_dataset": []}
+    return {**text, "model_dtype": options.dtype}
+
+
 def step_arguments(options: RunOptions, folder: Path) -> dict[str, Any]:
     """Trainer arguments for these options: rows per step, steps, checkpoints; `options.training` goes over."""
     rows = max(1, options.batch_tokens // options.text.context_length)
@@ -162,9 +219,9 @@ def prepare_output(folder: Path, resume: bool) -> None:
 
 
 def run_training(
-    trainer: DecompositionTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path, checkpoint: str | None
+    trainer: DecompositionTrainer, tokenizer: PreTrainedTokenizerBase, options: RunOptions, checkpoint: str | None
 ) -> dict[str, Any]:
-    """Train and save decomposition, tokenizer and log.
+    """Train, and save decomposition, tokenizer and log in the output folder.
 
     Returns:
         How it was run, for evaluation.json.
@@ -172,7 +229,7 @@ def run_training(
     Raises:
         Interrupted: Ctrl-C; a checkpoint was saved.
     """
-    started = time.monotonic()
+    folder, started = Path(options.output), time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.interrupted:
         raise Interrupted(
@@ -184,9 +241,11 @@ def run_training(
     tokenizer.save_pretrained(folder)  # so that pipelines find it beside the decomposition
     (folder / LOG_NAME).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
     arguments = trainer.args
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     names = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor", "scale_activations")
     return {
         **{name: getattr(arguments, name) for name in (*names, "bf16")},
+        "tokens_trained": trainer.state.max_steps * rows * options.text.context_length,
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "device": str(arguments.device),
@@ -220,4 +279,5 @@ def save_results(
     plot_expert_frequency(frequencies, figures / "expert_frequency.png")
     for unneeded in folder.glob("checkpoint-*"):
         shutil.rmtree(unneeded)
+    (folder / START_NAME).unlink(missing_ok=True)
     return load_evaluation(folder)
