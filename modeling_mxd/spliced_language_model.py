@@ -1,7 +1,8 @@
 """The base language model with a decomposition spliced in: a class of the base's own name that saves only the
 decomposition."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -37,20 +38,41 @@ class SplicedLanguageModel:
         Raises:
             SurgeryError: when an MLP was replaced again since; the model is left as it is.
         """
-        for replaced in reversed(self.__dict__["_replaced"]):
-            like = next(replaced.replacement.parameters())
-            for module in replaced.original:  # the model may have been moved or cast meanwhile, without them
-                if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
-                    module.to(device=like.device, dtype=like.dtype)
-            replaced.restore()
         assert isinstance(self, PreTrainedModel)
+        for replaced in reversed(self.__dict__["_replaced"]):
+            self._fetch(replaced)
+            replaced.restore()
         self.__dict__.update(self.__dict__.pop("_base_attributes"))
         trainable = self.__dict__["_trainable"]
-        for name in ("_decomposition", "_replaced", "_samples", "_trainable"):
+        for name in ("_decomposition", "_replaced", "_samples", "_trainable", "_spliced_dtype"):
             del self.__dict__[name]
         self.__class__ = _base_class(self)
         _set_trainable(self, trainable)
         return self
+
+    @contextmanager
+    def untouched(self) -> Iterator[PreTrainedModel]:
+        """Inside the block the base's own MLPs are in their places, and this is the model that it was before the
+        splice; afterwards, also after an exception, the decomposition is back. No weights are copied.
+
+        Raises:
+            SurgeryError: when an MLP was replaced again since.
+        """
+        assert isinstance(self, PreTrainedModel)
+        with ExitStack() as stack:
+            for replaced in self.__dict__["_replaced"]:
+                self._fetch(replaced)
+                stack.enter_context(replaced.undone())
+            yield self
+
+    def _fetch(self, replaced: ReplacedMLP) -> None:
+        # The model may have been moved or cast meanwhile, without the modules that are not in it.
+        assert isinstance(self, PreTrainedModel)
+        device = next(replaced.replacement.parameters()).device
+        dtype = None if self.dtype == self.__dict__["_spliced_dtype"] else self.dtype
+        for module in replaced.original:
+            if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
+                module.to(device=device, dtype=dtype)
 
     def save_pretrained(
         self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -136,6 +158,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
     attributes = {"name_or_path": base.name_or_path, "training": base.training}
     # Not registered as a module: its layers already are, in the MLPs' places.
     base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples, _trainable=trainable)
+    base.__dict__["_spliced_dtype"] = base.dtype
     base.__dict__["_base_attributes"] = attributes
     base.name_or_path = name
     base.__class__ = _spliced_class(type(base))

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .tables import print_change, print_evaluation
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -23,6 +25,7 @@ app = typer.Typer(
 
 DATA_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst"}
 INTERRUPTED = 130
+FINETUNING_RATE = 3e-4
 KEPT = "checkpoints that were complete are kept: put it right, then run again with --resume"
 
 
@@ -53,6 +56,13 @@ class ModulationStart(str, Enum):
 
     random = "random"
     unit = "unit"
+
+
+class Loss(str, Enum):
+    """What fine-tuning trains on."""
+
+    kl = "kl"
+    cross_entropy = "cross-entropy"
 
 
 def parse_count(text: str) -> int:
@@ -100,6 +110,17 @@ TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 Streaming = Annotated[bool, typer.Option(help="Read a Hub dataset as it comes, without downloading it first.")]
 ContextLength = Annotated[int, typer.Option(min=2, help="Tokens a row, BOS included.")]
 Dtype = Annotated[str, typer.Option(help="In which the base model runs: float32, bfloat16, float16.")]
+HeldoutDataset = Annotated[
+    list[str] | None, typer.Option(help="Text to evaluate on. [documents held out of the dataset]")
+]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of one optimiser step.")]
+LearningRate = Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")]
+Bf16 = Annotated[bool, typer.Option(help="Matrix products in bfloat16, weights in float32.")]
+EvaluationTokens = Annotated[str, typer.Option(help="Held-out tokens.")]
+ReportTo = Annotated[str, typer.Option(help="Trackers of the Trainer, such as tensorboard.")]
+Output = Annotated[str, typer.Option(help="Folder for the result.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a decomposition in the output folder.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of the table.")]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
@@ -110,9 +131,7 @@ def decompose(
         list[str] | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder. [the embedded default]")
     ] = None,
     dataset: Dataset = None,
-    heldout_dataset: Annotated[
-        list[str] | None, typer.Option(help="Text to evaluate on. [documents held out of the dataset]")
-    ] = None,
+    heldout_dataset: HeldoutDataset = None,
     dataset_config: DatasetConfig = None,
     split: Split = "train",
     text_column: TextColumn = "text",
@@ -127,8 +146,8 @@ def decompose(
     intermediate_size: Annotated[int | None, typer.Option(min=1, help="Encoder width. [the MLP's]")] = None,
     tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "1M",
     context_length: ContextLength = 128,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one optimiser step.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")] = 3e-3,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: LearningRate = 3e-3,
     gate_start: Annotated[GateStart, typer.Option(help="Where the gate starts from.")] = GateStart.data,
     encoder_start: Annotated[
         EncoderStart | None,
@@ -138,15 +157,15 @@ def decompose(
         ModulationStart,
         typer.Option(help="unit: from C^T a = 1, most faithful, but the dense encoder does the work."),
     ] = ModulationStart.random,
-    bf16: Annotated[bool, typer.Option(help="Matrix products in bfloat16, weights in float32.")] = False,
+    bf16: Bf16 = False,
     dtype: Dtype = "float32",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
-    evaluation_tokens: Annotated[str, typer.Option(help="Held-out tokens.")] = "32768",
-    report_to: Annotated[str, typer.Option(help="Trackers of the Trainer, such as tensorboard.")] = "none",
+    evaluation_tokens: EvaluationTokens = "32768",
+    report_to: ReportTo = "none",
     seed: Annotated[int, typer.Option(help="Of data order and initialisation.")] = 0,
-    output: Annotated[str, typer.Option(help="Folder for the result.")] = "mxd-output",
-    overwrite: Annotated[bool, typer.Option(help="Replace a decomposition in the output folder.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
+    output: Output = "mxd-output",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -220,6 +239,61 @@ def evaluate(
 
     text = TextOptions(sources, [], dataset_config, split, text_column, streaming, context_length)
     _report(evaluate(model or folder, text, parse_count(tokens), dtype, progress=not as_json), as_json)
+
+
+@app.command()
+def finetune(
+    folder: Annotated[str, typer.Argument(help="Folder or Hub id of a decomposition, which is left as it is.")],
+    files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    dataset: Dataset = None,
+    heldout_dataset: HeldoutDataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    loss: Annotated[Loss, typer.Option(help="KL to the untouched model, or the text's cross-entropy.")] = Loss.kl,
+    tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "200k",
+    context_length: ContextLength = 128,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: LearningRate = FINETUNING_RATE,
+    bf16: Bf16 = False,
+    dtype: Dtype = "float32",
+    evaluation_tokens: EvaluationTokens = "32768",
+    report_to: ReportTo = "none",
+    seed: Annotated[int, typer.Option(help="Of the data's order.")] = 0,
+    output: Output = "mxd-finetuned",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a decomposition on, end to end in its language model, and show what that changed."""
+    source, sources = split_arguments([folder, *(files or [])], dataset or [])
+    from .finetuning import FinetuningOptions, finetune
+    from .pipeline import TextOptions
+
+    _quiet()
+
+    options = FinetuningOptions(
+        decomposition=source or folder,
+        loss=loss.value.replace("-", "_"),
+        dtype=dtype,
+        tokens=parse_count(tokens),
+        batch_tokens=batch_tokens,
+        evaluation_tokens=parse_count(evaluation_tokens),
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
+        training={"learning_rate": learning_rate, "bf16": bf16, "report_to": report_to},
+    )
+    results = finetune(options)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    print_change(results["settings"]["finetuning"][-1]["before"], results)
+    typer.echo(f"\nSaved in {output}: weights, evaluation.json, training_log.json, figures/; {folder} is as it was")
 
 
 @app.command()
@@ -332,35 +406,8 @@ def _quiet() -> None:
 def _report(results: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(results, indent=2))
-        return
-    layers = Table(title="Layers, on held-out text")
-    for column in ("layer", "NMSE", "FVU", "L0", "dead\nexperts", "expert\nshare", "specialised\nshare"):
-        layers.add_column(column, justify="right")
-    for layer, row in results["layers"].items():
-        shares = [_percent(row[name]) for name in ("dead_experts", "expert_share", "specialised_share")]
-        layers.add_row(Text(layer), _number(row["nmse"]), _number(row["fvu"]), f"{row['l0']:.1f}", *shares)
-    loss = results["cross_entropy"]
-    model = Table(title="The model with them spliced in")
-    model.add_column("")
-    model.add_column("cross-entropy\n(nats per token)", justify="right")
-    model.add_row("untouched", f"{loss['untouched']:.4f}")
-    model.add_row("spliced", f"{loss['spliced']:.4f}  ({loss['spliced'] - loss['untouched']:+.4f})")
-    model.add_row("zero-ablated", f"{loss['zero_ablated']:.4f}  ({loss['zero_ablated'] - loss['untouched']:+.4f})")
-    model.add_section()
-    model.add_row("recovered", _percent(loss["recovered"]))
-    model.add_row("KL to the untouched model", f"{results['kl']:.4f}")
-    model.add_row("same most likely token", _percent(results["top1_agreement"]))
-    console = Console()
-    console.print(layers)
-    console.print(model)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
+    else:
+        print_evaluation(results)
 
 
 def main() -> None:
