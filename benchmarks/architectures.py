@@ -133,9 +133,10 @@ def summary(results: dict[str, dict[str, Any]], times: dict[str, float]) -> str:
         return f"{sum(results[name]['works'] for name in types)} of {len(list(types))}"
 
     return (
-        f"transformers {transformers.__version__}: {working(CAUSAL_TYPES)} causal language models, {working(OTHER_TYPES)} "
-        f"other types and {working(VARIANTS)} variants work; {len(UNBUILDABLE)} causal types are not built.\n\n"
-        f"Finding the MLPs of a 32-layer model takes {times['find_mlps_milliseconds']:.1f} ms. Verifying a splice takes "
+        f"transformers {transformers.__version__}: {working(CAUSAL_TYPES)} causal language models, "
+        f"{working(OTHER_TYPES)} other types and {working(VARIANTS)} variants work; {len(UNBUILDABLE)} causal types "
+        f"are not built.\n\nFinding the MLPs of a 32-layer model takes {times['find_mlps_milliseconds']:.1f} ms. "
+        f"Verifying a splice takes "
         f"{times['verification_of_last_layer_in_forward_passes']:.2f} forward passes of {TOKENS} tokens for the last "
         f"layer, {times['verification_of_all_layers_in_forward_passes']:.2f} for all 32."
     )
@@ -150,7 +151,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     results = examine_all(chosen or [*CAUSAL_TYPES, *OTHER_TYPES, *VARIANTS])
     if chosen:
-        print(table(results))
+        sys.stdout.write(table(results) + "\n")
         return
     times = measure_times()
     RESULTS.write_text(

@@ -59,3 +59,15 @@ def activation_mask(
     if ids is None or ids.shape[1] != x.shape[1] or len(x) % len(ids):
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     return token_mask(ids, padding, include_first).repeat(len(x) // len(ids), 1).to(x.device)
+
+
+def next_token_mask(mask: Tensor) -> Tensor:
+    """True where a prediction counts: where a position and its next one both do.
+
+    Args:
+        mask: which positions count, (batch, tokens) bool.
+
+    Returns:
+        (batch, tokens − 1) bool: of every position but the last.
+    """
+    return mask[:, :-1] & mask[:, 1:]

@@ -10,7 +10,7 @@ from .modeling_mxd import MxDForCausalLM, MxDModel, MxDOutput
 from .parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 from .pretrained_weights import PretrainedWeights, WeightLayout
 from .sites import MLPSite, SurgeryError, find_all_mlps, find_mlp, find_mlps, find_stacks
-from .spliced_language_model import SplicedLanguageModel
+from .spliced_language_model import SplicedLanguageModel, make_spliced
 from .surgery import ReplacedMLP, replace_mlp, replace_mlps, spliced_mlps
 from .verification import verify_sites
 
@@ -38,6 +38,7 @@ __all__ = [
     "find_mlps",
     "find_stacks",
     "make_layer",
+    "make_spliced",
     "num_experts_matching_transcoder",
     "num_latents_matching_transcoder",
     "replace_mlp",

@@ -1,31 +1,43 @@
 """The two doors of a decomposition's repo. `MxDModel`, by `AutoModel`: its layers as a transformers model, saved
 and loaded like any other. `MxDForCausalLM`, by `AutoModelForCausalLM`: the base language model with them spliced in."""
 
-import inspect
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, ModelOutput, cached_file, logging
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput, logging
 
 # Every sibling is imported here, also the unused: a Hub repo carries only what its entry file names.
 from .architectures import layer_chains  # noqa: F401
 from .capture import capture_mlps  # noqa: F401
 from .configuration_mxd import MxDConfig
+from .downloads import tried
 from .functional import topk_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
+from .loading import (
+    ACCESS,
+    OWN,
+    arguments_of_base,
+    base_source,
+    check_loaded,
+    commit_of,
+    load_config,
+    pinned,
+    some_layers,
+)
 from .parameter_budget import transcoder_parameters  # noqa: F401
 from .pretrained_weights import PretrainedWeights  # noqa: F401
 from .reference import reference_forward  # noqa: F401
+from .sharing import push_to_hub
 from .sites import SurgeryError, find_mlps
 from .spliced_language_model import make_spliced
 from .surgery import ReplacedMLP, replace_mlps, spliced_mlps
@@ -33,10 +45,8 @@ from .verification import verify_sites  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
-# What says where files come from: as good for the base model's files as for ours,
-_ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-# and what says which of our repo's files, which must never be passed on to the base.
-_OWN = ("revision", "subfolder")
+# What says where `save_pretrained(push_to_hub=True)` pushes to.
+_PUSH = ("repo_id", "commit_message", "private", "revision", "create_pr")
 
 
 @dataclass
@@ -73,6 +83,7 @@ class MxDModel(PreTrainedModel):
             raise ValueError("config.layers is empty: a decomposition needs at least one layer")
         config.check_memory(torch.get_default_dtype())
         self.layers = nn.ModuleDict({str(layer): make_layer(config.layer(layer)) for layer in config.layers})
+        self._own_keys = frozenset(self.state_dict())
         self.post_init()
 
     @torch.no_grad()
@@ -94,34 +105,56 @@ class MxDModel(PreTrainedModel):
         downloads no other's weights if the repo is sharded by layer, as `save_pretrained` does.
 
         Raises:
-            ValueError: weights and config do not fit.
+            ValueError: weights and config do not fit, or `layers` names one that is not there.
             OSError: files are not there.
         """
-        access = {name: kwargs[name] for name in (*_ACCESS, *_OWN) if name in kwargs}
-        config = _load_config(config, pretrained_model_name_or_path, access, kwargs)
-        config.keep_layers(config.layers)  # `layers=` may have been set after it was read
-        config.check_memory(torch.float8_e4m3fn)  # the narrowest that weights come in: before any download
-        kwargs["use_safetensors"] = True
-        tensors = None
+        access = {name: kwargs.pop(name) for name in (*ACCESS, *OWN) if name in kwargs}
         if pretrained_model_name_or_path is not None:
-            commit = getattr(config, "_commit_hash", None)
-            tensors = _some_layers(pretrained_model_name_or_path, config.layers, {**access, "_commit_hash": commit})
-        if tensors is not None:
-            pretrained_model_name_or_path, kwargs["state_dict"] = None, tensors
-            kwargs = {name: value for name, value in kwargs.items() if name not in access}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
-        _check_loaded(info, config.layers)
+            access = pinned(pretrained_model_name_or_path, access)
+        config, _ = load_config(config, pretrained_model_name_or_path, access, kwargs)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        name, tensors = pretrained_model_name_or_path, None
+        try:
+            if name is not None:
+                tensors = some_layers(name, config.layers, access)
+            if tensors is not None:
+                name, kwargs["state_dict"], access = None, tensors, {}
+            load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
+            model, info = tried(load, name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"a weights file of {pretrained_model_name_or_path} is cut short or broken: {error}"
+            ) from None
+        check_loaded(info, config.layers)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As transformers' `save_pretrained`; by default in shards as large as the largest layer, so that one layer
-        can be had without the others."""
+        can be had without the others.
+
+        Raises:
+            ValueError: there are other parameters than the config says, such as an adapter's.
+        """
+        push, how = kwargs.pop("push_to_hub", False), {name: kwargs.pop(name) for name in _PUSH if name in kwargs}
+        extra = sorted((state_dict or self.state_dict()).keys() - self._own_keys)
+        if extra:
+            raise ValueError(f"{extra[0]} is no weight of a decomposition: save adapters alone, or merge them first")
         largest = max(sum(t.nbytes for t in layer.state_dict().values()) for layer in self.layers.values())
         if kwargs.get("max_shard_size", "50GB") == "50GB":  # the stock default, which push_to_hub spells out
             kwargs["max_shard_size"] = largest
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if push:
+            self.push_to_hub(how.pop("repo_id", Path(save_directory).name), **how)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As transformers' `push_to_hub`, and complete: see `sharing.push_to_hub`."""
+        return push_to_hub(self, self.config, repo_id, **kwargs)
 
     def layer(self, layer: int) -> SparseLayer:
         """The layer that stands for the MLP of transformer layer `layer`.
@@ -183,7 +216,7 @@ class MxDModel(PreTrainedModel):
             "num_attention_heads": getattr(text_config, "num_attention_heads", None),
         }
         if self.config.base_model_name_or_path in (None, found["base_model_name_or_path"]):
-            found["base_model_revision"] = getattr(model.config, "_commit_hash", None)
+            found["base_model_revision"] = commit_of(model.config)[0]
         if model.config.is_encoder_decoder:
             found["stack"] = "decoder"  # which None means there; said, so that nobody has to know
         for name, value in found.items():
@@ -203,11 +236,18 @@ class MxDModel(PreTrainedModel):
             named = getattr(self.config, name)
             if named is not None and value is not None and named != value:
                 raise SurgeryError(f"the decomposition is of a base with {name} {named!r}, this model's is {value!r}")
-        commit, named = getattr(config, "_commit_hash", None), self.config.base_model_revision
-        if commit and named and re.fullmatch(r"[0-9a-f]{40}", named) and commit != named:
+        self._check_commit(config)
+
+    def _check_commit(self, config: Any) -> None:
+        named = self.config.base_model_revision
+        if named is None or not re.fullmatch(r"[0-9a-f]{40}", named):
+            return
+        commit, certain = commit_of(config)
+        if commit is not None and commit != named:
+            unless = "" if certain else f", unless it was loaded with revision={named!r},"
             logger.warning(
-                f"the decomposition is of commit {named} of {self.config.base_model_name_or_path}, this model is "
-                f"commit {commit}: its weights may differ"
+                f"the decomposition is of commit {named} of {self.config.base_model_name_or_path}; this model{unless} "
+                f"is commit {commit} of {config._name_or_path}: its weights may differ"
             )
 
     def _hidden_act(self, model: nn.Module) -> str | None:
@@ -245,97 +285,41 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Load base model and decomposition, and splice.
 
-        The base comes from where the config says, at the commit that it names; `base_model_name_or_path=` overrides
-        it. All other arguments (dtype, device_map, quantization_config, attn_implementation …) are the base's, and
-        the decomposition follows its dtype and device. No remote code of the base is run and no pickle is read: for
-        a base that needs them, load it yourself and use `MxDModel.spliced`.
+        The base comes from where the config says, at the commit that it names; `base_model_name_or_path=` (and
+        `base_model_revision=`) have it loaded from elsewhere. All other arguments (dtype, device_map,
+        quantization_config, attn_implementation …) are the base's, and the decomposition follows its dtype and
+        device. No remote code of the base is run and no pickle is read: for a base that needs them, load it yourself
+        and use `MxDModel.spliced`.
 
         Returns:
             The base model in eval mode; its `decomposition` is the `MxDModel`, `unsplice()` undoes it. With
             `output_loading_info` also the decomposition's loading info.
 
         Raises:
-            ValueError: the config names no base model, or one that is a decomposition itself; weights do not fit.
+            ValueError: the config names no base model, or one that is a decomposition itself; weights do not fit, or
+                `layers` names one that is not there.
             SurgeryError: the base is not the one that the config names.
             OSError: files are not there.
         """
-        access = {name: kwargs.pop(name) for name in _ACCESS if name in kwargs}
-        own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
+        access = {name: kwargs.pop(name) for name in ACCESS if name in kwargs}
+        own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
         adapter = kwargs.pop("adapter_kwargs", None)
         for name in ("trust_remote_code", "code_revision", "_commit_hash", "_from_auto", "use_safetensors"):
             kwargs.pop(name, None)
-        config = _load_config(config, pretrained_model_name_or_path, access | own, kwargs)
-        source = {"revision": config.base_model_revision, **access}
-        _check_base_name(config, source)
-        base = AutoModelForCausalLM.from_pretrained(
-            config.base_model_name_or_path,
-            *model_args,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **source,
-            **kwargs,
-        )
+        here = pinned(pretrained_model_name_or_path, {**access, **own})
+        config, stored = load_config(config, pretrained_model_name_or_path, here, kwargs)
+        kwargs = {**arguments_of_base(config, stored), **kwargs}
+        name, source = base_source(config, stored, access, local=Path(pretrained_model_name_or_path).is_dir())
+        load = partial(AutoModelForCausalLM.from_pretrained, name, *model_args, use_safetensors=True, **source)
+        base = tried(partial(load, trust_remote_code=False, **kwargs), name)
+        base.config._commit_hash = source.get("revision")  # newer transformers don't keep it; it is never saved
         mxd, info = MxDModel.from_pretrained(
-            pretrained_model_name_or_path, config=config, dtype=base.dtype, output_loading_info=True, **own, **access
+            pretrained_model_name_or_path, config=config, dtype=base.dtype, output_loading_info=True, **here
         )
         model = make_spliced(base, mxd.eval(), str(pretrained_model_name_or_path))
         if adapter is not None and adapter.get("_adapter_model_path"):
             model.load_adapter(adapter.pop("_adapter_model_path"), adapter_kwargs=adapter)
         return (model, info) if output_loading_info else model
-
-
-_CONFIG_FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"}
-
-
-def _load_config(config: Any, name: Any, access: dict[str, Any], kwargs: dict[str, Any]) -> MxDConfig:
-    """The config that `from_pretrained` was given, or the repo's with the fields among `kwargs`, which leave them."""
-    if isinstance(config, PreTrainedConfig):
-        return config
-    fields = {field: kwargs.pop(field) for field in _CONFIG_FIELDS & kwargs.keys()}
-    return MxDConfig.from_pretrained(config or name, **access, **fields)
-
-
-def _check_base_name(config: MxDConfig, source: dict[str, Any]) -> None:
-    name = config.base_model_name_or_path
-    if not name:
-        raise ValueError("the config names no base_model_name_or_path to splice into: pass base_model_name_or_path=")
-    base, _ = PreTrainedConfig.get_config_dict(name, **source)
-    if base.get("model_type") == MxDConfig.model_type:
-        raise ValueError(f"base_model_name_or_path {name!r} is a decomposition itself: name the language model")
-
-
-def _check_loaded(info: dict[str, Any], layers: list[int]) -> None:
-    unexpected = sorted(info["unexpected_keys"])
-    # The weights of layers that were not asked for are no mistake.
-    unexpected = [key for key in unexpected if not (match := _LAYER.match(key)) or int(match[1]) in layers]
-    wrong = {"missing": sorted(info["missing_keys"]), "of another shape": list(info["mismatched_keys"])}
-    for what, keys in {**wrong, "not the decomposition's": unexpected}.items():
-        if keys:
-            raise ValueError(f"the weights do not fit the config of layers {layers}: {keys[0]} is {what}")
-
-
-_LAYER = re.compile(r"layers\.(\d+)\.")
-
-
-def _some_layers(name: Any, layers: list[int], access: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The weights of `layers` from a sharded repo that has more layers; None otherwise."""
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **access)
-    if index is None:
-        return None
-    weight_map = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map")
-    if not isinstance(weight_map, dict) or any(not isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {name} has no weight_map of names to files")
-    for file in weight_map.values():
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {name} names a file outside of the repo: {file[:200]!r}")
-    wanted = {key: file for key, file in weight_map.items() if (m := _LAYER.match(key)) and int(m[1]) in layers}
-    if len(wanted) == len(weight_map):
-        return None
-    tensors = {}
-    for file in sorted(set(wanted.values())):
-        with safe_open(cached_file(name, file, **access), framework="pt") as shard:
-            tensors.update({key: shard.get_tensor(key) for key, where in wanted.items() if where == file})
-    return tensors
 
 
 # A saved copy carries this code and can save itself again.

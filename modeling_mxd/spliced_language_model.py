@@ -1,13 +1,15 @@
 """The base language model with a decomposition spliced in: a class of the base's own name that saves only the
 decomposition."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .sharing import push_to_hub
 from .sites import SurgeryError
 from .surgery import ReplacedMLP
 
@@ -37,19 +39,41 @@ class SplicedLanguageModel:
         Raises:
             SurgeryError: when an MLP was replaced again since; the model is left as it is.
         """
-        for replaced in reversed(self.__dict__["_replaced"]):
-            like = next(replaced.replacement.parameters())
-            for module in replaced.original:  # the model may have been moved or cast meanwhile, without them
-                if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
-                    module.to(device=like.device, dtype=like.dtype)
-            replaced.restore()
         assert isinstance(self, PreTrainedModel)
+        for replaced in reversed(self.__dict__["_replaced"]):
+            self._fetch(replaced)
+            replaced.restore()
         self.__dict__.update(self.__dict__.pop("_base_attributes"))
-        for name in ("_decomposition", "_replaced", "_samples"):
+        trainable = self.__dict__["_trainable"]
+        for name in ("_decomposition", "_replaced", "_samples", "_trainable", "_spliced_dtype"):
             del self.__dict__[name]
         self.__class__ = _base_class(self)
-        _trainable(self, True)
+        _set_trainable(self, trainable)
         return self
+
+    @contextmanager
+    def untouched(self) -> Iterator[PreTrainedModel]:
+        """Inside the block the base's own MLPs are in their places, and this is the model that it was before the
+        splice; afterwards, also after an exception, the decomposition is back. No weights are copied.
+
+        Raises:
+            SurgeryError: when an MLP was replaced again since.
+        """
+        assert isinstance(self, PreTrainedModel)
+        with ExitStack() as stack:
+            for replaced in self.__dict__["_replaced"]:
+                self._fetch(replaced)
+                stack.enter_context(replaced.undone())
+            yield self
+
+    def _fetch(self, replaced: ReplacedMLP) -> None:
+        # The model may have been moved or cast meanwhile, without the modules that are not in it.
+        assert isinstance(self, PreTrainedModel)
+        device = next(replaced.replacement.parameters()).device
+        dtype = None if self.dtype == self.__dict__["_spliced_dtype"] else self.dtype
+        for module in replaced.original:
+            if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
+                module.to(device=device, dtype=dtype)
 
     def save_pretrained(
         self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -74,6 +98,13 @@ class SplicedLanguageModel:
         if state_dict is not None:
             state_dict = self._of_decomposition(state_dict)
         self.decomposition.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Push the decomposition, with a tokenizer, so that both doors load it (with a PEFT adapter in the model, only
+        the adapter, as transformers does)."""
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+        return push_to_hub(self, self.decomposition.config, repo_id, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Also takes the decomposition's own state, as `save_pretrained` wrote it: so a Trainer resumes."""
@@ -114,26 +145,32 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
             "a decomposition is spliced into this model for good: unsplice() it first, or use mxd.splice(model) for "
             "further layers"
         )
-    _trainable(base, False)
+    before = dict(base.named_parameters())
+    trainable = [name for name, parameter in before.items() if parameter.requires_grad]
+    base.requires_grad_(False)
     try:
         samples = sample_parameters(base)
         replaced: list[ReplacedMLP] = decomposition.splice(base)
     except Exception:
-        _trainable(base, True)
+        _set_trainable(base, trainable)
         raise
+    after = dict(base.named_parameters())
+    samples = {name: sample for name, sample in samples.items() if after.get(name) is before[name]}
     attributes = {"name_or_path": base.name_or_path, "training": base.training}
     # Not registered as a module: its layers already are, in the MLPs' places.
-    base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples)
+    base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples, _trainable=trainable)
+    base.__dict__["_spliced_dtype"] = base.dtype
     base.__dict__["_base_attributes"] = attributes
     base.name_or_path = name
     base.__class__ = _spliced_class(type(base))
     return base
 
 
-def _trainable(model: nn.Module, value: bool) -> None:
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(value)
+def _set_trainable(model: nn.Module, names: list[str]) -> None:
+    wanted = set(names)
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            parameter.requires_grad_(True)
 
 
 def _spliced_class(base: type) -> type:
@@ -150,33 +187,36 @@ def _new_spliced(base: type) -> Any:
     return object.__new__(_spliced_class(base))
 
 
-def sample_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Up to 1,024 evenly spaced entries of every parameter, on the CPU: to tell later whether it was changed.
-    Parameters that are offloaded or quantised are left out."""
-    return {
-        name: _sample(parameter)
-        for name, parameter in model.named_parameters()
-        if not parameter.is_meta and parameter.is_floating_point()
-    }
+def sample_parameters(model: nn.Module) -> dict[str, tuple[torch.Size, Tensor]]:
+    """Shape, and up to 1,024 evenly spaced entries on the CPU, of every parameter: to tell later whether it was
+    changed. Parameters that are offloaded or quantised are left out."""
+    return {name: _sample(parameter) for name, parameter in model.named_parameters() if _is_plain(parameter)}
 
 
-def changed_parameters(model: nn.Module, samples: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that differ from their samples by more than a change of dtype does."""
-    return [
+def changed_parameters(model: nn.Module, samples: Mapping[str, tuple[torch.Size, Tensor]]) -> list[str]:
+    """Names of the parameters that are gone, or differ from their samples by more than a change of dtype does."""
+    parameters = dict(model.named_parameters())
+    gone = [name for name in samples if name not in parameters]
+    return gone + [
         name
-        for name, parameter in model.named_parameters()
-        if name in samples and not parameter.is_meta and not _same(samples[name], _sample(parameter))
+        for name, parameter in parameters.items()
+        if name in samples and _is_plain(parameter) and not _same(samples[name], _sample(parameter))
     ]
 
 
-def _sample(parameter: Tensor) -> Tensor:
+def _is_plain(parameter: Tensor) -> bool:
+    # Quantised ones are integers (bitsandbytes) or of a class of their own that calls itself floating (torchao).
+    return not parameter.is_meta and parameter.is_floating_point() and type(parameter.data) is Tensor
+
+
+def _sample(parameter: Tensor) -> tuple[torch.Size, Tensor]:
     flat = parameter.detach().reshape(-1)
-    step = max(1, len(flat) // _SAMPLE)
-    return flat[::step][:_SAMPLE].to("cpu", copy=True)
+    places = torch.linspace(0, len(flat) - 1, min(_SAMPLE, len(flat)), dtype=torch.float64).long()
+    return parameter.shape, flat[places.to(flat.device)].cpu()
 
 
-def _same(before: Tensor, after: Tensor) -> bool:
-    narrow = (torch.bfloat16, torch.float16)
-    return before.shape == after.shape and (
-        torch.equal(before.to(after.dtype), after) or any(torch.equal(before.to(d), after.to(d)) for d in narrow)
+def _same(before: tuple[torch.Size, Tensor], after: tuple[torch.Size, Tensor]) -> bool:
+    (shape, old), (shape_now, new) = before, after
+    return shape == shape_now and any(
+        torch.equal(old.to(dtype), new.to(dtype)) for dtype in (new.dtype, torch.bfloat16, torch.float16)
     )

@@ -49,6 +49,19 @@ class ReplacedMLP:
             )
         self.site.put(self.original)
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Inside the block the original modules are back; afterwards, also after an exception, the replacement is.
+
+        Raises:
+            SurgeryError: as `restore`.
+        """
+        self.restore()
+        try:
+            yield
+        finally:
+            self.site.put(self._installed)
+
 
 def replace_mlp(model: nn.Module, layer: int, module: nn.Module, **options: Any) -> ReplacedMLP:
     """Put `module` in place of the MLP of one layer; see `replace_mlps` for what can be said besides.

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -17,6 +19,7 @@ from modeling_mxd import MLPSite, find_all_mlps
 
 from . import embedded
 from .base_model import BaseModelError
+from .tables import cell
 
 
 @dataclass
@@ -73,6 +76,25 @@ def layer_groups(model: PreTrainedModel) -> list[LayerGroup]:
         group = LayerGroup(site)
         groups.setdefault(group.key, group).layers.append(site.layer)
     return list(groups.values())
+
+
+def print_layers(model: PreTrainedModel) -> None:
+    """A table for every stack, and below it the reasons."""
+    groups, console = layer_groups(model), Console()
+    for stack in dict.fromkeys(group.site.stack for group in groups):
+        table = Table(title=cell(f"{stack} of {type(model).__name__}"))
+        for column in ("layers", "site", "kind", "widths", "activation", "weights"):
+            table.add_column(column, overflow="fold")
+        notes = []
+        rows = [(group.site, describe_layers(group.layers)) for group in groups if group.site.stack == stack]
+        for site, indices in rows:
+            widths = " → ".join(f"{width:,}" for width in site.widths) if site.slots and site.widths else "–"
+            own = (site.hidden_act or "–", site.layout or "–") if site.slots else ("–", "–")
+            table.add_row(*map(cell, (indices, site.name, site.kind, widths, *own)))
+            notes += [f"{indices}, {site.name}: {site.reason}"] if site.reason else []
+        console.print(table)
+        for note in notes:
+            console.print(cell(note))
 
 
 def describe_layers(layers: list[int]) -> str:

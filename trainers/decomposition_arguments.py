@@ -37,6 +37,9 @@ class DecompositionArguments(TrainingArguments):
     statistics_tokens: int = field(
         default=65536, metadata={"help": "Training tokens over which the experts' use is measured after the last step."}
     )
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "With push_to_hub: Hub id of the base model, if it was loaded from a folder."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("calibration_tokens", "statistics_tokens"):

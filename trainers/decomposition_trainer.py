@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from evaluation_mxd import token_mask
 from evaluation_mxd.expert_use import measure_expert_statistics
-from hub_cards import build_card, update_card
 from modeling_mxd import MxDModel
 
 from .callbacks import InterruptCallback, TokenProgressCallback
 from .data import CausalCollator
 from .decomposition_arguments import DecompositionArguments
+from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ ARGUMENTS_NAME = "training_arguments.json"
 _LOCAL_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "hub_token")
 
 
-class DecompositionTrainer(Trainer):
+class DecompositionTrainer(HubPushes):
     """Base of `DistillationTrainer` and `FinetuningTrainer`, which give `capture` and the loss.
 
     Args:
@@ -58,8 +58,8 @@ class DecompositionTrainer(Trainer):
     ):
         if args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
-        super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
         self.decomposition = decomposition
+        super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
         self.scales: dict[int, ActivationScales] = {}
         # `compute_loss` divides by `num_items_in_batch`, the tokens of all micro-batches of a step.
         self.model_accepts_loss_kwargs = True
@@ -178,16 +178,6 @@ class DecompositionTrainer(Trainer):
         return self.optimizer
 
     # Saving
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Our card instead of the stock one; what a person wrote into an earlier one is kept."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        card, path = build_card(folder, repo_id=self.hub_model_id), folder / "README.md"
-        if path.is_file():
-            card = update_card(path.read_text(encoding="utf-8"), card)
-        card.save(path)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Stock pickles its arguments beside the weights; a decomposition's folder holds nothing to unpickle.

@@ -100,7 +100,9 @@ def examine_backward(model, decomposition, inputs):
         sum(tensor.float().square().sum() for tensor in found).backward()
     model.eval()
     reached = [
-        any(parameter.grad is not None and parameter.grad.any() for parameter in decomposition.layer(layer).parameters())
+        any(
+            parameter.grad is not None and parameter.grad.any() for parameter in decomposition.layer(layer).parameters()
+        )
         for layer in decomposition.config.layers
     ]
     # Of a vision tower the last layer may have no part in what the language model sees.

@@ -181,8 +181,9 @@ def test_some_layers(repo, tmp_path):
     assert lm.decomposition.config.layers == [2]
     with pytest.raises(ValueError, match="layers names layer 2 more than once"):
         MxDModel.from_pretrained(repo, layers=[2, 2])
-    with pytest.raises(ValueError, match=r"layers\.9\..* is missing"):
-        MxDModel.from_pretrained(repo, layers=[9])
+    for door in (AutoModel, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=r"layer 9 is not in the decomposition .*, which has layers \[0, 2\]"):
+            door.from_pretrained(repo, layers=[2, 9])
 
 
 def test_layers_of_an_unsharded_repo(repo, tmp_path):

@@ -98,7 +98,7 @@ def test_a_layer_that_does_not_run_is_refused():
     model = tiny_model("mllama")  # its cross-attention layers run on images only
     skipped = model.model.layers[3]
     assert type(skipped).__name__ == "MllamaCrossAttentionDecoderLayer"
-    with pytest.raises(SurgeryError, match="layer 3 of model.layers does not run on the example inputs"):
+    with pytest.raises(SurgeryError, match=r"layer 3 of model\.layers does not run on the example inputs"):
         replace_mlps(model, {3: nn.Identity()})
 
 
@@ -112,7 +112,7 @@ def test_router_logits_need_a_router():
     inputs = {**model_inputs(model), "labels": model_inputs(model)["input_ids"]}
     model.config.output_router_logits = True
     identities = {index: nn.Identity() for index in find_mlps(model)}
-    with pytest.raises(SurgeryError, match="output_router_logits.* no router would be left"):
+    with pytest.raises(SurgeryError, match=r"output_router_logits.* no router would be left"):
         replace_mlps(model, identities)
     with spliced_mlps(model, {0: nn.Identity()}):
         assert model(**inputs).aux_loss.isfinite()

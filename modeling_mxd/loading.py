@@ -1,0 +1,208 @@
+"""What both doors do before weights are read: whose config it is, where the base comes from, which files are needed.
+
+Everything that can be refused is refused here, before a download.
+"""
+
+import copy
+import inspect
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig  # by the name that transformers 4 knows too
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file, extract_commit_hash
+
+from .configuration_mxd import MAX_FILE_BYTES, MxDConfig
+from .downloads import file_if_any, tried
+
+# What says where files come from: as good for the base model's files as for ours,
+ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+# and what says which of our repo's files, which must never be passed on to the base.
+OWN = ("revision", "subfolder")
+# What every config has, so that the auto class keeps it from the arguments of `from_pretrained`.
+_TAKEN = (
+    "_attn_implementation", "_experts_implementation", "dtype", "output_attentions", "output_hidden_states",
+    "return_dict",
+)  # fmt: skip
+_CONFIG_FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"}
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def pinned(name: Any, access: dict[str, Any]) -> dict[str, Any]:
+    """`access` at the commit that it leads to now, so that all files are of one commit, whoever pushes meanwhile."""
+    config = file_if_any(name, CONFIG_NAME, access)
+    commit = extract_commit_hash(config, None)
+    return access if commit is None else {**access, "revision": commit}
+
+
+def load_config(
+    config: Any, name: Any, access: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[MxDConfig, MxDConfig | None]:
+    """The decomposition's config, and the repo's own if it has one.
+
+    Args:
+        config: as given to `from_pretrained`, of which a copy is returned, or None for the repo's.
+        name: folder or Hub id of the decomposition, or None.
+        access: how to get files of it.
+        kwargs: of `from_pretrained`; fields of the config leave them, and are set.
+
+    Raises:
+        ValueError: the config is nonsense, names layers that the repo does not have, or more than memory holds.
+        OSError: there is no config.
+    """
+    stored = _stored_config(name, access, needed=config is None)
+    if not isinstance(config, PretrainedConfig):
+        config = stored if config is None else MxDConfig.from_pretrained(config, **access)
+    config = copy.deepcopy(config)
+    for field in _CONFIG_FIELDS & kwargs.keys():
+        setattr(config, field, kwargs.pop(field))
+    if config.layers is None and stored is not None:
+        config.layers = stored.layers
+    config.keep_layers(config.layers)  # checks, since fields were set after it was built
+    if not config.layers:
+        raise ValueError("config.layers is empty: a decomposition needs at least one layer")
+    there = config.layers if stored is None else stored.layers
+    unknown = [layer for layer in config.layers if layer not in there]
+    if unknown:
+        raise ValueError(f"layer {unknown[0]} is not in the decomposition {name}, which has layers {there}")
+    config.check_memory(torch.float8_e4m3fn)  # the narrowest that weights come in
+    return config, stored
+
+
+def _stored_config(name: Any, access: dict[str, Any], needed: bool) -> MxDConfig | None:
+    if name is None:
+        return None
+    try:
+        values, _ = tried(partial(MxDConfig.get_config_dict, name, **access), name)
+    except OSError:
+        if needed:
+            raise
+        return None
+    if values.get("model_type") != MxDConfig.model_type:
+        raise ValueError(f"{name} holds a model of type {values.get('model_type')!r}, not a decomposition")
+    return MxDConfig.from_dict(values)
+
+
+def arguments_of_base(config: MxDConfig, stored: MxDConfig | None) -> dict[str, Any]:
+    """Arguments of the base that the auto class put into our config; they leave it."""
+    found: dict[str, Any] = {}
+    for name in _TAKEN if stored is not None else ():
+        value, ours = getattr(config, name, None), getattr(stored, name, None)
+        if value != ours:
+            found[name.removeprefix("_")] = value
+            setattr(config, name, ours)
+    return found
+
+
+def base_source(
+    config: MxDConfig, stored: MxDConfig | None, access: dict[str, Any], local: bool
+) -> tuple[str, dict[str, Any]]:
+    """Name of the base, and how to get its files. From wherever it is loaded this time, `config` then names again
+    what the decomposition was made of.
+
+    Args:
+        config, stored: as `load_config` returns them.
+        access: how to get files of the base.
+        local: whether the decomposition is in a folder of this machine, whose base may be in one too.
+
+    Raises:
+        ValueError: no base is named, or one that is a decomposition itself, or a stranger's repo names a folder.
+        OSError: it is not there.
+    """
+    name, revision = config.base_model_name_or_path, config.base_model_revision
+    if not name:
+        raise ValueError("the config names no base_model_name_or_path to splice into: pass base_model_name_or_path=")
+    if stored is not None and stored.base_model_name_or_path:
+        if name != stored.base_model_name_or_path and revision == stored.base_model_revision:
+            revision = None  # is of another repo
+        config.base_model_name_or_path = stored.base_model_name_or_path
+        config.base_model_revision = stored.base_model_revision
+    if Path(name).is_dir():
+        if not local and stored is not None and name == stored.base_model_name_or_path:
+            raise ValueError(f"the base model that the repo names is a folder of this machine: {name!r}")
+        revision = None
+    try:
+        source = pinned(name, {**access, "revision": revision})
+        values, _ = tried(partial(PretrainedConfig.get_config_dict, name, **source), name)
+    except OSError as error:
+        raise OSError(
+            f"the decomposition's base model {name!r} cannot be had; if it is elsewhere, pass "
+            f"base_model_name_or_path=. {error}"
+        ) from error
+    if values.get("model_type") == MxDConfig.model_type:
+        raise ValueError(f"base_model_name_or_path {name!r} is a decomposition itself: name the language model")
+    return name, source
+
+
+def commit_of(config: Any) -> tuple[str | None, bool]:
+    """Commit of the Hub from which a model with this config was loaded, if it can be told, and whether that is
+    certain."""
+    commit, name = getattr(config, "_commit_hash", None), getattr(config, "_name_or_path", None)
+    if commit is not None or not name or Path(name).exists():
+        return commit, True
+    # Newer transformers don't keep it. Nearly always it is the commit that the cache has as `main`.
+    path = try_to_load_from_cache(name, CONFIG_NAME)
+    return extract_commit_hash(path, None) if isinstance(path, str) else None, False
+
+
+def some_layers(name: Any, layers: list[int], access: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The weights of `layers` from a sharded repo that has more layers; None otherwise.
+
+    Raises:
+        ValueError: the index is no index of this repo's files.
+        OSError: files are not there.
+    """
+    index = file_if_any(name, SAFE_WEIGHTS_INDEX_NAME, access)
+    if index is None:
+        return None
+    weight_map = _weight_map(Path(index), name)
+    wanted = {key: file for key, file in weight_map.items() if (m := _LAYER.match(key)) and int(m[1]) in layers}
+    if len(wanted) == len(weight_map):
+        return None
+    tensors = {}
+    for file in sorted(set(wanted.values())):
+        path = tried(partial(cached_file, name, file, **access), name)
+        with safe_open(path, framework="pt") as shard:
+            tensors.update({key: shard.get_tensor(key) for key, where in wanted.items() if where == file})
+    return tensors
+
+
+def _weight_map(index: Path, name: Any) -> dict[str, str]:
+    """Weight → file, from the index of a sharded repo, which a stranger may have written."""
+    what = f"{SAFE_WEIGHTS_INDEX_NAME} of {name}"
+    if index.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{what} is larger than {MAX_FILE_BYTES:,} bytes: it is not read")
+    try:
+        values = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{what} is no JSON that can be read") from None
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or any(not isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{what} has no weight_map of names to files")
+    if not isinstance(values.get("metadata"), dict):  # which transformers takes for granted
+        raise ValueError(f"{what} has no metadata")
+    for file in weight_map.values():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{what} names a file outside of the repo: {file[:200]!r}")
+    return weight_map
+
+
+def check_loaded(info: dict[str, Any], layers: list[int]) -> None:
+    """Refuse weights that do not fit, from transformers' loading info.
+
+    Raises:
+        ValueError: naming the first that is missing, of another shape or not the decomposition's.
+    """
+    unexpected = sorted(info["unexpected_keys"])
+    # The weights of layers that were not asked for are no mistake.
+    unexpected = [key for key in unexpected if not (match := _LAYER.match(key)) or int(match[1]) in layers]
+    wrong = {"missing": sorted(info["missing_keys"]), "of another shape": list(info["mismatched_keys"])}
+    for what, keys in {**wrong, "not the decomposition's": unexpected}.items():
+        if keys:
+            raise ValueError(f"the weights do not fit the config of layers {layers}: {keys[0]} is {what}")
