@@ -97,7 +97,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     ]
     for model_type, result in results.items():
         if not result["mlps"]:
-            lines.append(f"| {model_type} | | | | | | | | no: {_cell(result['error'])} |")
+            lines.append(f"| {_cell(model_type)} | | | | | | | | no: {_cell(result['error'] or 'no MLP runs')} |")
         for row in result["mlps"]:
             mlp = Examined(**row)
             works = "yes" if mlp.slots else f"no: {mlp.reason}"
@@ -112,8 +112,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 mlp.hidden_act or "",
                 works,
             )
-            lines.append(f"| {model_type} | {' | '.join(_cell(cell) for cell in cells)} |")
-    lines += [f"| {model_type} | | | | | | | | not built: {_cell(why)} |" for model_type, why in UNBUILDABLE.items()]
+            lines.append(f"| {_cell(model_type)} | {' | '.join(_cell(cell) for cell in cells)} |")
+    lines += [
+        f"| {_cell(model_type)} | | | | | | | | not built: {_cell(why)} |" for model_type, why in UNBUILDABLE.items()
+    ]
     return "\n".join(lines)
 
 

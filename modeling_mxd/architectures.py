@@ -27,7 +27,10 @@ RULES: tuple[tuple[str, ...], ...] = (
     ("fc1", "activation_fn", "fc2"),
     ("ffn", "activation", "ffn_output"),
     ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
+    ("intermediate.dense", "intermediate.activation", "output.dense"),
+    ("intermediate", "output.dense"),
     ("lin1", "act", "lin2"),
+    ("pwconv1", "act", "pwconv2"),
 )
 
 
@@ -48,7 +51,10 @@ class LayerException:
 
 _ADDS_RESIDUAL = "the block takes the residual and adds it itself"
 _NORM_INSIDE = "the block holds residual or layer norm"
+_HALF_STEPS = "an MLP of half a step before the attention and one at the end, which is the main one"
 _TIED = "the block's weights are tied over layers; each layer's is replaced on its own"
+# Reasons for taking a block's linears rather than the block.
+RESIDUAL_INSIDE = (_ADDS_RESIDUAL, _NORM_INSIDE)
 
 LAYER_EXCEPTIONS: dict[str, LayerException] = {
     "BloomBlock": LayerException((("mlp.dense_h_to_4h", "mlp.gelu_impl", "mlp.dense_4h_to_h"),), _ADDS_RESIDUAL),
@@ -89,6 +95,13 @@ LAYER_EXCEPTIONS: dict[str, LayerException] = {
         ),
         "several MLPs one after another, each with a norm; the last is the main one",
     ),
+    "Wav2Vec2ConformerEncoderLayer": LayerException((("ffn2",), ("ffn1",)), _HALF_STEPS),
+    "Wav2Vec2BertEncoderLayer": LayerException((("ffn2",), ("ffn1",)), _HALF_STEPS),
+    "ParakeetEncoderBlock": LayerException((("feed_forward2",), ("feed_forward1",)), _HALF_STEPS),
+    "ConvNextV2Layer": LayerException(
+        (("pwconv1", "act", "grn", "pwconv2"),), "a norm over all positions inside: not a function of one position"
+    ),
+    "SqueezeBertModule": LayerException((), "its MLP is made of convolutions over channels in another dimension"),
     "IBertLayer": LayerException((), "its integer linears pass a scaling factor along with every tensor"),
     "AlbertLayer": LayerException(
         (("ffn", "activation", "ffn_output"),), "one block is run for all layers: one decomposition for all", True

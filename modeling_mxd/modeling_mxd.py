@@ -212,10 +212,11 @@ class MxDModel(PreTrainedModel):
             "base_model_name_or_path": model.config._name_or_path or None,
             "base_model_type": model.config.model_type,
             "base_hidden_act": self._hidden_act(model),
-            "vocab_size": getattr(text_config, "vocab_size", None),
-            "num_attention_heads": getattr(text_config, "num_attention_heads", None),
+            **{name: getattr(text_config, name, None) for name in ("vocab_size", "num_attention_heads")},
         }
-        if self.config.base_model_name_or_path in (None, found["base_model_name_or_path"]):
+        # Swin has a number of heads for every stage.
+        found = {name: value for name, value in found.items() if isinstance(value, int | str)}
+        if self.config.base_model_name_or_path in (None, found.get("base_model_name_or_path")):
             found["base_model_revision"] = commit_of(model.config)[0]
         if model.config.is_encoder_decoder:
             found["stack"] = "decoder"  # which None means there; said, so that nobody has to know

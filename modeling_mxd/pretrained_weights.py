@@ -177,7 +177,10 @@ class _Inline(nn.Module):
 
     def __init__(self, modules: tuple[nn.Module, ...]):
         super().__init__()
-        self.encoder, self.decoder = modules[0], modules[-1]
+        first = modules[0]
+        # ESM's first slot is a linear with its activation.
+        self.encoder = first if _weight(first) is not None else getattr(first, "dense", first)
+        self.decoder = modules[-1]
 
 
 def _whole(modules: tuple[nn.Module, ...]) -> nn.Module:
@@ -366,8 +369,8 @@ def find_activation(modules: tuple[nn.Module, ...], layout: WeightLayout | None,
         except Exception:
             return None  # it has weights of its own on another device, or takes more than one input
         return next((name for name in candidates if _agrees(name, x, expected)), None)
-    if len(modules) == 1 and layout is not None and layout.experts is None and layout.shared is None:
-        return _reproducing(modules[0], layout, candidates)
+    if layout is not None and layout.experts is None and layout.shared is None:
+        return _reproducing(modules, layout, candidates)
     return next((name for name in named if name in ACT2FN), None)
 
 
@@ -392,13 +395,15 @@ def _agrees(name: str, x: Tensor, expected: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _reproducing(module: nn.Module, layout: WeightLayout, candidates: list[str]) -> str | None:
-    """The activation with which the weights give the module's output."""
+def _reproducing(modules: tuple[nn.Module, ...], layout: WeightLayout, candidates: list[str]) -> str | None:
+    """The activation with which the weights give the MLP's output."""
     try:
-        weights = read_weights((module,), layout)
+        weights = read_weights(modules, layout)
         width = weights.encoder.shape[1]
         x = torch.linspace(-2, 2, 4 * width).sin().reshape(1, 4, width).to(weights.encoder)
-        expected = module(x)
+        expected = x
+        for module in modules:
+            expected = module(expected)
         assert isinstance(expected, Tensor)
     except Exception:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import LAYER_EXCEPTIONS, is_other_tower, layer_chains, resolve, spelled_out
+from .architectures import LAYER_EXCEPTIONS, RESIDUAL_INSIDE, is_other_tower, layer_chains, resolve, spelled_out
 from .configuration_mxd import MxDLayerConfig
 from .pretrained_weights import (
     PretrainedWeights,
@@ -199,7 +199,7 @@ def find_stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
     found: dict[str, list[tuple[str, nn.Module]]] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or path.startswith(inside or "\0"):
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or path.startswith(inside or "\0"):
             continue
         if any(layer_chains(layer) for layer in module):
             inside = (*inside, f"{path}.")
@@ -320,9 +320,9 @@ def _physical(layer: nn.Module, path: str, chains: list[tuple[str, ...]]) -> str
 
 def _kind(modules: list[nn.Module], reason: str) -> str:
     if len(modules) > 1:
-        return "residual-inside" if reason and "block" in reason and "tied" not in reason else "inline"
-    own = {name.rpartition(".")[2] for name, _ in modules[0].named_modules()}
-    routed = own & {"experts", "router", "gate"} or "Experts" in type(modules[0]).__name__
+        return "residual-inside" if reason in RESIDUAL_INSIDE else "inline"
+    names = {name.rpartition(".")[2] for name, _ in modules[0].named_modules()}
+    routed = names & {"experts", "router"} or "Experts" in type(modules[0]).__name__
     return "mixture-of-experts" if routed else "module"
 
 
