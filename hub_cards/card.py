@@ -46,6 +46,8 @@ _LAYER_METRICS = {
 # Option of `mxd decompose` → where the settings of a training hold its value.
 _OPTIONS = {
     "--revision": ("revision",),
+    "--stack": ("stack",),
+    "--site": ("site",),
     "--dataset-config": ("text", "config_name"),
     "--split": ("text", "split"),
     "--text-column": ("text", "text_column"),

@@ -137,6 +137,12 @@ def decompose(
     text_column: TextColumn = "text",
     streaming: Streaming = False,
     layers: Annotated[str | None, typer.Option(help="Such as 8, 4,8 or 4-7. [the middle layer]")] = None,
+    stack: Annotated[
+        str | None, typer.Option(help="List of layers that --layers counts, see `mxd layers`. [the language model's]")
+    ] = None,
+    site: Annotated[
+        str, typer.Option(help="Which MLP of a layer, see `mxd layers`; mlp.experts: routed ones.")
+    ] = "mlp",
     method: Annotated[Method, typer.Option(help="What stands in place of the MLP.")] = Method.mxd,
     k: Annotated[int, typer.Option("--k", min=1, help="Experts active per token.")] = 32,
     experts: Annotated[int | None, typer.Option(min=1, help="Number of experts. [--match-transcoder]")] = None,
@@ -185,6 +191,8 @@ def decompose(
         revision=revision,
         dtype=dtype,
         layers=parse_layers(layers),
+        stack=stack,
+        site=site,
         method=method.value.replace("-", "_"),
         num_experts_per_tok=k,
         num_experts=experts,

@@ -45,6 +45,7 @@ class DecompositionOptions(RunOptions):
     Attributes:
         model, revision: the base model and its Hub revision.
         layers: indices of the layers to decompose; None for the middle one.
+        stack, site: which stack of layers, and which of a layer's MLPs; see `modeling_mxd.find_mlps`.
         method: `"mxd"`, `"transcoder"` or `"skip_transcoder"`.
         num_experts_per_tok: K.
         num_experts: N; None to match a transcoder's parameters.
@@ -55,6 +56,8 @@ class DecompositionOptions(RunOptions):
     model: str = embedded.MODEL_NAME
     revision: str | None = None
     layers: list[int] | None = None
+    stack: str | None = None
+    site: str = "mlp"
     method: str = "mxd"
     num_experts_per_tok: int = 32
     num_experts: int | None = None
@@ -96,14 +99,18 @@ def choose_layers(sites: dict[int, MLPSite], layers: list[int] | None) -> list[i
     """The layers asked for, or the middle one.
 
     Raises:
-        ValueError: naming a layer that the model does not have, or that is named twice.
+        ValueError: naming a layer that the model does not have, that has no MLP, or that is named twice.
     """
-    chosen = [len(sites) // 2] if layers is None else layers
+    there = [layer for layer, site in sites.items() if site.slots]
+    if not there:
+        raise ValueError(f"the model has no MLP to decompose: {sites[0].reason}")
+    chosen = [there[len(there) // 2]] if layers is None else layers
     for layer in chosen:
         if chosen.count(layer) > 1:
             raise ValueError(f"layer {layer} is named more than once")
         if layer not in sites:
             raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {len(sites) - 1}")
+        sites[layer].check_exists()
     return chosen
 
 
@@ -116,6 +123,7 @@ def check_resumable(folder: Path, config: MxDConfig) -> str:
     checkpoint = last_complete_checkpoint(folder)
     before = MxDConfig.from_pretrained(checkpoint)
     same = before.layers == config.layers and all(before.layer(i) == config.layer(i) for i in config.layers)
+    same = same and before.where == config.where
     if not same or before.base_model_name_or_path != config.base_model_name_or_path:
         raise ValueError(f"{checkpoint} is of another model, layer or size: resume with the options of that run")
     return checkpoint
@@ -136,10 +144,14 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     folder = check_output(options.output, options.overwrite, options.resume)
     documents, heldout_documents = load_documents(options.text, options.seed)
     model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
-    sites = find_mlps(model)
+    sites = find_mlps(model, options.stack, options.site)
     configs = {layer: layer_config(sites[layer], options) for layer in choose_layers(sites, options.layers)}
     config = MxDConfig.from_layer_configs(
-        configs, base_model_name_or_path=resolve_name(options.model), base_model_revision=commit
+        configs,
+        base_model_name_or_path=resolve_name(options.model),
+        base_model_revision=commit,
+        stack=options.stack,
+        site=options.site,
     )
     checkpoint = check_resumable(folder, config) if options.resume else None
     context = options.text.context_length
