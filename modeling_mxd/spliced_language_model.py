@@ -66,11 +66,12 @@ class SplicedLanguageModel:
             yield self
 
     def _fetch(self, replaced: ReplacedMLP) -> None:
-        # The model may have been moved or cast meanwhile, without the modules that are not in it.
+        # The model may have been moved, cast or put into another mode meanwhile, without the modules that are not in it.
         assert isinstance(self, PreTrainedModel)
         device = next(replaced.replacement.parameters()).device
         dtype = None if self.dtype == self.__dict__["_spliced_dtype"] else self.dtype
         for module in replaced.original:
+            module.train(self.training)
             if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
                 module.to(device=device, dtype=dtype)
 
