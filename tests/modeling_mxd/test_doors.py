@@ -10,62 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from doors_cases import IDS, decomposition, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 from modeling_mxd import MxDConfig, MxDForCausalLM, MxDModel, SplicedLanguageModel, SurgeryError
-
-LAYERS = (0, 2)
-IDS = torch.arange(2, 22).reshape(2, 10)
-
-
-@pytest.fixture
-def base_folder(tiny_llama, tmp_path):
-    tiny_llama.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def repo(base_folder, tiny_llama, tmp_path):
-    folder = tmp_path / "repo"
-    decomposition(base_folder, tiny_llama).save_pretrained(folder)
-    return folder
-
-
-def decomposition(base_folder, base, layers=LAYERS):
-    config = MxDConfig(
-        layers=list(layers),
-        hidden_size=16,
-        intermediate_size=40,
-        encoder_bias=False,
-        num_experts=24,
-        num_experts_per_tok=4,
-        base_model_name_or_path=str(base_folder),
-        layer_overrides={str(layers[-1]): {"encoder_type": "glu", "intermediate_size": 20}},  # as large as the others
-    )
-    model = MxDModel(config)
-    for tensor in (*model.parameters(), *model.buffers()):
-        nn.init.normal_(tensor, std=0.3)
-    model.record_base(base)
-    return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-@pytest.fixture
-def spliced(repo):
-    return AutoModelForCausalLM.from_pretrained(repo)
-
-
-@pytest.fixture
-def expected(repo, base_folder):
-    base = LlamaForCausalLM.from_pretrained(base_folder)
-    with MxDModel.from_pretrained(repo).spliced(base):
-        return logits(base)
 
 
 def test_both_doors(repo, spliced, expected, tiny_llama):
