@@ -1,6 +1,7 @@
 import pytest
 from doors_cases import decomposition, logits
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modeling_mxd import MxDModel
 
@@ -36,3 +37,13 @@ def by_hand(repo, base_folder):
 @pytest.fixture
 def expected(by_hand):
     return logits(by_hand)
+
+
+@pytest.fixture
+def repo_with_tokenizer(repo):
+    words = ["<bos>", "<eos>", *(f"w{number}" for number in range(62))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+    fast.save_pretrained(repo)
+    return repo
