@@ -1,5 +1,5 @@
-"""Reading what strangers wrote: files of a decomposition, checked before anything large is allocated; text for a
-terminal. Whatever is wrong is a ValueError that names the file."""
+"""Reading what strangers wrote: files of a decomposition, checked before anything large is allocated. Whatever is wrong
+is a ValueError that names the file."""
 
 import json
 from pathlib import Path
@@ -103,8 +103,3 @@ def texts(value: Any) -> list[str]:
 def first_line(error: Exception) -> str:
     """The start of an error's message."""
     return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]
-
-
-def visible(text: str) -> str:
-    """For a terminal: a character that could steer it, or hide or reorder others, becomes a space."""
-    return "".join(character if character.isprintable() or character == "\n" else " " for character in text)

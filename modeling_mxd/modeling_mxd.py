@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
@@ -106,14 +107,19 @@ class MxDModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             access = pinned(pretrained_model_name_or_path, access)
         config, _ = load_config(config, pretrained_model_name_or_path, access, kwargs)
-        kwargs["use_safetensors"] = True
-        tensors = None
-        if pretrained_model_name_or_path is not None:
-            tensors = some_layers(pretrained_model_name_or_path, config.layers, access)
-        if tensors is not None:
-            pretrained_model_name_or_path, kwargs["state_dict"], access = None, tensors, {}
-        load = partial(super().from_pretrained, pretrained_model_name_or_path, *model_args, config=config, **access)
-        model, info = tried(partial(load, output_loading_info=True, **kwargs), pretrained_model_name_or_path)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        name, tensors = pretrained_model_name_or_path, None
+        try:
+            if name is not None:
+                tensors = some_layers(name, config.layers, access)
+            if tensors is not None:
+                name, kwargs["state_dict"], access = None, tensors, {}
+            load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
+            model, info = tried(load, name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"a weights file of {pretrained_model_name_or_path} is cut short or broken: {error}"
+            ) from None
         check_loaded(info, config.layers)
         return (model, info) if output_loading_info else model
 

@@ -12,9 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from .tables import print_change, print_evaluation
+from .tables import MAX_ROWS, cell, print_change, print_evaluation, visible
 
 app = typer.Typer(
     add_completion=False,
@@ -26,6 +25,7 @@ app = typer.Typer(
 DATA_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst"}
 INTERRUPTED = 130
 FINETUNING_RATE = 3e-4
+MAX_MESSAGE = 2000
 KEPT = "checkpoints that were complete are kept: put it right, then run again with --resume"
 
 
@@ -353,8 +353,7 @@ def search(
         date = "–" if info.last_modified is None else f"{info.last_modified:%Y-%m-%d}"
         counts = (str(value) if value is not None else "–" for value in (info.num_experts_per_tok, info.num_experts))
         layers = ", ".join(map(str, info.layers[:20])) or "–"
-        # Text: what strangers wrote is no markup.
-        table.add_row(*map(Text, (info.repo_id, info.base_model or "–", layers, *counts, rise, str(info.likes), date)))
+        table.add_row(*map(cell, (info.repo_id, info.base_model or "–", layers, *counts, rise, info.likes, date)))
     Console().print(table)
 
 
@@ -369,27 +368,27 @@ def show(
 
     details = show_decomposition(repo, revision=revision)
     config = details.config
-    table = Table(title=Text(f"{details.info.repo_id}, commit {details.commit[:8]}"))
+    table = Table(title=cell(f"{details.info.repo_id}, commit {details.commit[:8]}"))
     for column in ("layer", "method", "K", "experts", "encoder", "parameters"):
         table.add_column(column, justify="right")
-    for layer in config.layers[:100]:
+    for layer in config.layers[:MAX_ROWS]:
         sizes = config.layer(layer)
         encoder = f"{sizes.intermediate_size} {sizes.hidden_act} {sizes.encoder_type}" if sizes.method == "mxd" else "–"
         row = (layer, sizes.method, sizes.num_experts_per_tok, sizes.num_experts, encoder, f"{sizes.num_parameters:,}")
-        table.add_row(*(Text(str(value)) for value in row))
+        table.add_row(*map(cell, row))
     console = Console()
     console.print(table)
-    revision_text = f" at {config.base_model_revision}" if config.base_model_revision else ""
-    console.print(
-        Text(f"needs: transformers 5 or later, the base model {config.base_model_name_or_path}{revision_text}")
-    )
-    console.print(Text(f"download: {details.weight_bytes / 1e6:,.1f} MB of weights, besides the base model"))
+    if len(config.layers) > MAX_ROWS:
+        console.print(f"and {len(config.layers) - MAX_ROWS} more layers")
+    base = f"{config.base_model_name_or_path} at {config.base_model_revision or 'its newest commit'}"
+    console.print(cell(f"needs: transformers 5 or later, the base model {base}"))
+    console.print(cell(f"download: {details.weight_bytes / 1e6:,.1f} MB of weights, besides the base model"))
     if details.evaluation is None:
         console.print("it comes with no evaluation.json: nothing was measured")
         return
     try:
-        _report(details.evaluation, as_json=False)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        print_evaluation(details.evaluation)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         console.print("its evaluation.json is not as `mxd evaluate` writes it, and is not shown")
 
 
@@ -433,11 +432,11 @@ def _explain(error: Exception) -> str:
     # torch.save says of a full disk only that its position in the file is not the expected one.
     if name == "SafetensorError" or any(sign in str(error) for sign in ("No space left", "inline_container")):
         return f"a file could not be written, the disk may be full ({error}); {KEPT}"
-    if isinstance(error, ValueError) or name == "Interrupted":
+    if isinstance(error, ValueError | OSError) or name == "Interrupted":
         return str(error)
     return f"{name}: {error} (run with --debug for the traceback)"
 
 
 def _fail(message: str, code: int) -> None:
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    typer.secho(f"error: {visible(message)[:MAX_MESSAGE]}", fg=typer.colors.RED, err=True)
     sys.exit(code)

@@ -5,6 +5,7 @@ import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from evaluation_mxd import load_evaluation, plot_expert_frequency, plot_training
 from evaluation_mxd.faithfulness import EVALUATION_NAME
 from hub_cards.reading import read_config, read_json
 from modeling_mxd import MxDConfig, MxDModel
+from modeling_mxd.downloads import file_if_any, tried
 from trainers import CausalCollator, load_text, materialize, pack, split_documents, take_tokens
 from trainers.decomposition_trainer import DecompositionTrainer
 
@@ -109,7 +111,7 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
 def _ours(folder: Path) -> bool:
     config = folder / "config.json"
     if config.is_file():
-        return bool(json.loads(config.read_text()).get("model_type") == MxDConfig.model_type)
+        return bool(read_json(config).get("model_type") == MxDConfig.model_type)
     return all(entry.name.startswith("checkpoint-") or entry.name == START_NAME for entry in folder.iterdir())
 
 
@@ -123,7 +125,7 @@ def load_decomposition(name: str) -> MxDModel:
         path = Path(name) / "config.json"
     else:
         try:
-            path = Path(cached_file(name, "config.json"))
+            path = Path(tried(partial(cached_file, name, "config.json"), name))
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise ValueError(f"{name!r} is no folder with a decomposition, and: {reason}") from error
@@ -142,14 +144,15 @@ def load_base_of(decomposition: MxDModel, dtype: str) -> tuple[PreTrainedModel, 
     config = decomposition.config
     if not config.base_model_name_or_path:
         raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
-    model, tokenizer, _ = load_base_model(config.base_model_name_or_path, config.base_model_revision, dtype)
+    name, revision = config.base_model_name_or_path, config.base_model_revision
+    model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False)
     return model, tokenizer
 
 
 def made_how(name: str) -> dict[str, Any]:
     """What evaluation.json of a decomposition (folder or Hub id) says of how it was made: the settings of its training
     and of its fine-tunings. Empty where it says nothing."""
-    path = cached_file(name, EVALUATION_NAME, _raise_exceptions_for_missing_entries=False)
+    path = file_if_any(name, EVALUATION_NAME, {})
     settings = {} if path is None else read_json(Path(path)).get("settings")
     if not isinstance(settings, dict):
         return {}

@@ -7,8 +7,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+MAX_ROWS = 100
+MAX_CELL = 200
+
 Show = Callable[[dict[str, Any]], str]
 """Gives a figure of an evaluation, or of one of its layers, as text."""
+
+
+def visible(text: str) -> str:
+    """For a terminal: a character that could steer it, or hide or reorder others, becomes a space."""
+    return "".join(character if character.isprintable() or character == "\n" else " " for character in text)
+
+
+def cell(value: Any) -> Text:
+    """A value that a stranger may have written: no markup, one line, not long."""
+    return Text(visible(str(value)[:MAX_CELL]).replace("\n", " "))
 
 
 def _number(name: str) -> Show:
@@ -48,8 +61,8 @@ def _layer_table(title: str) -> Table:
 def print_evaluation(results: dict[str, Any]) -> None:
     """What `evaluation_mxd.faithfulness` measured: a row a layer, and the model with all of them spliced in."""
     layers = _layer_table("Layers, on held-out text")
-    for layer, row in results["layers"].items():
-        layers.add_row(Text(layer), *(show(row) for show in _LAYER.values()))
+    for layer, row in list(results["layers"].items())[:MAX_ROWS]:
+        layers.add_row(cell(layer), *(show(row) for show in _LAYER.values()))
     loss = results["cross_entropy"]
     model = Table(title="The model with them spliced in")
     model.add_column("")
@@ -71,7 +84,7 @@ def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:
         layers.add_column(column, justify="right")
     for layer, row in after["layers"].items():
         earlier = before["layers"][layer]
-        layers.add_row(Text(layer), *(_change(_LAYER[column], earlier, row) for column in columns))
+        layers.add_row(cell(layer), *(_change(_LAYER[column], earlier, row) for column in columns))
     model = Table(title="The model with them spliced in: before → after")
     model.add_column("")
     model.add_column("nats per token", justify="right")

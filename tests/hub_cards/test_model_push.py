@@ -8,24 +8,12 @@ import sys
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hub_cards import HubError, push_decomposition
 from modeling_mxd import MxDModel
 
 REPO = "user/mxd-tiny"
-
-
-@pytest.fixture
-def base_with_tokenizer(hub, base, tmp_path):
-    words = {f"word{index}": index for index in range(64)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0")))
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    api = HfApi(endpoint=hub.url)
-    for path in (tmp_path / "tokenizer").iterdir():
-        api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id="user/base")
 
 
 @pytest.fixture

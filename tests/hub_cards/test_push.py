@@ -73,55 +73,6 @@ def test_branch_private_and_pull_request(hub, folder):
     assert_complete(hub, folder, "refs/pr/1")
 
 
-CALLS = {
-    "base": ("GET", "/api/models/user/base"),
-    "create": ("POST", "/api/repos/create"),
-    "info": ("GET", f"/api/models/{REPO}"),
-    "preupload": ("POST", "/preupload/"),
-    "batch": ("POST", "/info/lfs/objects/batch"),
-    "put": ("PUT", "/lfs/"),
-    "verify": ("POST", "/lfs/.*/verify"),
-    "commit": ("POST", "/commit/"),
-}
-FAULTS = {
-    "429": {"status": 429},
-    "500": {"status": 500},
-    "503": {"status": 503},
-    "drop": {"mode": "drop"},
-    "half": {"mode": "half"},
-    "lost": {"mode": "lost"},
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("call", CALLS)
-def test_a_passing_fault_is_overcome_with_one_commit(hub, folder, call, fault):
-    hub.fail(*CALLS[call], **FAULTS[fault])
-    push_decomposition(folder, REPO)
-    assert_complete(hub, folder)
-    assert len(hub.repos[REPO].commits) == 2
-
-
-@pytest.mark.parametrize("fault", [*FAULTS, "401", "403", "404"])
-@pytest.mark.parametrize("call", CALLS)
-def test_a_lasting_fault_fails_cleanly_and_a_repeat_succeeds(hub, folder, call, fault):
-    options = FAULTS.get(fault) or {"status": int(fault)}
-    hub.fail(*CALLS[call], times=10**6, **options)
-    try:
-        push_decomposition(folder, REPO)
-    except HubError as error:
-        assert str(error)
-        assert hub.token not in str(error)
-        done = bool(weights(hub)) if REPO in hub.repos else False
-        assert not done or fault == "lost"
-    else:
-        assert fault == "lost" or call == "verify"  # the deed was done: found by its mark
-        assert_complete(hub, folder)
-    hub.faults.clear()
-    push_decomposition(folder, REPO)
-    assert_complete(hub, folder)
-
-
 def test_anothers_commit_in_between_is_not_overwritten(hub, folder):
     push_decomposition(folder, REPO)
     hub.fail("POST", "/commit/", status=412)
