@@ -1,15 +1,16 @@
 """What a shared decomposition costs: size of the repo, time and peak memory of loading against the base model alone,
-and the share of the weights that one layer of all needs.
+and how much of a decomposition of all layers is transferred for one of them.
 
     python benchmarks/sharing.py MODEL
 
 MODEL is a folder with a language model. Layers are untrained, K = 32, as many parameters as a transcoder with 32
-latents per dimension. Loads run in a process of their own, alternating; medians of `--repeats`. Writes
-benchmarks/results/sharing.json.
+latents per dimension. Loads run in a process of their own, alternating; medians of `--repeats`. What is transferred is
+counted by a Hub on loopback, for a reader whose cache is empty. Writes benchmarks/results/sharing.json.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -19,7 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "sharing.json"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "sharing.json"
+REPO = "user/all-layers"
 
 
 def load(what: str, folder: str) -> None:
@@ -62,12 +65,25 @@ def save(model: str, layers: list[int] | None, experts: int | None, folder: Path
     }
 
 
-def one_layer(folder: Path, layer: int) -> dict[str, Any]:
-    """Which share of the weights' bytes the shards of one layer are."""
-    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    files = {file for key, file in weight_map.items() if key.startswith(f"layers.{layer}.")}
-    needed = sum((folder / file).stat().st_size for file in files)
-    return {"layer": layer, "shards": len(files), "bytes": needed}
+DOWNLOAD = """
+from transformers import AutoModel
+print(len(AutoModel.from_pretrained({repo!r}, layers={layers!r}, trust_remote_code=True).layers))
+"""
+
+
+def transferred(hub: Any, layers: list[int] | None) -> dict[str, int]:
+    """What the Hub sends to a reader who loads these layers (None: all) into an empty cache, without our library."""
+    hub.requests.clear()
+    with tempfile.TemporaryDirectory() as home:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", DOWNLOAD.format(repo=REPO, layers=layers)]
+        done = subprocess.run(command, check=True, cwd=home, env=environment, capture_output=True, text=True)
+    got = [(path, size) for method, path, size in hub.requests if method == "GET"]
+    return {
+        "layers": int(done.stdout.split()[-1]),
+        "bytes": sum(size for _, size in got),
+        "files of weights": sum(path.endswith(".safetensors") for path, _ in got),
+    }
 
 
 def main() -> None:
@@ -80,6 +96,9 @@ def main() -> None:
     if options.load:
         load(*options.load)
         return
+    sys.path.append(str(HERE.parent / "tests" / "hub_cards"))
+    from loopback_hub import HubServer
+
     with tempfile.TemporaryDirectory() as temporary:
         three, whole = Path(temporary) / "three", Path(temporary) / "all"
         results: dict[str, Any] = {"three_layers": save(options.model, [8, 15, 22], None, three)}
@@ -95,8 +114,11 @@ def main() -> None:
             }
         # Few experts, since only the proportion counts here.
         results["all_layers"] = save(options.model, None, 256, whole)
-        results["one_of_all"] = one_layer(whole, 8)
-        results["one_of_all"]["share"] = results["one_of_all"]["bytes"] / results["all_layers"]["weight_bytes"]
+        with HubServer() as hub:
+            hub.create(REPO, {path.name: path.read_bytes() for path in whole.iterdir()})
+            results["transferred_for_all"] = transferred(hub, None)
+            results["transferred_for_one"] = transferred(hub, [8])
+        results["transferred_share"] = results["transferred_for_one"]["bytes"] / results["transferred_for_all"]["bytes"]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))  # noqa: T201
 

@@ -80,6 +80,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
             return faithfulness(base, decomposition, heldout, settings=settings, progress=not arguments.disable_tqdm)
 
     if checkpoint is None:
+        trainer.measure_experts()  # on the tokens of the later measurement, or the shares of both do not compare
         measured = measure({})
         start = {**_identity(options), "before": {name: measured[name] for name in _MEASURED}}
         prepare_output(folder, options.resume)  # only now, when nothing is left to be refused

@@ -65,6 +65,17 @@ class Reply(Exception):
             self.headers.setdefault("Content-Type", "application/json")
 
 
+def read_card(text):
+    """Metadata of a card as JSON has it; none where it is no mapping, or so hostile that it would stop the server."""
+    if len(text) > 200_000 or b"&" in text:
+        return {}
+    try:
+        card = yaml.safe_load(text)
+        return json.loads(json.dumps(card, default=str)) if isinstance(card, dict) else {}
+    except (yaml.YAMLError, RecursionError, TypeError):
+        return {}
+
+
 def error(status, code, message="", **body):
     return Reply(status, {"error": message or code, **body}, {"X-Error-Code": code, "X-Error-Message": message or code})
 
@@ -320,13 +331,11 @@ class _Handler(BaseHTTPRequestHandler):
         files = commit["files"]
         card: dict[str, Any] = {}
         if front := re.match(rb"---\r?\n(.*?)\r?\n---", files.get("README.md", b""), flags=re.DOTALL):
-            try:
-                card = yaml.safe_load(front[1]) or {}
-            except yaml.YAMLError:
-                card = {}
+            card = read_card(front[1])
         tags = [tag for tag in card.get("tags") or [] if isinstance(tag, str)]
         tags += [card["library_name"]] if "library_name" in card else []
-        for base in [card["base_model"]] if isinstance(card.get("base_model"), str) else card.get("base_model") or []:
+        bases = card.get("base_model") or []
+        for base in [bases] if isinstance(bases, str) else bases:
             tags.append(f"base_model:{base}")
             if "base_model_relation" in card:
                 tags.append(f"base_model:{card['base_model_relation']}:{base}")

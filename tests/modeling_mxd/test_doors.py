@@ -4,68 +4,21 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from doors_cases import IDS, decomposition, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
+import modeling_mxd
 from modeling_mxd import MxDConfig, MxDForCausalLM, MxDModel, SplicedLanguageModel, SurgeryError
-
-LAYERS = (0, 2)
-IDS = torch.arange(2, 22).reshape(2, 10)
-
-
-@pytest.fixture
-def base_folder(tiny_llama, tmp_path):
-    tiny_llama.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def repo(base_folder, tiny_llama, tmp_path):
-    folder = tmp_path / "repo"
-    decomposition(base_folder, tiny_llama).save_pretrained(folder)
-    return folder
-
-
-def decomposition(base_folder, base, layers=LAYERS):
-    config = MxDConfig(
-        layers=list(layers),
-        hidden_size=16,
-        intermediate_size=40,
-        encoder_bias=False,
-        num_experts=24,
-        num_experts_per_tok=4,
-        base_model_name_or_path=str(base_folder),
-        layer_overrides={str(layers[-1]): {"encoder_type": "glu", "intermediate_size": 20}},  # as large as the others
-    )
-    model = MxDModel(config)
-    for tensor in (*model.parameters(), *model.buffers()):
-        nn.init.normal_(tensor, std=0.3)
-    model.record_base(base)
-    return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-@pytest.fixture
-def spliced(repo):
-    return AutoModelForCausalLM.from_pretrained(repo)
-
-
-@pytest.fixture
-def expected(repo, base_folder):
-    base = LlamaForCausalLM.from_pretrained(base_folder)
-    with MxDModel.from_pretrained(repo).spliced(base):
-        return logits(base)
+from modeling_mxd.spliced_language_model import changed_parameters, make_spliced, sample_parameters
 
 
 def test_both_doors(repo, spliced, expected, tiny_llama):
@@ -79,7 +32,8 @@ def test_both_doors(repo, spliced, expected, tiny_llama):
     assert not spliced.training
 
 
-def test_without_the_library(repo, expected, tmp_path):
+def test_without_the_library(repo_with_tokenizer, expected, tmp_path):
+    repo = repo_with_tokenizer
     script = tmp_path / "script.py"
     script.write_text(f"""
 import sys
@@ -89,7 +43,7 @@ class Hidden:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hidden())
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
 repo = {str(repo)!r}
 ids = torch.arange(2, 22).reshape(2, 10)
 lm = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
@@ -99,6 +53,8 @@ again = {str(tmp_path / "again")!r}
 lm.save_pretrained(again)
 torch.save([lm(ids).logits, AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)(ids).logits,
             lm.generate(ids, max_new_tokens=3, do_sample=False)], {str(tmp_path / "out.pt")!r})
+written = pipeline("text-generation", repo, trust_remote_code=True)("w2 w3", max_new_tokens=3, min_new_tokens=3)
+assert len(written[0]["generated_text"].split()) > 3, written
 """)
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, str(script)], check=True, cwd=tmp_path, env=env, timeout=300)
@@ -108,6 +64,16 @@ torch.save([lm(ids).logits, AutoModelForCausalLM.from_pretrained(again, trust_re
     assert tokens.shape == (2, 13)
     saved, loaded = (tmp_path / name / "config.json" for name in ("again", "repo"))
     assert json.loads(saved.read_text())["auto_map"] == json.loads(loaded.read_text())["auto_map"]
+
+
+def test_older_versions_of_transformers_find_all_code():
+    # Run for real by benchmarks/compatibility.py: 4.x copies only what the entry file itself imports, and has the
+    # config's class by its first name.
+    folder = Path(modeling_mxd.__file__).parent
+    sources = {path.stem: path.read_text() for path in folder.glob("*.py")}
+    imported = set(re.findall(r"^from \.(\w+) import", sources["modeling_mxd"], re.MULTILINE))
+    assert imported == sources.keys() - {"__init__", "modeling_mxd"}
+    assert not [name for name, source in sources.items() if "PreTrainedConfig" in source]
 
 
 def test_only_the_decomposition_is_saved_and_byte_for_byte(repo, spliced, tmp_path):
@@ -127,11 +93,29 @@ def test_copies(spliced, expected):
         assert torch.equal(logits(spliced), expected)
 
 
+def test_copies_are_unspliced_alone(spliced, expected, tiny_llama):
+    for other in (copy.deepcopy(spliced), pickle.loads(pickle.dumps(spliced))):
+        base = other.unsplice()
+        assert type(base) is LlamaForCausalLM
+        assert torch.equal(logits(base), logits(tiny_llama))
+        assert torch.equal(logits(spliced), expected)
+
+
+def test_config_and_generation_config_stay_the_bases(repo, spliced, tiny_llama, base_folder, tmp_path):
+    spliced.config.save_pretrained(tmp_path / "config")
+    assert (tmp_path / "config" / "config.json").read_text() == (base_folder / "config.json").read_text()
+    assert spliced.generation_config.eos_token_id == tiny_llama.config.eos_token_id
+    assert type(AutoConfig.from_pretrained(repo)) is MxDConfig
+    assert "generation_config.json" not in {path.name for path in repo.iterdir()}
+
+
 def test_unsplice(spliced, tiny_llama, tmp_path):
     base = spliced.unsplice()
     assert base is spliced
     assert type(base) is LlamaForCausalLM
     assert torch.equal(logits(base), logits(tiny_llama))
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert not hasattr(base, "decomposition")
     base.save_pretrained(tmp_path / "whole")
     assert LlamaForCausalLM.from_pretrained(tmp_path / "whole").num_parameters() == tiny_llama.num_parameters()
 
@@ -140,30 +124,6 @@ def test_unsplice_after_a_change_of_dtype(spliced, tiny_llama):
     base = spliced.to(torch.bfloat16).unsplice()
     assert {parameter.dtype for parameter in base.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(base), logits(tiny_llama.to(torch.bfloat16)))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", "auto"])
-def test_dtypes(repo, dtype):
-    model = AutoModelForCausalLM.from_pretrained(repo, dtype=dtype)
-    want = {"float16": torch.float16, "auto": torch.float32}.get(dtype, dtype)
-    assert {parameter.dtype for parameter in model.parameters()} == {want}
-    assert logits(model).isfinite().all()
-
-
-def test_generation(spliced):
-    def run(**how):
-        return spliced.generate(IDS, max_new_tokens=5, min_new_tokens=5, pad_token_id=0, **how)
-
-    greedy = run(do_sample=False)
-    assert torch.equal(greedy, run(do_sample=False, use_cache=False))
-    assert torch.equal(greedy, run(do_sample=False, cache_implementation="static"))
-    assert run(num_beams=2).shape == run(do_sample=True).shape == (2, 15)
-    draft = copy.deepcopy(spliced)
-    alone = spliced.generate(IDS[:1], max_new_tokens=5, min_new_tokens=5, do_sample=False)
-    assisted = spliced.generate(
-        IDS[:1], max_new_tokens=5, min_new_tokens=5, do_sample=False, assistant_model=draft
-    )  # fmt: skip
-    assert torch.equal(alone, assisted)
 
 
 def test_some_layers(repo, tmp_path):
@@ -189,6 +149,19 @@ def test_some_layers(repo, tmp_path):
 def test_layers_of_an_unsharded_repo(repo, tmp_path):
     MxDModel.from_pretrained(repo).save_pretrained(tmp_path / "one-file", max_shard_size="1GB")
     assert MxDModel.from_pretrained(tmp_path / "one-file", layers=[2]).config.layers == [2]
+
+
+def test_decompositions_of_several_layers_together(repo, base_folder, tiny_llama, expected):
+    first, second = (MxDModel.from_pretrained(repo, layers=[layer]) for layer in (0, 2))
+    before = logits(tiny_llama)
+    with first.spliced(tiny_llama), second.spliced(tiny_llama):
+        assert torch.equal(logits(tiny_llama), expected)
+    assert torch.equal(logits(tiny_llama), before)
+    replaced = first.splice(tiny_llama) + second.splice(tiny_llama)
+    assert torch.equal(logits(tiny_llama), expected)
+    for replacement in replaced:  # of different layers, so in any order
+        replacement.restore()
+    assert torch.equal(logits(tiny_llama), before)
 
 
 def test_two_decompositions_at_once(repo, base_folder, tiny_llama):
@@ -244,6 +217,41 @@ def test_base_weights_are_frozen_and_changed_ones_refused(spliced, tmp_path):
     assert not (tmp_path / "changed").exists()
 
 
+def test_what_was_frozen_before_stays_frozen(base_folder, tiny_llama):
+    tiny_llama.model.embed_tokens.requires_grad_(False)
+    before = {name for name, parameter in tiny_llama.named_parameters() if parameter.requires_grad}
+    model = make_spliced(tiny_llama, decomposition(base_folder, tiny_llama), "mine").unsplice()
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+
+
+@pytest.mark.filterwarnings("ignore:.*mean_resizing")
+def test_resized_embeddings_are_not_dropped(spliced, tmp_path):
+    spliced.resize_token_embeddings(70)
+    with pytest.raises(ValueError, match=r"base model were changed \(model.embed_tokens.weight and 1 more\)"):
+        spliced.save_pretrained(tmp_path / "resized")
+    assert spliced.unsplice().get_input_embeddings().weight.shape == (70, 16)
+
+
+def test_parameters_of_a_class_of_their_own_are_left_alone():
+    class Packed(torch.Tensor):
+        """As a quantiser's: says that it is floating, and can do nothing."""
+
+        @staticmethod
+        def __new__(cls):
+            return torch.Tensor._make_wrapper_subclass(cls, (4, 4), dtype=torch.float32)
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.detach.default:
+                return cls()
+            raise NotImplementedError(function)
+
+    module = nn.Linear(4, 4)
+    module.weight = nn.Parameter(Packed(), requires_grad=False)
+    assert set(sample_parameters(module)) == {"bias"}
+    assert changed_parameters(module, sample_parameters(module)) == []
+
+
 def test_trainer_trains_saves_and_resumes(spliced, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(8, 1)]
 
@@ -286,9 +294,38 @@ def test_peft(repo, spliced, tmp_path):
         merged.save_pretrained(tmp_path / "merged")
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("q_proj", "weights of the base model were changed"), ("gate", "gate.base_layer.* is no weight of a decomp")],
+)
+def test_an_adapter_is_not_saved_as_a_decomposition(spliced, tiny_llama, tmp_path, target, message):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(spliced, LoraConfig(target_modules=[target], r=2))
+    with pytest.raises(ValueError, match=message):
+        spliced.save_pretrained(tmp_path / "adapted")
+    assert not list(tmp_path.glob("adapted/*.safetensors"))
+    if target == "gate":
+        assert torch.equal(logits(spliced.unsplice()), logits(tiny_llama))
+
+
+def test_an_adapter_merged_into_the_decomposition_is_saved(spliced, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["gate", "encoder"], r=2, init_lora_weights=False)
+    merged = get_peft_model(spliced, config).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+
+
 def test_a_base_that_is_a_decomposition_is_refused(repo):
     with pytest.raises(ValueError, match="is a decomposition itself"):
         AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=str(repo))
+
+
+def test_a_base_that_is_nowhere(repo, tmp_path):
+    with pytest.raises(OSError, match=r"base model 'nobody/nothing' cannot be had.*pass base_model_name_or_path="):
+        AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path="nobody/nothing")
 
 
 def test_a_base_that_is_not_named_is_refused(repo):

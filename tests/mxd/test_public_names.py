@@ -33,6 +33,6 @@ def test_imports_go_one_way(room):
 
 
 def test_what_a_hub_repo_carries_needs_torch_and_transformers_alone():
-    needed = {"torch", "transformers", "safetensors", "huggingface_hub"}  # transformers itself needs these two
+    needed = {"torch", "transformers", "safetensors", "huggingface_hub"}  # transformers itself needs the last two
     for path in (Path(mxd.__file__).parents[1] / "modeling_mxd").glob("*.py"):
         assert {name.split(".")[0] for name in imported_modules(path)} <= sys.stdlib_module_names | needed, path

@@ -1,0 +1,207 @@
+"""Whether a pushed decomposition loads with torch and transformers alone, and which versions of transformers do.
+
+    python benchmarks/compatibility.py
+
+A decomposition of the embedded model is pushed to a Hub on loopback, and so is the embedded model. For each version of
+transformers a fresh virtual environment gets the pinned torch, that transformers, and nothing else; for the versions
+that the library supports, a second one gets the library too. In each, both doors load the repo, from the Hub and then
+offline from the cache, and what they compute is compared with what the pusher computed, bit by bit. Writes
+benchmarks/results/compatibility.json; exits with 1 if anything differs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "compatibility.json"
+# The oldest that repos are loaded with, the last 4.x, the oldest that the library itself supports, the pinned one, and
+# the newest that the package index has.
+VERSIONS = ("4.56.0", "4.57.6", "5.0.0", "pinned", "newest")
+BASE, REPO = "user/embedded", "user/mxd-embedded"
+LAYERS = (1, 3)
+
+
+def pin(package: str) -> str:
+    """The version in constraints.txt."""
+    found = re.search(rf"^{package}==(.+)$", (HERE.parent / "constraints.txt").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def make_environment(folder: Path, version: str, library: bool) -> Path:
+    """A fresh virtual environment; its Python."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    wanted = "transformers" if version == "newest" else f"transformers=={version}"
+    packages = [f"torch=={pin('torch')}", wanted] + ([str(HERE.parent)] if library else [])
+    command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return folder / "bin" / "python"
+
+
+def push(hub: Any, expected: Path) -> None:
+    """Push base and decomposition; what they compute goes into the file `expected`."""
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hub_cards import push_decomposition
+    from modeling_mxd import MxDConfig, MxDModel
+    from mxd import embedded
+
+    hub.create(BASE, {path.name: path.read_bytes() for path in embedded.model_path().iterdir()})
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    config = MxDConfig(
+        layers=list(LAYERS),
+        base_model_name_or_path=BASE,
+        hidden_size=base.config.hidden_size,
+        intermediate_size=base.config.intermediate_size,
+        num_experts=256,
+        num_experts_per_tok=8,
+        hidden_act=base.config.hidden_act,
+        encoder_type="glu",
+    )
+    torch.manual_seed(0)
+    decomposition = MxDModel(config)
+    for tensor in (*decomposition.parameters(), *decomposition.buffers()):
+        nn.init.normal_(tensor, std=0.05)
+    decomposition.record_base(base)
+    with tempfile.TemporaryDirectory() as folder:
+        decomposition.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+        settings = Path(folder) / "tokenizer_config.json"
+        # The embedded tokenizer is of a class that only transformers 5 has, under a name that only it knows.
+        settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        push_decomposition(folder, REPO)
+    with decomposition.spliced(base):
+        spliced = computed(base, decomposition)
+    torch.save({"spliced": spliced, "base": computed(base, decomposition)}, expected)
+
+
+def computed(model: Any, decomposition: Any) -> dict[str, Any]:
+    """Logits, tokens chosen greedily, and the outputs of the decomposition's layers."""
+    import torch
+
+    ids = torch.arange(10, 42).reshape(2, 16)
+    x = torch.linspace(-2, 2, 4 * decomposition.config.hidden_size).sin().reshape(4, -1)
+    with torch.no_grad():
+        return {
+            "logits": model(ids).logits,
+            "tokens": model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=2),
+            "layers": [decomposition(x, layer=layer).output for layer in LAYERS],
+        }
+
+
+def load(expected: str, library: bool) -> None:
+    """In an environment of its own: load by both doors, compute, compare, print the outcome."""
+    if library:
+        from mxd import MxDModel  # noqa: F401, so that the library's classes are the ones that load
+    import huggingface_hub
+    import torch
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM, pipeline
+
+    torch.set_num_threads(1)
+    want = torch.load(expected, weights_only=False)
+    decomposition = AutoModel.from_pretrained(REPO, trust_remote_code=True)
+    one = AutoModel.from_pretrained(REPO, trust_remote_code=True, layers=[LAYERS[1]])
+    model = AutoModelForCausalLM.from_pretrained(REPO, trust_remote_code=True)
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    got, untouched = computed(model, decomposition), computed(base, decomposition)
+    with decomposition.spliced(base):
+        by_hand = computed(base, decomposition)
+    with tempfile.TemporaryDirectory(prefix="saved_again_") as folder:
+        model.save_pretrained(folder)
+        again = computed(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), decomposition)
+    written = pipeline("text-generation", REPO, trust_remote_code=True)("The state of the", max_new_tokens=4)
+    outcome = {
+        "transformers": transformers.__version__,
+        "huggingface_hub": huggingface_hub.__version__,
+        "torch": torch.__version__,
+        "code": "library" if type(decomposition).__module__.startswith("modeling_mxd") else "repo",
+    }
+    checks = {
+        "layers equal the pusher's": all(map(torch.equal, got["layers"], want["spliced"]["layers"])),
+        "logits equal the pusher's": torch.equal(got["logits"], want["spliced"]["logits"]),
+        "tokens equal the pusher's": torch.equal(got["tokens"], want["spliced"]["tokens"]),
+        "base's logits equal the pusher's": torch.equal(untouched["logits"], want["base"]["logits"]),
+        "logits equal a splice by hand": torch.equal(got["logits"], by_hand["logits"]),
+        "logits equal after saving and loading": torch.equal(got["logits"], again["logits"]),
+        "one layer alone loads": one.config.layers == [LAYERS[1]],
+        "the pipeline writes": len(written[0]["generated_text"]) > len("The state of the"),
+    }
+    print(json.dumps({**outcome, "checks": checks}))  # noqa: T201
+
+
+def measure(python: Path, library: bool, hub: Any, expected: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Outcomes from the Hub and then from the cache."""
+    home = scratch / f"home-{python.parent.parent.name}"
+    outcomes = []
+    for offline in (False, True):
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))},
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        requests = len(hub.requests)
+        command = [str(python), __file__, "--load", str(expected), *(["--library"] if library else [])]
+        done = subprocess.run(
+            command, check=False, cwd=scratch, env=environment, capture_output=True, text=True, timeout=600
+        )
+        where = {"library installed": library, "offline": offline, "requests": len(hub.requests) - requests}
+        if done.returncode:
+            version = python.parent.parent.name.removesuffix("-library")
+            outcomes.append({**where, "transformers": version, "error": done.stderr.strip().splitlines()[-1]})
+            print(done.stderr, file=sys.stderr)  # noqa: T201
+        else:
+            outcomes.append({**where, **json.loads(done.stdout.splitlines()[-1])})
+        print(json.dumps(outcomes[-1]), flush=True)  # noqa: T201
+    return outcomes
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--versions", nargs="+", default=VERSIONS, help="of transformers; 'pinned' and 'newest' too")
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    parser.add_argument("--library", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load:
+        load(options.load, options.library)
+        return
+    sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "hub_cards")]
+    from loopback_hub import HubServer
+
+    outcomes: list[dict[str, Any]] = []
+    with HubServer() as hub, tempfile.TemporaryDirectory() as temporary:
+        scratch, expected = Path(temporary), Path(temporary) / "expected.pt"
+        os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(scratch / "pusher")}
+        os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        push(hub, expected)
+        for name in options.versions:
+            version = pin("transformers") if name == "pinned" else name
+            for library in (False, True):
+                if library and version.startswith("4."):
+                    continue  # the library needs 5.0; what a repo carries does not
+                python = make_environment(scratch / f"{version}{'-library' * library}", version, library)
+                outcomes += measure(python, library, hub, expected, scratch)
+    passed = all("checks" in outcome and all(outcome["checks"].values()) for outcome in outcomes)
+    results = {"python": platform.python_version(), "passed": passed, "outcomes": outcomes}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+import pytest
+from doors_cases import decomposition, logits
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modeling_mxd import MxDModel
+
+
+@pytest.fixture
+def base_folder(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def repo(base_folder, tiny_llama, tmp_path):
+    """A decomposition's folder, as `save_pretrained` leaves it."""
+    folder = tmp_path / "repo"
+    decomposition(base_folder, tiny_llama).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def spliced(repo):
+    """What the door of `AutoModelForCausalLM` gives."""
+    return AutoModelForCausalLM.from_pretrained(repo)
+
+
+@pytest.fixture
+def by_hand(repo, base_folder):
+    """What it should equal: base and decomposition, each loaded by its own class, spliced in memory."""
+    base = LlamaForCausalLM.from_pretrained(base_folder)
+    with MxDModel.from_pretrained(repo).spliced(base):
+        yield base
+
+
+@pytest.fixture
+def expected(by_hand):
+    return logits(by_hand)
+
+
+@pytest.fixture
+def repo_with_tokenizer(repo):
+    words = ["<bos>", "<eos>", *(f"w{number}" for number in range(62))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+    fast.save_pretrained(repo)
+    return repo
