@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
@@ -30,13 +29,13 @@ from .loading import (
     commit_of,
     load_config,
     pinned,
-    some_layers,
 )
 from .parameter_budget import transcoder_parameters  # noqa: F401
 from .reference import reference_forward  # noqa: F401
 from .sharing import push_to_hub
 from .spliced_language_model import make_spliced
 from .surgery import ReplacedMLP, SurgeryError, find_mlps, replace_mlps, spliced_mlps
+from .weight_files import check_headers, load_layers, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -108,18 +107,15 @@ class MxDModel(PreTrainedModel):
             access = pinned(pretrained_model_name_or_path, access)
         config, _ = load_config(config, pretrained_model_name_or_path, access, kwargs)
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
-        name, tensors = pretrained_model_name_or_path, None
-        try:
-            if name is not None:
-                tensors = some_layers(name, config.layers, access)
-            if tensors is not None:
-                name, kwargs["state_dict"], access = None, tensors, {}
-            load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
-            model, info = tried(load, name)
-        except SafetensorError as error:
-            raise ValueError(
-                f"a weights file of {pretrained_model_name_or_path} is cut short or broken: {error}"
-            ) from None
+        name = pretrained_model_name_or_path
+        if name is not None:
+            files = weight_files(name, config.layers, access)
+            if files.paths:  # else transformers says what is missing
+                check_headers(files.paths, config)
+            if not files.whole:
+                kwargs["state_dict"], name, access = load_layers(files.paths, config.layers), None, {}
+        load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
+        model, info = tried(load, pretrained_model_name_or_path)
         check_loaded(info, config.layers)
         return (model, info) if output_loading_info else model
 

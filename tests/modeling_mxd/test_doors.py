@@ -296,7 +296,7 @@ def test_peft(repo, spliced, tmp_path):
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("q_proj", "weights of the base model were changed"), ("gate", "gate.base_layer.* is no weight of a decomp")],
+    [("q_proj", "weights of the base model were changed"), ("gate", "gate.base_layer")],
 )
 def test_an_adapter_is_not_saved_as_a_decomposition(spliced, tiny_llama, tmp_path, target, message):
     from peft import LoraConfig, get_peft_model
