@@ -4,6 +4,7 @@ are what the config says. Their headers tell, before anything is allocated."""
 import json
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -127,10 +128,10 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError(f"a safetensors file has one of {_shown(list(values))} twice in its header")
-    return values
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"a safetensors file has {_shown(name)} twice in its header")
+    return dict(pairs)
 
 
 def expected_shapes(config: MxDConfig) -> dict[str, list[int]]:

@@ -131,6 +131,8 @@ def load_decomposition(name: str) -> MxDModel:
             raise ValueError(f"{name!r} is no folder with a decomposition, and: {reason}") from error
     config = read_config(path, name)
     if path.parent == Path(name):  # a folder
+        if (path.parent / "adapter_config.json").exists():
+            raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
         check_weights(path.parent, config)
     decomposition = MxDModel.from_pretrained(name)
     assert isinstance(decomposition, MxDModel)

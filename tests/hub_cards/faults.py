@@ -8,6 +8,7 @@ the server, and a repeat without the fault complete.
 
 import contextlib
 import io
+import os
 import re
 import shutil
 import sys
@@ -124,8 +125,9 @@ class Scene:
 def command(*arguments):
     """Run `mxd …` in this process: exit code and all that it printed. An exception that leaves it is a traceback."""
     printed = io.StringIO()
-    argv = ["mxd", *map(str, arguments)]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    argv = mock.patch.object(sys, "argv", ["mxd", *map(str, arguments)])
+    wide = mock.patch.dict(os.environ, COLUMNS="300")
+    with argv, wide, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             cli.main()
             code = 0
@@ -136,9 +138,7 @@ def command(*arguments):
 
 def by_command(*arguments):
     def run(scene, repo):
-        code, printed = command(
-            *(str(argument).format(repo=repo, **vars(scene)) for argument in arguments)
-        )
+        code, printed = command(*(str(argument).format(repo=repo, **vars(scene)) for argument in arguments))
         if code == 0:
             return Outcome(COMPLETE, printed)
         errors = [line for line in printed.splitlines() if line.startswith("error: ")]
