@@ -30,8 +30,8 @@ class SplicedLanguageModel:
         return self.__dict__["_decomposition"]
 
     def unsplice(self) -> PreTrainedModel:
-        """Put the base's own MLPs back, in place, and give the base model: its class, its name, all as it was
-        save for the frozen weights, which train again.
+        """Put the base's own MLPs back, in place, and give the base model: its class and its name as they were, and
+        the weights that were frozen for the splice train again.
 
         Raises:
             SurgeryError: when an MLP was replaced again since; the model is left as it is.
@@ -41,6 +41,7 @@ class SplicedLanguageModel:
             for module in replaced.original:  # the model may have been moved or cast meanwhile, without them
                 if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
                     module.to(device=like.device, dtype=like.dtype)
+                module.train(self.__dict__["training"])
             replaced.restore()
         assert isinstance(self, PreTrainedModel)
         self.__dict__.update(self.__dict__.pop("_base_attributes"))
@@ -125,7 +126,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
         raise
     after = dict(base.named_parameters())
     samples = {name: sample for name, sample in samples.items() if after.get(name) is before[name]}
-    attributes = {"name_or_path": base.name_or_path, "training": base.training}
+    attributes = {"name_or_path": base.name_or_path}
     # Not registered as a module: its layers already are, in the MLPs' places.
     base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples, _trainable=trainable)
     base.__dict__["_base_attributes"] = attributes
