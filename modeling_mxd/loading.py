@@ -5,9 +5,9 @@ Everything that can be refused is refused here, before a download.
 
 import copy
 import inspect
+import os
 import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def base_source(
             revision = None  # is of another repo
         config.base_model_name_or_path = stored.base_model_name_or_path
         config.base_model_revision = stored.base_model_revision
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # noqa: PTH112, pathlib raises for names that are too long
         if not local and stored is not None and name == stored.base_model_name_or_path:
             raise ValueError(f"the base model that the repo names is a folder of this machine: {name!r}")
         revision = None
@@ -175,7 +175,7 @@ def commit_of(config: Any) -> tuple[str | None, bool]:
     """Commit of the Hub from which a model with this config was loaded, if it can be told, and whether that is
     certain."""
     commit, name = getattr(config, "_commit_hash", None), getattr(config, "_name_or_path", None)
-    if commit is not None or not name or Path(name).exists():
+    if commit is not None or not name or os.path.isdir(name):  # noqa: PTH112, see above
         return commit, True
     # Newer transformers don't keep it. Nearly always it is the commit that the cache has as `main`.
     path = try_to_load_from_cache(name, CONFIG_NAME)

@@ -1,6 +1,7 @@
 """The two doors of a decomposition's repo. `MxDModel`, by `AutoModel`: its layers as a transformers model, saved
 and loaded like any other. `MxDForCausalLM`, by `AutoModelForCausalLM`: the base language model with them spliced in."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -290,7 +291,12 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         here = pinned(pretrained_model_name_or_path, {**access, **own})
         config, stored = load_config(config, pretrained_model_name_or_path, here, kwargs)
         kwargs = {**arguments_of_base(config, stored), **kwargs}
-        name, source = base_source(config, stored, access, local=Path(pretrained_model_name_or_path).is_dir())
+        name, source = base_source(
+            config,
+            stored,
+            access,
+            local=os.path.isdir(pretrained_model_name_or_path),  # noqa: PTH112
+        )
         load = partial(AutoModelForCausalLM.from_pretrained, name, *model_args, use_safetensors=True, **source)
         base = tried(partial(load, trust_remote_code=False, **kwargs), name)
         base.config._commit_hash = source.get("revision")  # newer transformers don't keep it; it is never saved

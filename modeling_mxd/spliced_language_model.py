@@ -32,8 +32,8 @@ class SplicedLanguageModel:
         return self.__dict__["_decomposition"]
 
     def unsplice(self) -> PreTrainedModel:
-        """Put the base's own MLPs back, in place, and give the base model: its class, its name, all as it was
-        save for the frozen weights, which train again.
+        """Put the base's own MLPs back, in place, and give the base model: its class and its name as they were, and
+        the weights that were frozen for the splice train again.
 
         Raises:
             SurgeryError: when an MLP was replaced again since; the model is left as it is.
@@ -41,6 +41,8 @@ class SplicedLanguageModel:
         assert isinstance(self, PreTrainedModel)
         for replaced in reversed(self.__dict__["_replaced"]):
             self._fetch(replaced)
+            for module in replaced.original:
+                module.train(self.training)
             replaced.restore()
         self.__dict__.update(self.__dict__.pop("_base_attributes"))
         trainable = self.__dict__["_trainable"]
@@ -174,7 +176,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
         raise
     after = dict(base.named_parameters())
     samples = {name: sample for name, sample in samples.items() if after.get(name) is before[name]}
-    attributes = {"name_or_path": base.name_or_path, "training": base.training}
+    attributes = {"name_or_path": base.name_or_path}
     # Not registered as a module: its layers already are, in the MLPs' places.
     base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples, _trainable=trainable)
     base.__dict__.update(_spliced_dtype=base.dtype, _names=frozenset(decomposition.state_dict()))
