@@ -40,10 +40,12 @@ class FinetuningOptions(RunOptions):
     Attributes:
         decomposition: folder or Hub id of the decomposition to start from, which is left as it is.
         loss: `"kl"` to the untouched model, or `"cross_entropy"` of the text.
+        nmse_weight: of the layers' own error, added to the loss.
     """
 
     decomposition: str
     loss: str = "kl"
+    nmse_weight: float = FinetuningArguments.nmse_weight
     output: str = "mxd-finetuned"
 
 
@@ -62,7 +64,8 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     set_seed(options.seed)
     folder = check_output(options.output, options.overwrite, options.resume)
     _check_apart(folder, Path(options.decomposition))
-    arguments = FinetuningArguments(**step_arguments(options, folder), loss=options.loss)
+    losses = {"loss": options.loss, "nmse_weight": options.nmse_weight}
+    arguments = FinetuningArguments(**{**losses, **step_arguments(options, folder)})
     checkpoint = last_complete_checkpoint(folder) if options.resume else None
     start = _resumed_start(folder, options) if checkpoint else {}
     documents, heldout_documents = load_documents(options.text, options.seed)
