@@ -110,7 +110,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, interr
         finetune(options("halved"))
     interrupts.undo()
     assert (tmp_path / "halved" / "checkpoint-2").is_dir()
-    for changed in ({"loss": "cross_entropy"}, {"decomposition": str(tmp_path)}):
+    for changed in ({"loss": "cross_entropy"}, {"decomposition": str(tmp_path / "another")}):
         name = next(iter(changed))
         with pytest.raises(ValueError, match=f"has {name} .*resume with the options of that run"):
             finetune(options("halved", resume=True, **changed))
@@ -129,7 +129,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, interr
     [
         (["{tmp}/missing"], "no folder with a decomposition"),
         (["{model}"], "holds a model, but no decomposition"),
-        (["{tmp}"], "there is no config.json"),
+        (["{tmp}/empty"], "there is no config.json"),
         (["{mxd}", "--output", "{mxd}", "--overwrite"], "must be two folders"),
         (["{mxd}", "--output", "{mxd}/inside"], "must be two folders"),
         (["{mxd}", "--tokens", "lots"], "is no number of tokens"),
@@ -141,6 +141,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, interr
 )
 def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, finished, arguments, message):
     before = contents(finished[0])
+    (tmp_path / "empty").mkdir()
     places = {"tmp": tmp_path, "model": embedded.model_path(), "mxd": finished[0]}
     arguments = [argument.format(**places) for argument in arguments]
     if "--output" not in arguments:
