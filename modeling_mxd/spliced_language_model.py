@@ -137,7 +137,7 @@ class SplicedLanguageModel:
         return own
 
 
-def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTrainedModel:
+def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: bool = True) -> PreTrainedModel:
     """Splice a decomposition into a base model for good: in place, and the base's class becomes a subclass of the
     same name.
 
@@ -145,6 +145,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
         base: a causal language model that fits the decomposition.
         decomposition: the `MxDModel`.
         name: folder or Hub id of the decomposition; adapters name it as their base.
+        cast: bring the decomposition to the base's dtype. Off: it keeps its own, which training wants.
 
     Returns:
         `base`.
@@ -163,7 +164,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
     base.requires_grad_(False)
     try:
         samples = sample_parameters(base)
-        replaced: list[ReplacedMLP] = decomposition.splice(base)
+        replaced: list[ReplacedMLP] = decomposition.splice(base, cast=cast)
     except Exception:
         _set_trainable(base, trainable)
         raise

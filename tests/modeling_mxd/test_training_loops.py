@@ -45,6 +45,16 @@ def test_all_of_the_decomposition_moves_and_nothing_of_the_base(repo, base_folde
     assert all(torch.equal(value, restored[name]) for name, value in before.items())
 
 
+@pytest.mark.parametrize("cast", [True, False])
+def test_the_decomposition_comes_in_the_bases_dtype_or_keeps_its_own(base_folder, tiny_llama, cast):
+    mxd = decomposition(base_folder, tiny_llama)
+    before = mxd.layer(0).gate.weight.clone()
+    model = make_spliced(tiny_llama.bfloat16(), mxd, "mine", cast=cast)
+    weight = model.model.layers[0].mlp.gate.weight
+    assert torch.equal(weight, before.bfloat16() if cast else before)
+    assert logits(model).dtype == torch.bfloat16
+
+
 def test_untouched(spliced, expected, tiny_llama):
     with spliced.untouched() as base:
         assert base is spliced
