@@ -27,6 +27,13 @@ class DecompositionArguments(TrainingArguments):
         default=True,
         metadata={"help": "Train as on inputs and outputs of unit mean square; the saved weights need no scaling."},
     )
+    minimum_relative_norm: float = field(
+        default=0.25,
+        metadata={
+            "help": "In errors over |y|^2, a token's |y|^2 counts as at least this share of the mean |y|^2, so that a "
+            "position of tiny output (BOS, in some layers) does not dominate the loss."
+        },
+    )
     warmup_steps: float = field(default=0.04, metadata={"help": "Warm-up: steps, or below 1 a share of the training."})
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "Gradient clipping, off: one norm over all layers would couple them."}
@@ -47,6 +54,8 @@ class DecompositionArguments(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("gate_learning_rate_factor", "modulation_learning_rate_factor"):
             self.check_finite(name)
+        if not 0 <= self.minimum_relative_norm <= 1:
+            raise ValueError(f"minimum_relative_norm must be from 0 to 1, got {self.minimum_relative_norm}")
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # Trainer refuses bfloat16 on a machine without a GPU unless the CPU is asked for
         super().__post_init__()

@@ -109,7 +109,7 @@ class DecompositionTrainer(HubPushes):
         with self._interrupt.listening():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if not self.interrupted:
-            self._measure_experts()
+            self.measure_experts()
         return output
 
     @property
@@ -136,7 +136,13 @@ class DecompositionTrainer(HubPushes):
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
         return calibrations
 
-    def _measure_experts(self) -> None:
+    def least_norm(self, layer: int) -> float:
+        """What the squared norm ‖y‖² of a token's output counts as at least: see `minimum_relative_norm`."""
+        return self.args.minimum_relative_norm * self.scales[layer].output_norm if layer in self.scales else 0.0
+
+    def measure_experts(self) -> None:
+        """Measure on training data how often and how strongly each expert is active, for the layers' buffers; `train`
+        does so after the last step."""
         rows = self.args.per_device_train_batch_size
         first = next(self._training_batches(), None)
         if first is None:

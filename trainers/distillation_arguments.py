@@ -42,13 +42,6 @@ class DistillationArguments(DecompositionArguments):
         default="squared_norm",
         metadata={"help": "'squared_norm': |y^ - y|^2 / |y|^2 per token; 'norm': |y^ - y|^2 / |y|, the authors' code."},
     )
-    minimum_relative_norm: float = field(
-        default=0.25,
-        metadata={
-            "help": "With 'squared_norm': a token's |y|^2 counts as at least this share of the mean |y|^2, so that a "
-            "position of tiny output (BOS, in some layers) does not dominate the loss."
-        },
-    )
     calibration_tokens: int = field(
         default=32768, metadata={"help": "Training tokens measured before the first step, at least one per expert."}
     )
@@ -58,6 +51,4 @@ class DistillationArguments(DecompositionArguments):
         self.check_choice("encoder_initialization", ENCODER_STARTS)
         self.check_choice("modulation_initialization", MODULATION_STARTS)
         self.check_choice("loss_normalization", LOSS_NORMALIZATIONS)
-        if not 0 <= self.minimum_relative_norm <= 1:
-            raise ValueError(f"minimum_relative_norm must be from 0 to 1, got {self.minimum_relative_norm}")
         super().__post_init__()

@@ -108,11 +108,8 @@ class DistillationTrainer(DecompositionTrainer):
 
     def layer_loss(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         """Sum of one layer's losses over the batch's tokens; `model` is the (wrapped) decomposition."""
-        floor = 0.0
-        if self.args.loss_normalization == "squared_norm" and layer in self.scales:
-            floor = self.args.minimum_relative_norm * self.scales[layer].output_norm
         prediction = model(x, layer=layer).output
-        return self.distillation_loss(prediction, y, mask, self.args.loss_normalization, floor)
+        return self.distillation_loss(prediction, y, mask, self.args.loss_normalization, self.least_norm(layer))
 
     def compute_loss(
         self,

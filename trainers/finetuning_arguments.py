@@ -21,7 +21,8 @@ class FinetuningArguments(DecompositionArguments):
         metadata={"help": "'kl': to the untouched model; 'cross_entropy': of the next token, as language models."},
     )
     nmse_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the layers' normalised squared error, added to the loss."}
+        default=0.1,
+        metadata={"help": "Of the layers' own error |y^ - y|^2 / |y|^2, added to the loss so that they stay faithful."},
     )
     learning_rate: float = field(
         default=3e-4, metadata={"help": "Peak learning rate in units of the scaled activations."}

@@ -2,14 +2,16 @@
 
 A step: the untouched model runs on the token ids (the same model, with its own MLPs put back for the moment: no second
 copy of the weights), then the spliced one; the divergence of their next-token distributions, or else the cross-entropy
-of the text, goes back through the frozen model into the decomposition's layers. The Trainer's model is the spliced
-language model, of which only the decomposition is trained and saved.
+of the text, goes back through the frozen model into the decomposition's layers. The layers' own errors are added, so
+that they do not gain on the prediction what they lose on the MLPs that they stand for. The Trainer's model is the
+spliced language model, of which only the decomposition is trained and saved.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,6 +22,7 @@ from modeling_mxd import capture_mlps
 
 from .chunked_logits import LanguageModelHead, chunked_sum
 from .decomposition_trainer import DecompositionTrainer
+from .distillation_trainer import DistillationTrainer
 from .finetuning_arguments import FinetuningArguments
 
 
@@ -115,7 +118,7 @@ class FinetuningTrainer(DecompositionTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean over the counted predictions of the loss."""
+        """Mean over the counted predictions of the loss, plus `nmse_weight` times the layers' mean error."""
         _without_dropout(self.model)
         ids, attention_mask = batch = right_padded(inputs, self.args.device)
         counted = next_token_mask(token_mask(ids, attention_mask))
@@ -126,6 +129,8 @@ class FinetuningTrainer(DecompositionTrainer):
             loss = chunked_sum(self._kl_of_hidden, self.head.chunk, hidden, reference)
         else:
             loss = chunked_sum(self._cross_entropy_of_hidden, self.head.chunk, hidden, ids[:, 1:][counted])
+        if self.args.nmse_weight:
+            loss = loss + self.args.nmse_weight * self._layer_errors(batch, counted)
         # DDP averages gradients over processes; the sum over all tokens is wanted.
         loss = loss / predictions * self.args.world_size
         return (loss, {}) if return_outputs else loss
@@ -135,6 +140,20 @@ class FinetuningTrainer(DecompositionTrainer):
         """The untouched model's last hidden states that predictions are made of, (batch, tokens − 1, hidden)."""
         with self.model.untouched():
             return self.head.hidden(self.model, *batch)[:, :-1]
+
+    def _layer_errors(self, batch: Batch, counted: Tensor) -> Tensor:
+        """Mean over layers of the sum of the counted positions' ‖ŷ − y‖² / ‖y‖², on the untouched model's activations,
+        as faithfulness is measured."""
+        ids, attention_mask = batch
+        inputs = {"input_ids": ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+        mask = F.pad(counted, (0, 1))  # (batch, tokens): no prediction counts at the last position
+        errors = [
+            DistillationTrainer.distillation_loss(
+                self.decomposition.layer(layer)(x), y, mask, minimum_squared_norm=self.least_norm(layer)
+            )
+            for layer, (x, y) in self.capture(inputs).items()
+        ]
+        return torch.stack(errors).mean()
 
     def _kl_of_hidden(self, hidden: Tensor, reference: Tensor) -> Tensor:
         return self.kl_loss(self.head.logits(hidden), self.head.logits(reference))

@@ -1,6 +1,6 @@
-"""A real distillation of a tiny model in a process of its own: `python distil.py OUTPUT KIND [kill=STEP] [resume]`.
+"""A real training on a tiny model in a process of its own: `python distil.py OUTPUT KIND [kill=STEP] [resume]`.
 
-KIND: `rows` (map-style) or `stream` (an iterable dataset with a shuffle buffer).
+KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), or `finetuning`.
 """
 
 import os
@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from modeling_mxd import MxDConfig, MxDModel
-from trainers import DistillationArguments, DistillationTrainer
+from modeling_mxd import MxDConfig, MxDModel, make_spliced
+from trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer
 
 
 class Kill(TrainerCallback):
@@ -22,6 +22,14 @@ class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def started(config):
+    """Weights without a zero: the start has decoders at zero, which give no other parameter a gradient."""
+    model = MxDModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def main(output, kind, *options):
@@ -40,13 +48,25 @@ def main(output, kind, *options):
     rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (96, 12)).tolist()})
     if kind == "stream":
         rows = rows.to_iterable_dataset().shuffle(seed=3, buffer_size=20).repeat(None)
-    arguments = DistillationArguments(
-        output_dir=output, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=12,
-        save_steps=5, learning_rate=1e-2, calibration_tokens=200, statistics_tokens=200, disable_tqdm=True,
-        use_cpu=True,
-    )  # fmt: skip
+    arguments = {
+        "output_dir": output,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 12,
+        "save_steps": 5,
+        "learning_rate": 1e-2,
+        "calibration_tokens": 200,
+        "statistics_tokens": 200,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
     callbacks = [Kill(int(option.removeprefix("kill="))) for option in options if option.startswith("kill=")]
-    trainer = DistillationTrainer(MxDModel(config), teacher, arguments, train_dataset=rows, callbacks=callbacks)
+    common = {"train_dataset": rows, "callbacks": callbacks}
+    if kind == "finetuning":
+        model = make_spliced(teacher, started(config), "decomposition")
+        trainer = FinetuningTrainer(model, FinetuningArguments(**arguments), **common)
+    else:
+        trainer = DistillationTrainer(MxDModel(config), teacher, DistillationArguments(**arguments), **common)
     trainer.train(resume_from_checkpoint="resume" in options)
     trainer.save_model(output + "/final")
 

@@ -143,7 +143,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream"])
+@pytest.mark.parametrize("kind", ["rows", "stream", "finetuning"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
     def run(folder, *options):
         command = [sys.executable, str(SCRIPT), str(tmp_path / folder), kind, *options]

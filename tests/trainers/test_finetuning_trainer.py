@@ -1,0 +1,245 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from evaluation_mxd import LogitSums, token_mask
+from modeling_mxd import MxDConfig, MxDModel, capture_mlps, make_spliced
+from trainers import FinetuningArguments, FinetuningTrainer
+
+LAYERS = (0, 2)
+SIZES = {"hidden_size": 16, "intermediate_size": 40, "num_experts": 24, "num_experts_per_tok": 4}
+
+
+def spliced(base, layers=LAYERS, **changes):
+    """A base model with a random decomposition without a zero anywhere."""
+    torch.manual_seed(1)
+    config = MxDConfig(layers=list(layers), **{**SIZES, "hidden_act": "silu", "encoder_type": "glu", **changes})
+    decomposition = MxDModel(config)
+    for parameter in decomposition.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return make_spliced(base, decomposition, "decomposition")
+
+
+def arguments(folder, **changes):
+    values = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "max_steps": 10,
+        "learning_rate": 1e-2,
+        "nmse_weight": 0.0,
+        "calibration_tokens": 200,
+        "statistics_tokens": 200,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return FinetuningArguments(**{**values, **changes})
+
+
+def rows(count=64, length=12, ragged=False):
+    ids = torch.randint(0, 64, (count, length)).tolist()
+    if ragged:
+        ids = [row[: 3 + index % (length - 3)] for index, row in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids})
+
+
+def naive_loss(model, batch, loss):
+    """The definition: all logits at once, means over the predictions of tokens that are no padding."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    counted = mask[:, :-1] & mask[:, 1:]
+    log_q = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits.log_softmax(-1)[:, :-1][counted]
+    if loss == "cross_entropy":
+        return F.nll_loss(log_q, ids[:, 1:][counted])
+    with torch.no_grad(), model.untouched():
+        log_p = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits.log_softmax(-1)[:, :-1][counted]
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def test_losses_by_hand():
+    untouched, target = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.8, 0.2]).log()
+    logits = torch.stack([target + 3, target - 1])  # softmax does not see the constants
+    kl = FinetuningTrainer.kl_loss(logits, untouched.expand(2, 2))
+    assert kl.item() == pytest.approx(2 * (0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)))
+    loss = FinetuningTrainer.cross_entropy_loss(logits, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx(-math.log(0.8) - math.log(0.2))
+
+
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_loss_and_gradients_are_those_of_the_definition(tiny_llama, tmp_path, loss, padding):
+    model = spliced(tiny_llama)
+    trainer = FinetuningTrainer(model, arguments(tmp_path, loss=loss), train_dataset=rows())
+    batch = trainer.data_collator([{"input_ids": row} for row in rows(6, ragged=True)["input_ids"]])
+    expected = naive_loss(model, batch, loss)
+    expected.backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
+    model.zero_grad()
+    if padding == "left":
+        shifts = (batch["attention_mask"] == 0).sum(-1).tolist()
+        batch = {
+            name: torch.stack([row.roll(shift) for row, shift in zip(values, shifts, strict=True)])
+            for name, values in batch.items()
+        }
+        assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"][:, 0].all()
+    value = trainer.compute_loss(model, batch)
+    value.backward()
+    torch.testing.assert_close(value, expected)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (name not in gradients), name
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_layers_own_errors_are_added(tiny_llama, tmp_path):
+    model = spliced(tiny_llama)
+    trainer = FinetuningTrainer(
+        model, arguments(tmp_path, nmse_weight=0.5, minimum_relative_norm=0.0), train_dataset=rows()
+    )
+    batch = trainer.data_collator([{"input_ids": row} for row in rows(6, ragged=True)["input_ids"]])
+    value = trainer.compute_loss(model, batch)
+    with model.untouched():
+        captured = capture_mlps(model, list(LAYERS), **batch)
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    errors = []
+    for layer, (x, y) in captured.items():
+        ratios = (model.decomposition.layer(layer)(x) - y).square().sum(-1) / y.square().sum(-1)
+        errors.append(torch.cat([ratios[row, : length - 1] for row, length in enumerate(lengths)]).mean())
+    torch.testing.assert_close(value, naive_loss(model, batch, "kl") + 0.5 * torch.stack(errors).mean())
+
+
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+@pytest.mark.parametrize("method", ["mxd", "skip_transcoder"])
+def test_loss_falls_and_only_the_decomposition_moves(tiny_llama, tmp_path, loss, method):
+    base = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    model = spliced(tiny_llama, method=method)
+    start = {name: value.clone() for name, value in model.decomposition.named_parameters()}
+    # Batches of all rows, so that no other rows' loss is between the first and the last step's.
+    values = arguments(tmp_path, loss=loss, max_steps=30, logging_steps=1, per_device_train_batch_size=64)
+    trainer = FinetuningTrainer(model, values, train_dataset=rows())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    assert not [name for name, value in model.decomposition.named_parameters() if torch.equal(value, start[name])]
+    for layer in LAYERS:
+        assert model.decomposition.layer(layer).expert_frequency.sum() == pytest.approx(4, abs=0.5)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded, info = MxDModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    trained = model.decomposition.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in loaded.state_dict().items())
+    restored = model.unsplice().state_dict()
+    assert restored.keys() == base.keys()
+    assert all(torch.equal(value, restored[name]) for name, value in base.items())
+
+
+def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
+    data = rows(16, ragged=True)
+    trained = []
+    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+        model = spliced(tiny_llama)
+        values = arguments(
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            optim="sgd",
+            train_sampling_strategy="sequential",
+        )
+        trainer = FinetuningTrainer(model, values, train_dataset=data)
+        trainer.train()
+        trained.append(model.decomposition.state_dict())
+        model.unsplice()
+    for other in trained[1:]:
+        for name, value in trained[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_evaluate_gives_the_metrics_of_the_evaluation_room(tiny_llama, tmp_path):
+    data = rows(10, ragged=True)
+    model = spliced(tiny_llama)
+    trainer = FinetuningTrainer(model, arguments(tmp_path, per_device_eval_batch_size=4), eval_dataset=data)
+    reported = trainer.evaluate()
+    batch = trainer.data_collator([{"input_ids": row} for row in data["input_ids"]])
+    sums = LogitSums()
+    with torch.no_grad():
+        with model.untouched():
+            reference = model(**batch).logits
+        sums.update(model(**batch).logits, batch["input_ids"], token_mask(**batch), reference)
+    assert reported["eval_kl"] == pytest.approx(sums.kl, rel=1e-4)
+    assert reported["eval_cross_entropy"] == pytest.approx(sums.cross_entropy, rel=1e-4)
+    assert reported["eval_loss"] == reported["eval_kl"]
+
+
+def test_the_base_runs_without_dropout(tmp_path):
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=32, resid_pdrop=0.5, attn_pdrop=0.5)
+    model = spliced(GPT2LMHeadModel(config), hidden_act="gelu", encoder_type="mlp")
+    trainer = FinetuningTrainer(model, arguments(tmp_path), train_dataset=rows())
+    batch = trainer.data_collator([{"input_ids": row} for row in rows(4)["input_ids"]])
+    model.train()  # as the Trainer does before every step
+    first = trainer.compute_loss(model, batch)
+    assert torch.equal(first, trainer.compute_loss(model, batch))
+    torch.testing.assert_close(first, naive_loss(model.eval(), batch, "kl"))
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_llama, tmp_path):
+    trained = []
+    for checkpointing in (False, True):
+        model = spliced(tiny_llama)
+        calls = []
+        values = arguments(tmp_path, gradient_checkpointing=checkpointing, max_steps=2, calibration_tokens=96)
+        trainer = FinetuningTrainer(model, values, train_dataset=rows(8))
+        model.decomposition.layer(2).register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.train()
+        trained.append((model.decomposition.state_dict(), len(calls)))
+        tiny_llama = model.unsplice()
+        tiny_llama.gradient_checkpointing_disable()
+    (plain, forwards), (checkpointed, more_forwards) = trained
+    assert more_forwards == forwards + 2  # each step's backward runs the layer again
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value, msg=name)
+
+
+def test_a_base_in_bfloat16_keeps_its_dtype_and_the_decomposition_trains_in_float32(tiny_llama, tmp_path):
+    model = spliced(tiny_llama.bfloat16())
+    trainer = FinetuningTrainer(model, arguments(tmp_path), train_dataset=rows())
+    trainer.train()
+    assert all(value.isfinite().all() for value in model.parameters())
+    assert {value.dtype for value in model.decomposition.parameters()} == {torch.float32}
+    assert {value.dtype for value in model.unsplice().parameters()} == {torch.bfloat16}
+
+
+def test_bf16_products(tiny_llama, tmp_path):
+    model = spliced(tiny_llama)
+    trainer = FinetuningTrainer(model, arguments(tmp_path, bf16=True), train_dataset=rows())
+    trainer.train()
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in model.parameters())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    batch = trainer.data_collator([{"input_ids": row} for row in rows()["input_ids"]])
+    assert losses[-1] == pytest.approx(naive_loss(model, batch, "kl").item(), rel=0.5)
+
+
+def test_frozen_parts_of_the_decomposition_stay_as_they_are(tiny_llama, tmp_path):
+    model = spliced(tiny_llama)
+    gate = model.decomposition.layer(0).gate
+    gate.requires_grad_(False)
+    before = gate.weight.clone()
+    FinetuningTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=rows()).train()
+    assert torch.equal(gate.weight, before)
+
+
+def test_a_model_without_a_decomposition_is_refused(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="no decomposition is spliced into this LlamaForCausalLM"):
+        FinetuningTrainer(tiny_llama, arguments(tmp_path), train_dataset=rows())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("loss", "mse"), ("nmse_weight", -1.0), ("calibration_tokens", 0), ("gate_learning_rate_factor", math.nan)],
+)
+def test_arguments_refuse_nonsense(tmp_path, field, value):
+    with pytest.raises(ValueError, match=field):
+        arguments(tmp_path, **{field: value})
