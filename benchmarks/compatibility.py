@@ -59,7 +59,7 @@ def push(hub: Any, expected: Path) -> None:
     from mxd import embedded
 
     hub.create(BASE, {path.name: path.read_bytes() for path in embedded.model_path().iterdir()})
-    base = AutoModelForCausalLM.from_pretrained(BASE)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     config = MxDConfig(
         layers=list(LAYERS),
         base_model_name_or_path=BASE,
@@ -112,16 +112,18 @@ def load(expected: str, library: bool) -> None:
 
     torch.set_num_threads(1)
     want = torch.load(expected, weights_only=False)
-    decomposition = AutoModel.from_pretrained(REPO, trust_remote_code=True)
-    one = AutoModel.from_pretrained(REPO, trust_remote_code=True, layers=[LAYERS[1]])
-    model = AutoModelForCausalLM.from_pretrained(REPO, trust_remote_code=True)
-    base = AutoModelForCausalLM.from_pretrained(BASE)
+    # The dtype is said, since without it 4.x loads in float32 what 5.x loads in the dtype of the file.
+    how = {"trust_remote_code": True, "dtype": torch.float32}
+    decomposition = AutoModel.from_pretrained(REPO, **how)
+    one = AutoModel.from_pretrained(REPO, layers=[LAYERS[1]], **how)
+    model = AutoModelForCausalLM.from_pretrained(REPO, **how)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     got, untouched = computed(model, decomposition), computed(base, decomposition)
     with decomposition.spliced(base):
         by_hand = computed(base, decomposition)
     with tempfile.TemporaryDirectory(prefix="saved_again_") as folder:
         model.save_pretrained(folder)
-        again = computed(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), decomposition)
+        again = computed(AutoModelForCausalLM.from_pretrained(folder, **how), decomposition)
     written = pipeline("text-generation", REPO, trust_remote_code=True)("The state of the", max_new_tokens=4)
     outcome = {
         "transformers": transformers.__version__,

@@ -33,18 +33,18 @@ def run(name: str) -> dict[str, Any]:
     from tqdm.auto import tqdm
 
     operation = next(operation for operation in OPERATIONS if operation.name == name)
-    rows = []
+    rows, messages = [], {}
     with tempfile.TemporaryDirectory() as folder, connected(Path(folder)) as hub:
         scene = Scene(hub, Path(folder))
         for call in tqdm(record(scene, operation), desc=name):
-            cells: dict[str, dict[str, str]] = {}
-            messages: dict[str, str] = {}
+            cells = {}
             for fault in FAULTS:
-                outcomes = {times: try_fault(scene, operation, call, fault, times) for times in TIMES}
-                cells[fault] = {times: outcome.kind for times, outcome in outcomes.items()}
-                messages[fault] = _without_address(outcomes["always"].message, hub.url)
-            rows.append({"call": f"{call.method} {call.path}", "faults": cells, "messages": messages})
-    return {"name": name, "calls": rows}
+                outcomes = [try_fault(scene, operation, call, fault, times) for times in TIMES]
+                cells[fault] = ", ".join(outcome.kind for outcome in outcomes)
+                if outcomes[-1].message and fault not in messages:
+                    messages[fault] = _without_address(outcomes[-1].message, hub.url)
+            rows.append({"call": f"{call.method} {call.path}", **cells})
+    return {"name": name, "calls": rows, "messages": messages}
 
 
 def _without_address(message: str, url: str) -> str:
@@ -52,37 +52,37 @@ def _without_address(message: str, url: str) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown: a row for each operation and fault, then what broke, if anything did."""
+    """The results as Markdown: for each operation and fault, how many calls of which outcome."""
     lines = [
-        "| operation | calls | fault | once: complete | refused | always: complete | refused |",
-        "|---|---|---|---|---|---|---|",
+        "| operation, its calls | fault | once: complete | refused | always: complete | refused |",
+        "|---|---|---|---|---|---|",
     ]
+    kinds: list[str] = []
     for operation in results["operations"]:
-        rows = operation["calls"]
-        for number, fault in enumerate(rows[0]["faults"]):
-            counts = [
-                sum(row["faults"][fault][times] == kind for row in rows)
-                for times in ("once", "always")
-                for kind in ("complete", "refused")
-            ]
-            name, calls = (operation["name"], len(rows)) if number == 0 else ("", "")
-            lines.append("| " + " | ".join(map(str, (name, calls, fault, *counts))) + " |")
-    kinds = [
-        kind
-        for operation in results["operations"]
-        for row in operation["calls"]
-        for cell in row["faults"].values()
-        for kind in cell.values()
-    ]
-    broken = sorted({kind for kind in kinds if kind not in ("complete", "refused")})
-    lines += ["", f"{len(kinds):,} cells: {kinds.count('complete'):,} complete, {kinds.count('refused'):,} refused, "]
-    lines[-1] += f"{len(kinds) - kinds.count('complete') - kinds.count('refused')} broken."
-    return "\n".join([*lines, *(f"- {kind}" for kind in broken)]) + "\n"
+        calls = operation["calls"]
+        for number, fault in enumerate(name for name in calls[0] if name != "call"):
+            once, always = zip(*(call[fault].split(", ") for call in calls), strict=True)
+            counts = [outcomes.count(kind) for outcomes in (once, always) for kind in ("complete", "refused")]
+            name = f"{operation['name']}, {len(calls)}" if number == 0 else ""
+            lines.append("| " + " | ".join(map(str, (name, fault, *counts))) + " |")
+            kinds += once + always
+    complete, refused = kinds.count("complete"), kinds.count("refused")
+    broken = len(kinds) - complete - refused
+    return (
+        "\n".join([*lines, "", f"{len(kinds):,} cells: {complete:,} complete, {refused:,} refused, {broken} broken."])
+        + "\n"
+    )
 
 
 def between_marks(results: dict[str, Any]) -> str:
     """What stands in docs/sharing.md."""
     return BEGIN + table(results) + END
+
+
+def write_between(path: Path, begin: str, text: str, end: str) -> None:
+    """Put a text, its marks included, where its marks are in a file."""
+    before, _, rest = path.read_text().partition(begin)
+    path.write_text(before + text + rest.partition(end)[2])
 
 
 def main() -> None:
@@ -106,8 +106,7 @@ def main() -> None:
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
         results = {"operations": [json.loads(file.read_text()) for file in files]}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    before, _, rest = DOCS.read_text().partition(BEGIN)
-    DOCS.write_text(before + between_marks(results) + rest.partition(END)[2])
+    write_between(DOCS, BEGIN, between_marks(results), END)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ _LAYER_METRICS = {
     "specialised_share": "specialised share",
     "dead_experts": "dead experts",
 }
-# Option of `mxd decompose` → where the settings of a training hold its value.
+# Option of `mxd decompose` or `mxd finetune` → where the settings of its run hold its value.
 _OPTIONS = {
     "--revision": ("revision",),
     "--stack": ("stack",),
@@ -59,6 +59,7 @@ _OPTIONS = {
     "--context-length": ("text", "context_length"),
     "--batch-tokens": ("batch_tokens",),
     "--learning-rate": ("learning_rate",),
+    "--nmse-weight": ("nmse_weight",),
     "--gate-start": ("gate_initialization",),
     "--encoder-start": ("encoder_initialization",),
     "--modulation-start": ("modulation_initialization",),
@@ -107,6 +108,7 @@ def build_card(
             "parameters": f"{config.num_parameters:,}",
             "results": None if evaluation is None else _results(config, evaluation),
             "training": _training(config, base, _at(evaluation, "settings", "training")),
+            "finetunings": [_finetuning(run) for run in _finetunings(evaluation)],
             "figures": _figures(folder / "figures"),
         }
     )
@@ -233,7 +235,8 @@ def _metadata(
     config: MxDConfig, evaluation: Mapping[str, Any], name: str, base: _Base, license_name: str | None
 ) -> ModelCardData:
     layers = [config.layer(layer) for layer in config.layers]
-    datasets = texts(_at(evaluation, "settings", "training", "text", "dataset"))
+    runs = [_at(evaluation, "settings", "training"), *_finetunings(evaluation)]
+    datasets = [name for run in runs for name in texts(_at(run, "text", "dataset"))]
     own: dict[str, Any] = {
         "layers": config.layers,
         "method": layers[0].method,
@@ -352,59 +355,92 @@ def _training(config: MxDConfig, base: _Base, training: Any) -> dict[str, Any] |
     """How it was made: lines of name and value, and the command; None where evaluation.json does not say."""
     if not isinstance(training, Mapping):
         return None
-    versions = _at(training, "versions")
+    method = config.layer(config.layers[0]).method
+    start = [f"mxd decompose {_quoted(base.argument)}" if base.argument else "mxd decompose"]
+    chosen = [f"--layers {_layer_ranges(config.layers)}", f"--method {method.replace('_', '-')}"]
+    command = _command(start, chosen, training)
+    if training.get("num_experts") is not None:  # it goes before the budget that is otherwise matched
+        command = [line for line in command if not line.startswith("--match-transcoder")]
+    return {"lines": _lines(training), "command": _joined(command)}
+
+
+def _finetunings(evaluation: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The settings of every fine-tuning that the decomposition went through after its training."""
+    runs = _at(evaluation, "settings", "finetuning")
+    return [run for run in runs if isinstance(run, Mapping)][:MAX_NAMES] if isinstance(runs, list) else []
+
+
+def _finetuning(run: Mapping[str, Any]) -> dict[str, Any]:
+    """How it was trained on, as `_training` says it, and the figures of before."""
+    source = next(iter(texts(run.get("decomposition"))), "FOLDER")
+    loss = {"kl": ["--loss kl"], "cross_entropy": ["--loss cross-entropy"]}.get(str(run.get("loss")), [])
+    before = {
+        "Rise of cross-entropy before it": _shown(_cross_entropy_rise(_at(run, "before") or {}), "+.4f"),
+        "KL to the untouched model before it": _shown(_at(run, "before", "kl"), ".4f"),
+    }
+    command = _command([f"mxd finetune {_quoted(_dataset_id(source) or _last_part(source))}"], loss, run)
+    return {"lines": _lines(run) | _known(before), "command": _joined(command)}
+
+
+def _lines(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and values of what evaluation.json says of a training or of a fine-tuning."""
+    versions = _at(run, "versions")
     versions = list(versions.items())[:MAX_NAMES] if isinstance(versions, Mapping) else []
-    lines = {
-        "Training tokens": _shown(training.get("tokens_trained"), ",.0f"),
-        "Text": ", ".join(_text_names(training.get("text"))) or None,
-        "Context length": _shown(_at(training, "text", "context_length"), ",.0f"),
-        "Tokens of a step": _shown(training.get("batch_tokens"), ",.0f"),
-        "Learning rate": _shown(training.get("learning_rate"), "g"),
-        "Its factor for the gate": _shown(training.get("gate_learning_rate_factor"), "g"),
-        "Its factor for the modulations": _shown(training.get("modulation_learning_rate_factor"), "g"),
-        "Gate starts from": training.get("gate_initialization"),
-        "Encoder starts from": training.get("encoder_initialization"),
-        "Modulations start from": training.get("modulation_initialization"),
-        "Loss": training.get("loss"),
-        "Activations scaled": _yes_or_no(training.get("scale_activations")),
-        "Products in bfloat16": _yes_or_no(training.get("bf16")),
-        "Dtype of the base model": training.get("dtype"),
-        "Seed": _shown(training.get("seed"), ".0f"),
-        "Device": training.get("device"),
-        "Threads": _shown(training.get("threads"), ",.0f"),
-        "Seconds": _shown(training.get("seconds"), ",.0f"),
-        "Versions": ", ".join(f"{_plain(name)[:40]} {_plain(version)[:40]}" for name, version in versions) or None,
-    }
-    return {
-        "lines": {name: value for name, value in lines.items() if value is not None and value != UNKNOWN},
-        "command": _command(config, base, training),
-    }
+    return _known(
+        {
+            "Training tokens": _shown(run.get("tokens_trained"), ",.0f"),
+            "Text": ", ".join(_text_names(run.get("text"))) or None,
+            "Context length": _shown(_at(run, "text", "context_length"), ",.0f"),
+            "Tokens of a step": _shown(run.get("batch_tokens"), ",.0f"),
+            "Learning rate": _shown(run.get("learning_rate"), "g"),
+            "Its factor for the gate": _shown(run.get("gate_learning_rate_factor"), "g"),
+            "Its factor for the modulations": _shown(run.get("modulation_learning_rate_factor"), "g"),
+            "Gate starts from": run.get("gate_initialization"),
+            "Encoder starts from": run.get("encoder_initialization"),
+            "Modulations start from": run.get("modulation_initialization"),
+            "Loss": run.get("loss"),
+            "Weight of the layers' own error": _shown(run.get("nmse_weight"), "g"),
+            "Activations scaled": _yes_or_no(run.get("scale_activations")),
+            "Products in bfloat16": _yes_or_no(run.get("bf16")),
+            "Dtype of the base model": run.get("dtype"),
+            "Seed": _shown(run.get("seed"), ".0f"),
+            "Device": run.get("device"),
+            "Threads": _shown(run.get("threads"), ",.0f"),
+            "Seconds": _shown(run.get("seconds"), ",.0f"),
+            "Versions": ", ".join(f"{_plain(name)[:40]} {_plain(version)[:40]}" for name, version in versions) or None,
+        }
+    )
+
+
+def _known(lines: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in lines.items() if value is not None and value != UNKNOWN}
 
 
 def _yes_or_no(value: Any) -> str | None:
     return ("yes" if value else "no") if isinstance(value, bool) else None
 
 
-def _command(config: MxDConfig, base: _Base, training: Mapping[str, Any]) -> Markup:
-    """The command that would make it again, `\\` at the lines' ends; local data by the last parts of their paths."""
-    lines = [f"mxd decompose {_quoted(base.argument)}" if base.argument else "mxd decompose"]
+def _command(start: list[str], chosen: list[str], run: Mapping[str, Any]) -> list[str]:
+    """The lines of the command that would make it again; local data by the last parts of their paths."""
+    lines = list(start)
     for option, key in (("--dataset", "dataset"), ("--heldout-dataset", "heldout_dataset")):
-        names = texts(_at(training, "text", key))[:MAX_NAMES]
+        names = texts(_at(run, "text", key))[:MAX_NAMES]
         lines += [f"{option} {_quoted(_dataset_id(name) or _last_part(name))}" for name in names]
-    if _at(training, "text", "streaming") is True:
+    if _at(run, "text", "streaming") is True:
         lines.append("--streaming")
-    method = config.layer(config.layers[0]).method
-    lines += [f"--layers {_layer_ranges(config.layers)}", f"--method {method.replace('_', '-')}"]
+    lines += chosen
     for option, keys in _OPTIONS.items():
-        value = _at(training, *keys)
+        value = _at(run, *keys)
         if isinstance(value, str) and _argument(value) == value:  # an altered one would be another command
             lines.append(f"{option} {_quoted(value)}")
         elif (number := _number(value)) is not None and abs(number) < 1e15:
             lines.append(f"{option} {value}")
-    if training.get("num_experts") is not None:  # it goes before the budget that is otherwise matched
-        lines = [line for line in lines if not line.startswith("--match-transcoder")]
-    if training.get("bf16") is True:
+    if run.get("bf16") is True:
         lines.append("--bf16")
+    return lines
+
+
+def _joined(lines: list[str]) -> Markup:
     return Markup(" \\\n    ".join(lines))
 
 

@@ -239,6 +239,8 @@ def _base(config: MxDConfig, base_model: str | None, token: str | bool | None) -
         if isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
             raise HubError(f"{error}; a reader could not load the decomposition") from error
         raise
+    if base.card.get("library_name") == "mxd":
+        raise ValueError(f"the base model {name} is a decomposition itself: name the language model")
     inherited = base.card.get("license")
     return base, inherited if isinstance(inherited, str) else None
 

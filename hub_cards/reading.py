@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from modeling_mxd import MxDConfig, MxDModel
+from modeling_mxd import MxDConfig
+from modeling_mxd.weight_files import check_headers, read_index
 
 MAX_JSON_BYTES = 10_000_000
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,41 +56,22 @@ def read_config(path: Path, where: str | Path) -> MxDConfig:
 
 
 def check_weights(folder: Path, config: MxDConfig) -> None:
-    """Refuse weights that are not those of the config: by the headers of the safetensors files, then by their values.
+    """Refuse weights that are not those of the config, by the headers of the safetensors files, then by their values.
 
     Raises:
-        ValueError: a file is cut short or no safetensors, a weight is missing, surplus, twice there, of another shape
-            or no floating-point number, or not finite.
+        ValueError: naming the weight or file.
     """
     config.check_memory(torch.float8_e4m3fn)
-    with torch.device("meta"):
-        wanted = {name: list(value.shape) for name, value in MxDModel(config).state_dict().items()}
-    found: dict[str, str] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118, no mapping
-                    if key in found:
-                        raise ValueError(f"{key} is in both {found[key]} and {path.name} of {folder}")
-                    found[key] = path.name
-                    _check_weight(file, key, wanted.get(key), path)
-        except SafetensorError as error:
-            raise ValueError(f"{path.name} in {folder} is no complete safetensors file: {first_line(error)}") from None
-    missing = sorted(wanted.keys() - found.keys())
-    if missing:
-        raise ValueError(f"{folder} has no weights named {missing[0]}: is its training complete?")
-
-
-def _check_weight(file: Any, key: str, shape: list[int] | None, path: Path) -> None:
-    part = file.get_slice(key)
-    if shape is None:
-        raise ValueError(f"{path.name} in {path.parent} holds {key[:200]!r}, which is not the decomposition's")
-    if part.get_shape() != shape:
-        raise ValueError(f"{key} in {path.name} has the shape {part.get_shape()}, by the config it must be {shape}")
-    if part.get_dtype() not in WEIGHT_DTYPES:
-        raise ValueError(f"{key} in {path.name} has the dtype {part.get_dtype()}, a floating-point one is expected")
-    if not file.get_tensor(key).float().isfinite().all():
-        raise ValueError(f"{key} in {path.name} has values that are not finite: did the training diverge?")
+    paths = sorted(folder.glob("model*.safetensors"))
+    found = check_headers(paths, config)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and read_index(index, folder) != found:
+        raise ValueError(f"{index.name} in {folder} is not of the files that are there")
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118, no mapping
+                if not file.get_tensor(key).float().isfinite().all():
+                    raise ValueError(f"{key} in {path.name} has values that are not finite: did the training diverge?")
 
 
 def texts(value: Any) -> list[str]:

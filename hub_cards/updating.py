@@ -13,6 +13,7 @@ from .reading import first_line, texts
 
 MAX_CARD = 1_000_000  # characters
 MAX_METADATA = 100_000
+MAX_DEPTH = 30
 
 # A mark without its partner is text like any other: a begin is never paired with an end beyond the next begin.
 _GENERATED = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
@@ -69,9 +70,7 @@ def _front_matter(text: str) -> dict[str, Any]:
     if len(text) > MAX_METADATA:
         raise ValueError(f"{what} has over {MAX_METADATA:,} characters")
     try:
-        # Some dozen aliases of aliases stand for more than a machine holds; no person writes any into a card.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError("it has aliases (&, *)")
+        _check_events(text)
         metadata = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} is no YAML that a card can have: {first_line(error)}") from None
@@ -84,6 +83,18 @@ def _front_matter(text: str) -> dict[str, Any]:
     if odd:
         raise ValueError(f"{what} has a key that no card can have: {str(odd[0])[:80]!r}")
     return metadata
+
+
+def _check_events(text: str) -> None:
+    """Refuse what would take long, or more than a machine holds, once it is built: some dozen aliases of aliases, or
+    thousands of lists in each other. No person writes them into a card."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases (&, *)")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is over {MAX_DEPTH} levels deep")
 
 
 _ARGUMENTS = ("self", "ignore_metadata_errors")

@@ -1,6 +1,7 @@
 """The two doors of a decomposition's repo. `MxDModel`, by `AutoModel`: its layers as a transformers model, saved
 and loaded like any other. `MxDForCausalLM`, by `AutoModelForCausalLM`: the base language model with them spliced in."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
@@ -32,7 +32,6 @@ from .loading import (
     commit_of,
     load_config,
     pinned,
-    some_layers,
 )
 from .parameter_budget import transcoder_parameters  # noqa: F401
 from .pretrained_weights import PretrainedWeights  # noqa: F401
@@ -42,6 +41,7 @@ from .sites import SurgeryError, find_mlps
 from .spliced_language_model import make_spliced
 from .surgery import ReplacedMLP, replace_mlps, spliced_mlps
 from .verification import verify_sites  # noqa: F401
+from .weight_files import check_headers, load_layers, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -113,18 +113,15 @@ class MxDModel(PreTrainedModel):
             access = pinned(pretrained_model_name_or_path, access)
         config, _ = load_config(config, pretrained_model_name_or_path, access, kwargs)
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
-        name, tensors = pretrained_model_name_or_path, None
-        try:
-            if name is not None:
-                tensors = some_layers(name, config.layers, access)
-            if tensors is not None:
-                name, kwargs["state_dict"], access = None, tensors, {}
-            load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
-            model, info = tried(load, name)
-        except SafetensorError as error:
-            raise ValueError(
-                f"a weights file of {pretrained_model_name_or_path} is cut short or broken: {error}"
-            ) from None
+        name = pretrained_model_name_or_path
+        if name is not None:
+            files = weight_files(name, config.layers, access)
+            if files.paths:  # else transformers says what is missing
+                check_headers(files.paths, config)
+            if not files.whole:
+                kwargs["state_dict"], name, access = load_layers(files.paths, config.layers), None, {}
+        load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
+        model, info = tried(load, pretrained_model_name_or_path)
         check_loaded(info, config.layers)
         return (model, info) if output_loading_info else model
 
@@ -310,7 +307,12 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         here = pinned(pretrained_model_name_or_path, {**access, **own})
         config, stored = load_config(config, pretrained_model_name_or_path, here, kwargs)
         kwargs = {**arguments_of_base(config, stored), **kwargs}
-        name, source = base_source(config, stored, access, local=Path(pretrained_model_name_or_path).is_dir())
+        name, source = base_source(
+            config,
+            stored,
+            access,
+            local=os.path.isdir(pretrained_model_name_or_path),  # noqa: PTH112
+        )
         load = partial(AutoModelForCausalLM.from_pretrained, name, *model_args, use_safetensors=True, **source)
         base = tried(partial(load, trust_remote_code=False, **kwargs), name)
         base.config._commit_hash = source.get("revision")  # newer transformers don't keep it; it is never saved

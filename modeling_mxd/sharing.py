@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 BEGIN, END = "<!-- mxd: begin -->", "<!-- mxd: end -->"
 # What an earlier push left and a later one has not would be loaded along with it.
 REPLACED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|evaluation\.json|[^/]+\.py")
+MAX_ID = 200
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 _CARD = """---
@@ -99,7 +100,7 @@ def check_base_id(name: str | None) -> None:
     """
     if not name:
         raise ValueError("the config names no base model: set config.base_model_name_or_path to its Hub id")
-    if not HUB_ID.fullmatch(name) or Path(name).is_dir():
+    if len(name) > MAX_ID or not HUB_ID.fullmatch(name) or Path(name).is_dir():
         raise ValueError(
             f"the base model {name[:200]!r} is no Hub id, so nobody else can load the decomposition: set "
             "config.base_model_name_or_path to the Hub id of the same model"

@@ -33,8 +33,8 @@ class SplicedLanguageModel:
         return self.__dict__["_decomposition"]
 
     def unsplice(self) -> PreTrainedModel:
-        """Put the base's own MLPs back, in place, and give the base model: its class, its name, all as it was
-        save for the frozen weights, which train again.
+        """Put the base's own MLPs back, in place, and give the base model: its class and its name as they were, and
+        the weights that were frozen for the splice train again.
 
         Raises:
             SurgeryError: when an MLP was replaced again since; the model is left as it is.
@@ -42,10 +42,12 @@ class SplicedLanguageModel:
         assert isinstance(self, PreTrainedModel)
         for replaced in reversed(self.__dict__["_replaced"]):
             self._fetch(replaced)
+            for module in replaced.original:
+                module.train(self.training)
             replaced.restore()
         self.__dict__.update(self.__dict__.pop("_base_attributes"))
         trainable = self.__dict__["_trainable"]
-        for name in ("_decomposition", "_replaced", "_samples", "_trainable", "_spliced_dtype", "_names"):
+        for name in ("_decomposition", "_replaced", "_samples", "_trainable", "_spliced_dtype"):
             del self.__dict__[name]
         self.__class__ = _base_class(self)
         _set_trainable(self, trainable)
@@ -67,7 +69,7 @@ class SplicedLanguageModel:
             yield self
 
     def _fetch(self, replaced: ReplacedMLP) -> None:
-        # The model may have been moved, cast or put into another mode meanwhile, without the modules that are not in it.
+        # The model may have been moved, cast or put into another mode meanwhile: not what is outside of it.
         assert isinstance(self, PreTrainedModel)
         device = next(replaced.replacement.parameters()).device
         dtype = None if self.dtype == self.__dict__["_spliced_dtype"] else self.dtype
@@ -82,8 +84,8 @@ class SplicedLanguageModel:
         """Save the decomposition (or, with a PEFT adapter in the model, only the adapter, as transformers does).
 
         Raises:
-            ValueError: when weights of the base were changed, which a decomposition's repo cannot store, or the
-                decomposition's layers were: by an adapter that is not merged, or that put others in their places.
+            ValueError: when weights of the base were changed, which a decomposition's repo cannot store, or an adapter
+                is not merged, or put other modules in the places of the decomposition's layers.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[misc]
@@ -112,12 +114,6 @@ class SplicedLanguageModel:
                 f"another module stands in the place of the decomposition's layer {replaced[0]}, and would not be "
                 "saved: name single linears in an adapter's modules_to_save, not a whole layer"
             )
-        odd = sorted(set(self.decomposition.state_dict()) ^ self.__dict__["_names"])
-        if odd:
-            raise ValueError(
-                f"the decomposition has other weights than it was spliced in with ({odd[0]} and {len(odd) - 1} more "
-                "differ): merge an adapter first, or save it by the PEFT model's save_pretrained"
-            )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Push the decomposition, with a tokenizer, so that both doors load it (with a PEFT adapter in the model, only
@@ -144,7 +140,7 @@ class SplicedLanguageModel:
         return own
 
 
-def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTrainedModel:
+def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: bool = True) -> PreTrainedModel:
     """Splice a decomposition into a base model for good: in place, and the base's class becomes a subclass of the
     same name.
 
@@ -152,6 +148,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
         base: a causal language model that fits the decomposition.
         decomposition: the `MxDModel`.
         name: folder or Hub id of the decomposition; adapters name it as their base.
+        cast: bring the decomposition to the base's dtype. Off: it keeps its own, which training wants.
 
     Returns:
         `base`.
@@ -170,16 +167,16 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
     base.requires_grad_(False)
     try:
         samples = sample_parameters(base)
-        replaced: list[ReplacedMLP] = decomposition.splice(base)
+        replaced: list[ReplacedMLP] = decomposition.splice(base, cast=cast)
     except Exception:
         _set_trainable(base, trainable)
         raise
     after = dict(base.named_parameters())
     samples = {name: sample for name, sample in samples.items() if after.get(name) is before[name]}
-    attributes = {"name_or_path": base.name_or_path, "training": base.training}
+    attributes = {"name_or_path": base.name_or_path}
     # Not registered as a module: its layers already are, in the MLPs' places.
     base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples, _trainable=trainable)
-    base.__dict__.update(_spliced_dtype=base.dtype, _names=frozenset(decomposition.state_dict()))
+    base.__dict__["_spliced_dtype"] = base.dtype
     base.__dict__["_base_attributes"] = attributes
     base.name_or_path = name
     base.__class__ = _spliced_class(type(base))

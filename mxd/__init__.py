@@ -22,15 +22,27 @@ if TYPE_CHECKING:
         TranscoderLayer,
         capture_mlps,
         find_mlps,
+        make_spliced,
         num_experts_matching_transcoder,
         num_latents_matching_transcoder,
         replace_mlp,
         spliced_mlps,
     )
-    from trainers import DataError, DistillationArguments, DistillationTrainer, load_text, pack, split_documents
+    from trainers import (
+        DataError,
+        DistillationArguments,
+        DistillationTrainer,
+        FinetuningArguments,
+        FinetuningTrainer,
+        load_text,
+        pack,
+        split_documents,
+    )
 
     from .base_model import BaseModelError, load_base_model
-    from .pipeline import DecompositionOptions, TextOptions, decompose, evaluate
+    from .finetuning import FinetuningOptions, finetune
+    from .pipeline import DecompositionOptions, decompose, evaluate
+    from .runs import TextOptions
 
 _HOME = {
     "evaluation_mxd": ["faithfulness", "load_evaluation", "measure_expert_statistics", "token_mask"],
@@ -47,6 +59,7 @@ _HOME = {
         "TranscoderLayer",
         "capture_mlps",
         "find_mlps",
+        "make_spliced",
         "num_experts_matching_transcoder",
         "num_latents_matching_transcoder",
         "replace_mlp",
@@ -56,12 +69,16 @@ _HOME = {
         "DataError",
         "DistillationArguments",
         "DistillationTrainer",
+        "FinetuningArguments",
+        "FinetuningTrainer",
         "load_text",
         "pack",
         "split_documents",
     ],
     "mxd.base_model": ["BaseModelError", "load_base_model"],
-    "mxd.pipeline": ["DecompositionOptions", "TextOptions", "decompose", "evaluate"],
+    "mxd.finetuning": ["FinetuningOptions", "finetune"],
+    "mxd.pipeline": ["DecompositionOptions", "decompose", "evaluate"],
+    "mxd.runs": ["TextOptions"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

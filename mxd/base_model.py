@@ -2,20 +2,15 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_mxd import MxDConfig
 from modeling_mxd.downloads import tried
+from modeling_mxd.loading import check_language_model
 
 from . import embedded
 
@@ -47,21 +42,18 @@ def load_base_model(
         Model, tokenizer, and the Hub commit that was loaded (None for a folder).
 
     Raises:
-        BaseModelError: when it is neither a folder nor can be had from the Hub, or is a decomposition itself.
+        BaseModelError: when it is neither a folder nor can be had from the Hub.
     """
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
-    how = {} if pickles else {"use_safetensors": True}
+    how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        values, _ = tried(partial(PretrainedConfig.get_config_dict, source, revision=revision), name)
-        if values.get("model_type") == MxDConfig.model_type:
-            raise BaseModelError(f"{name!r} is a decomposition itself: name the language model")
-        tokenizer = tried(partial(AutoTokenizer.from_pretrained, source, revision=revision), name)
-        load = partial(AutoModelForCausalLM.from_pretrained, source, revision=revision, dtype=DTYPES[dtype], **how)
-        model = tried(load, name)
-    except BaseModelError:
-        raise
+        if not pickles:
+            check_language_model(source, {"revision": revision})
+        tokenizer = tried(partial(AutoTokenizer.from_pretrained, source, **how), name)
+        how |= {"dtype": DTYPES[dtype]} if pickles else {"dtype": DTYPES[dtype], "use_safetensors": True}
+        model = tried(partial(AutoModelForCausalLM.from_pretrained, source, **how), name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         if not pickles and "use_safetensors" in reason:

@@ -260,6 +260,7 @@ def finetune(
     text_column: TextColumn = "text",
     streaming: Streaming = False,
     loss: Annotated[Loss, typer.Option(help="KL to the untouched model, or the text's cross-entropy.")] = Loss.kl,
+    nmse_weight: Annotated[float, typer.Option(min=0, help="Of the layers' own error, added to the loss.")] = 0.1,
     tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "200k",
     context_length: ContextLength = 128,
     batch_tokens: BatchTokens = 2048,
@@ -285,6 +286,7 @@ def finetune(
     options = FinetuningOptions(
         decomposition=source or folder,
         loss=loss.value.replace("-", "_"),
+        nmse_weight=nmse_weight,
         dtype=dtype,
         tokens=parse_count(tokens),
         batch_tokens=batch_tokens,

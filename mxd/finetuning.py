@@ -29,7 +29,7 @@ from .runs import (
     step_arguments,
 )
 
-_MEASURED = ("layers", "cross_entropy", "kl", "top1_agreement")
+MEASURED = ("layers", "cross_entropy", "kl", "top1_agreement")
 _LOSS_NAMES = {"kl": "KL to the untouched model, nats per token", "cross_entropy": "cross-entropy, nats per token"}
 
 
@@ -40,10 +40,12 @@ class FinetuningOptions(RunOptions):
     Attributes:
         decomposition: folder or Hub id of the decomposition to start from, which is left as it is.
         loss: `"kl"` to the untouched model, or `"cross_entropy"` of the text.
+        nmse_weight: of the layers' own error, added to the loss.
     """
 
     decomposition: str
     loss: str = "kl"
+    nmse_weight: float = FinetuningArguments.nmse_weight
     output: str = "mxd-finetuned"
 
 
@@ -62,7 +64,8 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     set_seed(options.seed)
     folder = check_output(options.output, options.overwrite, options.resume)
     _check_apart(folder, Path(options.decomposition))
-    arguments = FinetuningArguments(**step_arguments(options, folder), loss=options.loss)
+    losses = {"loss": options.loss, "nmse_weight": options.nmse_weight}
+    arguments = FinetuningArguments(**{**losses, **step_arguments(options, folder)})
     checkpoint = last_complete_checkpoint(folder) if options.resume else None
     start = _resumed_start(folder, options) if checkpoint else {}
     documents, heldout_documents = load_documents(options.text, options.seed)
@@ -71,7 +74,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     context = options.text.context_length
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
-    model = make_spliced(base, decomposition, options.decomposition)
+    model = make_spliced(base, decomposition, options.decomposition, cast=False)
     assert isinstance(model, SplicedLanguageModel)
     trainer = FinetuningTrainer(model, arguments, train_dataset=rows)
 
@@ -82,7 +85,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     if checkpoint is None:
         trainer.measure_experts()  # on the tokens of the later measurement, or the shares of both do not compare
         measured = measure({})
-        start = {**_identity(options), "before": {name: measured[name] for name in _MEASURED}}
+        start = {**_identity(options), "before": {name: measured[name] for name in MEASURED}}
         prepare_output(folder, options.resume)  # only now, when nothing is left to be refused
         (folder / START_NAME).write_text(json.dumps(start) + "\n")
     how = run_training(trainer, tokenizer, options, checkpoint)

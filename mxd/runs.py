@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from evaluation_mxd import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
 from evaluation_mxd.faithfulness import EVALUATION_NAME
-from hub_cards.reading import read_config, read_json
+from hub_cards.reading import check_weights, read_config, read_json
 from modeling_mxd import MxDConfig, MxDModel
 from modeling_mxd.downloads import file_if_any, tried
 from trainers import CausalCollator, load_text, materialize, pack, split_documents, take_tokens
@@ -129,7 +129,11 @@ def load_decomposition(name: str) -> MxDModel:
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise ValueError(f"{name!r} is no folder with a decomposition, and: {reason}") from error
-    read_config(path, name)
+    config = read_config(path, name)
+    if path.parent == Path(name):  # a folder
+        if (path.parent / "adapter_config.json").exists():
+            raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
+        check_weights(path.parent, config)
     decomposition = MxDModel.from_pretrained(name)
     assert isinstance(decomposition, MxDModel)
     return decomposition

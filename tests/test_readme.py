@@ -2,15 +2,24 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FINETUNING = (ROOT / "docs" / "finetuning.md").read_text()
 
 
-def snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def snippets(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
@@ -24,25 +33,45 @@ def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
     )
     text = json.dumps({"text": "It is a truth universally acknowledged. " * 20}) + "\n"
     Path("texts.jsonl").write_text(text * 2)
-    reading, training = snippets()
+    reading, training = snippets(README)
     names: dict[str, object] = {}
     exec(reading, names)
     assert len(capsys.readouterr().out.strip()) > 20  # the steered continuation
     assert tuple(names["W"].shape) == (512, 192)
     exec(training.replace("max_steps=500", "max_steps=2"), names)
     assert names["config"].layers == [1, 3]
+    finetuning, adapter = snippets(FINETUNING)
+    exec(finetuning.replace("max_steps=100", "max_steps=2"), names)
+    assert Path("finetuned/model.safetensors").is_file()
+    exec(adapter, names)
+    assert Path("adapter/adapter_model.safetensors").is_file()
 
 
 def test_the_results_table_is_what_the_benchmark_wrote():
-    spec = importlib.util.spec_from_file_location("methods", ROOT / "benchmarks" / "methods.py")
-    methods = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(methods)
+    methods = benchmark("methods")
     rows = json.loads(methods.RESULTS.read_text())
     assert methods.BEGIN + methods.table(rows) + methods.END in README
     assert [row["name"] for row in rows] == list(methods.ROWS)
     default = rows[-1]["layers"]["15"]
     assert default["dead_experts"] < 0.1
     assert default["specialised_share"] > 0.8
+
+
+def test_the_fine_tuning_tables_are_what_the_benchmark_wrote():
+    finetuning = benchmark("finetuning")
+    results = json.loads(finetuning.RESULTS.read_text())
+    for table in finetuning.tables(results):
+        assert table in FINETUNING
+    adapter, memory = results["lora"], results["memory"]
+    assert adapter["cross_entropy"]["after"] < adapter["cross_entropy"]["before"]
+    assert adapter["adapter_bytes"] < 1e6
+    assert all(adapter["reload_bit_equal"].values())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == [*finetuning.ROWS, finetuning.DISTILLED]
+    assert rows["KL to the untouched model"]["kl"] < rows["KL to the untouched model"]["before"]["kl"]
+    assert memory["chunked"]["loss"] == pytest.approx(memory["whole"]["loss"], rel=1e-4)
+    assert memory["chunked"]["norm"] == pytest.approx(memory["whole"]["norm"], rel=1e-3)
+    assert memory["chunked"]["bytes"] < memory["whole"]["bytes"]
 
 
 @pytest.mark.parametrize("name", ["modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd", "benchmarks"])

@@ -77,9 +77,11 @@ class FinetuningTrainer(DecompositionTrainer):
 
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """{layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
-        layers = self.decomposition.config.layers
+        config = self.decomposition.config
         with self.model.untouched():
-            return capture_mlps(self.model, layers, inputs["input_ids"], inputs.get("attention_mask"))
+            return capture_mlps(
+                self.model, config.layers, inputs["input_ids"], inputs.get("attention_mask"), **config.where
+            )
 
     def counted(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Which predictions the loss is of: (batch, tokens − 1)."""

@@ -8,6 +8,7 @@ the server, and a repeat without the fault complete.
 
 import contextlib
 import io
+import os
 import re
 import shutil
 import sys
@@ -124,8 +125,9 @@ class Scene:
 def command(*arguments):
     """Run `mxd …` in this process: exit code and all that it printed. An exception that leaves it is a traceback."""
     printed = io.StringIO()
-    argv = ["mxd", *map(str, arguments)]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    argv = mock.patch.object(sys, "argv", ["mxd", *map(str, arguments)])
+    wide = mock.patch.dict(os.environ, COLUMNS="300")
+    with argv, wide, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             cli.main()
             code = 0

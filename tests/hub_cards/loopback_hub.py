@@ -10,6 +10,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
@@ -65,6 +66,7 @@ class Reply(Exception):
             self.headers.setdefault("Content-Type", "application/json")
 
 
+@lru_cache
 def read_card(text):
     """Metadata of a card as JSON has it; none where it is no mapping, or so hostile that it would stop the server."""
     if len(text) > 200_000 or b"&" in text:

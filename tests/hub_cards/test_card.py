@@ -72,6 +72,26 @@ EVALUATION = {
             "device": "cuda:0",
             "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
         },
+        "finetuning": [
+            {
+                "decomposition": "/home/ann/secret/gpt2-l4",
+                "loss": "cross_entropy",
+                "nmse_weight": 0.5,
+                "dtype": "bfloat16",
+                "tokens": 200000,
+                "batch_tokens": 1024,
+                "evaluation_tokens": 16384,
+                "seed": 3,
+                "text": {"dataset": ["/home/ann/secret/plays.parquet", "ann/plays"], "context_length": 256},
+                "learning_rate": 0.0001,
+                "bf16": False,
+                "tokens_trained": 199680,
+                "seconds": 77.0,
+                "device": "cpu",
+                "versions": {"torch": "2.13.0+cpu"},
+                "before": {"cross_entropy": {"untouched": 3.25, "spliced": 3.5}, "kl": 0.125},
+            }
+        ],
     },
 }
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_experts": 32, "num_experts_per_tok": 4}
@@ -143,7 +163,7 @@ def test_metadata(tmp_path):
     )
     layers = ["mxd-layer-4", "mxd-layer-5", "mxd-layer-8"]
     assert metadata["tags"] == ["mxd", "mixture-of-decoders", "interpretability", *layers]
-    assert metadata["datasets"] == ["HuggingFaceFW/fineweb-edu"]
+    assert metadata["datasets"] == ["HuggingFaceFW/fineweb-edu", "ann/plays"]
     assert metadata["mxd"] == {
         "layers": [4, 5, 8],
         "method": "mxd",
@@ -325,6 +345,28 @@ def test_the_command_is_one_that_the_program_takes(tmp_path):
     assert options["dataset_config"] == "sample-10BT"
 
 
+def test_a_fine_tuning_is_told_after_the_training(tmp_path):
+    from mxd.cli import app
+
+    card = build_card(write_folder(tmp_path))
+    made = section(card, "How it was made").partition("Then it was fine-tuned")[2]
+    for line in (
+        "Training tokens: 199,680",
+        "Loss: cross_entropy",
+        "Weight of the layers' own error: 0.5",
+        "Rise of cross-entropy before it: +0.2500",
+        "KL to the untouched model before it: 0.1250",
+    ):
+        assert f"- {line}\n" in made.replace("&#x27;", "'")
+    words = shlex.split(re.search(r"```sh\n(.*?)```", made, flags=re.DOTALL)[1].replace("\\\n", " "))
+    assert words[:3] == ["mxd", "finetune", "gpt2-l4"]
+    options = get_command(app).commands["finetune"].make_context("finetune", words[2:]).params
+    assert options["dataset"] == ["plays.parquet", "ann/plays"]
+    assert (options["loss"].value, options["nmse_weight"], options["learning_rate"]) == ("cross-entropy", 0.5, 0.0001)
+    assert (options["context_length"], options["seed"], options["dtype"]) == (256, 3, "bfloat16")
+    assert "ann/plays" in card.data.datasets
+
+
 def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
     sizes = {"hidden_size": 192, "output_size": 192, "intermediate_size": 8, "num_experts_per_tok": 2}
     layer = MxDLayerConfig(num_experts=16, hidden_act="silu", encoder_type="glu", **sizes)
@@ -400,7 +442,7 @@ def test_numbers_of_an_earlier_evaluation_do_not_outlive_it(tmp_path):
     card = build_card(folder)
     assert update_card(earlier, card).data.to_dict() == {
         **card.data.to_dict(),
-        "datasets": ["HuggingFaceFW/fineweb-edu"],
+        "datasets": ["HuggingFaceFW/fineweb-edu", "ann/plays"],
     }
     assert "0.211" not in str(update_card(earlier, card))
 

@@ -67,7 +67,7 @@ def test_rows_of_a_padded_batch_are_those_without_padding(spliced):
 
 def test_pipeline(repo_with_tokenizer, spliced):
     write = pipeline("text-generation", str(repo_with_tokenizer), trust_remote_code=True)
-    assert type(write.model) is type(spliced)
+    assert write.model.decomposition.config.layers == [0, 2]
     how = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
     written = write("w1 w2 w3", return_tensors=True, **how)[0]["generated_token_ids"]
     ids = AutoTokenizer.from_pretrained(repo_with_tokenizer)("w1 w2 w3", return_tensors="pt").input_ids

@@ -9,40 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from commands import refused, run
 
 from modeling_mxd import MxDModel
-from mxd import cli, embedded
+from mxd import embedded
 from mxd.cli import parse_count, parse_layers, split_arguments
-
-SMALL = ["--experts", "64", "--k", "4", "--tokens", "8k", "--evaluation-tokens", "2048"]
-
-
-def run(*arguments, **kwargs):
-    """The command in a process of its own: exit code, stdout, stderr."""
-    command = [sys.executable, "-m", "mxd", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300, **kwargs)
-    return done.returncode, done.stdout, done.stderr
-
-
-def refused(monkeypatch, capsys, *arguments):
-    """The command in this process: its exit code must not be 0, and its message is one line."""
-    monkeypatch.setattr(sys, "argv", ["mxd", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code not in (0, None)
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The main job on the embedded default, made small."""
-    folder = tmp_path_factory.mktemp("cli") / "decomposition"
-    code, output, error = run("decompose", *SMALL, "--output", folder)
-    assert code == 0, error
-    return folder, output, error
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""The command, run as its users run it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mxd import cli
+
+SMALL = ["--experts", "64", "--k", "4", "--tokens", "8k", "--evaluation-tokens", "2048"]
+
+
+def run(*arguments, **kwargs):
+    """The command in a process of its own: exit code, stdout, stderr."""
+    command = [sys.executable, "-m", "mxd", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300, **kwargs)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """The command in this process: its exit code must not be 0, and its message is one line."""
+    monkeypatch.setattr(sys, "argv", ["mxd", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code not in (0, None)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
