@@ -68,8 +68,9 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     arguments = FinetuningArguments(**{**losses, **step_arguments(options, folder)})
     checkpoint = last_complete_checkpoint(folder) if options.resume else None
     start = _resumed_start(folder, options) if checkpoint else {}
-    documents, heldout_documents = load_documents(options.text, options.seed)
     decomposition = load_decomposition(options.decomposition)
+    settings = made_how(options.decomposition)
+    documents, heldout_documents = load_documents(options.text, _split_seed(settings, options))
     base, tokenizer = load_base_of(decomposition, options.dtype)
     context = options.text.context_length
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
@@ -89,10 +90,15 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         prepare_output(folder, options.resume)  # only now, when nothing is left to be refused
         (folder / START_NAME).write_text(json.dumps(start) + "\n")
     how = run_training(trainer, tokenizer, options, checkpoint)
-    settings = made_how(options.decomposition)
     settings["finetuning"] = [*settings.get("finetuning", []), {**asked_for(options), **how, **start}]
     settings["evaluation"] = evaluation_settings(options)
     return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
+
+
+def _split_seed(settings: dict[str, Any], options: FinetuningOptions) -> int:
+    """That of the decomposition's training, which then has not seen what is held out, if the text is the same."""
+    seed = settings.get("training", {}).get("seed")
+    return seed if isinstance(seed, int) and seed >= 0 else options.seed
 
 
 def _identity(options: FinetuningOptions) -> dict[str, Any]:

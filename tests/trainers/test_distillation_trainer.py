@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from trainer_cases import ARGUMENTS, rows
 from transformers import TrainerCallback
 
 from evaluation_mxd import token_mask
@@ -32,25 +32,7 @@ def decomposition(layers=(1,), method="mxd", **changes):
 
 
 def arguments(folder, **changes):
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "max_steps": 10,
-        "learning_rate": 1e-2,
-        "calibration_tokens": 200,
-        "statistics_tokens": 200,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return DistillationArguments(**{**values, **changes})
-
-
-def rows(count=64, length=12, ragged=False):
-    ids = torch.randint(0, 64, (count, length)).tolist()
-    if ragged:
-        ids = [row[: 3 + index % (length - 3)] for index, row in enumerate(ids)]
-    return Dataset.from_dict({"input_ids": ids})
+    return DistillationArguments(**{"output_dir": str(folder), **ARGUMENTS, **changes})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from trainer_cases import ARGUMENTS, rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from evaluation_mxd import LogitSums, token_mask
@@ -25,26 +25,7 @@ def spliced(base, layers=LAYERS, **changes):
 
 
 def arguments(folder, **changes):
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "max_steps": 10,
-        "learning_rate": 1e-2,
-        "nmse_weight": 0.0,
-        "calibration_tokens": 200,
-        "statistics_tokens": 200,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return FinetuningArguments(**{**values, **changes})
-
-
-def rows(count=64, length=12, ragged=False):
-    ids = torch.randint(0, 64, (count, length)).tolist()
-    if ragged:
-        ids = [row[: 3 + index % (length - 3)] for index, row in enumerate(ids)]
-    return Dataset.from_dict({"input_ids": ids})
+    return FinetuningArguments(**{"output_dir": str(folder), "nmse_weight": 0.0, **ARGUMENTS, **changes})
 
 
 def naive_loss(model, batch, loss):

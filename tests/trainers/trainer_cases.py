@@ -1,0 +1,23 @@
+"""What the tests of both trainers share: short rows of random tokens, and arguments for a training of moments."""
+
+import torch
+from datasets import Dataset
+
+ARGUMENTS = {
+    "per_device_train_batch_size": 8,
+    "max_steps": 10,
+    "learning_rate": 1e-2,
+    "calibration_tokens": 200,
+    "statistics_tokens": 200,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def rows(count=64, length=12, ragged=False):
+    """Rows of ids below 64; ragged: of 3 to `length` − 1 tokens."""
+    ids = torch.randint(0, 64, (count, length)).tolist()
+    if ragged:
+        ids = [row[: 3 + index % (length - 3)] for index, row in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids})
