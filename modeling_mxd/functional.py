@@ -72,13 +72,13 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_positive(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`largest` of ReLU(scores), which is overwritten."""
-    scores.relu_()
+    """The k largest of every row of ReLU(scores), as `largest` gives them."""
     if scores.dtype in (torch.bfloat16, torch.float16) and scores.device.type == "cpu":
-        # Numbers from 0 up are ordered as their bits are, and integers compare much faster there.
-        values, columns = largest(scores.view(torch.int16), k)
-        return values.view(scores.dtype), columns
-    return largest(scores, k)
+        # Their bits as integers, which compare much faster there, order positive numbers alike, and above all others.
+        bits, columns = largest(scores.view(torch.int16), k)
+        return bits.view(scores.dtype).relu_(), columns
+    values, columns = largest(scores, k)
+    return values.relu_(), columns
 
 
 def weighted_rows(indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
@@ -119,14 +119,47 @@ def _(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tenso
 
 @_operator("scatter_numbers")
 def scatter_numbers(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
-    """out[n] = Σ_{t,k: indices[t,k] = n} numbers[t, k], in float64; (T, K), (T, K) → (N)."""
+    """out[n] = Σ_{t,k: indices[t,k] = n} numbers[t, k], added in float64; (T, K), (T, K) → (N)."""
     order, counts = _by_expert(indices, num_experts)
-    return torch.segment_reduce(numbers.reshape(-1)[order].double(), "sum", lengths=counts, unsafe=True)
+    sums = torch.segment_reduce(numbers.reshape(-1)[order].double(), "sum", lengths=counts, unsafe=True)
+    return sums.to(numbers.dtype)
 
 
 @scatter_numbers.register_fake
 def _(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
-    return numbers.new_empty(num_experts, dtype=torch.float64)
+    return numbers.new_empty(num_experts)
+
+
+def gradient_of_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int, sparse: bool) -> Tensor:
+    """`scatter_rows`, if `sparse` as a sparse tensor that holds only the experts with a weight that is not zero."""
+    if not sparse:
+        return scatter_rows(indices, weights, rows, num_experts)
+    # Pairs without weight are counted for an expert after the last, which is then left out.
+    named = indices.where(weights != 0, num_experts)
+    order, counts = _by_expert(named, num_experts + 1)
+    fired = counts[:-1].nonzero()[:, 0]
+    ends = counts.cumsum(0)
+    order = order[: ends[-2]]
+    values = F.embedding_bag(
+        order // indices.shape[1],
+        rows,
+        (ends - counts)[fired],
+        mode="sum",
+        per_sample_weights=weights.reshape(-1)[order].to(rows.dtype),
+    )
+    shape = (num_experts, rows.shape[1])
+    return torch.sparse_coo_tensor(fired[None], values, shape, is_coalesced=True, check_invariants=False)
+
+
+def gradient_of_numbers(indices: Tensor, numbers: Tensor, num_experts: int, sparse: bool) -> Tensor:
+    """`scatter_numbers`, if `sparse` as a sparse tensor that holds only the experts with a number that is not zero."""
+    if not sparse:
+        return scatter_numbers(indices, numbers, num_experts)
+    ones = numbers.new_ones(len(numbers), 1)
+    column = gradient_of_rows(indices, numbers, ones, num_experts, sparse)
+    return torch.sparse_coo_tensor(
+        column.indices(), column.values()[:, 0], (num_experts,), is_coalesced=True, check_invariants=False
+    )
 
 
 def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +170,7 @@ def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 @_operator("topk_gate")
 def _topk_gate(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype, sparse: bool
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = x.shape[0], weight.shape[0]
     values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
@@ -165,18 +198,18 @@ def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, candidates: Tensor, 
 
 @_topk_gate.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype, sparse: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """What `gate_gradients` needs, of an operator whose first arguments are x, weight and bias."""
+    """What `gate_gradients` needs, of an operator whose first arguments are x, weight and bias, its last `sparse`."""
     x, weight, bias = inputs[:3]
     values, indices = output
     ctx.save_for_backward(x, weight, values, indices)
     ctx.mark_non_differentiable(indices)
-    ctx.has_bias, ctx.num_inputs = bias is not None, len(inputs)
+    ctx.has_bias, ctx.num_inputs, ctx.sparse = bias is not None, len(inputs), inputs[-1]
 
 
 def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -187,9 +220,9 @@ def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Ten
     if ctx.needs_input_grad[0]:
         grad_x = weighted_rows(indices, grad, weight)
     if ctx.needs_input_grad[1]:
-        grad_weight = scatter_rows(indices, grad, x, weight.shape[0])
+        grad_weight = gradient_of_rows(indices, grad, x, weight.shape[0], ctx.sparse)
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_bias = scatter_numbers(indices, grad, weight.shape[0]).to(weight.dtype)
+        grad_bias = gradient_of_numbers(indices, grad, weight.shape[0], ctx.sparse)
     return grad_x, grad_weight, grad_bias, *[None] * (ctx.num_inputs - 3)
 
 
@@ -197,25 +230,28 @@ _topk_gate.register_autograd(gate_gradients, setup_context=save_gate)
 
 
 @_operator("expert_sum")
-def _expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+def _expert_sum(values: Tensor, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
     return weighted_rows(indices, values, table)
 
 
 @_expert_sum.register_fake
-def _(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+def _(values: Tensor, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
     return values.new_empty(values.shape[0], table.shape[1])
 
 
-def _save_sum(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.sparse = inputs[3]
 
 
 def _sum_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     values, indices, table = ctx.saved_tensors
     grad_output = grad_output.contiguous()
     grad_values = row_products(indices, grad_output, table) if ctx.needs_input_grad[0] else None
-    grad_table = scatter_rows(indices, values, grad_output, table.shape[0]) if ctx.needs_input_grad[2] else None
-    return grad_values, None, grad_table
+    grad_table = None
+    if ctx.needs_input_grad[2]:
+        grad_table = gradient_of_rows(indices, values, grad_output, table.shape[0], ctx.sparse)
+    return grad_values, None, grad_table, None
 
 
 _expert_sum.register_autograd(_sum_gradients, setup_context=_save_sum)
@@ -227,7 +263,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def topk_gate(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def topk_gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, sparse_gradients: bool = False
+) -> tuple[Tensor, Tensor]:
     """Coefficients of the K experts with the largest pre-activations (paper eq. 2: TopK(ReLU(Gx + g))).
 
     Under autocast only the large product runs in the lower precision: it names K + 8 candidates, whose pre-activations
@@ -238,27 +276,29 @@ def topk_gate(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[T
         weight: gate weight G, (N, I).
         bias: gate bias g, (N), or None.
         k: experts kept per token.
+        sparse_gradients: whether the gradients of weight and bias are sparse tensors of the active experts' rows.
 
     Returns:
         values (..., K) >= 0 and indices (..., K) int64, in no particular order; where fewer than K
         pre-activations are positive the rest of the values are 0. Only `values` carries a gradient, through
-        the selected positive entries, and only once (no second derivatives).
+        the selected positive entries. Second derivatives through the weights' gradients are refused.
     """
-    values, indices = _topk_gate(x.reshape(-1, x.shape[-1]), weight, bias, k, product_dtype(x))
+    values, indices = _topk_gate(x.reshape(-1, x.shape[-1]), weight, bias, k, product_dtype(x), sparse_gradients)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 
-def expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+def expert_sum(values: Tensor, indices: Tensor, table: Tensor, sparse_gradients: bool = False) -> Tensor:
     """Cᵀa from sparse coefficients: Σ_k values[..., k] · table[indices[..., k]].
 
     Args:
         values: coefficients, (..., K), of the dtype of `table`.
         indices: experts, (..., K) int64; an expert named twice counts twice.
         table: one row per expert, (N, O).
+        sparse_gradients: whether the gradient of `table` is a sparse tensor of the rows with a coefficient.
 
     Returns:
         (..., O).
     """
     k = values.shape[-1]
-    out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table)
+    out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table, sparse_gradients)
     return out.reshape(*values.shape[:-1], table.shape[1])

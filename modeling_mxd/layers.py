@@ -42,6 +42,8 @@ class SparseLayer(nn.Module):
         expert_frequency: buffer (N), share of training tokens on which each expert was active.
         expert_mean: buffer (N), mean coefficient of each expert over training tokens, zeros included. Both are
             zero until training has measured them.
+        sparse_gradients: off by default. On, the gradients of gate and expert table are sparse tensors that hold
+            the rows of the experts that fired, for an optimiser that follows them.
     """
 
     def __init__(self, config: MxDLayerConfig):
@@ -51,6 +53,7 @@ class SparseLayer(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(config.output_size)) if config.output_bias else None
         self.register_buffer("expert_frequency", torch.zeros(config.num_experts))
         self.register_buffer("expert_mean", torch.zeros(config.num_experts))
+        self.sparse_gradients = False
         self._coefficient_hooks: OrderedDict[int, CoefficientHook] = OrderedDict()
 
     expert_frequency: Tensor
@@ -77,7 +80,7 @@ class SparseLayer(nn.Module):
         x = x.to(self.gate.weight.dtype)
         k = self.config.num_experts_per_tok
         if _is_plain_linear(self.gate):
-            values, indices = topk_gate(x, self.gate.weight, self.gate.bias, k)
+            values, indices = topk_gate(x, self.gate.weight, self.gate.bias, k, self.sparse_gradients)
         else:
             values, indices = self.gate(x).topk(k, dim=-1, sorted=False)
             values = values.relu()
@@ -90,7 +93,8 @@ class SparseLayer(nn.Module):
     def sum_experts(self, coefficients: ExpertCoefficients) -> Tensor:
         """Cᵀa (..., O) in the dtype of the weights."""
         values, indices = coefficients
-        return expert_sum(values.to(self.expert_table.dtype), indices, self.expert_table)
+        table = self.expert_table
+        return expert_sum(values.to(table.dtype), indices, table, self.sparse_gradients)
 
     def decode(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
         """Output y (..., O), in the dtype of x, for given coefficients; the input is needed too."""

@@ -69,6 +69,13 @@ class DistillationArguments(TrainingArguments):
             "position of tiny output (BOS, in some layers) does not dominate the loss."
         },
     )
+    sparse_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "Step gate and experts with RowAdamW: only those that fired since the last step, each on its own "
+            "clock. For steps so small that most experts do not fire; one process, no gradient clipping."
+        },
+    )
     calibration_tokens: int = field(
         default=32768, metadata={"help": "Training tokens measured before the first step, at least one per expert."}
     )
@@ -96,6 +103,16 @@ class DistillationArguments(TrainingArguments):
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # Trainer refuses bfloat16 on a machine without a GPU unless the CPU is asked for
         super().__post_init__()
+        if self.sparse_optimizer:
+            self._check_sparse_optimizer()
+
+    def _check_sparse_optimizer(self) -> None:
+        if self.max_grad_norm:
+            raise ValueError(f"sparse_optimizer cannot clip gradients: set max_grad_norm to 0, not {self.max_grad_norm}")
+        if self.world_size > 1:
+            raise ValueError(f"sparse_optimizer works in one process, not in {self.world_size}")
+        if self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(f"sparse_optimizer is an AdamW of its own: leave optim as it is, not {self.optim!s}")
 
     def learning_rate_factor(self, parameter: str) -> float:
         """Factor on the learning rate of a layer's parameter, by its name in the layer."""

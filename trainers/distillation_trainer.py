@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .callbacks import InterruptCallback, TokenProgressCallback
 from .data import CausalCollator
 from .distillation_arguments import DistillationArguments
 from .initialization import ActivationScales, calibrate, initialize_decomposition, parameter_scales
+from .row_adamw import RowAdamW
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +195,16 @@ class DistillationTrainer(Trainer):
             total += loss.detach() / len(layers)
         return total
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        # Stock clips to infinity for it, which reads and writes every gradient at every step.
+        if grad_norm is not None or self.args.world_size > 1:
+            return super()._get_grad_norm(model, grad_norm)
+        if (self.state.global_step + 1) % self.state.logging_steps:
+            return None  # nobody reads it
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in dense]))
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds every layer's own loss where there are several, as `layer_8/loss`."""
         steps = self.state.global_step - self._layer_losses_since
@@ -241,11 +253,22 @@ class DistillationTrainer(Trainer):
         else:
             self._initialize()
         self._use_token_progress()
-        with self._interrupt.listening():
+        with self._interrupt.listening(), self._sparse_gradients():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if not self.interrupted:
             self._measure_experts()
         return output
+
+    @contextmanager
+    def _sparse_gradients(self) -> Iterator[None]:
+        layers = [self.model.layer(layer) for layer in self.model.config.layers]
+        for layer in layers:
+            layer.sparse_gradients = self.args.sparse_optimizer
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.sparse_gradients = False
 
     @property
     def interrupted(self) -> bool:
@@ -312,6 +335,9 @@ class DistillationTrainer(Trainer):
         modulations. Weight decay as in `args`."""
         if self.optimizer is None:
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if self.args.sparse_optimizer:
+                optimizer_class = RowAdamW
+                kwargs.pop("fused", None)
             # The plain group first, since its rate is the one that is logged.
             groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): []}
             for layer in self.model.config.layers:

@@ -1,6 +1,7 @@
 """A real distillation of a tiny model in a process of its own: `python distil.py OUTPUT KIND [kill=STEP] [resume]`.
 
-KIND: `rows` (map-style) or `stream` (an iterable dataset with a shuffle buffer).
+KIND: `rows` (map-style), `stream` (an iterable dataset with a shuffle buffer) or `sparse` (rows, and the optimiser
+that follows the experts that fired).
 """
 
 import os
@@ -43,7 +44,7 @@ def main(output, kind, *options):
     arguments = DistillationArguments(
         output_dir=output, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=12,
         save_steps=5, learning_rate=1e-2, calibration_tokens=200, statistics_tokens=200, disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=True, sparse_optimizer=kind == "sparse",
     )  # fmt: skip
     callbacks = [Kill(int(option.removeprefix("kill="))) for option in options if option.startswith("kill=")]
     trainer = DistillationTrainer(MxDModel(config), teacher, arguments, train_dataset=rows, callbacks=callbacks)

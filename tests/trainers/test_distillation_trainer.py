@@ -143,7 +143,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream"])
+@pytest.mark.parametrize("kind", ["rows", "stream", "sparse"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
     def run(folder, *options):
         command = [sys.executable, str(SCRIPT), str(tmp_path / folder), kind, *options]
@@ -259,6 +259,41 @@ def test_gate_and_modulations_learn_at_their_own_rates(tiny_llama, tmp_path):
     others = [value for name, value in layer.named_parameters() if not name.startswith(("gate.", "modulation"))]
     assert {rates[id(parameter)] for parameter in others} == {1e-2}
     assert len(rates) == len(list(layer.parameters()))
+
+
+def test_the_sparse_optimizer_leaves_experts_that_did_not_fire_as_they_were(tiny_llama, tmp_path):
+    model, fired, start = decomposition(num_experts=400), torch.zeros(400), {}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            start.update({name: value.clone() for name, value in model.layer(1).state_dict().items()})
+            watch.handle = model.layer(1).register_coefficient_hook(count)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                fired.zero_()  # the decoder starts at zero, which lets no gradient through to gate and modulations
+
+        def on_train_end(self, args, state, control, **kwargs):
+            watch.handle.remove()
+
+    def count(layer, x, coefficients):
+        fired.add_(coefficients.to_dense(400).detach().flatten(0, -2).sum(0))
+
+    watch = Watch()
+    settings = arguments(tmp_path, sparse_optimizer=True, per_device_train_batch_size=1, max_steps=3, warmup_steps=0)
+    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows(), callbacks=[watch])
+    trainer.train()
+    assert 20 < (fired > 0).sum() < 200
+    for name in ("gate.weight", "gate.bias", "modulation"):
+        moved = (model.layer(1).state_dict()[name] != start[name]).reshape(400, -1).any(1)
+        assert torch.equal(moved, fired > 0), name
+    assert not model.layer(1).sparse_gradients
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_grad_norm", 1.0), ("optim", "sgd")])
+def test_the_sparse_optimizer_refuses_what_it_cannot_do(tmp_path, field, value):
+    with pytest.raises(ValueError, match=f"sparse_optimizer .*{field}"):
+        arguments(tmp_path, sparse_optimizer=True, **{field: value})
 
 
 def test_unknown_layer_is_refused_before_training(tiny_llama, tmp_path):
