@@ -30,7 +30,8 @@ _BLOCK = 64
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def _operator(name: str) -> Any:
+def operator(name: str) -> Any:
+    """Decorator that makes a function an operator of torch's library, under this copy's own name."""
     return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())
 
 
@@ -86,7 +87,7 @@ def weighted_rows(indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
 
 
-@_operator("row_products")
+@operator("row_products")
 def row_products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     """out[t, k] = rows[t] · table[indices[t, k]]; (T, K), (T, D), (N, D) → (T, K)."""
     tokens, k = indices.shape
@@ -103,7 +104,7 @@ def _(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     return rows.new_empty(indices.shape)
 
 
-@_operator("scatter_rows")
+@operator("scatter_rows")
 def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
     """out[n] = Σ_{t,k: indices[t,k] = n} weights[t, k] · rows[t]; (T, K), (T, K), (T, D) → (N, D)."""
     order, counts = _by_expert(indices, num_experts)
@@ -117,7 +118,7 @@ def _(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tenso
     return rows.new_empty(num_experts, rows.shape[1])
 
 
-@_operator("scatter_numbers")
+@operator("scatter_numbers")
 def scatter_numbers(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
     """out[n] = Σ_{t,k: indices[t,k] = n} numbers[t, k], added in float64; (T, K), (T, K) → (N)."""
     order, counts = _by_expert(indices, num_experts)
@@ -168,7 +169,7 @@ def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=num_experts)
 
 
-@_operator("topk_gate")
+@operator("topk_gate")
 def _topk_gate(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype, sparse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -229,7 +230,7 @@ def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Ten
 _topk_gate.register_autograd(gate_gradients, setup_context=save_gate)
 
 
-@_operator("expert_sum")
+@operator("expert_sum")
 def _expert_sum(values: Tensor, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
     return weighted_rows(indices, values, table)
 

@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, ModelOutput, cached_file
 # Every sibling is imported here, also the unused: a Hub repo carries only what its entry file names.
 from .configuration_mxd import MxDConfig
 from .functional import topk_gate  # noqa: F401
+from .hierarchical_routing import routed_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .parameter_budget import transcoder_parameters  # noqa: F401

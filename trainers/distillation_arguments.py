@@ -108,7 +108,7 @@ class DistillationArguments(TrainingArguments):
 
     def _check_sparse_optimizer(self) -> None:
         if self.max_grad_norm:
-            raise ValueError(f"sparse_optimizer cannot clip gradients: set max_grad_norm to 0, not {self.max_grad_norm}")
+            raise ValueError(f"sparse_optimizer cannot clip: max_grad_norm must be 0, not {self.max_grad_norm}")
         if self.world_size > 1:
             raise ValueError(f"sparse_optimizer works in one process, not in {self.world_size}")
         if self.optim not in ("adamw_torch", "adamw_torch_fused"):
