@@ -30,12 +30,15 @@ from .callbacks import InterruptCallback, TokenProgressCallback
 from .data import CausalCollator
 from .distillation_arguments import DistillationArguments
 from .initialization import ActivationScales, calibrate, initialize_decomposition, parameter_scales
+from .router import fit_router, router_loss
 from .row_adamw import RowAdamW
 
 logger = logging.getLogger(__name__)
 
 SCALES_NAME = "activation_scales.json"
 ARGUMENTS_NAME = "training_arguments.json"
+# A router learns from one token in so many, for which every expert is scored.
+ROUTER_TOKENS = 16
 # Folders of this machine, and what only it needs: the file is pushed along with `push_to_hub=True`.
 _LOCAL_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "hub_token")
 
@@ -78,6 +81,8 @@ class DistillationTrainer(Trainer):
             raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
         for layer in model.config.layers:
             find_mlp(teacher, layer).check_fits(model.config.layer(layer))
+            if model.config.layer(layer).num_expert_groups is not None and args.world_size > 1:
+                raise ValueError(f"layer {layer} has a router, which trains in one process, not in {args.world_size}")
         model.record_base(teacher)
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
@@ -190,10 +195,18 @@ class DistillationTrainer(Trainer):
             # DDP averages gradients over processes; the sum over all tokens is wanted.
             with self.compute_loss_context_manager():
                 loss = self.layer_loss(model, layer, x, y, mask) / tokens * self.args.world_size
-            self.accelerator.backward(loss / len(layers))
+            self.accelerator.backward((loss + self._router_loss(layer, x, mask)) / len(layers))
             self._layer_losses[layer] = self._layer_losses[layer] + loss.detach()
             total += loss.detach() / len(layers)
         return total
+
+    def _router_loss(self, layer: int, x: Tensor, mask: Tensor) -> Tensor | float:
+        """`router.router_loss` of a part of the tokens, since it takes the exact gate; nothing else learns from it."""
+        module = self.model.layer(layer)
+        if module.router is None:
+            return 0.0
+        inputs = x[mask]
+        return router_loss(module, inputs[self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         # Stock clips to infinity for it, which reads and writes every gradient at every step.
@@ -297,6 +310,9 @@ class DistillationTrainer(Trainer):
                 self.args.modulation_initialization,
                 self.args.scale_activations,
             )
+            for layer in layers:
+                if self.model.layer(layer).router is not None:
+                    fit_router(self.model.layer(layer), calibrations[layer].inputs, seed=self.args.seed)
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
         # Weights are broadcast from process 0 by DDP; the scales must be the same everywhere too.
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]

@@ -1,7 +1,7 @@
 """A real distillation of a tiny model in a process of its own: `python distil.py OUTPUT KIND [kill=STEP] [resume]`.
 
-KIND: `rows` (map-style), `stream` (an iterable dataset with a shuffle buffer) or `sparse` (rows, and the optimiser
-that follows the experts that fired).
+KIND: `rows` (map-style), `stream` (an iterable dataset with a shuffle buffer), `sparse` (rows, and the optimiser
+that follows the experts that fired) or `routed` (rows, hierarchical routing).
 """
 
 import os
@@ -38,6 +38,8 @@ def main(output, kind, *options):
         layers=[0, 2], hidden_size=16, intermediate_size=40, num_experts=48, num_experts_per_tok=4,
         hidden_act="silu", encoder_type="glu",
     )  # fmt: skip
+    if kind == "routed":
+        config = MxDConfig(**{**config.to_dict(), "num_expert_groups": 6, "num_groups_per_tok": 2})
     rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (96, 12)).tolist()})
     if kind == "stream":
         rows = rows.to_iterable_dataset().shuffle(seed=3, buffer_size=20).repeat(None)
