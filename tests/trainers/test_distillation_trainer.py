@@ -315,7 +315,7 @@ def test_a_router_trains_jointly_and_only_from_its_own_loss(tiny_llama, tmp_path
     assert all(torch.isfinite(value).all() for value in model.parameters())
     for name, parameter in layer.named_parameters():
         assert not torch.equal(parameter, start[name]), name
-    x, y = capture_mlps(tiny_llama, [1], torch.tensor(data["input_ids"]))[1]
+    x, _ = capture_mlps(tiny_llama, [1], torch.tensor(data["input_ids"]))[1]
     trained = routing_recall(layer, x)
     layer.router.load_state_dict({name: start[f"router.{name}"] for name in ("weight", "bias")})
     assert trained.experts > max(0.5, routing_recall(layer, x).experts)  # the old router lags behind the gate

@@ -135,7 +135,7 @@ def test_refusals_name_what_is_wrong():
     with pytest.raises(ValueError, match="num_expert_groups"):
         fit_router(layer, x, 50)
     layer.gate = nn.Sequential(layer.gate)
-    with pytest.raises(ValueError, match="must be a plain nn.Linear, not Sequential"):
+    with pytest.raises(ValueError, match=r"must be a plain nn\.Linear, not Sequential"):
         fit_router(layer, x)
 
 
