@@ -194,7 +194,7 @@ class _Fitting:
         distance = torch.ones(len(directions), device=directions.device)  # to the nearest center so far
         chosen = []
         for _ in range(self.groups):
-            chosen.append(directions[torch.multinomial(distance.cpu(), 1, generator=self.random).item()])
+            chosen.append(directions[int(torch.multinomial(distance.cpu(), 1, generator=self.random))])
             distance = torch.minimum(distance, 1 - directions @ chosen[-1]).clamp_min_(1e-6)
         centers = torch.stack(chosen)
         for _ in range(CLUSTER_ROUNDS):
