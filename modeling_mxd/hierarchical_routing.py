@@ -11,10 +11,17 @@ work is one dense product for every group that some token opened; groups that no
 open it is the exact gate, and computed as such.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from .functional import chunks, gate_gradients, largest_positive, operator, save_gate
+
+
+def default_num_expert_groups(num_experts: int) -> int:
+    """About √N groups, none of them empty."""
+    return -(-num_experts // max(1, round(math.sqrt(num_experts))))
 
 
 @operator("routed_gate")

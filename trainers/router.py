@@ -12,7 +12,6 @@ measured against in `benchmarks/routing.py`: they capture less, since alike is n
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel, SparseLayer
 from modeling_mxd.functional import scatter_rows, topk_gate
+from modeling_mxd.hierarchical_routing import default_num_expert_groups
 
 BATCH = 512
 LEARNING_RATE = 3e-3
@@ -86,11 +86,6 @@ def router_loss(layer: SparseLayer, x: Tensor) -> Tensor:
         values, indices = exact_coefficients(layer, x)
         target = _shares(values.float(), indices // config.expert_group_size, router.out_features)
     return _cross_entropy(router(x.detach().to(router.weight.dtype)), target)
-
-
-def default_num_expert_groups(num_experts: int) -> int:
-    """About √N groups, none of them empty."""
-    return -(-num_experts // max(1, round(math.sqrt(num_experts))))
 
 
 @torch.no_grad()
