@@ -33,7 +33,7 @@ from modeling_mxd.configuration_mxd import machine_memory
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
 PAGE, FIGURE = HERE.parent / "docs" / "speed.md", HERE.parent / "docs" / "speed.png"
-BEGIN, END = "<!-- benchmarks/speed.py: begin -->\n", "<!-- benchmarks/speed.py: end -->"
+MARK = "benchmarks/speed.py"
 
 # name: I = O, H, GLU, tokens of a step
 SHAPES = {
@@ -223,9 +223,8 @@ def draw(results: dict[str, Any]) -> None:
 def summarise(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     """Put all measured cases together."""
     measured = {name: json.loads(path.read_text()) for name in names if (path := _path(options, name)).exists()}
-    device = torch.cuda.get_device_name() if options.device == "cuda" else _processor()
-    machine = f"{device}, {options.threads} threads, PyTorch {torch.__version__}, Python {platform.python_version()}"
-    results: dict[str, Any] = {"machine": machine, "cases": measured, "exponents": {}}
+    where = machine(options.threads, options.device)
+    results: dict[str, Any] = {"machine": where, "cases": measured, "exponents": {}}
     for name, curve in swept(results).items():
         points = {experts: ms for experts, ms in curve.items() if experts >= FITTED_FROM}
         if len(points) > 2:
@@ -233,10 +232,22 @@ def summarise(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     return results
 
 
-def _processor() -> str:
+def machine(threads: int, device: str) -> str:
+    """Where something was measured, in words."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
+    processor = names[0].partition(":")[2].strip() if names else platform.processor()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor
+    return f"{name}, {threads} threads, PyTorch {torch.__version__}, Python {platform.python_version()}"
+
+
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Put a text between its marks in a page."""
+    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    if not found:
+        raise ValueError(f"{page} has no line {begin!r} to write after")
+    page.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
 
 
 def _path(options: argparse.Namespace, case: str) -> Path:
@@ -272,9 +283,7 @@ def main() -> None:
         return
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(before + BEGIN + table(results) + END + after, encoding="utf-8")
+    write_between(PAGE, MARK, table(results))
 
 
 if __name__ == "__main__":

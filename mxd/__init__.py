@@ -27,7 +27,16 @@ if TYPE_CHECKING:
         replace_mlp,
         spliced_mlps,
     )
-    from trainers import DataError, DistillationArguments, DistillationTrainer, load_text, pack, split_documents
+    from trainers import (
+        DataError,
+        DistillationArguments,
+        DistillationTrainer,
+        fit_routers,
+        load_text,
+        pack,
+        routing_recall,
+        split_documents,
+    )
 
     from .base_model import BaseModelError, load_base_model
     from .pipeline import DecompositionOptions, TextOptions, decompose, evaluate
@@ -56,8 +65,10 @@ _HOME = {
         "DataError",
         "DistillationArguments",
         "DistillationTrainer",
+        "fit_routers",
         "load_text",
         "pack",
+        "routing_recall",
         "split_documents",
     ],
     "mxd.base_model": ["BaseModelError", "load_base_model"],

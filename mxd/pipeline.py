@@ -23,6 +23,7 @@ from modeling_mxd import (
     num_experts_matching_transcoder,
     num_latents_matching_transcoder,
 )
+from modeling_mxd.hierarchical_routing import default_num_expert_groups
 from trainers import (
     CausalCollator,
     DistillationArguments,
@@ -80,6 +81,8 @@ class DecompositionOptions:
         num_experts: N; None to match a transcoder's parameters.
         match_transcoder: m, latents per input dimension of the transcoder whose parameters are matched.
         intermediate_size: width of the dense encoder; None for the MLP's own.
+        num_groups_per_tok: hierarchical routing: experts in about √N groups, of which a token opens so many; None
+            for the exact gate.
         tokens: training tokens.
         batch_tokens: tokens of one optimiser step.
         evaluation_tokens: held-out tokens to evaluate on.
@@ -99,6 +102,7 @@ class DecompositionOptions:
     num_experts: int | None = None
     match_transcoder: int = 32
     intermediate_size: int | None = None
+    num_groups_per_tok: int | None = None
     tokens: int = 1_000_000
     batch_tokens: int = 2048
     evaluation_tokens: int = 32768
@@ -132,6 +136,8 @@ def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig
         hidden_act=site.hidden_act,
         encoder_type=encoder_type,
         method=options.method,
+        num_expert_groups=None if options.num_groups_per_tok is None else default_num_expert_groups(experts),
+        num_groups_per_tok=options.num_groups_per_tok,
     )
 
 

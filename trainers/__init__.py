@@ -3,16 +3,23 @@
 from .data import CausalCollator, DataError, load_text, materialize, pack, split_documents, take_tokens
 from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer, last_complete_checkpoint
+from .router import RoutingRecall, fit_router, fit_routers, routing_recall
+from .row_adamw import RowAdamW
 
 __all__ = [
     "CausalCollator",
     "DataError",
     "DistillationArguments",
     "DistillationTrainer",
+    "RoutingRecall",
+    "RowAdamW",
+    "fit_router",
+    "fit_routers",
     "last_complete_checkpoint",
     "load_text",
     "materialize",
     "pack",
+    "routing_recall",
     "split_documents",
     "take_tokens",
 ]
