@@ -51,6 +51,11 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
+def _check_size(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+        raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {_shown(value)}")
+
+
 @dataclass(frozen=True)
 class MxDLayerConfig:
     """Sizes and form of one layer; refuses nonsense when built.
@@ -67,6 +72,9 @@ class MxDLayerConfig:
         gate_bias: whether the gate has the bias g.
         encoder_bias: whether the encoder has the biases e and u.
         output_bias: whether the output has the bias b.
+        num_expert_groups: groups G of neighbouring experts that a router chooses from, see `hierarchical_routing`; √N
+            or so. None for the exact gate, which scores every expert.
+        num_groups_per_tok: groups M that each token opens, from fast (few) to exact (all).
 
     Raises:
         ValueError: naming the field, what was given and what is allowed.
@@ -83,12 +91,12 @@ class MxDLayerConfig:
     gate_bias: bool = True
     encoder_bias: bool = True
     output_bias: bool = True
+    num_expert_groups: int | None = None
+    num_groups_per_tok: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "output_size", "intermediate_size", "num_experts", "num_experts_per_tok"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-                raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {_shown(value)}")
+            _check_size(name, getattr(self, name))
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_experts ({self.num_experts})"
@@ -106,12 +114,45 @@ class MxDLayerConfig:
         for name in ("gate_bias", "encoder_bias", "output_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {_shown(getattr(self, name))}")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        groups, opened = self.num_expert_groups, self.num_groups_per_tok
+        if (groups is None) != (opened is None):
+            raise ValueError(
+                f"num_expert_groups ({_shown(groups)}) and num_groups_per_tok ({_shown(opened)}) go together: "
+                "give both, or neither for a gate without groups"
+            )
+        if groups is None or opened is None:
+            return
+        _check_size("num_expert_groups", groups)
+        _check_size("num_groups_per_tok", opened)
+        if opened > groups:
+            raise ValueError(f"num_groups_per_tok ({opened}) must not exceed num_expert_groups ({groups})")
+        size = self.expert_group_size
+        in_last = self.num_experts - (groups - 1) * size
+        if in_last < 1:
+            raise ValueError(
+                f"num_expert_groups ({groups}) groups of {size} are more than num_experts ({self.num_experts}) fill: "
+                f"use {-(-self.num_experts // size)}"
+            )
+        if (opened - 1) * size + in_last < self.num_experts_per_tok:
+            raise ValueError(
+                f"num_groups_per_tok ({opened}) groups may hold {(opened - 1) * size + in_last} experts, fewer than "
+                f"num_experts_per_tok ({self.num_experts_per_tok}): open more, or use larger groups"
+            )
+
+    @property
+    def expert_group_size(self) -> int:
+        """Experts in every group but the last, which may have fewer; without groups all."""
+        return -(-self.num_experts // (self.num_expert_groups or 1))
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters: gate N·I (+N), expert table N·O, what the method adds, output bias O."""
+        """Trainable parameters: gate N·I (+N), expert table N·O, what the method adds, output bias O, router."""
         inputs, outputs, units, experts = self.hidden_size, self.output_size, self.intermediate_size, self.num_experts
         count = experts * (inputs + outputs) + experts * self.gate_bias + outputs * self.output_bias
+        count += (self.num_expert_groups or 0) * (inputs + 1)
         if self.method == "mxd":
             halves = 2 if self.encoder_type == "glu" else 1
             count += halves * units * (inputs + self.encoder_bias) + units * outputs
@@ -142,8 +183,8 @@ class MxDConfig(PretrainedConfig):
         stack: which list of transformer layers `layers` counts: None for the language model's (the decoder's of an
             encoder–decoder model), `"encoder"`, `"decoder"`, or the list's dotted path.
         hidden_size, output_size, intermediate_size, num_experts, num_experts_per_tok, hidden_act, encoder_type,
-        method, gate_bias, encoder_bias, output_bias: see `MxDLayerConfig`. `output_size` defaults to
-            `hidden_size`, `intermediate_size` to four times `hidden_size`.
+        method, gate_bias, encoder_bias, output_bias, num_expert_groups, num_groups_per_tok: see `MxDLayerConfig`.
+            `output_size` defaults to `hidden_size`, `intermediate_size` to four times `hidden_size`.
         layer_overrides: `{"8": {"num_experts": 1024}}`, layer index (as text, since JSON has no other keys) to
             the fields that differ there.
 
@@ -180,6 +221,8 @@ class MxDConfig(PretrainedConfig):
         gate_bias: bool = True,
         encoder_bias: bool = True,
         output_bias: bool = True,
+        num_expert_groups: int | None = None,
+        num_groups_per_tok: int | None = None,
         layer_overrides: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ):
@@ -205,6 +248,8 @@ class MxDConfig(PretrainedConfig):
         self.gate_bias = gate_bias
         self.encoder_bias = encoder_bias
         self.output_bias = output_bias
+        self.num_expert_groups = num_expert_groups
+        self.num_groups_per_tok = num_groups_per_tok
         overrides = {} if layer_overrides is None else layer_overrides
         if not isinstance(overrides, Mapping) or not all(isinstance(value, Mapping) for value in overrides.values()):
             raise ValueError(

@@ -3,20 +3,83 @@
     topk_gate   a = TopK(ReLU(G x + g))   forward: one dense product, in chunks of tokens
     expert_sum  Cᵀ a                      forward and backward: K rows of C a token
 
-Both backward passes are sums of rows, written as `embedding_bag`: over a token's experts for the input's
-gradient, over an expert's tokens (pairs sorted by expert) for the weights'. Sorting makes them deterministic,
-which resuming bit for bit needs. Nothing of size (all tokens x experts) is ever alive.
+Both backward passes are sums of rows, over a token's experts for the input's gradient and over an expert's tokens
+(pairs sorted by expert) for the weights', and products of row pairs. Sorting makes them deterministic, which resuming
+bit for bit needs. Nothing of size (all tokens x experts) is ever alive.
+
+They are operators of torch's library, which a compiled graph holds as they are. Each copy of this file, such as the
+one in a Hub repo, registers its own, named after its module.
 """
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# Elements of the largest temporary: 64 MiB in float32. Larger is no faster on CPU, and costs memory.
-CHUNK_ELEMENTS = 2**24
+# Scores of the largest temporary: 16 MiB in float32, which the allocator reuses without page faults and of which the
+# cache holds much. Larger is no faster.
+CHUNK_ELEMENTS = 2**22
+# Candidates beyond K that a product of lower precision selects. Rounded to bfloat16, the K-th and the K+1-th largest
+# of 21,490 scores change places on one token in five; none so far lost a place to one that was 8 places behind.
+EXTRA_CANDIDATES = 8
+_BLOCK = 64
+
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+def operator(name: str) -> Any:
+    """Decorator that makes a function an operator of torch's library, under this copy's own name."""
+    return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())
+
+
+def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
+    """Parts of nearly equal size, of which none has more than CHUNK_ELEMENTS elements unless one token has."""
+    count = -(-tokens * row_elements // CHUNK_ELEMENTS)
+    size = max(1, -(-tokens // max(1, count)))
+    for start in range(0, tokens, size):
+        yield slice(start, start + size)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b without autograd. Large float32 products on a CPU go through oneDNN: as exact as the BLAS that
+    `F.linear` calls, on processors that are not Intel's 1.4 times as fast, and no slower for fewer rows."""
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if onednn and x.device.type == "cpu" and x.dtype == torch.float32 and weight.numel() >= 2**20 and len(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row, in no particular order: (T, N) → values and columns (T, k).
+
+    On a CPU in two steps, since `topk` looks at every element one by one: the k largest are all in the k blocks with
+    the largest maxima (where there are ties, some k largest are).
+    """
+    tokens, columns = scores.shape
+    blocks = columns // _BLOCK
+    if scores.device.type != "cpu" or blocks < 2 * k or tokens < 8:
+        return scores.topk(k, dim=-1, sorted=False)
+    maxima = scores[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(2)
+    chosen = maxima.topk(k, dim=-1, sorted=False).indices * _BLOCK  # (T, k), first columns of blocks
+    firsts = chosen + torch.arange(0, tokens * columns, columns)[:, None]
+    candidates = scores.view(-1).unfold(0, _BLOCK, 1)[firsts].flatten(1)
+    rest = scores[:, blocks * _BLOCK :]  # fewer columns than a block
+    values, at = torch.cat([candidates, rest], 1).topk(k, dim=-1, sorted=False)
+    in_blocks = chosen.gather(1, (at // _BLOCK).clamp_max(k - 1)) + at % _BLOCK
+    return values, torch.where(at < k * _BLOCK, in_blocks, at + (blocks - k) * _BLOCK)
+
+
+def largest_positive(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row of ReLU(scores), as `largest` gives them."""
+    if scores.dtype in (torch.bfloat16, torch.float16) and scores.device.type == "cpu":
+        # Their bits as integers, which compare much faster there, order positive numbers alike, and above all others.
+        bits, columns = largest(scores.view(torch.int16), k)
+        return bits.view(scores.dtype).relu_(), columns
+    values, columns = largest(scores, k)
+    return values.relu_(), columns
 
 
 def weighted_rows(indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
@@ -24,107 +87,219 @@ def weighted_rows(indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
 
 
+@operator("row_products")
+def row_products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    """out[t, k] = rows[t] · table[indices[t, k]]; (T, K), (T, D), (N, D) → (T, K)."""
+    tokens, k = indices.shape
+    bags = torch.arange(tokens, device=indices.device)
+    # The gradient that embedding_bag has for its weights: no copy of the K rows.
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows.contiguous(), table, indices.reshape(-1), bags * k, bags.repeat_interleave(k), 0, -1
+    )
+    return products.view(tokens, k)
+
+
+@row_products.register_fake
+def _(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    return rows.new_empty(indices.shape)
+
+
+@operator("scatter_rows")
 def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
     """out[n] = Σ_{t,k: indices[t,k] = n} weights[t, k] · rows[t]; (T, K), (T, K), (T, D) → (N, D)."""
-    flat = indices.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)
+    order, counts = _by_expert(indices, num_experts)
+    weights = weights.reshape(-1)[order].to(rows.dtype)
     offsets = counts.cumsum(0) - counts
-    tokens = order // indices.shape[1]
-    return F.embedding_bag(
-        tokens, rows, offsets, mode="sum", per_sample_weights=weights.reshape(-1)[order].to(rows.dtype)
+    return F.embedding_bag(order // indices.shape[1], rows, offsets, mode="sum", per_sample_weights=weights)
+
+
+@scatter_rows.register_fake
+def _(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
+    return rows.new_empty(num_experts, rows.shape[1])
+
+
+@operator("scatter_numbers")
+def scatter_numbers(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
+    """out[n] = Σ_{t,k: indices[t,k] = n} numbers[t, k], added in float64; (T, K), (T, K) → (N)."""
+    order, counts = _by_expert(indices, num_experts)
+    sums = torch.segment_reduce(numbers.reshape(-1)[order].double(), "sum", lengths=counts, unsafe=True)
+    return sums.to(numbers.dtype)
+
+
+@scatter_numbers.register_fake
+def _(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
+    return numbers.new_empty(num_experts)
+
+
+def gradient_of_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int, sparse: bool) -> Tensor:
+    """`scatter_rows`, if `sparse` as a sparse tensor that holds only the experts with a weight that is not zero."""
+    if not sparse:
+        return scatter_rows(indices, weights, rows, num_experts)
+    # Pairs without weight are counted for an expert after the last, which is then left out.
+    named = indices.where(weights != 0, num_experts)
+    order, counts = _by_expert(named, num_experts + 1)
+    fired = counts[:-1].nonzero()[:, 0]
+    ends = counts.cumsum(0)
+    order = order[: ends[-2]]
+    values = F.embedding_bag(
+        order // indices.shape[1],
+        rows,
+        (ends - counts)[fired],
+        mode="sum",
+        per_sample_weights=weights.reshape(-1)[order].to(rows.dtype),
+    )
+    shape = (num_experts, rows.shape[1])
+    return torch.sparse_coo_tensor(fired[None], values, shape, is_coalesced=True, check_invariants=False)
+
+
+def gradient_of_numbers(indices: Tensor, numbers: Tensor, num_experts: int, sparse: bool) -> Tensor:
+    """`scatter_numbers`, if `sparse` as a sparse tensor that holds only the experts with a number that is not zero."""
+    if not sparse:
+        return scatter_numbers(indices, numbers, num_experts)
+    ones = numbers.new_ones(len(numbers), 1)
+    column = gradient_of_rows(indices, numbers, ones, num_experts, sparse)
+    return torch.sparse_coo_tensor(
+        column.indices(), column.values()[:, 0], (num_experts,), is_coalesced=True, check_invariants=False
     )
 
 
-class _TopKGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        tokens = x.shape[0]
-        values = x.new_empty(tokens, k)
-        indices = torch.empty(tokens, k, dtype=torch.int64, device=x.device)
-        # Under autocast the product alone runs in the lower precision; weights are cast once, not once a chunk.
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        inputs, matrix = x.to(dtype), weight.to(dtype)
-        offset = None if bias is None else bias.to(dtype)
-        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, tokens, chunk):
-            part = slice(start, start + chunk)
-            values[part], indices[part] = F.linear(inputs[part], matrix, offset).topk(k, dim=-1, sorted=False)
-        values.relu_()
-        ctx.save_for_backward(x, weight, values, indices)
-        ctx.has_bias = bias is not None
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, values, indices = ctx.saved_tensors
-        grad = grad_values * (values > 0)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = weighted_rows(indices, grad, weight)
-        if ctx.needs_input_grad[1]:
-            grad_weight = scatter_rows(indices, grad, x, weight.shape[0])
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = torch.bincount(
-                indices.reshape(-1), weights=grad.reshape(-1).double(), minlength=weight.shape[0]
-            ).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, None
+def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The (token, k) pairs in the order of their experts, earlier tokens first, and how many each expert has."""
+    flat = indices.reshape(-1)
+    return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=num_experts)
 
 
-class _ExpertSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(values, indices, table)
-        return weighted_rows(indices, values, table)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        values, indices, table = ctx.saved_tensors
-        grad_values = grad_table = None
-        grad_output = grad_output.contiguous()
-        if ctx.needs_input_grad[0]:
-            grad_values = torch.empty_like(values)
-            chunk = max(1, CHUNK_ELEMENTS // (indices.shape[1] * table.shape[1]))
-            for start in range(0, values.shape[0], chunk):
-                part = slice(start, start + chunk)
-                grad_values[part] = torch.bmm(table[indices[part]], grad_output[part].unsqueeze(-1)).squeeze(-1)
-        if ctx.needs_input_grad[2]:
-            grad_table = scatter_rows(indices, values, grad_output, table.shape[0])
-        return grad_values, None, grad_table
+@operator("topk_gate")
+def _topk_gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    tokens, experts = x.shape[0], weight.shape[0]
+    values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
+    exact = product_dtype.itemsize >= x.dtype.itemsize
+    inputs, matrix = x.to(product_dtype), weight.to(product_dtype)
+    offset = None if bias is None else bias.to(product_dtype)
+    for part in chunks(tokens, experts):
+        scores = product(inputs[part], matrix, offset)
+        if exact:
+            values[part], indices[part] = largest_positive(scores, k)
+        else:
+            candidates = largest_positive(scores, min(k + EXTRA_CANDIDATES, experts))[1]
+            values[part], indices[part] = rescore(x[part], weight, bias, candidates, k)
+    return values, indices
 
 
-def topk_gate(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """TopK(ReLU(·)) among a token's candidate experts, (T, more than K), in the precision of `x` and `weight`."""
+    scores = row_products(candidates, x, weight)
+    if bias is not None:
+        scores = scores + bias[candidates]
+    values, at = scores.relu_().topk(k, dim=-1, sorted=False)
+    return values, candidates.gather(1, at)
+
+
+@_topk_gate.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """What `gate_gradients` needs, of an operator whose first arguments are x, weight and bias, its last `sparse`."""
+    x, weight, bias = inputs[:3]
+    values, indices = output
+    ctx.save_for_backward(x, weight, values, indices)
+    ctx.mark_non_differentiable(indices)
+    ctx.has_bias, ctx.num_inputs, ctx.sparse = bias is not None, len(inputs), inputs[-1]
+
+
+def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias through the selected positive scores; None for the other arguments."""
+    x, weight, values, indices = ctx.saved_tensors
+    grad = grad_values * (values > 0)
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = weighted_rows(indices, grad, weight)
+    if ctx.needs_input_grad[1]:
+        grad_weight = gradient_of_rows(indices, grad, x, weight.shape[0], ctx.sparse)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        grad_bias = gradient_of_numbers(indices, grad, weight.shape[0], ctx.sparse)
+    return grad_x, grad_weight, grad_bias, *[None] * (ctx.num_inputs - 3)
+
+
+_topk_gate.register_autograd(gate_gradients, setup_context=save_gate)
+
+
+@operator("expert_sum")
+def _expert_sum(values: Tensor, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
+    return weighted_rows(indices, values, table)
+
+
+@_expert_sum.register_fake
+def _(values: Tensor, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
+    return values.new_empty(values.shape[0], table.shape[1])
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.sparse = inputs[3]
+
+
+def _sum_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    values, indices, table = ctx.saved_tensors
+    grad_output = grad_output.contiguous()
+    grad_values = row_products(indices, grad_output, table) if ctx.needs_input_grad[0] else None
+    grad_table = None
+    if ctx.needs_input_grad[2]:
+        grad_table = gradient_of_rows(indices, values, grad_output, table.shape[0], ctx.sparse)
+    return grad_values, None, grad_table, None
+
+
+_expert_sum.register_autograd(_sum_gradients, setup_context=_save_sum)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype a large product of x is made: x's own, or autocast's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def topk_gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, sparse_gradients: bool = False
+) -> tuple[Tensor, Tensor]:
     """Coefficients of the K experts with the largest pre-activations (paper eq. 2: TopK(ReLU(Gx + g))).
+
+    Under autocast only the large product runs in the lower precision: it names K + 8 candidates, whose pre-activations
+    are computed again in the dtype of the weights, and of these the K largest are taken.
 
     Args:
         x: inputs, (..., I), of the dtype of `weight`.
         weight: gate weight G, (N, I).
         bias: gate bias g, (N), or None.
         k: experts kept per token.
+        sparse_gradients: whether the gradients of weight and bias are sparse tensors of the active experts' rows.
 
     Returns:
         values (..., K) >= 0 and indices (..., K) int64, in no particular order; where fewer than K
         pre-activations are positive the rest of the values are 0. Only `values` carries a gradient, through
-        the selected positive entries, and only once (no second derivatives).
+        the selected positive entries. Second derivatives through the weights' gradients are refused.
     """
-    values, indices = _TopKGate.apply(x.reshape(-1, x.shape[-1]), weight, bias, k)
+    values, indices = _topk_gate(x.reshape(-1, x.shape[-1]), weight, bias, k, product_dtype(x), sparse_gradients)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 
-def expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+def expert_sum(values: Tensor, indices: Tensor, table: Tensor, sparse_gradients: bool = False) -> Tensor:
     """Cᵀa from sparse coefficients: Σ_k values[..., k] · table[indices[..., k]].
 
     Args:
         values: coefficients, (..., K), of the dtype of `table`.
         indices: experts, (..., K) int64; an expert named twice counts twice.
         table: one row per expert, (N, O).
+        sparse_gradients: whether the gradient of `table` is a sparse tensor of the rows with a coefficient.
 
     Returns:
         (..., O).
     """
     k = values.shape[-1]
-    out = _ExpertSum.apply(values.reshape(-1, k), indices.reshape(-1, k), table)
+    out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table, sparse_gradients)
     return out.reshape(*values.shape[:-1], table.shape[1])

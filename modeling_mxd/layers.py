@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_mxd import MxDLayerConfig
 from .functional import expert_sum, topk_gate
+from .hierarchical_routing import routed_gate
 from .interventions import ExpertCoefficients, ExpertIntervention
 
 CoefficientHook = Callable[["SparseLayer", Tensor, ExpertCoefficients], ExpertCoefficients | None]
@@ -39,9 +40,12 @@ class SparseLayer(nn.Module):
     Attributes:
         gate: `nn.Linear` with weight G (N, I) and bias g (N).
         output_bias: b (O), or None.
+        router: `nn.Linear` that scores the groups of experts, or None where every expert is scored.
         expert_frequency: buffer (N), share of training tokens on which each expert was active.
         expert_mean: buffer (N), mean coefficient of each expert over training tokens, zeros included. Both are
             zero until training has measured them.
+        sparse_gradients: off by default. On, the gradients of gate and expert table are sparse tensors that hold
+            the rows of the experts that fired, for an optimiser that follows them.
     """
 
     def __init__(self, config: MxDLayerConfig):
@@ -49,8 +53,11 @@ class SparseLayer(nn.Module):
         self.config = config
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=config.gate_bias)
         self.output_bias = nn.Parameter(torch.empty(config.output_size)) if config.output_bias else None
+        groups = config.num_expert_groups
+        self.router = nn.Linear(config.hidden_size, groups) if groups is not None else None
         self.register_buffer("expert_frequency", torch.zeros(config.num_experts))
         self.register_buffer("expert_mean", torch.zeros(config.num_experts))
+        self.sparse_gradients = False
         self._coefficient_hooks: OrderedDict[int, CoefficientHook] = OrderedDict()
 
     expert_frequency: Tensor
@@ -59,6 +66,8 @@ class SparseLayer(nn.Module):
     def reset_parameters(self) -> None:
         """The authors' start: every matrix as `nn.Linear` has it, the decoder D (or S) and b at zero."""
         _linear_start(self.gate)
+        if self.router is not None:
+            _linear_start(self.router)
         if self.output_bias is not None:
             nn.init.zeros_(self.output_bias)
         nn.init.zeros_(self.expert_frequency)
@@ -75,13 +84,35 @@ class SparseLayer(nn.Module):
         Interventions are not applied here: this is what the gate says.
         """
         x = x.to(self.gate.weight.dtype)
-        k = self.config.num_experts_per_tok
-        if _is_plain_linear(self.gate):
-            values, indices = topk_gate(x, self.gate.weight, self.gate.bias, k)
-        else:
-            values, indices = self.gate(x).topk(k, dim=-1, sorted=False)
-            values = values.relu()
-        return ExpertCoefficients(values, indices)
+        k, plain = self.config.num_experts_per_tok, _is_plain_linear(self.gate)
+        opened = self.open_groups(x)
+        weight, bias, sparse = self.gate.weight, self.gate.bias, self.sparse_gradients
+        if plain and opened is not None:
+            size = self.config.expert_group_size
+            return ExpertCoefficients(*routed_gate(x, weight, bias, opened, size, k, sparse))
+        if plain:
+            return ExpertCoefficients(*topk_gate(x, weight, bias, k, sparse))
+        scores = self.gate(x)
+        if opened is not None:
+            scores = scores.masked_fill(~self.in_groups(opened), -torch.inf)
+        values, indices = scores.topk(k, dim=-1, sorted=False)
+        return ExpertCoefficients(values.relu(), indices)
+
+    @torch.no_grad()
+    def open_groups(self, x: Tensor) -> Tensor | None:
+        """The groups whose experts are scored, (..., M) int64 in no order; None where all are. No gradient flows."""
+        opened = self.config.num_groups_per_tok
+        if self.router is None or opened is None or opened == self.config.num_expert_groups:
+            return None
+        with torch.autocast(x.device.type, enabled=False):
+            return self.router(x.to(self.router.weight.dtype)).topk(opened, dim=-1, sorted=False).indices
+
+    def in_groups(self, groups: Tensor) -> Tensor:
+        """Which experts are in the named groups, (..., M) → (..., N) bool."""
+        c = self.config
+        shape = (*groups.shape[:-1], c.num_expert_groups or 1)
+        named = torch.zeros(shape, dtype=torch.bool, device=groups.device).scatter(-1, groups, True)
+        return named.repeat_interleave(c.expert_group_size, dim=-1)[..., : c.num_experts]
 
     def combine(self, summed: Tensor, x: Tensor) -> Tensor:
         """Output from Cᵀa, `summed` (..., O), and the input x (..., I), in the dtype of the weights."""
@@ -90,7 +121,8 @@ class SparseLayer(nn.Module):
     def sum_experts(self, coefficients: ExpertCoefficients) -> Tensor:
         """Cᵀa (..., O) in the dtype of the weights."""
         values, indices = coefficients
-        return expert_sum(values.to(self.expert_table.dtype), indices, self.expert_table)
+        table = self.expert_table
+        return expert_sum(values.to(table.dtype), indices, table, self.sparse_gradients)
 
     def decode(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
         """Output y (..., O), in the dtype of x, for given coefficients; the input is needed too."""

@@ -21,6 +21,7 @@ from .capture import capture_mlps  # noqa: F401
 from .configuration_mxd import MxDConfig
 from .downloads import tried
 from .functional import topk_gate  # noqa: F401
+from .hierarchical_routing import routed_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .loading import (

@@ -7,8 +7,13 @@ from .layers import MxDLayer, TranscoderLayer
 
 
 def dense_coefficients(layer: MxDLayer | TranscoderLayer, x: Tensor) -> Tensor:
-    """a = TopK(ReLU(Gx + g)), dense: (..., I) → (..., N)."""
+    """a = TopK(ReLU(Gx + g)), dense: (..., I) → (..., N). With a router only the experts in open groups compete."""
     a = torch.relu(x @ layer.gate.weight.T + (0 if layer.gate.bias is None else layer.gate.bias))
+    if layer.router is not None:
+        r = x @ layer.router.weight.T + layer.router.bias
+        groups = r.topk(layer.config.num_groups_per_tok or r.shape[-1], dim=-1).indices
+        group_of_expert = torch.arange(layer.config.num_experts, device=x.device) // layer.config.expert_group_size
+        a = a * (groups[..., None, :] == group_of_expert[:, None]).any(-1)  # (..., 1, M), (N, 1) → (..., N)
     kept = a.topk(layer.config.num_experts_per_tok, dim=-1)
     return torch.zeros_like(a).scatter(-1, kept.indices, kept.values)
 

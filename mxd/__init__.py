@@ -34,8 +34,10 @@ if TYPE_CHECKING:
         DistillationTrainer,
         FinetuningArguments,
         FinetuningTrainer,
+        fit_routers,
         load_text,
         pack,
+        routing_recall,
         split_documents,
     )
 
@@ -71,8 +73,10 @@ _HOME = {
         "DistillationTrainer",
         "FinetuningArguments",
         "FinetuningTrainer",
+        "fit_routers",
         "load_text",
         "pack",
+        "routing_recall",
         "split_documents",
     ],
     "mxd.base_model": ["BaseModelError", "load_base_model"],

@@ -150,6 +150,12 @@ def decompose(
         int, typer.Option(min=1, help="As many parameters as a transcoder of so many latents per dimension.")
     ] = 32,
     intermediate_size: Annotated[int | None, typer.Option(min=1, help="Encoder width. [the MLP's]")] = None,
+    groups_per_token: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Hierarchical routing: experts in about √N groups, of which a token opens so many. [exact gate]"
+        ),
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "1M",
     context_length: ContextLength = 128,
     batch_tokens: BatchTokens = 2048,
@@ -198,6 +204,7 @@ def decompose(
         num_experts=experts,
         match_transcoder=match_transcoder,
         intermediate_size=intermediate_size,
+        num_groups_per_tok=groups_per_token,
         tokens=parse_count(tokens),
         batch_tokens=batch_tokens,
         evaluation_tokens=parse_count(evaluation_tokens),

@@ -17,6 +17,7 @@ from modeling_mxd import (
     num_experts_matching_transcoder,
     num_latents_matching_transcoder,
 )
+from modeling_mxd.hierarchical_routing import default_num_expert_groups
 from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint, load_text, pack
 
 from . import embedded
@@ -51,6 +52,8 @@ class DecompositionOptions(RunOptions):
         num_experts: N; None to match a transcoder's parameters.
         match_transcoder: m, latents per input dimension of the transcoder whose parameters are matched.
         intermediate_size: width of the dense encoder; None for the MLP's own.
+        num_groups_per_tok: hierarchical routing: experts in about √N groups, of which a token opens so many; None
+            for the exact gate.
     """
 
     model: str = embedded.MODEL_NAME
@@ -63,6 +66,7 @@ class DecompositionOptions(RunOptions):
     num_experts: int | None = None
     match_transcoder: int = 32
     intermediate_size: int | None = None
+    num_groups_per_tok: int | None = None
 
 
 def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig:
@@ -92,6 +96,8 @@ def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig
         hidden_act=site.hidden_act or ("silu" if encoder_type == "glu" else "gelu"),
         encoder_type=encoder_type,
         method=options.method,
+        num_expert_groups=None if options.num_groups_per_tok is None else default_num_expert_groups(experts),
+        num_groups_per_tok=options.num_groups_per_tok,
     )
 
 

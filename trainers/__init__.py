@@ -6,6 +6,8 @@ from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer
 from .finetuning_arguments import FinetuningArguments
 from .finetuning_trainer import FinetuningTrainer
+from .router import RoutingRecall, fit_router, fit_routers, routing_recall
+from .row_adamw import RowAdamW
 
 __all__ = [
     "CausalCollator",
@@ -14,10 +16,15 @@ __all__ = [
     "DistillationTrainer",
     "FinetuningArguments",
     "FinetuningTrainer",
+    "RoutingRecall",
+    "RowAdamW",
+    "fit_router",
+    "fit_routers",
     "last_complete_checkpoint",
     "load_text",
     "materialize",
     "pack",
+    "routing_recall",
     "split_documents",
     "take_tokens",
 ]

@@ -42,6 +42,13 @@ class DistillationArguments(DecompositionArguments):
         default="squared_norm",
         metadata={"help": "'squared_norm': |y^ - y|^2 / |y|^2 per token; 'norm': |y^ - y|^2 / |y|, the authors' code."},
     )
+    sparse_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "Step gate and experts with RowAdamW: only those that fired since the last step, each on its own "
+            "clock. For steps so small that most experts do not fire; one process, no gradient clipping."
+        },
+    )
     calibration_tokens: int = field(
         default=32768, metadata={"help": "Training tokens measured before the first step, at least one per expert."}
     )
@@ -52,3 +59,13 @@ class DistillationArguments(DecompositionArguments):
         self.check_choice("modulation_initialization", MODULATION_STARTS)
         self.check_choice("loss_normalization", LOSS_NORMALIZATIONS)
         super().__post_init__()
+        if self.sparse_optimizer:
+            self._check_sparse_optimizer()
+
+    def _check_sparse_optimizer(self) -> None:
+        if self.max_grad_norm:
+            raise ValueError(f"sparse_optimizer cannot clip: max_grad_norm must be 0, not {self.max_grad_norm}")
+        if self.world_size > 1:
+            raise ValueError(f"sparse_optimizer works in one process, not in {self.world_size}")
+        if self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(f"sparse_optimizer is an AdamW of its own: leave optim as it is, not {self.optim!s}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 
 from evaluation_mxd import activation_mask, token_mask
 from modeling_mxd import MxDModel, capture_mlps, find_mlp
@@ -20,6 +21,11 @@ from modeling_mxd import MxDModel, capture_mlps, find_mlp
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
 from .initialization import initialize_decomposition
+from .router import fit_router, router_loss
+from .row_adamw import RowAdamW
+
+# A router learns from one token in so many, for which every expert is scored.
+ROUTER_TOKENS = 16
 
 
 class DistillationTrainer(DecompositionTrainer):
@@ -60,6 +66,10 @@ class DistillationTrainer(DecompositionTrainer):
         self.sites = [find_mlp(teacher, layer, **model.config.where) for layer in model.config.layers]
         for site in self.sites:
             site.check_fits(model.config.layer(site.layer))
+            if model.config.layer(site.layer).num_expert_groups is not None and args.world_size > 1:
+                raise ValueError(
+                    f"layer {site.layer} has a router, which trains in one process, not in {args.world_size}"
+                )
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
         super().__init__(
@@ -164,10 +174,48 @@ class DistillationTrainer(DecompositionTrainer):
             # DDP averages gradients over processes; the sum over all tokens is wanted.
             with self.compute_loss_context_manager():
                 loss = self.layer_loss(model, layer, x, y, self._mask(inputs, x)) / tokens * self.args.world_size
-            self.accelerator.backward(loss / len(layers))
+            self.accelerator.backward((loss + self._router_loss(layer, x[self._mask(inputs, x)])) / len(layers))
             self._layer_losses[layer] = self._layer_losses[layer] + loss.detach()
             total += loss.detach() / len(layers)
         return total
+
+    def _router_loss(self, layer: int, x: Tensor) -> Tensor | float:
+        """`router.router_loss` of a part of the tokens x (tokens, I), since it takes the exact gate; nothing else
+        learns from it."""
+        module = self.model.layer(layer)
+        if module.router is None:
+            return 0.0
+        return router_loss(module, x[self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        # Stock clips to infinity for it, which reads and writes every gradient at every step.
+        if grad_norm is not None or self.args.world_size > 1:
+            return super()._get_grad_norm(model, grad_norm)
+        if (self.state.global_step + 1) % self.state.logging_steps:
+            return None  # nobody reads it
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in dense]))
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: DistillationArguments, model: PreTrainedModel | None = None) -> Any:
+        """The stock optimiser, or `RowAdamW` with `sparse_optimizer`."""
+        optimizer_class, kwargs = DecompositionTrainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.sparse_optimizer:
+            optimizer_class = RowAdamW
+            kwargs.pop("fused", None)
+        return optimizer_class, kwargs
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `DecompositionTrainer.train`."""
+        layers = [self.model.layer(layer) for layer in self.model.config.layers]
+        for layer in layers:
+            layer.sparse_gradients = self.args.sparse_optimizer
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.sparse_gradients = False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds every layer's own loss where there are several, as `layer_8/loss`."""
@@ -217,6 +265,9 @@ class DistillationTrainer(DecompositionTrainer):
                 self.args.modulation_initialization,
                 self.args.scale_activations,
             )
+            for layer in self.model.config.layers:
+                if self.model.layer(layer).router is not None:
+                    fit_router(self.model.layer(layer), calibrations[layer].inputs, seed=self.args.seed)
 
 
 def normalised_errors(prediction: EvalPrediction) -> dict[str, float]:

@@ -188,6 +188,7 @@ def parameter_scales(layer: SparseLayer, scales: ActivationScales) -> dict[str, 
     """
     by_name = {
         "gate.weight": 1 / scales.input_scale,
+        "router.weight": 1 / scales.input_scale,
         "encoder.weight": 1 / scales.input_scale,
         "encoder_up.weight": 1 / scales.input_scale,
         "skip.weight": scales.output_scale / scales.input_scale,

@@ -159,6 +159,36 @@ def test_check_memory_weighs_the_dtype_and_names_the_largest_layer(monkeypatch):
     assert "hidden_size (16)" in str(refusal.value) and "intermediate_size (20)" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("groups", "opened", "message"),
+    [
+        (4, None, r"num_expert_groups \(4\) and num_groups_per_tok \(None\) go together"),
+        (None, 2, r"num_expert_groups \(None\) and num_groups_per_tok \(2\) go together"),
+        (0, 1, "num_expert_groups must be a whole number"),
+        ("4", 1, "num_expert_groups must be a whole number"),
+        (2**40, 1, "num_expert_groups must be a whole number"),
+        (4, True, "num_groups_per_tok must be a whole number"),
+        (4, 1.5, "num_groups_per_tok must be a whole number"),
+        (4, 5, r"num_groups_per_tok \(5\) must not exceed num_expert_groups \(4\)"),
+        (7, 3, r"num_expert_groups \(7\) groups of 2 are more than num_experts \(10\) fill: use 5"),
+        (99, 3, r"num_expert_groups \(99\) groups of 1 are more .* use 10"),
+        (4, 2, r"num_groups_per_tok \(2\) groups may hold 4 experts, fewer than num_experts_per_tok \(5\)"),
+    ],
+)
+def test_refuses_groups_that_make_no_sense(groups, opened, message):
+    fields = {**VALID, "num_experts": 10, "num_experts_per_tok": 5}
+    for build in (MxDLayerConfig, MxDConfig):
+        with pytest.raises(ValueError, match=message):
+            build(**fields, num_expert_groups=groups, num_groups_per_tok=opened)
+
+
+def test_groups_cost_a_router():
+    plain = MxDLayerConfig(**{**VALID, "num_experts": 10, "num_experts_per_tok": 3})
+    routed = MxDLayerConfig(**{**vars(plain), "num_expert_groups": 4, "num_groups_per_tok": 2})
+    assert routed.num_parameters == plain.num_parameters + 4 * (plain.hidden_size + 1)
+    assert routed.expert_group_size == 3 and plain.expert_group_size == 10
+
+
 @pytest.mark.parametrize("field", ["num_experts", "intermediate_size"])
 def test_check_memory_refuses_a_million_by_a_million(field):
     config = MxDConfig(layers=[0], **{**VALID, "hidden_size": 10**6, field: 10**6})

@@ -35,22 +35,25 @@ def test_bfloat16_is_as_close_to_float32_as_bfloat16_allows(form):
 
 
 @each_form
-def test_autocast_gradients(form):
-    layer = random_layer(form)
-    with torch.no_grad():
-        layer.gate.weight.copy_(layer.gate.weight.bfloat16())
+def test_autocast_gradients(form, monkeypatch):
+    layer = random_layer(form, num_experts=80)
     x, output_gradient = clear_inputs(layer, tokens=64), torch.randn(64, 12)
+    products, selected = [], []
+    product = functional.product
+    monkeypatch.setattr(functional, "product", lambda *args: products.append(args[0].dtype) or product(*args))
 
     def under_autocast(x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return layer(x)
+        with torch.autocast("cpu", torch.bfloat16), layer.record() as recorded:
+            y = layer(x)
+        selected.append(recorded[0].to_dense(80))
+        return y
 
-    result, expected = gradients(layer, x, output_gradient, under_autocast), gradients(layer, x, output_gradient)
+    result = gradients(layer, x, output_gradient, under_autocast)
+    assert products == [torch.bfloat16]
+    expected = gradients(layer, x, output_gradient)
     assert {tensor.dtype for tensor in (result[0], *result[1].values())} == {torch.float32}
-    assert relative_error(result[0], expected[0]) > 1e-5  # something did run in bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        values = layer.encode(x).values
-    assert torch.equal(values, values.bfloat16().float())  # also the gate's product
+    torch.testing.assert_close(selected[0], layer.encode(x).to_dense(80))  # chosen in float32, none rounded
+    assert (relative_error(result[0], expected[0]) > 1e-5) == (form != "transcoder")  # the dense products
     assert_close(result, expected, tolerance=0.01)
 
 

@@ -1,6 +1,7 @@
 """A real training on a tiny model in a process of its own: `python distil.py OUTPUT KIND [kill=STEP] [resume]`.
 
-KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), or `finetuning`.
+KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `sparse` (rows, and
+the optimiser that follows the experts that fired), `routed` (rows, hierarchical routing), or `finetuning`.
 """
 
 import os
@@ -45,6 +46,8 @@ def main(output, kind, *options):
         layers=[0, 2], hidden_size=16, intermediate_size=40, num_experts=48, num_experts_per_tok=4,
         hidden_act="silu", encoder_type="glu",
     )  # fmt: skip
+    if kind == "routed":
+        config = MxDConfig(**{**config.to_dict(), "num_expert_groups": 6, "num_groups_per_tok": 2})
     rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (96, 12)).tolist()})
     if kind == "stream":
         rows = rows.to_iterable_dataset().shuffle(seed=3, buffer_size=20).repeat(None)
@@ -66,7 +69,9 @@ def main(output, kind, *options):
         model = make_spliced(teacher, started(config), "decomposition")
         trainer = FinetuningTrainer(model, FinetuningArguments(**arguments), **common)
     else:
-        trainer = DistillationTrainer(MxDModel(config), teacher, DistillationArguments(**arguments), **common)
+        trainer = DistillationTrainer(
+            MxDModel(config), teacher, DistillationArguments(**arguments, sparse_optimizer=kind == "sparse"), **common
+        )
     trainer.train(resume_from_checkpoint="resume" in options)
     trainer.save_model(output + "/final")
 

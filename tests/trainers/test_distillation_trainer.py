@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from evaluation_mxd import token_mask
 from modeling_mxd import MxDConfig, MxDModel, SurgeryError, capture_mlps
 from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
+from trainers.router import routing_recall
 
 SCRIPT = Path(__file__).parent / "distil.py"
 
@@ -125,7 +126,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream", "finetuning"])
+@pytest.mark.parametrize("kind", ["rows", "stream", "sparse", "routed", "finetuning"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
     def run(folder, *options):
         command = [sys.executable, str(SCRIPT), str(tmp_path / folder), kind, *options]
@@ -241,6 +242,85 @@ def test_gate_and_modulations_learn_at_their_own_rates(tiny_llama, tmp_path):
     others = [value for name, value in layer.named_parameters() if not name.startswith(("gate.", "modulation"))]
     assert {rates[id(parameter)] for parameter in others} == {1e-2}
     assert len(rates) == len(list(layer.parameters()))
+
+
+def test_the_sparse_optimizer_leaves_experts_that_did_not_fire_as_they_were(tiny_llama, tmp_path):
+    model, fired, start = decomposition(num_experts=400), torch.zeros(400), {}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            start.update({name: value.clone() for name, value in model.layer(1).state_dict().items()})
+            watch.handle = model.layer(1).register_coefficient_hook(count)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                fired.zero_()  # the decoder starts at zero, which lets no gradient through to gate and modulations
+
+        def on_train_end(self, args, state, control, **kwargs):
+            watch.handle.remove()
+
+    def count(layer, x, coefficients):
+        fired.add_(coefficients.to_dense(400).detach().flatten(0, -2).sum(0))
+
+    watch = Watch()
+    settings = arguments(tmp_path, sparse_optimizer=True, per_device_train_batch_size=1, max_steps=3, warmup_steps=0)
+    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows(), callbacks=[watch])
+    trainer.train()
+    assert 20 < (fired > 0).sum() < 200
+    for name in ("gate.weight", "gate.bias", "modulation"):
+        moved = (model.layer(1).state_dict()[name] != start[name]).reshape(400, -1).any(1)
+        assert torch.equal(moved, fired > 0), name
+    assert not model.layer(1).sparse_gradients
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_grad_norm", 1.0), ("optim", "sgd")])
+def test_the_sparse_optimizer_refuses_what_it_cannot_do(tmp_path, field, value):
+    with pytest.raises(ValueError, match=f"sparse_optimizer .*{field}"):
+        arguments(tmp_path, sparse_optimizer=True, **{field: value})
+
+
+ROUTED = {"num_expert_groups": 6, "num_groups_per_tok": 2}
+
+
+def test_a_router_trains_jointly_and_only_from_its_own_loss(tiny_llama, tmp_path):
+    model = decomposition(**ROUTED)
+    data = rows()
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, max_steps=60), train_dataset=data)
+    start, layer = {}, model.layer(1)
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            start.update({name: value.clone() for name, value in layer.state_dict().items()})
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert all(torch.isfinite(value).all() for value in model.parameters())
+    for name, parameter in layer.named_parameters():
+        assert not torch.equal(parameter, start[name]), name
+    x, _ = capture_mlps(tiny_llama, [1], torch.tensor(data["input_ids"]))[1]
+    trained = routing_recall(layer, x)
+    layer.router.load_state_dict({name: start[f"router.{name}"] for name in ("weight", "bias")})
+    assert trained.experts > max(0.5, routing_recall(layer, x).experts)  # the old router lags behind the gate
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_reported_loss_is_the_distillation_loss_alone(tiny_llama, tmp_path):
+    model = decomposition(**ROUTED)
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path), train_dataset=rows())
+    batch = next(iter(trainer.get_train_dataloader()))
+    reported = trainer.training_step(model, dict(batch))
+    mask = token_mask(batch["input_ids"])
+    x, y = capture_mlps(tiny_llama, [1], batch["input_ids"])[1]
+    torch.testing.assert_close(reported, trainer.layer_loss(model, 1, x, y, mask).detach() / mask.sum())
+    assert model.layer(1).router.weight.grad.any()
+
+
+def test_a_layer_with_a_router_in_several_processes_is_refused(tiny_llama, tmp_path, monkeypatch):
+    settings = arguments(tmp_path)
+    monkeypatch.setattr(type(settings), "world_size", 2)
+    with pytest.raises(ValueError, match="layer 1 has a router, which trains in one process, not in 2"):
+        DistillationTrainer(decomposition(**ROUTED), tiny_llama, settings, train_dataset=rows())
 
 
 def test_unknown_layer_is_refused_before_training(tiny_llama, tmp_path):

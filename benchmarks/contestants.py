@@ -1,0 +1,290 @@
+"""What `benchmarks/speed.py` times, and the process that times one of them.
+
+    python benchmarks/contestants.py CONTESTANT JOB
+
+JOB is a JSON object with the sizes I, O, H, N, latents, K, tokens, and glu, mode ("train" or "forward"), device,
+threads. The process builds the contestant, warms up, and then answers every line on its standard input with a line of
+JSON: one step, timed.
+
+A training step is forward, backward of the squared error, and a step of Adam or AdamW; weights are float32.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Job = dict[str, Any]
+GROUPS_OPENED = 8
+
+
+class DenseMxD(nn.Module):
+    """An MxD in plain dense PyTorch, as its authors write it."""
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.k, inputs, outputs, units = job["K"], job["I"], job["O"], job["H"]
+        self.gate = nn.Linear(inputs, job["N"])
+        self.encoder = nn.Linear(inputs, units)
+        self.encoder_up = nn.Linear(inputs, units) if job["glu"] else None
+        self.decoder = nn.Linear(units, outputs, bias=False)
+        self.modulation = nn.Linear(job["N"], outputs, bias=False)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, I) → (T, O)."""
+        a = torch.relu(self.gate(x))
+        kept = a.topk(self.k, dim=-1)
+        a = torch.zeros_like(a).scatter_(-1, kept.indices, kept.values)
+        z = F.gelu(self.encoder(x)) if self.encoder_up is None else F.silu(self.encoder(x)) * self.encoder_up(x)
+        return self.modulation(a) * self.decoder(z) + self.bias
+
+
+class MLP(nn.Module):
+    """The untouched MLP."""
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.encoder = nn.Linear(job["I"], job["H"])
+        self.encoder_up = nn.Linear(job["I"], job["H"]) if job["glu"] else None
+        self.decoder = nn.Linear(job["H"], job["O"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, I) → (T, O)."""
+        z = F.gelu(self.encoder(x)) if self.encoder_up is None else F.silu(self.encoder(x)) * self.encoder_up(x)
+        return self.decoder(z)
+
+
+class Products(nn.Module):
+    """The limit: nothing but the dense products, of the gate once, of encoder and decoder once (forward) or three
+    times (training). The gate's is the faster of two, `F.linear` of all tokens and the layer's own way in chunks."""
+
+    def __init__(self, job: Job, dtype: torch.dtype):
+        super().__init__()
+        from modeling_mxd.functional import chunks, product
+
+        self.dtype, self.times = dtype, 3 if job["mode"] == "train" else 1
+        self.gate = torch.randn(job["N"], job["I"], dtype=dtype)
+        self.encoders = [torch.randn(job["H"], job["I"], dtype=dtype) for _ in range(1 + job["glu"])]
+        self.decoder = torch.randn(job["O"], job["H"], dtype=dtype)
+        self._chunks, self._product = chunks, product
+        self.seconds: dict[str, float] = {}
+
+    def step(self, x: Tensor) -> None:
+        """Time the three parts."""
+        x = x.to(self.dtype)
+        clock = time.perf_counter()
+        F.linear(x, self.gate)
+        clock = self._note("gate at once", clock)
+        for part in self._chunks(len(x), len(self.gate)):
+            self._product(x[part], self.gate, None)
+        clock = self._note("gate in chunks", clock)
+        for _ in range(self.times):
+            z = [F.linear(x, encoder) for encoder in self.encoders][-1]
+            F.linear(z, self.decoder)
+        self._note("encoder and decoder", clock)
+
+    def _note(self, name: str, since: float) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name] = now - since
+        return now
+
+    @property
+    def limit(self) -> float:
+        """Seconds of the last step that count."""
+        return min(self.seconds["gate at once"], self.seconds["gate in chunks"]) + self.seconds["encoder and decoder"]
+
+
+def ours(job: Job, **changes: Any) -> nn.Module:
+    """One of our layers, with weights none of which is zero."""
+    from modeling_mxd import MxDLayerConfig, make_layer
+
+    experts = job["N"] if changes.get("method", "mxd") == "mxd" else job["latents"]
+    layer = make_layer(
+        MxDLayerConfig(
+            job["I"],
+            job["O"],
+            job["H"],
+            experts,
+            job["K"],
+            hidden_act="silu" if job["glu"] else "gelu",
+            encoder_type="glu" if job["glu"] else "mlp",
+            **changes,
+        )
+    )
+    table = layer.decoder.weight if changes.get("method", "mxd") == "mxd" else layer.decoder
+    nn.init.normal_(table, std=0.02)
+    return layer
+
+
+def hierarchical(job: Job) -> nn.Module:
+    """About √N groups, of which a token opens 8."""
+    from modeling_mxd.hierarchical_routing import default_num_expert_groups
+
+    groups = default_num_expert_groups(job["N"])
+    return ours(job, num_expert_groups=groups, num_groups_per_tok=min(GROUPS_OPENED, groups))
+
+
+class GateAlone(nn.Module):
+    """The gate of one of our layers, without the rest."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, I) → coefficients (T, K)."""
+        return self.layer.encode(x).values
+
+
+class Sparsify(nn.Module):
+    """sparsify's skip transcoder (pip install eai-sparsify)."""
+
+    def __init__(self, job: Job):
+        super().__init__()
+        from sparsify import SparseCoder, SparseCoderConfig
+
+        config = SparseCoderConfig(num_latents=job["latents"], k=job["K"], transcode=True, skip_connection=True)
+        self.coder = SparseCoder(job["I"], config)
+        nn.init.normal_(self.coder.W_dec, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, I) → (T, O)."""
+        return self.coder(x, x).sae_out
+
+
+class SAELens(nn.Module):
+    """SAELens's TopK autoencoder for training (pip install sae-lens)."""
+
+    def __init__(self, job: Job):
+        super().__init__()
+        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+        self.coder = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=job["I"], d_sae=job["latents"], k=job["K"]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, I) → (T, I)."""
+        return self.coder.decode(self.coder.encode_with_hidden_pre(x)[0])
+
+
+# name: what builds it, whether its products are in bfloat16
+CONTESTANTS: dict[str, tuple[Callable[[Job], nn.Module], bool]] = {
+    "dense PyTorch": (DenseMxD, False),
+    "exact": (ours, False),
+    "exact, bf16 products": (ours, True),
+    "hierarchical": (hierarchical, False),
+    "hierarchical, bf16 products": (hierarchical, True),
+    "exact, gate alone": (lambda job: GateAlone(ours(job)), False),
+    "hierarchical, gate alone": (lambda job: GateAlone(hierarchical(job)), False),
+    "transcoder": (lambda job: ours(job, method="transcoder"), False),
+    "transcoder, bf16 products": (lambda job: ours(job, method="transcoder"), True),
+    "sparsify skip transcoder": (Sparsify, False),
+    "SAELens TopK SAE": (SAELens, False),
+    "MLP": (MLP, False),
+    "bare products": (lambda job: Products(job, torch.float32), False),
+    "bare products, bf16": (lambda job: Products(job, torch.bfloat16), True),
+}
+BESIDE = ("sparsify skip transcoder", "SAELens TopK SAE")
+
+
+class Memory:
+    """Peak memory of this process, from a moment on."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+
+    def restart(self) -> None:
+        """Count from now on."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        return self._status("VmHWM")
+
+    def now(self) -> int:
+        """Bytes."""
+        return torch.cuda.memory_allocated() if self.cuda else self._status("VmRSS")
+
+    @staticmethod
+    def _status(field: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+
+def _import_all(build: Callable[[Job], nn.Module], job: Job) -> None:
+    """A tiny step, so that libraries and what they set up when first used do not count as the step's memory."""
+    tiny = {**job, "I": 8, "O": 8, "H": 8, "N": 64, "latents": 64, "K": 2, "tokens": 16}
+    with torch.device(job["device"]):
+        model, x = build(tiny), torch.randn(16, 8)
+    with torch.autocast(job["device"], torch.bfloat16):
+        output = model(x) if not isinstance(model, Products) else F.linear(x, torch.randn(8, 8, requires_grad=True))
+    output.sum().backward()
+
+
+def steps(name: str, job: Job) -> Iterator[dict[str, Any]]:
+    """Build a contestant and time one step for every item that is asked for."""
+    device, (build, in_bf16) = job["device"], CONTESTANTS[name]
+    torch.manual_seed(0)
+    memory = Memory(device)
+    _import_all(build, job)
+    before = memory.now()
+    with torch.device(device):
+        model = build(job)
+        x, y = torch.randn(job["tokens"], job["I"]), torch.randn(job["tokens"], job["O"])
+    autocast = torch.autocast(device, torch.bfloat16) if in_bf16 else contextlib.nullcontext()
+    if isinstance(model, Products):
+        while True:
+            model.step(x)
+            yield {"seconds": model.limit, **model.seconds}
+    model.requires_grad_(job["mode"] == "train")
+    # The Trainer's AdamW is the fused one; the plain code has the default.
+    fused = {"fused": True} if name not in ("dense PyTorch", *BESIDE) else {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **fused) if job["mode"] == "train" else None
+    while True:
+        memory.restart()
+        started = time.perf_counter()
+        with autocast:
+            output = model(x)
+        if optimizer is not None:
+            (output.float() - y).square().sum(-1).mean().backward()
+            optimizer.step()
+            gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+            optimizer.zero_grad()
+        del output
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        held = sum(p.nbytes for p in model.parameters()) + x.nbytes + y.nbytes
+        if optimizer is not None:
+            states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+            held += gradients + sum(t.nbytes for t in states)
+        yield {"seconds": seconds, "peak_bytes": memory.peak() - before - held, "parameter_bytes": held}
+
+
+def main() -> None:
+    """Time a step for every line of standard input."""
+    name, job = sys.argv[1], json.loads(sys.argv[2])
+    torch.set_num_threads(job["threads"])
+    timed = steps(name, job)
+    next(timed)  # warm-up
+    print(json.dumps({"ready": True}), flush=True)  # noqa: T201
+    for _ in sys.stdin:
+        print(json.dumps(next(timed)), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""What a layer costs: ours against plain dense PyTorch, the untouched MLP, transcoders and the bare products.
+
+    python benchmarks/speed.py [--quick] [--shapes NAME ...] [--device cpu] [--beside PYTHON]
+
+Every contestant (`benchmarks/contestants.py`) runs in a process of its own; all of one shape are alive at once, as far
+as memory allows, and take a step each in turn, so that whatever else happens to the machine happens to all of them.
+Medians over the turns. Weights and inputs are random: what hierarchical routing costs in accuracy is measured by
+`benchmarks/routing.py`. `--beside` names the Python of an environment with other people's libraries (pip install
+eai-sparsify sae-lens), which run only here.
+
+Cases that are in the work folder are not run again. Writes benchmarks/results/speed.json, the tables in docs/speed.md
+and docs/speed.png. About 20 minutes on 2 cores.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from contestants import BESIDE, CONTESTANTS
+from tqdm.auto import tqdm
+
+from modeling_mxd import num_experts_matching_transcoder
+from modeling_mxd.configuration_mxd import machine_memory
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "speed.json"
+PAGE, FIGURE = HERE.parent / "docs" / "speed.md", HERE.parent / "docs" / "speed.png"
+MARK = "benchmarks/speed.py"
+
+# name: I = O, H, GLU, tokens of a step
+SHAPES = {
+    "GPT-2": (768, 3072, False, 1024),
+    "Pythia-410M": (1024, 4096, False, 1024),
+    "SmolLM2-135M": (576, 1536, True, 1024),
+    "Llama-3.2-3B": (3072, 8192, True, 256),
+}
+MULTIPLIER, K = 32, 32
+# Training at this shape takes 9 GB for every contestant.
+FEW = ("dense PyTorch", "exact", "exact, bf16 products", "hierarchical, bf16 products", "bare products")
+SWEEP = ("dense PyTorch", "exact", "hierarchical", "exact, gate alone", "hierarchical, gate alone")
+SWEPT = [2**power for power in range(10, 18)]
+FITTED_FROM = 4096
+
+
+class Worker:
+    """A contestant in a process of its own."""
+
+    def __init__(self, name: str, job: dict[str, Any], python: str):
+        self.name, self.turns, self.failure = name, [], ""
+        command = [python, str(HERE / "contestants.py"), name, json.dumps(job)]
+        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    def answer(self) -> dict[str, Any] | None:
+        """The next line of JSON that it writes; None where it ended."""
+        assert self.process.stdout is not None and self.process.stderr is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        self.failure = (self.process.stderr.read().strip().splitlines() or ["killed"])[-1]
+        return None
+
+    def turn(self) -> None:
+        """One step."""
+        if self.failure:
+            return
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        answer = self.answer()
+        if answer is not None:
+            self.turns.append(answer)
+
+    def end(self) -> dict[str, Any]:
+        """Medians of all turns."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait()
+        if self.failure or not self.turns:
+            return {"failed": self.failure}
+        medians = {name: statistics.median(turn[name] for turn in self.turns) for name in self.turns[0]}
+        return {**medians, "all_seconds": [round(turn["seconds"], 5) for turn in self.turns]}
+
+
+def measure(job: dict[str, Any], names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Time contestants in turns; those that do not fit into memory together come in waves."""
+    parameters = job["N"] * (job["I"] + job["O"]) + 3 * job["H"] * job["I"]
+    each = parameters * 4 * (4 if job["mode"] == "train" else 1) + 5 * job["tokens"] * job["N"] * 4 + 5 * 10**8
+    memory = torch.cuda.mem_get_info()[1] if job["device"] == "cuda" else machine_memory()
+    at_once = max(1, int(0.75 * memory / each))
+    results: dict[str, Any] = {}
+    for start in range(0, len(names), at_once):
+        results.update(_wave(job, names[start : start + at_once], options))
+    return {"job": job, "at_once": at_once, "contestants": results}
+
+
+def _wave(job: dict[str, Any], names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    workers = [Worker(name, job, options.beside if name in BESIDE else sys.executable) for name in names]
+    for worker in workers:
+        worker.answer()  # built and warmed up
+    started, turns = time.monotonic(), 0
+    while turns < options.turns and (turns < 3 or time.monotonic() - started < options.seconds):
+        for worker in workers:
+            worker.turn()
+        turns += 1
+    return {worker.name: worker.end() for worker in workers}
+
+
+def cases(options: argparse.Namespace) -> dict[str, tuple[dict[str, Any], list[str]]]:
+    """Name of a case: its job, and who takes part."""
+    everybody = [name for name in CONTESTANTS if "gate alone" not in name and (options.beside or name not in BESIDE)]
+    found: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    fixed = {"K": K, "device": options.device, "threads": options.threads}
+    for shape in options.shapes:
+        width, units, glu, tokens = SHAPES[shape]
+        experts = num_experts_matching_transcoder(width, width, units, MULTIPLIER, "glu" if glu else "mlp")
+        job = {"I": width, "O": width, "H": units, "glu": glu, "tokens": tokens, **fixed}
+        job |= {"N": experts, "latents": MULTIPLIER * width}
+        for mode in ("train", "forward"):
+            names = [name for name in everybody if width < 2048 or mode == "forward" or name in FEW]
+            found[f"{shape}, {mode}"] = ({**job, "mode": mode}, names)
+    width, units, glu, tokens = SHAPES["GPT-2"]
+    for experts in options.experts:
+        job = {"I": width, "O": width, "H": units, "glu": glu, "tokens": tokens, **fixed}
+        job |= {"N": experts, "latents": experts, "mode": "forward"}
+        found[f"{experts} experts"] = (job, list(SWEEP))
+    return found
+
+
+def exponent(points: dict[int, float]) -> float:
+    """Slope of log seconds over log N, least squares."""
+    logs = torch.tensor([[experts, seconds] for experts, seconds in points.items()], dtype=torch.float64).log()
+    x, y = (logs - logs.mean(0)).T
+    return float((x * y).sum() / (x * x).sum())
+
+
+def swept(results: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Milliseconds of a forward by number of experts, for everybody who was swept."""
+    curves: dict[str, dict[int, float]] = {name: {} for name in SWEEP}
+    for case, measured in results["cases"].items():
+        if case.endswith(" experts"):
+            for name, result in measured["contestants"].items():
+                if "seconds" in result:
+                    curves[name][measured["job"]["N"]] = 1000 * result["seconds"]
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items() if curve}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The page's tables in Markdown."""
+    lines = [f"{results['machine']}.", ""]
+    for case, measured in results["cases"].items():
+        if case.endswith(" experts"):
+            continue
+        job, rows = measured["job"], measured["contestants"]
+        what = "Training step" if job["mode"] == "train" else "Forward"
+        sizes = f"I = O = {job['I']:,}, H = {job['H']:,}, N = {job['N']:,}, K = {job['K']}, {job['tokens']:,} tokens"
+        lines += [f"**{what}, {case.rpartition(',')[0]} shapes** ({sizes})", ""]
+        lines += ["|  | ms | tokens/s | against dense | share of limit | peak MB |", "|---|---|---|---|---|---|"]
+        dense = rows.get("dense PyTorch", {}).get("seconds")
+        for name, row in rows.items():
+            if "failed" in row:
+                lines.append(f"| {name} | failed: {row['failed'][:60]} | | | | |")
+                continue
+            limit = rows.get("bare products, bf16" if "bf16" in name else "bare products", {}).get("seconds")
+            exact = name.startswith(("exact", "dense"))
+            cells = [
+                name,
+                f"{1000 * row['seconds']:,.0f}",
+                f"{job['tokens'] / row['seconds']:,.0f}",
+                f"{dense / row['seconds']:.2f} ×" if dense else "",
+                f"{100 * limit / row['seconds']:.0f} %" if limit and exact else "",
+                f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    curves = swept(results)
+    if curves:
+        experts = sorted({n for curve in curves.values() for n in curve})
+        lines += ["**Forward in ms by number of experts, GPT-2 shapes**", ""]
+        lines.append("| N | " + " | ".join(f"{n:,}" for n in experts) + f" | exponent from {FITTED_FROM:,} |")
+        lines.append("|" + "---|" * (len(experts) + 2))
+        for name, curve in curves.items():
+            cells = [f"{curve[n]:,.1f}" if n in curve else "" for n in experts]
+            fitted = results["exponents"].get(name)
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {fitted:.2f} |" if fitted else " | |")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Cost against number of experts, with the fitted lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name, curve in swept(results).items():
+        fitted = results["exponents"].get(name)
+        label = name if fitted is None else f"{name}: N^{fitted:.2f}"
+        axes.plot(list(curve), list(curve.values()), "o-" if "alone" not in name else "o--", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="experts N", ylabel="ms per forward", title="GPT-2 shapes")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(FIGURE, dpi=120)
+    pyplot.close(figure)
+
+
+def summarise(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """Put all measured cases together."""
+    measured = {name: json.loads(path.read_text()) for name in names if (path := _path(options, name)).exists()}
+    where = machine(options.threads, options.device)
+    results: dict[str, Any] = {"machine": where, "cases": measured, "exponents": {}}
+    for name, curve in swept(results).items():
+        points = {experts: ms for experts, ms in curve.items() if experts >= FITTED_FROM}
+        if len(points) > 2:
+            results["exponents"][name] = exponent(points)
+    return results
+
+
+def machine(threads: int, device: str) -> str:
+    """Where something was measured, in words."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    processor = names[0].partition(":")[2].strip() if names else platform.processor()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor
+    return f"{name}, {threads} threads, PyTorch {torch.__version__}, Python {platform.python_version()}"
+
+
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Put a text between its marks in a page."""
+    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    if not found:
+        raise ValueError(f"{page} has no line {begin!r} to write after")
+    page.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
+
+
+def _path(options: argparse.Namespace, case: str) -> Path:
+    return Path(options.work) / (case.replace(", ", "-").replace(" ", "-") + ".json")
+
+
+def main() -> None:
+    """Measure what is missing and write results, tables and figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--experts", nargs="*", type=int, default=SWEPT, help="numbers of experts to sweep")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--beside", help="Python of an environment with eai-sparsify and sae-lens")
+    parser.add_argument("--work", type=Path, default=Path("runs/speed"))
+    parser.add_argument("--turns", type=int, default=15, help="at most")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of one case, after three turns")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few turns, nothing written but the work")
+    options = parser.parse_args()
+    if options.quick:
+        SHAPES.update({name: (64, 128, glu, 128) for name, (_, _, glu, _) in SHAPES.items()})
+        options.work, options.turns, options.experts = options.work / "quick", 3, [1024, 4096, 8192, 16384]
+    options.work.mkdir(parents=True, exist_ok=True)
+    todo = cases(options)
+    bar = tqdm([name for name in todo if not _path(options, name).exists()], unit="case")
+    for name in bar:
+        bar.set_postfix_str(name)
+        job, names = todo[name]
+        _path(options, name).write_text(json.dumps(measure(job, names, options), indent=1) + "\n")
+    results = summarise(options, list(todo))
+    if options.quick:
+        print(table(results))  # noqa: T201
+        return
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results)
+    write_between(PAGE, MARK, table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Hierarchical routing: a gate that reads only a few groups of experts.
+
+The N experts lie in G groups of ⌈N/G⌉ neighbours (the last group may be smaller). A token opens the M groups that a
+linear router scores highest, and only their experts compete for its K places:
+
+    r = Rx + ρ                                     router, (G)
+    a = TopK(ReLU(Gx + g) · [group of n is open])   open: the M largest of r
+
+With G ≈ √N the gate costs I·(G + M·N/G) multiply-adds a token instead of I·N. Tokens are sorted by group, so that the
+work is one dense product for every group that some token opened; groups that none opened are not read. With all groups
+open it is the exact gate, and computed as such.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .functional import chunks, gate_gradients, largest_positive, operator, save_gate
+
+
+def default_num_expert_groups(num_experts: int) -> int:
+    """About √N groups, none of them empty."""
+    return -(-num_experts // max(1, round(math.sqrt(num_experts))))
+
+
+@operator("routed_gate")
+def _routed_gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    tokens, experts = x.shape[0], weight.shape[0]
+    values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
+    for part in chunks(tokens, opened.shape[1] * group_size):
+        scores = _group_scores(x[part], weight, bias, opened[part], group_size)
+        values[part], at = largest_positive(scores, k)
+        # Beyond the last group's end there are no experts: what is chosen there has the value 0.
+        group = opened[part].gather(1, at // group_size)
+        indices[part] = (group * group_size + at % group_size).clamp_max_(experts - 1)
+    return values, indices
+
+
+def _group_scores(x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, size: int) -> Tensor:
+    """Pre-activations of the experts in every token's open groups, (T, M·size)."""
+    tokens, per_token = opened.shape
+    groups = opened.reshape(-1)
+    order = torch.argsort(groups, stable=True)
+    found, counts = torch.unique_consecutive(groups[order], return_counts=True)
+    by_group = x.new_empty(tokens * per_token, size)
+    start = 0
+    for group, count in zip(found.tolist(), counts.tolist(), strict=True):
+        rows, places = slice(group * size, (group + 1) * size), slice(start, start + count)
+        inputs, matrix = x.index_select(0, order[places] // per_token), weight[rows]
+        scores = by_group[places, : len(matrix)]
+        if bias is None:
+            torch.mm(inputs, matrix.T, out=scores)
+        else:
+            torch.addmm(bias[rows], inputs, matrix.T, out=scores)
+        by_group[places, len(matrix) :] = -torch.inf
+        start += count
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return by_group.index_select(0, place).view(tokens, per_token * size)
+
+
+@_routed_gate.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+_routed_gate.register_autograd(gate_gradients, setup_context=save_gate)
+
+
+def routed_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    opened: Tensor,
+    group_size: int,
+    k: int,
+    sparse_gradients: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Coefficients of the K experts with the largest pre-activations in a token's open groups.
+
+    The products are in the dtype of `x` under autocast too: to round them and then to compute the selected ones again
+    would cost as much.
+
+    Args:
+        x, weight, bias, k, sparse_gradients: as for `functional.topk_gate`.
+        opened: groups that each token opens, each at most once, (..., M) int64.
+        group_size: experts in every group but the last.
+
+    Returns:
+        values (..., K) and indices (..., K) as `functional.topk_gate`, gradients included; the choice of groups has
+        none.
+    """
+    flat, groups = x.reshape(-1, x.shape[-1]), opened.reshape(-1, opened.shape[-1])
+    values, indices = _routed_gate(flat, weight, bias, groups, group_size, k, sparse_gradients)
+    return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)

@@ -1,0 +1,271 @@
+"""Routers for hierarchical routing: experts that fire together become neighbours, and a linear map learns which groups
+a token needs.
+
+Both are found from inputs. With v(t, n) the coefficients of the exact gate, and p(g | t) a token's share of
+coefficients in group g, two steps alternate:
+
+    router      r = Rx + ρ minimises the cross-entropy of softmax(r) to p(· | t)
+    groups      expert n goes to the group in which Σ_t v(t, n) · softmax(r(t))_g is largest, at most ⌈N/G⌉ to each
+
+from soft clusters of the inputs as the first "router". Groups of gate rows that are alike (k-means) are what this is
+measured against in `benchmarks/routing.py`: they capture less, since alike is not the same as active together.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel, SparseLayer
+from modeling_mxd.functional import scatter_rows, topk_gate
+from modeling_mxd.hierarchical_routing import default_num_expert_groups
+
+BATCH = 512
+LEARNING_RATE = 3e-3
+CLUSTER_ROUNDS = 10
+CLUSTER_SHARPNESS = 20.0
+PART = 4096  # tokens at a time where what is made is large
+
+
+class RoutingRecall(NamedTuple):
+    """How much of the exact gate's choice survives hierarchical routing, over some inputs."""
+
+    experts: float
+    """share of the exact gate's active experts that are active under routing"""
+    coefficients: float
+    """share of the sum of the exact gate's coefficients that they carry"""
+
+
+@torch.no_grad()
+def routing_recall(layer: SparseLayer, inputs: Tensor, num_groups_per_tok: int | None = None) -> RoutingRecall:
+    """Recall of the exact TopK by the routed one.
+
+    Args:
+        layer: has a router, or the recall is 1.
+        inputs: of the layer's MLP, (..., I).
+        num_groups_per_tok: groups opened; by default as many as the layer's configuration says.
+    """
+    kept = total = kept_sum = total_sum = 0.0
+    config = layer.config
+    opened = config.num_groups_per_tok if num_groups_per_tok is None else num_groups_per_tok
+    for x in inputs.reshape(-1, inputs.shape[-1]).split(PART):
+        values, indices = exact_coefficients(layer, x)
+        if layer.router is None or opened == config.num_expert_groups:
+            found = values > 0
+        else:
+            groups = layer.router(x.to(layer.router.weight.dtype)).topk(opened, dim=-1).indices
+            # An expert of the exact TopK in an open group is in the routed TopK: it has fewer rivals there.
+            found = (indices // config.expert_group_size)[..., None].eq(groups[:, None]).any(-1) & (values > 0)
+        kept, total = kept + float(found.sum()), total + float((values > 0).sum())
+        kept_sum += float(values.double().where(found, 0.0).sum())
+        total_sum += float(values.double().sum())
+    return RoutingRecall(kept / max(total, 1.0), kept_sum / total_sum if total_sum else 1.0)
+
+
+def exact_coefficients(layer: SparseLayer, x: Tensor) -> ExpertCoefficients:
+    """What the gate would say without routing; x (T, I) → values and indices (T, K)."""
+    weight = layer.gate.weight
+    return ExpertCoefficients(*topk_gate(x.to(weight.dtype), weight, layer.gate.bias, layer.config.num_experts_per_tok))
+
+
+def router_loss(layer: SparseLayer, x: Tensor) -> Tensor:
+    """Mean cross-entropy of the router's softmax to the exact gate's shares of coefficients; x (T, I).
+
+    Gradients reach the router only. Tokens without an active expert do not count.
+
+    Raises:
+        ValueError: when the layer has no router.
+    """
+    config, router = layer.config, layer.router
+    if router is None:
+        raise ValueError("the layer has no router: its configuration names no num_expert_groups")
+    with torch.no_grad():
+        values, indices = exact_coefficients(layer, x)
+        target = _shares(values.float(), indices // config.expert_group_size, router.out_features)
+    return _cross_entropy(router(x.detach().to(router.weight.dtype)), target)
+
+
+@torch.no_grad()
+def fit_router(
+    layer: SparseLayer,
+    inputs: Tensor,
+    num_expert_groups: int | None = None,
+    num_groups_per_tok: int | None = None,
+    rounds: int = 3,
+    epochs: int = 4,
+    seed: int = 0,
+) -> Tensor:
+    """Give a layer hierarchical routing, fitted to what its exact gate does on some inputs.
+
+    The layer is changed in place: its experts are renumbered, so that groups are neighbours, and it gets a router
+    and a configuration with groups. Opened wholly, it computes what it did. On a layer that has a router already a new
+    one is fitted.
+
+    Args:
+        layer: with a plain `nn.Linear` as gate.
+        inputs: of the layer's MLP, (..., I); some 60,000 tokens of the text that it is meant for.
+        num_expert_groups: G; by default what the layer has, or about √N.
+        num_groups_per_tok: M, groups that a token opens; by default what the layer has, or 8.
+        rounds: how often groups are formed anew from the router.
+        epochs: passes over the inputs in which each router is learnt.
+        seed: of starts and order.
+
+    Returns:
+        (N) int64: expert n was expert `order[n]` before.
+
+    Raises:
+        ValueError: no inputs, inputs of another width, or numbers of groups that the configuration refuses.
+    """
+    x, config = inputs.reshape(-1, inputs.shape[-1]), layer.config
+    if not len(x) or x.shape[1] != config.hidden_size:
+        raise ValueError(f"inputs must be (tokens, {config.hidden_size}), got {tuple(inputs.shape)}")
+    if type(layer.gate) is not nn.Linear:
+        raise ValueError(f"the gate must be a plain nn.Linear, not {type(layer.gate).__name__}: merge adapters first")
+    groups = num_expert_groups or config.num_expert_groups or default_num_expert_groups(config.num_experts)
+    opened = num_groups_per_tok or config.num_groups_per_tok or 8
+    config = dataclasses.replace(config, num_expert_groups=groups, num_groups_per_tok=opened)
+    fitting = _Fitting(layer, x, config, torch.Generator().manual_seed(seed))
+    for _ in range(rounds + 1):
+        fitting.form_groups()
+        fitting.learn_router(epochs)
+    order = torch.argsort(fitting.group, stable=True)
+    _renumber(layer, order)
+    router = fitting.folded_router().to(layer.gate.weight)
+    if layer.router is not None and layer.router.weight.shape == router.weight.shape:
+        layer.router.load_state_dict(router.state_dict())
+    else:
+        layer.router = router
+    layer.config = config
+    return order
+
+
+def fit_routers(model: MxDModel, inputs: Mapping[int, Tensor], **options: Any) -> dict[int, Tensor]:
+    """`fit_router` for layers of a model, whose configuration then says so: it can be saved, and loads as it is.
+
+    Args:
+        model: is changed in place.
+        inputs: of every layer that gets a router, by layer index.
+        **options: as for `fit_router`.
+
+    Returns:
+        The order of experts, by layer index.
+    """
+    orders = {}
+    for index, x in inputs.items():
+        layer = model.layer(index)
+        orders[index] = fit_router(layer, x, **options)
+        fields = {name: getattr(layer.config, name) for name in ("num_expert_groups", "num_groups_per_tok")}
+        overrides = model.config.layer_overrides
+        model.config.layer_overrides = {**overrides, str(index): {**overrides.get(str(index), {}), **fields}}
+    model.config.check()
+    return orders
+
+
+class _Fitting:
+    """Groups and router of one layer while they are found; inputs are centred and scaled here."""
+
+    def __init__(self, layer: SparseLayer, x: Tensor, config: MxDLayerConfig, random: torch.Generator):
+        self.config, self.random = config, random
+        self.groups = config.num_expert_groups or 1
+        coefficients = [exact_coefficients(layer, part) for part in x.split(PART)]
+        self.values = torch.cat([values for values, _ in coefficients]).float()
+        self.indices = torch.cat([indices for _, indices in coefficients])
+        self.mean = x.float().mean(0)
+        self.scale = (x.float() - self.mean).square().mean().sqrt().clamp_min(1e-12)
+        self.x = (x.float() - self.mean) / self.scale
+        self.router = nn.utils.skip_init(nn.Linear, config.hidden_size, self.groups, device=x.device)
+        # The first "router" is clusters of inputs; experts that never fire go where their gate rows point.
+        centers = self._cluster_centers()
+        self._scores = lambda part: CLUSTER_SHARPNESS * F.normalize(part, dim=-1) @ centers.T
+        self._otherwise = F.normalize(layer.gate.weight.float(), dim=-1) @ centers.T
+        self.group = torch.zeros(config.num_experts, dtype=torch.int64, device=x.device)
+
+    def _cluster_centers(self) -> Tensor:
+        """Directions (G, I) of the inputs' clusters, by k-means on the sphere from k-means++."""
+        directions = F.normalize(self.x, dim=-1)
+        distance = torch.ones(len(directions), device=directions.device)  # to the nearest center so far
+        chosen = []
+        for _ in range(self.groups):
+            chosen.append(directions[int(torch.multinomial(distance.cpu(), 1, generator=self.random))])
+            distance = torch.minimum(distance, 1 - directions @ chosen[-1]).clamp_min_(1e-6)
+        centers = torch.stack(chosen)
+        for _ in range(CLUSTER_ROUNDS):
+            nearest = torch.cat([(part @ centers.T).argmax(-1) for part in directions.split(PART)])
+            sums = torch.zeros_like(centers).index_add_(0, nearest, directions)
+            centers = F.normalize(sums, dim=-1).where(sums.any(-1, keepdim=True), centers)
+        return centers
+
+    def form_groups(self) -> None:
+        """Put every expert into the group that is scored highest where it fires."""
+        weights = torch.cat([self._scores(part).softmax(-1) for part in self.x.split(PART)])
+        affinity = scatter_rows(self.indices, self.values, weights, self.config.num_experts)
+        affinity /= affinity.sum(-1, keepdim=True).clamp_min(1e-12)
+        self.group = balanced_groups(affinity + 1e-3 * self._otherwise, self.config.expert_group_size)
+        self._otherwise = F.one_hot(self.group, self.groups).float()
+
+    def learn_router(self, epochs: int) -> None:
+        """Cross-entropy to the tokens' shares of coefficients, Adam with a rate that falls to zero."""
+        for parameter in self.router.parameters():
+            nn.init.zeros_(parameter)
+        optimizer = torch.optim.Adam(self.router.parameters(), lr=LEARNING_RATE)
+        steps = epochs * -(-len(self.x) // BATCH)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        with torch.enable_grad():
+            for _ in range(epochs):
+                for rows in torch.randperm(len(self.x), generator=self.random).to(self.x.device).split(BATCH):
+                    target = _shares(self.values[rows], self.group[self.indices[rows]], self.groups)
+                    loss = _cross_entropy(self.router(self.x[rows]), target)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+        self._scores = self.router
+
+    def folded_router(self) -> nn.Linear:
+        """The router for inputs as they are."""
+        self.router.weight.div_(self.scale)
+        self.router.bias.sub_(self.router.weight @ self.mean)
+        return self.router
+
+
+def balanced_groups(scores: Tensor, size: int) -> Tensor:
+    """Assign experts to groups of `size` (the last takes what is left), by what they score there, (N, G) → (N).
+
+    Deferred acceptance: every expert asks the best group that has not refused it, and every group keeps the `size`
+    best of those that asked. No expert and group would rather have each other than what they got.
+    """
+    experts, groups = scores.shape
+    room = torch.full((groups,), size, device=scores.device)
+    room[-1] = experts - (groups - 1) * size
+    open_scores, group = scores.clone(), torch.full((experts,), -1, device=scores.device)
+    free = torch.arange(experts, device=scores.device)
+    while len(free):
+        group[free] = open_scores[free].argmax(-1)
+        # Experts by group, and in each by score; those behind its room are refused.
+        order = scores.gather(1, group[:, None])[:, 0].argsort(descending=True, stable=True)
+        order = order[group[order].argsort(stable=True)]
+        counts = torch.bincount(group, minlength=groups)
+        rank = torch.arange(experts, device=scores.device) - (counts.cumsum(0) - counts)[group[order]]
+        free = order[rank >= room[group[order]]]
+        open_scores[free, group[free]] = -torch.inf
+    return group
+
+
+def _shares(values: Tensor, groups_of_indices: Tensor, groups: int) -> Tensor:
+    """Share of a token's coefficients in each group, (T, K), (T, K) → (T, G); zeros where none is active."""
+    sums = values.new_zeros(len(values), groups).scatter_add_(1, groups_of_indices, values)
+    return sums / sums.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
+def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    return -(target * F.log_softmax(scores.float(), dim=-1)).sum() / target.sum().clamp_min(1)
+
+
+def _renumber(layer: SparseLayer, order: Tensor) -> None:
+    per_expert = [layer.gate.weight, layer.gate.bias, layer.expert_table, layer.expert_frequency, layer.expert_mean]
+    for tensor in per_expert:
+        if tensor is not None:
+            tensor.copy_(tensor[order])
