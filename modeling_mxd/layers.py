@@ -84,14 +84,13 @@ class SparseLayer(nn.Module):
         Interventions are not applied here: this is what the gate says.
         """
         x = x.to(self.gate.weight.dtype)
-        k, plain = self.config.num_experts_per_tok, _is_plain_linear(self.gate)
-        opened = self.open_groups(x)
-        weight, bias, sparse = self.gate.weight, self.gate.bias, self.sparse_gradients
-        if plain and opened is not None:
+        k, opened = self.config.num_experts_per_tok, self.open_groups(x)
+        if _is_plain_linear(self.gate):
+            weight, bias, sparse = self.gate.weight, self.gate.bias, self.sparse_gradients
+            if opened is None:
+                return ExpertCoefficients(*topk_gate(x, weight, bias, k, sparse))
             size = self.config.expert_group_size
             return ExpertCoefficients(*routed_gate(x, weight, bias, opened, size, k, sparse))
-        if plain:
-            return ExpertCoefficients(*topk_gate(x, weight, bias, k, sparse))
         scores = self.gate(x)
         if opened is not None:
             scores = scores.masked_fill(~self.in_groups(opened), -torch.inf)
