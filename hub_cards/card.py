@@ -8,7 +8,7 @@ import html
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -74,14 +74,16 @@ def build_card(
     repo_id: str | None = None,
     license: str | None = None,  # noqa: A002, the card's own name for it
     base_model: str | None = None,
+    base_commit: str | None = None,
 ) -> ModelCard:
     """The card of the decomposition in a folder; nothing is asked of the network.
 
     Args:
-        folder: holds config.json; evaluation.json and figures/*.png if there are any.
+        folder: holds config.json; evaluation.json, figures/*.png and training_arguments.json if there are any.
         repo_id: user/name that the card's code loads; by default the folder's name.
         license: the Hub's identifier of a licence; without one the card names none.
         base_model: Hub id of the base model, where config.json names another place of it.
+        base_commit: of the base model that is loaded with it, where config.json names none.
 
     Raises:
         ValueError: config.json is missing, or it or evaluation.json cannot be read or is nonsense (naming the file);
@@ -102,12 +104,14 @@ def build_card(
             "license": license,
             "base": base,
             "own_tokenizer": any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")),
+            "base_commit": _argument(base_commit or config.base_model_revision) if base.hub_id else None,
+            "experts": _range(config.layer(layer).num_experts for layer in config.layers),
             "methods": {config.layer(layer).method for layer in config.layers},
             "layers": config.layers,
             "configurations": [_configuration_row(layer, config.layer(layer)) for layer in config.layers],
             "parameters": f"{config.num_parameters:,}",
             "results": None if evaluation is None else _results(config, evaluation),
-            "training": _training(config, base, _at(evaluation, "settings", "training")),
+            "training": _training(config, base, _at(evaluation, "settings", "training")) or _trained_by(folder),
             "finetunings": [_finetuning(run) for run in _finetunings(evaluation)],
             "figures": _figures(folder / "figures"),
         }
@@ -208,6 +212,13 @@ def _dataset_names(names: Any) -> list[str]:
     """Names without this machine's folders."""
     shown = [_dataset_id(name) or _plain(_last_part(name)) for name in texts(names)]
     return [*shown[:MAX_NAMES], f"and {len(shown) - MAX_NAMES} more"] if len(shown) > MAX_NAMES else shown
+
+
+def _range(numbers: Iterable[int]) -> str:
+    """`64`, or `64 to 128`."""
+    known = list(numbers)
+    least, most = min(known), max(known)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _layer_ranges(layers: list[int]) -> str:
@@ -362,6 +373,15 @@ def _training(config: MxDConfig, base: _Base, training: Any) -> dict[str, Any] |
     if training.get("num_experts") is not None:  # it goes before the budget that is otherwise matched
         command = [line for line in command if not line.startswith("--match-transcoder")]
     return {"lines": _lines(training), "command": _joined(command)}
+
+
+def _trained_by(folder: Path) -> dict[str, Any] | None:
+    """What the arguments that a Trainer left say of how it was made, where evaluation.json does not."""
+    path = folder / "training_arguments.json"
+    if not path.is_file():
+        return None
+    arguments = read_json(path)
+    return {"lines": _lines({**arguments, "loss": arguments.get("loss_normalization")}), "command": None}
 
 
 def _finetunings(evaluation: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

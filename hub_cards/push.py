@@ -86,7 +86,7 @@ def push_decomposition(
     base, inherited = _base(config, base_model, token)
     content = _content(folder, base.repo_id, base.commit) | dict(also or {})
     spare = {} if _has_tokenizer(content) else _tokenizer_of(base, token)
-    build = partial(build_card, folder, license=license or inherited, base_model=base.repo_id)
+    build = partial(build_card, folder, license=license or inherited, base_model=base.repo_id, base_commit=base.commit)
     build(repo_id)  # what cannot be described is refused before a repo is made
     repo = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making the repo {repo_id}")
     repo_id = repo.repo_id  # with the user's name
@@ -237,7 +237,10 @@ def _base(config: MxDConfig, base_model: str | None, token: str | bool | None) -
         base = look_up(name, f"looking up the base model {name}", commit, token)
     except HubError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
-            raise HubError(f"{error}; a reader could not load the decomposition") from error
+            raise HubError(
+                f"{error}; nobody else could load the decomposition: give the Hub id of the same model "
+                "(--base-model, base_model=)"
+            ) from error
         raise
     if base.card.get("library_name") == "mxd":
         raise ValueError(f"the base model {name} is a decomposition itself: name the language model")

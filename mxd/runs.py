@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -257,6 +258,7 @@ def run_training(
         "threads": torch.get_num_threads(),
         "device": str(arguments.device),
         "versions": {
+            "mxd": version("mxd"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
