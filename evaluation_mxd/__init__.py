@@ -2,7 +2,7 @@
 
 from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
 from .faithfulness import ZeroMLP, faithfulness, load_evaluation, save_evaluation
-from .masks import token_mask
+from .masks import next_token_mask, token_mask
 from .metrics import (
     ErrorSums,
     LogitSums,
@@ -27,6 +27,7 @@ __all__ = [
     "load_evaluation",
     "measure_expert_statistics",
     "next_token_loss",
+    "next_token_mask",
     "normalised_entropy",
     "normalised_error",
     "plot_expert_frequency",

@@ -33,3 +33,15 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_
             f"got {tuple(attention_mask.shape)}"
         )
     return mask if include_first else mask & (mask.cumsum(-1) > 1)
+
+
+def next_token_mask(mask: Tensor) -> Tensor:
+    """True where a prediction counts: where a position and its next one both do.
+
+    Args:
+        mask: which positions count, (batch, tokens) bool.
+
+    Returns:
+        (batch, tokens − 1) bool: of every position but the last.
+    """
+    return mask[:, :-1] & mask[:, 1:]

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .masks import next_token_mask
+
 # Elements of the largest temporary made of logits: 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
 
@@ -160,7 +162,7 @@ class LogitSums:
             reference: logits of the reference model, or None for the loss alone.
         """
         input_ids, mask = input_ids.to(logits.device), mask.to(logits.device)
-        rows, columns = (mask[:, :-1] & mask[:, 1:]).nonzero(as_tuple=True)
+        rows, columns = next_token_mask(mask).nonzero(as_tuple=True)
         chunk = max(1, CHUNK_ELEMENTS // logits.shape[-1])
         for row, column in zip(rows.split(chunk), columns.split(chunk), strict=True):
             part = logits[row, column]

@@ -78,13 +78,16 @@ def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: str | os.Path
     figure.savefig(path, dpi=150)
 
 
-def plot_training_loss(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+def plot_training_loss(
+    log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], loss: str = "normalised squared error"
+) -> None:
     """Training loss, from `trainer.state.log_history`: over tokens where the log counts them
     (`include_num_input_tokens_seen`), else over optimiser steps; one line per layer if it has them (`layer_8/loss`).
 
     Args:
         log_history: entries with "step", "loss" and perhaps more; those without "loss" are passed over.
         path: the image's path; its ending says the format.
+        loss: what the loss is, for the axis.
     """
     figure, axes = _figure()
     logs = [entry for entry in log_history if "loss" in entry]
@@ -99,7 +102,7 @@ def plot_training_loss(log_history: Sequence[Mapping[str, Any]], path: str | os.
                   **_line(index, len(names)))  # fmt: skip
     axes.set(
         xlabel="training tokens" if by_tokens else "optimiser steps",
-        ylabel="training loss (normalised squared error)", yscale="log",
+        ylabel=f"training loss ({loss})", yscale="log",
     )  # fmt: skip
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -12,29 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
 from modeling_mxd import MxDConfig, MxDLayerConfig
+from modeling_mxd.sharing import BEGIN, END
 
-from .hub import read_json
+from .reading import read_config, read_json, texts
 
-BEGIN, END = "<!-- mxd: begin -->", "<!-- mxd: end -->"
 UNKNOWN = "–"
 MAX_TEXT = 200
 MAX_NAMES = 20
 
 _TEMPLATE = Path(__file__).parent / "card_template.md"
-# A mark without its partner is text like any other: a begin is never paired with an end beyond the next begin.
-_GENERATED = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
-_LAYER_TAG = re.compile(r"mxd-layer-\d+")
-# Metadata that is ours even where this card has none: numbers of an earlier evaluation must not outlive it.
-_OWN_METADATA = ("model_name", "model-index", "mxd")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _BASE_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _FIGURE = re.compile(r"[A-Za-z0-9][\w-]{0,80}\.png", re.ASCII)
@@ -94,7 +87,7 @@ def build_card(
     folder = Path(folder)
     if repo_id is not None:
         validate_repo_id(repo_id)
-    config = _load_config(folder)
+    config = read_config(folder / "config.json", folder)
     evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else None
     name = _plain(repo_id.split("/")[-1] if repo_id else folder.resolve().name) or "decomposition"
     base = _Base(base_model or config.base_model_name_or_path, given=base_model is not None)
@@ -118,52 +111,6 @@ def build_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BEGIN}\n{body.strip()}\n{END}\n")
 
 
-def update_card(existing: str, card: ModelCard) -> ModelCard:
-    """The card with all that a person wrote into an earlier one.
-
-    Of the earlier text, only what lies between the marks `BEGIN` and `END` is replaced; without marks all of it is
-    kept and ours follows. Of the earlier metadata, what this card has is replaced, tags are united (but tags of
-    layers that are no more are dropped), and everything else is kept. Comments in the metadata are lost.
-
-    Raises:
-        ValueError: the earlier metadata is no YAML mapping that a card can have, or `card` is none of `build_card`'s.
-    """
-    existing = existing.removeprefix("\ufeff")
-    newline = "\r\n" if "\r\n" in existing else "\n"
-    generated = _GENERATED.search(card.text)
-    if generated is None:
-        raise ValueError("the new card has no marks: it must be one that build_card made")
-    block = generated.group().replace("\r\n", "\n").replace("\n", newline)
-    match = REGEX_YAML_BLOCK.search(existing)
-    metadata, text = (_front_matter(match.group(2)), existing[match.end() :]) if match else ({}, existing)
-    if _GENERATED.search(text):
-        text = _GENERATED.sub(lambda _: block, text, count=1)
-    else:
-        text = f"{text.rstrip()}{newline * 2}{block}{newline}" if text.strip() else f"{newline}{block}{newline}"
-    own = card.data.to_dict()
-    tags = [tag for tag in _texts(metadata.get("tags")) if not _LAYER_TAG.fullmatch(tag)]
-    merged = {key: value for key, value in metadata.items() if key not in _OWN_METADATA} | own
-    merged["tags"] = list(dict.fromkeys([*tags, *own["tags"]]))
-    front = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, line_break=newline)
-    try:
-        return ModelCard(f"---{newline}{front.strip()}{newline}---{newline}{text}")
-    except TypeError as error:  # a key that is no text, or that the class's own arguments are called
-        raise ValueError(f"the metadata of the README that is there cannot be a card's: {error}") from None
-
-
-def _front_matter(text: str) -> dict[str, Any]:
-    try:
-        metadata = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"the metadata of the README that is there is no YAML: {reason}") from None
-    if metadata is None:
-        return {}
-    if not isinstance(metadata, dict):
-        raise ValueError(f"the metadata of the README that is there must be a mapping, got {type(metadata).__name__}")
-    return metadata
-
-
 class _Base:
     """The base model as a card may name it: by its Hub id, or by the last part of a path.
 
@@ -180,20 +127,6 @@ class _Base:
         shown = name if on_hub or name is None else _last_part(name)
         self.name = _plain(shown) or "an unnamed language model"
         self.argument = None if self.embedded else _argument(self.name if name else "MODEL")
-
-
-def _load_config(folder: Path) -> MxDConfig:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no decomposition: there is no config.json in it")
-    if read_json(folder / "config.json").get("model_type") != MxDConfig.model_type:
-        raise ValueError(f"config.json in {folder} is a model's, but no decomposition's")
-    try:
-        config = MxDConfig.from_pretrained(folder)
-    except (TypeError, AttributeError, KeyError) as error:  # transformers' own fields are not all checked
-        raise ValueError(f"config.json in {folder} is no configuration: {error}") from None
-    if not config.layers:
-        raise ValueError(f"config.json in {folder} names no layers: there is nothing to describe")
-    return config
 
 
 # What strangers wrote, made harmless.
@@ -257,12 +190,6 @@ def _at(value: Any, *keys: str) -> Any:
     return value
 
 
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
 def _last_part(path: str) -> str:
     return PureWindowsPath(path.split("?", maxsplit=1)[0] if "://" in path else path).name or "a local folder"
 
@@ -275,7 +202,7 @@ def _dataset_id(name: str) -> str | None:
 
 def _dataset_names(names: Any) -> list[str]:
     """Names without this machine's folders."""
-    shown = [_dataset_id(name) or _plain(_last_part(name)) for name in _texts(names)]
+    shown = [_dataset_id(name) or _plain(_last_part(name)) for name in texts(names)]
     return [*shown[:MAX_NAMES], f"and {len(shown) - MAX_NAMES} more"] if len(shown) > MAX_NAMES else shown
 
 
@@ -304,7 +231,7 @@ def _metadata(
     config: MxDConfig, evaluation: Mapping[str, Any], name: str, base: _Base, license_name: str | None
 ) -> ModelCardData:
     layers = [config.layer(layer) for layer in config.layers]
-    datasets = _texts(_at(evaluation, "settings", "training", "text", "dataset"))
+    datasets = texts(_at(evaluation, "settings", "training", "text", "dataset"))
     own: dict[str, Any] = {
         "layers": config.layers,
         "method": layers[0].method,
@@ -372,7 +299,7 @@ def _evaluated_on(evaluation: Mapping[str, Any]) -> tuple[Any, list[str]]:
     text = _at(evaluation, "settings", "evaluation")
     if text is None:
         text = _at(evaluation, "settings", "training", "text")
-        if _texts(_at(text, "heldout_dataset")):  # it has no configuration and no split of its own
+        if texts(_at(text, "heldout_dataset")):  # it has no configuration and no split of its own
             return None, _dataset_names(_at(text, "heldout_dataset"))
     return text, _text_names(text)
 
@@ -460,7 +387,7 @@ def _command(config: MxDConfig, base: _Base, training: Mapping[str, Any]) -> Mar
     """The command that would make it again, `\\` at the lines' ends; local data by the last parts of their paths."""
     lines = [f"mxd decompose {_quoted(base.argument)}" if base.argument else "mxd decompose"]
     for option, key in (("--dataset", "dataset"), ("--heldout-dataset", "heldout_dataset")):
-        names = _texts(_at(training, "text", key))[:MAX_NAMES]
+        names = texts(_at(training, "text", key))[:MAX_NAMES]
         lines += [f"{option} {_quoted(_dataset_id(name) or _last_part(name))}" for name in names]
     if _at(training, "text", "streaming") is True:
         lines.append("--streaming")

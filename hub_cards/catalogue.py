@@ -9,11 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo, hf_hub_download
+from huggingface_hub import hf_hub_download
 
 from modeling_mxd import MxDConfig
 
-from .hub import MAX_JSON_BYTES, explained, read_json, retried
+from .hub import HubRepo, look_up, retried, search
+from .reading import MAX_JSON_BYTES, read_config, read_json
 
 LIBRARY = "mxd"
 
@@ -93,44 +94,33 @@ def list_decompositions(
         filters.append(f"base_model:{base_model}")
     if layer is not None:
         filters.append(f"mxd-layer-{layer}")
-    api = HfApi(token=token)
-    models = retried(
-        lambda: iter(api.list_models(filter=filters, author=author, sort="last_modified", full=True, cardData=True)),
-        "searching the Hub",
-    )
-    found = (info for info in map(_info, _pages(models)) if query is None or _matches(info, query))
+    parameters = {"filter": filters, "author": author, "sort": "lastModified", "full": True, "cardData": True}
+    models = search({name: value for name, value in parameters.items() if value is not None}, token)
+    found = (info for info in map(_info, models) if query is None or _matches(info, query))
     return islice(found, limit)
-
-
-def _pages(models: Iterator[ModelInfo]) -> Iterator[ModelInfo]:
-    try:
-        yield from models
-    except Exception as error:
-        raise explained(error, "searching the Hub") from error
 
 
 def _matches(info: DecompositionInfo, query: str) -> bool:
     return query.lower() in f"{info.repo_id}\n{info.base_model or ''}".lower()
 
 
-def _info(model: ModelInfo) -> DecompositionInfo:
-    card = model.card_data.to_dict() if model.card_data else {}
+def _info(model: HubRepo) -> DecompositionInfo:
     # Written by strangers: anything may be of any type.
-    own = card.get("mxd")
+    own = model.card.get("mxd")
     own = own if isinstance(own, dict) else {}
     layers = own.get("layers")
-    base = card.get("base_model")
+    base = model.card.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     method = own.get("method")
     return DecompositionInfo(
-        repo_id=model.id,
+        repo_id=model.repo_id,
         base_model=base if isinstance(base, str) else None,
         layers=[layer for layer in layers if _whole(layer) is not None] if isinstance(layers, list) else [],
         method=method if isinstance(method, str) else None,
         num_experts=_whole(own.get("num_experts")),
         num_experts_per_tok=_whole(own.get("num_experts_per_tok")),
         cross_entropy_rise=_finite(own.get("cross_entropy_rise")),
-        likes=model.likes or 0,
+        likes=model.likes,
         last_modified=model.last_modified,
     )
 
@@ -152,29 +142,25 @@ def show_decomposition(
         HubError: the repo cannot be had.
         ValueError: it holds no decomposition, or its config is nonsense.
     """
-    api = HfApi(token=token)
-    what = f"looking up {repo_id}"
-    model = retried(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), what)
-    sizes = {file.rfilename: file.size or 0 for file in model.siblings or []}
-    if "config.json" not in sizes:
-        raise ValueError(f"{repo_id} holds no decomposition: there is no config.json in it")
+    model = look_up(repo_id, f"looking up {repo_id}", revision, token)
 
-    def read(name: str) -> dict[str, Any]:
-        if sizes.get(name, 0) > MAX_JSON_BYTES:
+    def read(name: str) -> Path:
+        if model.files.get(name, 0) > MAX_JSON_BYTES:
             raise ValueError(f"{name} of {repo_id} is larger than {MAX_JSON_BYTES:,} bytes: it is not read")
-        path = retried(lambda: hf_hub_download(repo_id, name, revision=model.sha, token=token), f"reading {repo_id}")
-        return read_json(Path(path))
+        return Path(
+            retried(lambda: hf_hub_download(repo_id, name, revision=model.commit, token=token), f"reading {repo_id}")
+        )
 
-    values = read("config.json")
-    if values.get("model_type") != MxDConfig.model_type:
-        raise ValueError(f"{repo_id} holds a model, but no decomposition")
-    assert model.sha
+    if "config.json" not in model.files:
+        raise ValueError(f"{repo_id} holds no decomposition: there is no config.json in it")
+    config = read_config(read("config.json"), repo_id)
+    assert model.commit
     return DecompositionDetails(
         info=_info(model),
-        config=MxDConfig.from_dict(values),
-        evaluation=read("evaluation.json") if "evaluation.json" in sizes else None,
-        commit=model.sha,
-        weight_bytes=sum(size for name, size in sizes.items() if name.endswith(".safetensors")),
-        private=bool(model.private),
-        files=sorted(sizes),
+        config=config,
+        evaluation=read_json(read("evaluation.json")) if "evaluation.json" in model.files else None,
+        commit=model.commit,
+        weight_bytes=sum(size for name, size in model.files.items() if name.endswith(".safetensors")),
+        private=model.private,
+        files=sorted(model.files),
     )

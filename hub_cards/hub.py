@@ -1,11 +1,13 @@
 """What push and catalogue share: calls that are repeated where the client doesn't, and errors that say what to do."""
 
-import json
 import logging
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -19,12 +21,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+
+from .reading import first_line
 
 logger = logging.getLogger(__name__)
 
-MAX_JSON_BYTES = 10_000_000
 _PASSING = (429, 500, 502, 503, 504)
 ATTEMPTS = 5
+TIMEOUT = 30  # seconds
 
 Result = TypeVar("Result")
 
@@ -46,9 +51,11 @@ def is_broken_connection(error: Exception) -> bool:
 
 
 def cause_of(error: Exception) -> Exception:
-    """What the Hub said: the client wraps the failure of an upload into a RuntimeError."""
-    wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
-    return cause_of(error.__cause__) if wrapped else error  # type: ignore[arg-type]
+    """What the Hub said: the client wraps the failure of an upload into a RuntimeError and of a download into a
+    LocalEntryNotFoundError, transformers both into an OSError."""
+    wrapped = isinstance(error, RuntimeError | OSError) and getattr(error, "response", None) is None
+    cause = error.__cause__
+    return cause_of(cause) if wrapped and isinstance(cause, Exception) else error
 
 
 def passes(error: Exception) -> bool:
@@ -71,7 +78,7 @@ def retried(call: Callable[[], Result], what: str) -> Result:
         except Exception as error:
             if not passes(error) or attempt == ATTEMPTS - 1:
                 raise explained(error, what) from error
-            logger.warning("%s failed (%s), trying again", what, _first_line(error))
+            logger.warning("%s failed (%s), trying again", what, first_line(error))
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
 
@@ -89,35 +96,92 @@ def explained(error: Exception, what: str) -> Exception:
         (RepositoryNotFoundError, "there is no such repo, or it is private: check the name and `hf auth login`"),
         (LocalEntryNotFoundError, "the Hub cannot be reached and the file is not in the cache"),
         (EntryNotFoundError, "the file is not in the repo"),
-        (HFValidationError, _first_line(error)),
+        (HFValidationError, first_line(error)),
     ]
     for kind, text in advice:
         if isinstance(error, kind):
             return HubError(f"{what}: {text}")
     if is_broken_connection(error):
-        return HubError(f"{what}: the connection to {constants.ENDPOINT} failed ({_first_line(error)}); run it again")
+        return HubError(f"{what}: the connection to {constants.ENDPOINT} failed ({first_line(error)}); run it again")
     if isinstance(error, HfHubHTTPError):
         texts = {401: "the token is not valid: `hf auth login`", 403: "the token may not write here"}
-        return HubError(f"{what}: {texts.get(status_of(error) or 0, _first_line(error))}")
+        return HubError(f"{what}: {texts.get(status_of(error) or 0, first_line(error))}")
     return error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]
+@dataclass(frozen=True)
+class HubRepo:
+    """What the Hub says of a repo. Cards are strangers': the client's own `ModelInfo` cannot be made of every one, and
+    a single such card would end a search.
+
+    Attributes:
+        repo_id, commit, private, likes, last_modified: as on the Hub.
+        files: name → bytes; empty in a list of repos.
+        card: the metadata of the README, of any content.
+    """
+
+    repo_id: str
+    commit: str | None
+    private: bool
+    likes: int
+    last_modified: datetime | None
+    files: dict[str, int]
+    card: dict[str, Any]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that a stranger may have written.
+def look_up(repo_id: str, what: str, revision: str | None = None, token: str | bool | None = None) -> HubRepo:
+    """A repo at a revision.
 
     Raises:
-        ValueError: naming the file: over 10 MB, too deep, or no JSON object.
+        HubError: it cannot be had.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} is larger than {MAX_JSON_BYTES:,} bytes: it is not read")
+    path = f"/api/models/{repo_id}" + (f"/revision/{quote(revision, safe='')}" if revision else "")
+
+    def ask() -> HubRepo:
+        validate_repo_id(repo_id)
+        return _repo(_json(_get(path, token, {"blobs": True})))
+
+    return retried(ask, what)
+
+
+def search(parameters: dict[str, Any], token: str | bool | None = None) -> Iterator[HubRepo]:
+    """Repos of models, page by page as they are asked for.
+
+    Raises:
+        HubError: the Hub cannot be asked.
+    """
+    address: str | None = "/api/models"
+    while address is not None:
+        page: Any = retried(partial(_get, address, token, parameters), "searching the Hub")
+        yield from map(_repo, _json(page))
+        # The address of the next page holds the parameters.
+        address, parameters = page.links.get("next", {}).get("url"), {}
+
+
+def _get(path: str, token: str | bool | None, parameters: dict[str, Any] | None = None) -> Any:
+    url = path if "://" in path else constants.ENDPOINT + path
+    # None rather than {}, which would take a page's cursor out of its address.
+    headers, parameters = build_hf_headers(token=token), parameters or None
+    response = get_session().get(url, headers=headers, params=parameters, timeout=TIMEOUT)
+    hf_raise_for_status(response)
+    return response
+
+
+def _json(response: Any) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON that can be read: {_first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} must hold a JSON object, got {type(value).__name__}")
-    return value
+        return response.json()
+    except (ValueError, RecursionError):
+        raise HubError(f"the answer of {constants.ENDPOINT} is no JSON: is it a Hub?") from None
+
+
+def _repo(model: dict[str, Any]) -> HubRepo:
+    card, date = model.get("cardData"), model.get("lastModified")
+    return HubRepo(
+        repo_id=model["id"],
+        commit=model.get("sha"),
+        private=bool(model.get("private")),
+        likes=model.get("likes") or 0,
+        last_modified=datetime.fromisoformat(date.replace("Z", "+00:00")) if date else None,
+        files={file["rfilename"]: file.get("size") or 0 for file in model.get("siblings") or []},
+        card=card if isinstance(card, dict) else {},
+    )

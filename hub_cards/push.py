@@ -2,53 +2,36 @@
 
 import json
 import re
+import tempfile
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError, safe_open
 
 import modeling_mxd
 from modeling_mxd import MxDConfig
+from modeling_mxd.sharing import REPLACED, check_base_id, save_tokenizer
 
-from .card import build_card, update_card
-from .hub import ATTEMPTS, HubError, explained, logger, passes, read_json, retried, status_of
+from .card import build_card
+from .hub import ATTEMPTS, HubError, HubRepo, explained, logger, look_up, passes, retried, status_of
+from .reading import check_weights, read_config, read_json
+from .updating import generated_figures, update_card
 
 # Only what belongs to a decomposition is uploaded: no checkpoints, no training arguments (they name local paths).
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt")
 _PATTERNS = (
-    "*.safetensors",
+    "model*.safetensors",
     "model.safetensors.index.json",
     "training_log.json",
     "figures/*.png",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.*",
-    "merges.txt",
+    *_TOKENIZER,
 )
-# What an earlier push left and this one has not would be loaded along with it.
-_REPLACED = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|figures/[^/]+\.png|evaluation\.json|[^/]+\.py"
-)
-
-
-@dataclass(frozen=True)
-class PushedDecomposition:
-    """Where a decomposition went.
-
-    Attributes:
-        repo_id: on the Hub.
-        url: of the repo, or of the pull request.
-        commit: its hash.
-    """
-
-    repo_id: str
-    url: str
-    commit: str
 
 
 def push_decomposition(
@@ -61,13 +44,18 @@ def push_decomposition(
     tag: str | None = None,
     base_model: str | None = None,
     license: str | None = None,  # noqa: A002, the card's own name for it
-    message: str = "Upload decomposition",
+    tags: Sequence[str] | None = None,
+    message: str | None = None,
+    description: str | None = None,
+    also: Mapping[str, bytes | Path] | None = None,
     token: str | bool | None = None,
-) -> PushedDecomposition:
+) -> CommitInfo:
     """Push a decomposition's folder with a card and the code that loads it, in one commit.
 
     What the Hub refuses for the moment is tried again, also after a reply was lost: the commit is not made twice.
-    Of an earlier card, what was written by hand is kept; weights and figures that are no more are deleted.
+    Of an earlier card (the repo's, else the folder's) what was written by hand is kept; weights and figures of an
+    earlier push that are no more are deleted. Where
+    neither folder nor repo has a tokenizer, the base model's goes along, so that pipelines work.
 
     Args:
         folder: as `mxd decompose` or `save_pretrained` left it.
@@ -78,8 +66,13 @@ def push_decomposition(
         tag: tag the commit.
         base_model: Hub id of the base model, for a decomposition whose config names a local folder.
         license: of the decomposition's weights; by default that of the base model's card.
-        message: of the commit.
+        tags: of the card, besides ours.
+        message, description: of the commit.
+        also: further files of the commit, path in the repo → content. What else is in their folders is deleted.
         token: of the Hub; by default the one that is logged in.
+
+    Returns:
+        The commit: its `oid`, `commit_url`, `repo_url`, and `pr_url`.
 
     Raises:
         ValueError: `folder` holds no complete decomposition, or names a base model that others cannot load; before
@@ -87,53 +80,116 @@ def push_decomposition(
         HubError: the Hub refuses; the repo is then as it was before.
     """
     folder, api = Path(folder), HfApi(token=token)
-    config = _check_folder(folder, base_model)
-    base, base_commit, inherited = _base(api, config, base_model)
-    content = _content(folder, base, base_commit)
+    config = read_config(folder / "config.json", folder)
+    check_weights(folder, config)
+    check_base_id(base_model or config.base_model_name_or_path)
+    base, inherited = _base(config, base_model, token)
+    content = _content(folder, base.repo_id, base.commit) | dict(also or {})
+    spare = {} if _has_tokenizer(content) else _tokenizer_of(base, token)
+    build = partial(build_card, folder, license=license or inherited, base_model=base.repo_id)
+    build(repo_id)  # what cannot be described is refused before a repo is made
     repo = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making the repo {repo_id}")
-    repo_id = repo.repo_id
+    repo_id = repo.repo_id  # with the user's name
     branch = revision or "main"
-    if revision and not create_pr:
+    if revision and not create_pr and not revision.startswith("refs/"):
         retried(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), f"making the branch {branch}")
-    card = build_card(folder, repo_id=repo_id, license=license or inherited, base_model=base)
-    commit = _Commit(api, repo_id, branch, create_pr, message, keep_license=license is None)
-    pushed = commit.push(content, card)
     if tag:
+        _check_free(repo_id, tag, token)
+    card = build(repo_id)
+    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(tags or [])]))
+    folders = {name.split("/")[0] for name in also or ()}
+    mine = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else None
+    commit = _Commit(api, repo_id, branch, create_pr, message, description, mine)
+    pushed = commit.push(_Content(content, spare, card, license is None, folders))
+    if tag:
+        # Not there before: one that is there now is of an attempt whose reply was lost.
         retried(
-            lambda: api.create_tag(repo_id, tag=tag, revision=pushed.commit, exist_ok=True),
-            f"the commit {pushed.commit[:8]} is on the Hub, but tagging it {tag}",
+            lambda: api.create_tag(repo_id, tag=tag, revision=pushed.oid, exist_ok=True),
+            f"the commit {pushed.oid[:8]} is on the Hub, but tagging it {tag}",
         )
     return pushed
+
+
+def _check_free(repo_id: str, tag: str, token: str | bool | None) -> None:
+    try:
+        look_up(repo_id, f"looking for the tag {tag}", tag, token)
+    except HubError as error:
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            return
+        raise
+    raise HubError(f"{repo_id} has a tag or branch {tag} already: choose another name")
+
+
+@dataclass
+class _Content:
+    """What is pushed, before it is known what the repo has.
+
+    Attributes:
+        files: path in the repo → what is there.
+        spare: tokenizer for a repo that has none.
+        card: a new one.
+        keep_license: whether one that a person wrote into an earlier card goes over the inherited one.
+        folders: of the repo, that are replaced as a whole.
+    """
+
+    files: dict[str, bytes | Path]
+    spare: dict[str, bytes | Path]
+    card: ModelCard
+    keep_license: bool
+    folders: set[str]
+
+    def operations(
+        self, earlier: HubRepo, earlier_card: str | None
+    ) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """Made anew for each attempt: the client changes them."""
+        card = self.card
+        if earlier_card is not None:
+            card = update_card(earlier_card, card, keep_license=self.keep_license)
+        files = {**({} if _has_tokenizer(earlier.files) else self.spare), **self.files, "README.md": str(card).encode()}
+        stale = {name for name in earlier.files if REPLACED.fullmatch(name) or name.split("/")[0] in self.folders}
+        stale |= generated_figures(earlier_card or "") & earlier.files.keys()
+        return [
+            *(CommitOperationAdd(name, data) for name, data in files.items()),
+            *(CommitOperationDelete(name) for name in sorted(stale - files.keys())),
+        ]
 
 
 class _Commit:
     """One commit, made once however often the connection breaks."""
 
-    def __init__(self, api: HfApi, repo_id: str, branch: str, create_pr: bool, message: str, keep_license: bool):
-        self.api, self.repo_id, self.branch, self.create_pr, self.message = api, repo_id, branch, create_pr, message
-        self.keep_license = keep_license
+    def __init__(
+        self,
+        api: HfApi,
+        repo_id: str,
+        branch: str,
+        create_pr: bool,
+        message: str | None,
+        description: str | None,
+        own_card: str | None,
+    ):
+        self.api, self.repo_id, self.branch, self.create_pr = api, repo_id, branch, create_pr
+        self.own_card = own_card
+        self.message = message or "Upload decomposition"
         self.mark = f"mxd push {uuid.uuid4()}"  # by which we know our own commit when the reply to it was lost
+        self.description = f"{description}\n\n{self.mark}" if description else self.mark
 
-    def push(self, content: dict[str, bytes | Path], card: Any) -> PushedDecomposition:
+    def push(self, content: _Content) -> CommitInfo:
         what = f"pushing to {self.repo_id}"
         for attempt in range(ATTEMPTS):
-            info = retried(lambda: self.api.model_info(self.repo_id, revision=self.branch), what)
-            assert info.sha
+            parent = look_up(self.repo_id, what, self.branch, self.api.token)
             if attempt and (made := self._made()):
                 return made
-            earlier = {file.rfilename for file in info.siblings or []}
-            operations = self._operations(content, card, earlier, info.sha)
+            operations = content.operations(parent, self._card_of(parent))
             try:
-                done = self.api.create_commit(
+                return self.api.create_commit(
                     self.repo_id,
                     operations,
                     commit_message=self.message,
-                    commit_description=self.mark,
+                    commit_description=self.description,
                     revision=self.branch,
                     create_pr=self.create_pr,
-                    parent_commit=info.sha,  # so that a repeat cannot be a second commit
+                    parent_commit=parent.commit,  # so that a repeat cannot be a second commit
                 )
-                return PushedDecomposition(self.repo_id, done.pr_url or str(done.repo_url), done.oid)
             except Exception as error:
                 if status_of(error) != 412 and not passes(error):
                     raise explained(error, what) from error
@@ -149,85 +205,66 @@ class _Commit:
                 time.sleep(2**attempt)
         raise AssertionError("unreachable")
 
-    def _made(self) -> PushedDecomposition | None:
+    def _made(self) -> CommitInfo | None:
         commits = retried(
             lambda: self.api.list_repo_commits(self.repo_id, revision=self.branch), f"looking into {self.repo_id}"
         )
         for commit in commits[:20]:
             if self.mark in commit.message:
-                url = f"{self.api.endpoint}/{self.repo_id}"
-                return PushedDecomposition(self.repo_id, url, commit.commit_id)
+                url = f"{self.api.endpoint}/{self.repo_id}/commit/{commit.commit_id}"
+                return CommitInfo(url, self.message, self.description, commit.commit_id, self.api.endpoint)
         return None
 
-    def _operations(
-        self, content: dict[str, bytes | Path], card: Any, earlier: set[str], parent: str
-    ) -> list[CommitOperationAdd | CommitOperationDelete]:
-        # Made anew for each attempt: the client changes them.
-        if "README.md" in earlier:
-            earlier_card = self._earlier_card(parent)
-            card = update_card(earlier_card, card)
-            if self.keep_license:  # one that a person chose goes over the inherited one
-                chosen = ModelCard(earlier_card).data.to_dict().get("license")
-                card.data["license"] = chosen or card.data.get("license")
-        content = {**content, "README.md": str(card).encode()}
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(name, data) for name, data in content.items()
-        ]
-        stale = sorted(name for name in earlier if _REPLACED.fullmatch(name) and name not in content)
-        return operations + [CommitOperationDelete(name) for name in stale]
+    def _card_of(self, repo: HubRepo) -> str | None:
+        if "README.md" not in repo.files:
+            return self.own_card
 
-    def _earlier_card(self, commit: str) -> str:
         def load() -> str:
             path = hf_hub_download(
-                self.repo_id, "README.md", revision=commit, token=self.api.token, endpoint=self.api.endpoint
+                self.repo_id, "README.md", revision=repo.commit, token=self.api.token, endpoint=self.api.endpoint
             )
-            return Path(path).read_text(encoding="utf-8")
+            return Path(path).read_text(encoding="utf-8", errors="replace")
 
         return retried(load, f"reading the card of {self.repo_id}")
 
 
-def _check_folder(folder: Path, base_model: str | None) -> MxDConfig:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no decomposition: there is no config.json in it")
-    values = read_json(folder / "config.json")
-    if values.get("model_type") != MxDConfig.model_type:
-        raise ValueError(f"{folder} holds a model, but no decomposition")
-    config = MxDConfig.from_dict(values)
-    weights = sorted(folder.glob("model*.safetensors"))
-    try:
-        keys = set()
-        for path in weights:
-            with safe_open(path, framework="pt") as file:
-                keys |= set(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} in {folder} is no complete safetensors file: {error}") from None
-    for layer in config.layers:
-        if not any(key.startswith(f"layers.{layer}.") for key in keys):
-            raise ValueError(f"{folder} has no weights of layer {layer}: is its training complete?")
-    name = base_model or config.base_model_name_or_path
-    if not name:
-        raise ValueError(f"{folder}/config.json names no base model: say which with base_model=")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).is_dir():
-        raise ValueError(
-            f"the base model {name!r} is no Hub id, so nobody else can load the decomposition: give the Hub id of the "
-            "same model (--base-model, base_model=)"
-        )
-    return config
-
-
-def _base(api: HfApi, config: MxDConfig, base_model: str | None) -> tuple[str, str | None, str | None]:
-    """Hub id, commit and licence of the base."""
+def _base(config: MxDConfig, base_model: str | None, token: str | bool | None) -> tuple[HubRepo, str | None]:
+    """The base on the Hub at the commit that the config names, and its licence."""
     name = base_model or config.base_model_name_or_path
     assert name
     commit = config.base_model_revision if name == config.base_model_name_or_path else None
     try:
-        info = retried(lambda: api.model_info(name, revision=commit), f"looking up the base model {name}")
+        base = look_up(name, f"looking up the base model {name}", commit, token)
     except HubError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
             raise HubError(f"{error}; a reader could not load the decomposition") from error
         raise
-    inherited = getattr(info.card_data, "license", None) if info.card_data else None
-    return name, commit or info.sha, inherited if isinstance(inherited, str) else None
+    if base.card.get("library_name") == "mxd":
+        raise ValueError(f"the base model {name} is a decomposition itself: name the language model")
+    inherited = base.card.get("license")
+    return base, inherited if isinstance(inherited, str) else None
+
+
+def _has_tokenizer(names: Mapping[str, Any]) -> bool:
+    return "tokenizer_config.json" in names
+
+
+def _tokenizer_of(base: HubRepo, token: str | bool | None) -> dict[str, bytes | Path]:
+    """Files of the base model's tokenizer; none where it has none that loads without code of its own."""
+    if not {"tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model"} & base.files.keys():
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            retried(
+                lambda: save_tokenizer(base.repo_id, base.commit, folder, token),
+                f"reading the tokenizer of {base.repo_id}",
+            )
+        except HubError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("pushed without a tokenizer, that of %s cannot be loaded (%s)", base.repo_id, error)
+            return {}
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 def _content(folder: Path, base: str, base_commit: str | None) -> dict[str, bytes | Path]:
@@ -241,24 +278,20 @@ def _content(folder: Path, base: str, base_commit: str | None) -> dict[str, byte
         if path.name != "__init__.py":
             content[path.name] = path
     if (evaluation := folder / "evaluation.json").is_file():
-        content["evaluation.json"] = (json.dumps(public_evaluation(read_json(evaluation)), indent=2) + "\n").encode()
+        values = read_json(evaluation)
+        values["settings"] = without_folders(values.get("settings", {}))
+        content["evaluation.json"] = (json.dumps(values, indent=2) + "\n").encode()
     return content
 
 
 _LOCAL = re.compile(r"/|~|\.\.?/|[A-Za-z]:\\")
 
 
-def public_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The same without this machine's folders: of every local path in the settings only the last part is kept."""
-
-    def shorten(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: shorten(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [shorten(item) for item in value]
-        local = isinstance(value, str) and (
-            value.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:\\", value)
-        )
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if local else value
-
-    return {**evaluation, "settings": shorten(evaluation.get("settings", {}))}
+def without_folders(value: Any) -> Any:
+    """The same JSON without this machine's folders: of every text that is a local path only the last part is kept."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    local = isinstance(value, str) and _LOCAL.match(value)
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if local else value

@@ -7,7 +7,7 @@ from .interventions import ExpertCoefficients, ExpertIntervention
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .modeling_mxd import MxDForCausalLM, MxDModel, MxDOutput
 from .parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
-from .spliced_language_model import SplicedLanguageModel
+from .spliced_language_model import SplicedLanguageModel, make_spliced
 from .surgery import (
     Capture,
     MLPSite,
@@ -41,6 +41,7 @@ __all__ = [
     "find_mlp",
     "find_mlps",
     "make_layer",
+    "make_spliced",
     "num_experts_matching_transcoder",
     "num_latents_matching_transcoder",
     "replace_mlp",

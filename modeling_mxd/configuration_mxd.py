@@ -5,6 +5,7 @@ Parameter names follow transformers (`hidden_size`, `num_experts`, `num_experts_
 
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,7 +21,11 @@ _LEARNED_ACTIVATIONS = ("prelu", "xielu")
 # that strangers wrote: no real layer comes near this.
 MAX_SIZE = 2**31 - 1
 MAX_NAME = 4096
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1024
+MAX_FILE_BYTES = 10_000_000
+
+# Transformers' own names, which in a decomposition's config could only do harm.
+_FOREIGN = ("quantization_config", "transformers_weights", "configuration_files")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mxd.MxDConfig",
@@ -196,7 +201,11 @@ class MxDConfig(PretrainedConfig):
             )
         self.layer_overrides = {str(key): dict(value) for key, value in overrides.items()}
         self.check()
-        super().__init__(**kwargs)
+        self._check_stock(kwargs)
+        try:
+            super().__init__(**kwargs)
+        except (AttributeError, TypeError) as error:  # transformers' own fields, of another type than it expects
+            raise ValueError(f"the configuration cannot be read: {_shown(str(error))}") from None
         # Saving a class writes only its own entry: every copy names all doors.
         self.auto_map = dict(AUTO_MAP)
 
@@ -209,11 +218,13 @@ class MxDConfig(PretrainedConfig):
         if len(self.layers) > MAX_LAYERS:
             raise ValueError(f"layers must be at most {MAX_LAYERS}, got {len(self.layers)}")
         for layer in self.layers:
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise ValueError(f"layers must be whole numbers from 0, got {_shown(layer)} in {_shown(self.layers)}")
-        repeated = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= MAX_SIZE:
+                raise ValueError(
+                    f"layers must be whole numbers from 0 to {MAX_SIZE}, got {_shown(layer)} in {_shown(self.layers)}"
+                )
+        repeated = [layer for layer, times in Counter(self.layers).items() if times > 1]
         if repeated:
-            raise ValueError(f"layers names layer {repeated[0]} more than once: {_shown(self.layers)}")
+            raise ValueError(f"layers names layer {min(repeated)} more than once: {_shown(self.layers)}")
         if self.site != "mlp":
             raise ValueError(f"site must be 'mlp', the only site supported, got {_shown(self.site)}")
         self._check_names()
@@ -229,19 +240,57 @@ class MxDConfig(PretrainedConfig):
     def _check_names(self) -> None:
         for name in ("base_model_name_or_path", "base_model_revision", "base_model_type", "base_hidden_act"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME):
-                raise ValueError(f"{name} must be a text of at most {MAX_NAME} characters, got {_shown(value)}")
+            if value is None:
+                continue
+            if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME or not value.isprintable():
+                raise ValueError(
+                    f"{name} must be a text of at most {MAX_NAME} printable characters, got {_shown(value)}"
+                )
+        for name in ("vocab_size", "num_attention_heads"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not whole or not 1 <= value <= MAX_SIZE):
+                raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {_shown(value)}")
+
+    def _check_stock(self, values: Mapping[str, Any]) -> None:
+        """Refuse what transformers would take from a config file without a question: names of methods, a label for
+        each of 10^12 classes, weights of another format or place."""
+        for name in values:
+            known = getattr(type(self), name, None)
+            unset = isinstance(known, property) and known.fset is None
+            if unset or callable(known) or isinstance(known, dict | list | tuple) or name in _FOREIGN:
+                raise ValueError(f"{_shown(name)} is no field that a decomposition's config can set")
+        if values.get("num_labels") not in (None, 2):  # 2 is what transformers assumes without labels
+            raise ValueError(f"num_labels: a decomposition has no labels, got {_shown(values['num_labels'])}")
+        for name in ("dtype", "torch_dtype"):
+            dtype = values.get(name)
+            dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if values.get(name) is not None and not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{name} must name a dtype of torch, got {_shown(values[name])}")
 
     def _check_overrides(self) -> None:
         unknown = sorted(set(self.layer_overrides) - {str(layer) for layer in self.layers})
         if unknown:
             raise ValueError(
-                f"layer_overrides names layer {unknown[0][:80]}, which is not in layers {_shown(self.layers)}"
+                f"layer_overrides names layer {_shown(unknown[0])}, which is not in layers {_shown(self.layers)}"
             )
         for key, override in self.layer_overrides.items():
             odd = sorted(set(override) - set(_LAYER_FIELDS))
             if odd:
                 raise ValueError(f"layer_overrides[{key!r}] has the unknown field {_shown(odd[0])}")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        # How transformers reads it when it is asked for this class; a stranger may have written it.
+        if os.stat(json_file).st_size > MAX_FILE_BYTES:  # noqa: PTH116, transformers gives a text or a path
+            raise ValueError(f"{json_file} is larger than {MAX_FILE_BYTES:,} bytes: it is not read")
+        try:
+            values = super()._dict_from_json_file(json_file)
+        except RecursionError:
+            raise ValueError(f"{json_file} is too deep to be a configuration") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{json_file} must hold a JSON object, got {type(values).__name__}")
+        return values
 
     def keep_layers(self, layers: Sequence[int]) -> None:
         """Name only these layers.

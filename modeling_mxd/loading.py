@@ -5,20 +5,19 @@ Everything that can be refused is refused here, before a download.
 
 import copy
 import inspect
-import json
 import os
 import re
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
-from torch import Tensor
 from transformers import PretrainedConfig  # by the name that transformers 4 knows too
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file, extract_commit_hash
+from transformers.utils import CONFIG_NAME, extract_commit_hash
 
-from .configuration_mxd import MxDConfig
+from .configuration_mxd import MAX_LAYERS, MAX_SIZE, MxDConfig
+from .downloads import file_if_any, tried
+from .weight_files import weight_files
 
 # What says where files come from: as good for the base model's files as for ours,
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -35,7 +34,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 def pinned(name: Any, access: dict[str, Any]) -> dict[str, Any]:
     """`access` at the commit that it leads to now, so that all files are of one commit, whoever pushes meanwhile."""
-    config = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **access)
+    config = file_if_any(name, CONFIG_NAME, access)
     commit = extract_commit_hash(config, None)
     return access if commit is None else {**access, "revision": commit}
 
@@ -78,7 +77,7 @@ def _stored_config(name: Any, access: dict[str, Any], needed: bool) -> MxDConfig
     if name is None:
         return None
     try:
-        values, _ = MxDConfig.get_config_dict(name, **access)
+        values, _ = tried(partial(MxDConfig.get_config_dict, name, **access), name)
     except OSError:
         if needed:
             raise
@@ -99,12 +98,19 @@ def arguments_of_base(config: MxDConfig, stored: MxDConfig | None) -> dict[str, 
     return found
 
 
-def base_source(config: MxDConfig, stored: MxDConfig | None, access: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def base_source(
+    config: MxDConfig, stored: MxDConfig | None, access: dict[str, Any], local: bool
+) -> tuple[str, dict[str, Any]]:
     """Name of the base, and how to get its files. From wherever it is loaded this time, `config` then names again
     what the decomposition was made of.
 
+    Args:
+        config, stored: as `load_config` returns them.
+        access: how to get files of the base.
+        local: whether the decomposition is in a folder of this machine, whose base may be in one too.
+
     Raises:
-        ValueError: no base is named, or one that is a decomposition itself.
+        ValueError: no base is named, or one that is a decomposition itself, or a stranger's repo names a folder.
         OSError: it is not there.
     """
     name, revision = config.base_model_name_or_path, config.base_model_revision
@@ -116,18 +122,53 @@ def base_source(config: MxDConfig, stored: MxDConfig | None, access: dict[str, A
         config.base_model_name_or_path = stored.base_model_name_or_path
         config.base_model_revision = stored.base_model_revision
     if os.path.isdir(name):  # noqa: PTH112, pathlib raises for names that are too long
+        if not local and stored is not None and name == stored.base_model_name_or_path:
+            raise ValueError(f"the base model that the repo names is a folder of this machine: {name!r}")
         revision = None
     try:
         source = pinned(name, {**access, "revision": revision})
-        values, _ = PretrainedConfig.get_config_dict(name, **source)
+        check_language_model(name, source)
     except OSError as error:
         raise OSError(
             f"the decomposition's base model {name!r} cannot be had; if it is elsewhere, pass "
             f"base_model_name_or_path=. {error}"
         ) from error
-    if values.get("model_type") == MxDConfig.model_type:
-        raise ValueError(f"base_model_name_or_path {name!r} is a decomposition itself: name the language model")
     return name, source
+
+
+def check_language_model(name: str, access: dict[str, Any]) -> None:
+    """Refuse as a base what is a decomposition itself, or whose config describes far more than its files hold: it
+    would be filled with random numbers.
+
+    Raises:
+        ValueError: saying which.
+        OSError: it is not there.
+    """
+    values, _ = tried(partial(PretrainedConfig.get_config_dict, name, **access), name)
+    if values.get("model_type") == MxDConfig.model_type:
+        raise ValueError(f"the base model {name!r} is a decomposition itself: name the language model")
+    text = values.get("text_config")
+    sizes = [_largest(text if isinstance(text, dict) else values, names) for names in _BASE_SIZES]
+    if max(sizes) > MAX_SIZE or sizes[0] > MAX_LAYERS:
+        raise ValueError(f"config.json of the base model {name!r} has sizes that no model has: {sizes}")
+    layers, width, units, vocabulary = sizes
+    held = sum(path.stat().st_size for path in weight_files(name, None, access).paths)
+    described = width * (vocabulary + layers * units)
+    if held and described > 16 * held:  # more parameters in a byte than any quantisation puts there
+        raise ValueError(f"the base model {name!r} has {held:,} bytes of weights, its config.json is of {described:,}")
+
+
+# Names of the number of layers, of the width, of the MLPs' units, of the vocabulary in configs of language models.
+_BASE_SIZES = (
+    ("num_hidden_layers", "n_layer"),
+    ("hidden_size", "n_embd"),
+    ("intermediate_size", "n_inner", "ffn_dim"),
+    ("vocab_size",),
+)
+
+
+def _largest(values: dict[str, Any], names: tuple[str, ...]) -> int:
+    return max((values[name] for name in names if isinstance(values.get(name), int)), default=1)
 
 
 def commit_of(config: Any) -> tuple[str | None, bool]:
@@ -139,32 +180,6 @@ def commit_of(config: Any) -> tuple[str | None, bool]:
     # Newer transformers don't keep it. Nearly always it is the commit that the cache has as `main`.
     path = try_to_load_from_cache(name, CONFIG_NAME)
     return extract_commit_hash(path, None) if isinstance(path, str) else None, False
-
-
-def some_layers(name: Any, layers: list[int], access: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The weights of `layers` from a sharded repo that has more layers; None otherwise.
-
-    Raises:
-        ValueError: the index is no index of this repo's files.
-        OSError: files are not there.
-    """
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **access)
-    if index is None:
-        return None
-    weight_map = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map")
-    if not isinstance(weight_map, dict) or any(not isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {name} has no weight_map of names to files")
-    for file in weight_map.values():
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {name} names a file outside of the repo: {file[:200]!r}")
-    wanted = {key: file for key, file in weight_map.items() if (m := _LAYER.match(key)) and int(m[1]) in layers}
-    if len(wanted) == len(weight_map):
-        return None
-    tensors = {}
-    for file in sorted(set(wanted.values())):
-        with safe_open(cached_file(name, file, **access), framework="pt") as shard:
-            tensors.update({key: shard.get_tensor(key) for key, where in wanted.items() if where == file})
-    return tensors
 
 
 def check_loaded(info: dict[str, Any], layers: list[int]) -> None:
@@ -179,4 +194,4 @@ def check_loaded(info: dict[str, Any], layers: list[int]) -> None:
     wrong = {"missing": sorted(info["missing_keys"]), "of another shape": list(info["mismatched_keys"])}
     for what, keys in {**wrong, "not the decomposition's": unexpected}.items():
         if keys:
-            raise ValueError(f"the weights do not fit the config of layers {layers}: {keys[0]} is {what}")
+            raise ValueError(f"the weights do not fit the config: {keys[0]} is {what}")

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.utils import ModelOutput, logging
 
 # Every sibling is imported here, also the unused: a Hub repo carries only what its entry file names.
 from .configuration_mxd import MxDConfig
+from .downloads import tried
 from .functional import topk_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
@@ -26,14 +29,18 @@ from .loading import (
     commit_of,
     load_config,
     pinned,
-    some_layers,
 )
 from .parameter_budget import transcoder_parameters  # noqa: F401
 from .reference import reference_forward  # noqa: F401
+from .sharing import push_to_hub
 from .spliced_language_model import make_spliced
 from .surgery import ReplacedMLP, SurgeryError, find_mlps, replace_mlps, spliced_mlps
+from .weight_files import check_headers, load_layers, weight_files
 
 logger = logging.get_logger(__name__)
+
+# What says where `save_pretrained(push_to_hub=True)` pushes to.
+_PUSH = ("repo_id", "commit_message", "private", "revision", "create_pr")
 
 
 @dataclass
@@ -99,15 +106,16 @@ class MxDModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             access = pinned(pretrained_model_name_or_path, access)
         config, _ = load_config(config, pretrained_model_name_or_path, access, kwargs)
-        kwargs["use_safetensors"] = True
-        tensors = None
-        if pretrained_model_name_or_path is not None:
-            tensors = some_layers(pretrained_model_name_or_path, config.layers, access)
-        if tensors is not None:
-            pretrained_model_name_or_path, kwargs["state_dict"], access = None, tensors, {}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs, **access
-        )
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        name = pretrained_model_name_or_path
+        if name is not None:
+            files = weight_files(name, config.layers, access)
+            if files.paths:  # else transformers says what is missing
+                check_headers(files.paths, config)
+            if not files.whole:
+                kwargs["state_dict"], name, access = load_layers(files.paths, config.layers), None, {}
+        load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
+        model, info = tried(load, pretrained_model_name_or_path)
         check_loaded(info, config.layers)
         return (model, info) if output_loading_info else model
 
@@ -124,6 +132,7 @@ class MxDModel(PreTrainedModel):
         Raises:
             ValueError: there are other parameters than the config says, such as an adapter's.
         """
+        push, how = kwargs.pop("push_to_hub", False), {name: kwargs.pop(name) for name in _PUSH if name in kwargs}
         extra = sorted((state_dict or self.state_dict()).keys() - self._own_keys)
         if extra:
             raise ValueError(f"{extra[0]} is no weight of a decomposition: save adapters alone, or merge them first")
@@ -131,6 +140,12 @@ class MxDModel(PreTrainedModel):
         if kwargs.get("max_shard_size", "50GB") == "50GB":  # the stock default, which push_to_hub spells out
             kwargs["max_shard_size"] = largest
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if push:
+            self.push_to_hub(how.pop("repo_id", Path(save_directory).name), **how)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As transformers' `push_to_hub`, and complete: see `sharing.push_to_hub`."""
+        return push_to_hub(self, self.config, repo_id, **kwargs)
 
     def layer(self, layer: int) -> SparseLayer:
         """The layer that stands for the MLP of transformer layer `layer`.
@@ -275,10 +290,9 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         here = pinned(pretrained_model_name_or_path, {**access, **own})
         config, stored = load_config(config, pretrained_model_name_or_path, here, kwargs)
         kwargs = {**arguments_of_base(config, stored), **kwargs}
-        name, source = base_source(config, stored, access)
-        base = AutoModelForCausalLM.from_pretrained(
-            name, *model_args, trust_remote_code=False, use_safetensors=True, **source, **kwargs
-        )
+        name, source = base_source(config, stored, access, local=Path(pretrained_model_name_or_path).is_dir())
+        load = partial(AutoModelForCausalLM.from_pretrained, name, *model_args, use_safetensors=True, **source)
+        base = tried(partial(load, trust_remote_code=False, **kwargs), name)
         base.config._commit_hash = source.get("revision")  # newer transformers don't keep it; it is never saved
         mxd, info = MxDModel.from_pretrained(
             pretrained_model_name_or_path, config=config, dtype=base.dtype, output_loading_info=True, **here

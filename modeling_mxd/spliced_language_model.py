@@ -1,13 +1,15 @@
 """The base language model with a decomposition spliced in: a class of the base's own name that saves only the
 decomposition."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .sharing import push_to_hub
 from .surgery import ReplacedMLP, SurgeryError
 
 _SAMPLE = 1024
@@ -36,21 +38,43 @@ class SplicedLanguageModel:
         Raises:
             SurgeryError: when an MLP was replaced again since; the model is left as it is.
         """
-        for replaced in reversed(self.__dict__["_replaced"]):
-            like = next(replaced.replacement.parameters())
-            for module in replaced.original:  # the model may have been moved or cast meanwhile, without them
-                if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
-                    module.to(device=like.device, dtype=like.dtype)
-                module.train(self.__dict__["training"])
-            replaced.restore()
         assert isinstance(self, PreTrainedModel)
+        with self.untouched():  # raises, if it must, before anything is undone for good
+            pass
+        for replaced in reversed(self.__dict__["_replaced"]):
+            replaced.restore()
         self.__dict__.update(self.__dict__.pop("_base_attributes"))
         trainable = self.__dict__["_trainable"]
-        for name in ("_decomposition", "_replaced", "_samples", "_trainable"):
+        for name in ("_decomposition", "_replaced", "_samples", "_trainable", "_spliced_dtype", "_names"):
             del self.__dict__[name]
         self.__class__ = _base_class(self)
         _set_trainable(self, trainable)
         return self
+
+    @contextmanager
+    def untouched(self) -> Iterator[PreTrainedModel]:
+        """Inside the block the base's own MLPs are in their places, and this is the model that it was before the
+        splice; afterwards, also after an exception, the decomposition is back. No weights are copied.
+
+        Raises:
+            SurgeryError: when an MLP was replaced again since.
+        """
+        assert isinstance(self, PreTrainedModel)
+        with ExitStack() as stack:
+            for replaced in self.__dict__["_replaced"]:
+                self._fetch(replaced)
+                stack.enter_context(replaced.undone())
+            yield self
+
+    def _fetch(self, replaced: ReplacedMLP) -> None:
+        # Modules that are out of the model were left out when it was moved, cast or put into another mode.
+        assert isinstance(self, PreTrainedModel)
+        device = next(replaced.replacement.parameters()).device
+        dtype = None if self.dtype == self.__dict__["_spliced_dtype"] else self.dtype
+        for module in replaced.original:
+            module.train(self.training)
+            if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
+                module.to(device=device, dtype=dtype)
 
     def save_pretrained(
         self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -58,7 +82,8 @@ class SplicedLanguageModel:
         """Save the decomposition (or, with a PEFT adapter in the model, only the adapter, as transformers does).
 
         Raises:
-            ValueError: when weights of the base were changed, which a decomposition's repo cannot store.
+            ValueError: when weights of the base were changed, which a decomposition's repo cannot store, or the
+                decomposition's layers were: by an adapter that is not merged, or that put others in their places.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[misc]
@@ -71,10 +96,35 @@ class SplicedLanguageModel:
                 "decomposition's repo does not store them: save adapters unmerged, or save the base by "
                 "model.unsplice().save_pretrained(...)"
             )
+        self._check_layers()
         kwargs.pop("save_peft_format", None)
         if state_dict is not None:
             state_dict = self._of_decomposition(state_dict)
         self.decomposition.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+    def _check_layers(self) -> None:
+        """Refuse to save layers that are not what runs."""
+        assert isinstance(self, nn.Module)
+        present = {id(module) for module in self.modules()}
+        replaced = [name for name, layer in self.decomposition.layers.items() if id(layer) not in present]
+        if replaced:
+            raise ValueError(
+                f"another module stands in the place of the decomposition's layer {replaced[0]}, and would not be "
+                "saved: name single linears in an adapter's modules_to_save, not a whole layer"
+            )
+        odd = sorted(set(self.decomposition.state_dict()) ^ self.__dict__["_names"])
+        if odd:
+            raise ValueError(
+                f"the decomposition has other weights than it was spliced in with ({odd[0]} and {len(odd) - 1} more "
+                "differ): merge an adapter first, or save it by the PEFT model's save_pretrained"
+            )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Push the decomposition, with a tokenizer, so that both doors load it (with a PEFT adapter in the model, only
+        the adapter, as transformers does)."""
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+        return push_to_hub(self, self.decomposition.config, repo_id, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Also takes the decomposition's own state, as `save_pretrained` wrote it: so a Trainer resumes."""
@@ -129,6 +179,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str) -> PreTra
     attributes = {"name_or_path": base.name_or_path}
     # Not registered as a module: its layers already are, in the MLPs' places.
     base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _samples=samples, _trainable=trainable)
+    base.__dict__.update(_spliced_dtype=base.dtype, _names=frozenset(decomposition.state_dict()))
     base.__dict__["_base_attributes"] = attributes
     base.name_or_path = name
     base.__class__ = _spliced_class(type(base))

@@ -264,6 +264,19 @@ class ReplacedMLP:
             )
         self._put(self.original)
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Inside the block the original modules are back; afterwards, also after an exception, the replacement is.
+
+        Raises:
+            SurgeryError: as `restore`.
+        """
+        self.restore()
+        try:
+            yield
+        finally:
+            self._put(self._installed)
+
     def _put(self, modules: tuple[nn.Module, ...]) -> None:
         for slot, module in zip(self.site.architecture.slots, modules, strict=True):
             setattr(self.site.parent, slot, module)

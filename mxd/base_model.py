@@ -1,10 +1,16 @@
 """Loading the language model that a decomposition belongs to."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_mxd.downloads import tried
+from modeling_mxd.loading import check_language_model
 
 from . import embedded
 
@@ -21,7 +27,7 @@ def resolve_name(name: str) -> str:
 
 
 def load_base_model(
-    name: str, revision: str | None = None, dtype: str = "float32"
+    name: str, revision: str | None = None, dtype: str = "float32", pickles: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
     """Load a causal language model and its tokenizer, in eval mode, on the CPU.
 
@@ -29,6 +35,8 @@ def load_base_model(
         name: Hub id, folder, or the name of the embedded default.
         revision: branch, tag or commit on the Hub.
         dtype: a key of `DTYPES`.
+        pickles: whether weights may be read from a pickle, where there are no safetensors; False where a stranger
+            chose the model.
 
     Returns:
         Model, tokenizer, and the Hub commit that was loaded (None for a folder).
@@ -39,11 +47,17 @@ def load_base_model(
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
+    how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=DTYPES[dtype])
-    except (OSError, ValueError) as error:
+        if not pickles:
+            check_language_model(source, {"revision": revision})
+        tokenizer = tried(partial(AutoTokenizer.from_pretrained, source, **how), name)
+        how |= {"dtype": DTYPES[dtype]} if pickles else {"dtype": DTYPES[dtype], "use_safetensors": True}
+        model = tried(partial(AutoModelForCausalLM.from_pretrained, source, **how), name)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = str(error).strip().split("\n", 1)[0]
+        if not pickles and "use_safetensors" in reason:
+            reason = "it has no safetensors, and of a model that a decomposition names no pickle is read"
         raise BaseModelError(f"cannot load the model {name!r}: it is no folder with a model, and: {reason}") from error
     return model.eval(), tokenizer, _loaded_commit(source, revision)
 

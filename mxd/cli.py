@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+
+from .tables import MAX_ROWS, cell, print_change, print_evaluation, visible
 
 app = typer.Typer(
     add_completion=False,
@@ -23,6 +24,8 @@ app = typer.Typer(
 
 DATA_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst"}
 INTERRUPTED = 130
+FINETUNING_RATE = 3e-4
+MAX_MESSAGE = 2000
 KEPT = "checkpoints that were complete are kept: put it right, then run again with --resume"
 
 
@@ -53,6 +56,13 @@ class ModulationStart(str, Enum):
 
     random = "random"
     unit = "unit"
+
+
+class Loss(str, Enum):
+    """What fine-tuning trains on."""
+
+    kl = "kl"
+    cross_entropy = "cross-entropy"
 
 
 def parse_count(text: str) -> int:
@@ -100,6 +110,17 @@ TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 Streaming = Annotated[bool, typer.Option(help="Read a Hub dataset as it comes, without downloading it first.")]
 ContextLength = Annotated[int, typer.Option(min=2, help="Tokens a row, BOS included.")]
 Dtype = Annotated[str, typer.Option(help="In which the base model runs: float32, bfloat16, float16.")]
+HeldoutDataset = Annotated[
+    list[str] | None, typer.Option(help="Text to evaluate on. [documents held out of the dataset]")
+]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of one optimiser step.")]
+LearningRate = Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")]
+Bf16 = Annotated[bool, typer.Option(help="Matrix products in bfloat16, weights in float32.")]
+EvaluationTokens = Annotated[str, typer.Option(help="Held-out tokens.")]
+ReportTo = Annotated[str, typer.Option(help="Trackers of the Trainer, such as tensorboard.")]
+Output = Annotated[str, typer.Option(help="Folder for the result.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a decomposition in the output folder.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of the table.")]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
@@ -110,9 +131,7 @@ def decompose(
         list[str] | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder. [the embedded default]")
     ] = None,
     dataset: Dataset = None,
-    heldout_dataset: Annotated[
-        list[str] | None, typer.Option(help="Text to evaluate on. [documents held out of the dataset]")
-    ] = None,
+    heldout_dataset: HeldoutDataset = None,
     dataset_config: DatasetConfig = None,
     split: Split = "train",
     text_column: TextColumn = "text",
@@ -127,8 +146,8 @@ def decompose(
     intermediate_size: Annotated[int | None, typer.Option(min=1, help="Encoder width. [the MLP's]")] = None,
     tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "1M",
     context_length: ContextLength = 128,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one optimiser step.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")] = 3e-3,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: LearningRate = 3e-3,
     gate_start: Annotated[GateStart, typer.Option(help="Where the gate starts from.")] = GateStart.data,
     encoder_start: Annotated[
         EncoderStart | None,
@@ -138,15 +157,15 @@ def decompose(
         ModulationStart,
         typer.Option(help="unit: from C^T a = 1, most faithful, but the dense encoder does the work."),
     ] = ModulationStart.random,
-    bf16: Annotated[bool, typer.Option(help="Matrix products in bfloat16, weights in float32.")] = False,
+    bf16: Bf16 = False,
     dtype: Dtype = "float32",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
-    evaluation_tokens: Annotated[str, typer.Option(help="Held-out tokens.")] = "32768",
-    report_to: Annotated[str, typer.Option(help="Trackers of the Trainer, such as tensorboard.")] = "none",
+    evaluation_tokens: EvaluationTokens = "32768",
+    report_to: ReportTo = "none",
     seed: Annotated[int, typer.Option(help="Of data order and initialisation.")] = 0,
-    output: Annotated[str, typer.Option(help="Folder for the result.")] = "mxd-output",
-    overwrite: Annotated[bool, typer.Option(help="Replace a decomposition in the output folder.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
+    output: Output = "mxd-output",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -223,6 +242,61 @@ def evaluate(
 
 
 @app.command()
+def finetune(
+    folder: Annotated[str, typer.Argument(help="Folder or Hub id of a decomposition, which is left as it is.")],
+    files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    dataset: Dataset = None,
+    heldout_dataset: HeldoutDataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    loss: Annotated[Loss, typer.Option(help="KL to the untouched model, or the text's cross-entropy.")] = Loss.kl,
+    tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "200k",
+    context_length: ContextLength = 128,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: LearningRate = FINETUNING_RATE,
+    bf16: Bf16 = False,
+    dtype: Dtype = "float32",
+    evaluation_tokens: EvaluationTokens = "32768",
+    report_to: ReportTo = "none",
+    seed: Annotated[int, typer.Option(help="Of the data's order.")] = 0,
+    output: Output = "mxd-finetuned",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a decomposition on, end to end in its language model, and show what that changed."""
+    source, sources = split_arguments([folder, *(files or [])], dataset or [])
+    from .finetuning import FinetuningOptions, finetune
+    from .pipeline import TextOptions
+
+    _quiet()
+
+    options = FinetuningOptions(
+        decomposition=source or folder,
+        loss=loss.value.replace("-", "_"),
+        dtype=dtype,
+        tokens=parse_count(tokens),
+        batch_tokens=batch_tokens,
+        evaluation_tokens=parse_count(evaluation_tokens),
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
+        training={"learning_rate": learning_rate, "bf16": bf16, "report_to": report_to},
+    )
+    results = finetune(options)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    print_change(results["settings"]["finetuning"][-1]["before"], results)
+    typer.echo(f"\nSaved in {output}: weights, evaluation.json, training_log.json, figures/; {folder} is as it was")
+
+
+@app.command()
 def push(
     folder: Annotated[str, typer.Argument(help="Folder of a decomposition.")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repo on the Hub, made if need be.")],
@@ -232,7 +306,7 @@ def push(
     tag: Annotated[str | None, typer.Option(help="Tag the commit.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, if config.json has a folder.")] = None,
     license_name: Annotated[str | None, typer.Option("--license", help="[the base model's]")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload decomposition",
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     debug: Debug = False,
 ) -> None:
     """Share a decomposition on the Hub: weights, results, code and a card, in one commit."""
@@ -249,8 +323,8 @@ def push(
         license=license_name,
         message=message,
     )
-    typer.echo(f"Pushed to {pushed.url} (commit {pushed.commit[:8]})")
-    typer.echo(f'Next:  AutoModelForCausalLM.from_pretrained("{pushed.repo_id}", trust_remote_code=True)')
+    typer.echo(f"Pushed to {pushed.pr_url or pushed.repo_url} (commit {pushed.oid[:8]})")
+    typer.echo(f'Next:  AutoModelForCausalLM.from_pretrained("{pushed.repo_url.repo_id}", trust_remote_code=True)')
 
 
 @app.command()
@@ -279,8 +353,7 @@ def search(
         date = "–" if info.last_modified is None else f"{info.last_modified:%Y-%m-%d}"
         counts = (str(value) if value is not None else "–" for value in (info.num_experts_per_tok, info.num_experts))
         layers = ", ".join(map(str, info.layers[:20])) or "–"
-        # Text: what strangers wrote is no markup.
-        table.add_row(*map(Text, (info.repo_id, info.base_model or "–", layers, *counts, rise, str(info.likes), date)))
+        table.add_row(*map(cell, (info.repo_id, info.base_model or "–", layers, *counts, rise, info.likes, date)))
     Console().print(table)
 
 
@@ -295,27 +368,27 @@ def show(
 
     details = show_decomposition(repo, revision=revision)
     config = details.config
-    table = Table(title=Text(f"{details.info.repo_id}, commit {details.commit[:8]}"))
+    table = Table(title=cell(f"{details.info.repo_id}, commit {details.commit[:8]}"))
     for column in ("layer", "method", "K", "experts", "encoder", "parameters"):
         table.add_column(column, justify="right")
-    for layer in config.layers[:100]:
+    for layer in config.layers[:MAX_ROWS]:
         sizes = config.layer(layer)
         encoder = f"{sizes.intermediate_size} {sizes.hidden_act} {sizes.encoder_type}" if sizes.method == "mxd" else "–"
         row = (layer, sizes.method, sizes.num_experts_per_tok, sizes.num_experts, encoder, f"{sizes.num_parameters:,}")
-        table.add_row(*(Text(str(value)) for value in row))
+        table.add_row(*map(cell, row))
     console = Console()
     console.print(table)
-    revision_text = f" at {config.base_model_revision}" if config.base_model_revision else ""
-    console.print(
-        Text(f"needs: transformers 5 or later, the base model {config.base_model_name_or_path}{revision_text}")
-    )
-    console.print(Text(f"download: {details.weight_bytes / 1e6:,.1f} MB of weights, besides the base model"))
+    if len(config.layers) > MAX_ROWS:
+        console.print(f"and {len(config.layers) - MAX_ROWS} more layers")
+    base = f"{config.base_model_name_or_path} at {config.base_model_revision or 'its newest commit'}"
+    console.print(cell(f"needs: transformers 5 or later, the base model {base}"))
+    console.print(cell(f"download: {details.weight_bytes / 1e6:,.1f} MB of weights, besides the base model"))
     if details.evaluation is None:
         console.print("it comes with no evaluation.json: nothing was measured")
         return
     try:
-        _report(details.evaluation, as_json=False)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        print_evaluation(details.evaluation)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         console.print("its evaluation.json is not as `mxd evaluate` writes it, and is not shown")
 
 
@@ -332,35 +405,8 @@ def _quiet() -> None:
 def _report(results: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(results, indent=2))
-        return
-    layers = Table(title="Layers, on held-out text")
-    for column in ("layer", "NMSE", "FVU", "L0", "dead\nexperts", "expert\nshare", "specialised\nshare"):
-        layers.add_column(column, justify="right")
-    for layer, row in results["layers"].items():
-        shares = [_percent(row[name]) for name in ("dead_experts", "expert_share", "specialised_share")]
-        layers.add_row(Text(layer), _number(row["nmse"]), _number(row["fvu"]), f"{row['l0']:.1f}", *shares)
-    loss = results["cross_entropy"]
-    model = Table(title="The model with them spliced in")
-    model.add_column("")
-    model.add_column("cross-entropy\n(nats per token)", justify="right")
-    model.add_row("untouched", f"{loss['untouched']:.4f}")
-    model.add_row("spliced", f"{loss['spliced']:.4f}  ({loss['spliced'] - loss['untouched']:+.4f})")
-    model.add_row("zero-ablated", f"{loss['zero_ablated']:.4f}  ({loss['zero_ablated'] - loss['untouched']:+.4f})")
-    model.add_section()
-    model.add_row("recovered", _percent(loss["recovered"]))
-    model.add_row("KL to the untouched model", f"{results['kl']:.4f}")
-    model.add_row("same most likely token", _percent(results["top1_agreement"]))
-    console = Console()
-    console.print(layers)
-    console.print(model)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
+    else:
+        print_evaluation(results)
 
 
 def main() -> None:
@@ -386,11 +432,11 @@ def _explain(error: Exception) -> str:
     # torch.save says of a full disk only that its position in the file is not the expected one.
     if name == "SafetensorError" or any(sign in str(error) for sign in ("No space left", "inline_container")):
         return f"a file could not be written, the disk may be full ({error}); {KEPT}"
-    if isinstance(error, ValueError) or name == "Interrupted":
+    if isinstance(error, ValueError | OSError) or name == "Interrupted":
         return str(error)
     return f"{name}: {error} (run with --debug for the traceback)"
 
 
 def _fail(message: str, code: int) -> None:
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    typer.secho(f"error: {visible(message)[:MAX_MESSAGE]}", fg=typer.colors.RED, err=True)
     sys.exit(code)

@@ -1,19 +1,12 @@
 """The main job: from a pretrained model and text to a faithful decomposition in a folder."""
 
-import json
-import platform
-import shutil
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-import transformers
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
-from evaluation_mxd import faithfulness, load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
+from evaluation_mxd import faithfulness, load_evaluation, save_evaluation
 from modeling_mxd import (
     MLPSite,
     MxDConfig,
@@ -23,91 +16,49 @@ from modeling_mxd import (
     num_experts_matching_transcoder,
     num_latents_matching_transcoder,
 )
-from trainers import (
-    CausalCollator,
-    DistillationArguments,
-    DistillationTrainer,
-    last_complete_checkpoint,
-    load_text,
-    materialize,
-    pack,
-    split_documents,
-    take_tokens,
-)
+from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint, load_text, pack
 
 from . import embedded
 from .base_model import load_base_model, resolve_name
-
-LOG_NAME = "training_log.json"
-
-Documents: TypeAlias = Dataset | IterableDataset
-
-
-class Interrupted(Exception):
-    """Training was interrupted after a checkpoint was saved; the message says how to go on."""
-
-
-@dataclass
-class TextOptions:
-    """Which text, and how it becomes rows of tokens.
-
-    Attributes:
-        dataset: Hub name, or files, folders and globs; empty for the embedded sample.
-        heldout_dataset: text to evaluate on; by default documents held out of `dataset`.
-        config_name, split, text_column, revision: of the dataset.
-        streaming: read a Hub dataset as it comes instead of downloading it first.
-        context_length: tokens a row, BOS included.
-    """
-
-    dataset: list[str] = field(default_factory=list)
-    heldout_dataset: list[str] = field(default_factory=list)
-    config_name: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    streaming: bool = False
-    context_length: int = 128
+from .runs import (
+    RunOptions,
+    TextOptions,
+    asked_for,
+    check_output,
+    evaluation_batches,
+    load_base_of,
+    load_decomposition,
+    load_documents,
+    made_how,
+    prepare_output,
+    run_training,
+    save_results,
+    step_arguments,
+)
 
 
-@dataclass
-class DecompositionOptions:
-    """What `decompose` is asked for; the command's options by the same names.
+@dataclass(kw_only=True)
+class DecompositionOptions(RunOptions):
+    """What `decompose` is asked for, beside what `RunOptions` has; the command's options by the same names.
 
     Attributes:
-        model, revision, dtype: the base model, its Hub revision, and the dtype that it runs in.
+        model, revision: the base model and its Hub revision.
         layers: indices of the layers to decompose; None for the middle one.
         method: `"mxd"`, `"transcoder"` or `"skip_transcoder"`.
         num_experts_per_tok: K.
         num_experts: N; None to match a transcoder's parameters.
         match_transcoder: m, latents per input dimension of the transcoder whose parameters are matched.
         intermediate_size: width of the dense encoder; None for the MLP's own.
-        tokens: training tokens.
-        batch_tokens: tokens of one optimiser step.
-        evaluation_tokens: held-out tokens to evaluate on.
-        seed: of data order and initialisation.
-        output: folder for the result.
-        overwrite, resume: replace what is in `output`, or go on from its last checkpoint.
-        text: see `TextOptions`.
-        training: further fields of `DistillationArguments`.
     """
 
     model: str = embedded.MODEL_NAME
     revision: str | None = None
-    dtype: str = "float32"
     layers: list[int] | None = None
     method: str = "mxd"
     num_experts_per_tok: int = 32
     num_experts: int | None = None
     match_transcoder: int = 32
     intermediate_size: int | None = None
-    tokens: int = 1_000_000
-    batch_tokens: int = 2048
-    evaluation_tokens: int = 32768
-    seed: int = 0
-    output: str = "mxd-output"
-    overwrite: bool = False
-    resume: bool = False
-    text: TextOptions = field(default_factory=TextOptions)
-    training: dict[str, Any] = field(default_factory=dict)
 
 
 def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig:
@@ -150,31 +101,6 @@ def choose_layers(sites: dict[int, MLPSite], layers: list[int] | None) -> list[i
     return chosen
 
 
-def check_output(output: str, overwrite: bool, resume: bool) -> Path:
-    """The output folder, if it may be written to; nothing is made or deleted yet.
-
-    Raises:
-        ValueError: when it holds something and neither overwriting nor resuming was asked for, or something that
-            is no decomposition.
-    """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the output {folder} is a file: name a folder with --output")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        if not overwrite:
-            raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
-        if not _ours(folder):
-            raise ValueError(f"the output folder {folder} holds no decomposition: --overwrite will not delete it")
-    return folder
-
-
-def _ours(folder: Path) -> bool:
-    config = folder / "config.json"
-    if config.is_file():
-        return bool(json.loads(config.read_text()).get("model_type") == MxDConfig.model_type)
-    return all(entry.name.startswith("checkpoint-") for entry in folder.iterdir())
-
-
 def check_resumable(folder: Path, config: MxDConfig) -> str:
     """The checkpoint to go on from.
 
@@ -187,52 +113,6 @@ def check_resumable(folder: Path, config: MxDConfig) -> str:
     if not same or before.base_model_name_or_path != config.base_model_name_or_path:
         raise ValueError(f"{checkpoint} is of another model, layer or size: resume with the options of that run")
     return checkpoint
-
-
-def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
-    """Training documents and held-out documents.
-
-    Raises:
-        DataError: as `trainers.load_text`.
-    """
-    if not text.dataset and not text.heldout_dataset:
-        return load_text(str(embedded.text_path("train"))), load_text(str(embedded.text_path("heldout")))
-    loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
-    source = text.dataset or [str(embedded.text_path("train"))]
-    documents = load_text(source, config_name=text.config_name, split=text.split, **loading)
-    if text.heldout_dataset:
-        return documents, load_text(text.heldout_dataset, **loading)
-    return split_documents(documents, seed=seed)
-
-
-def evaluation_batches(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, context_length: int, tokens: int
-) -> list[dict[str, torch.Tensor]]:
-    """Held-out rows in batches of about 2,048 tokens, shuffled with a fixed seed, at most `tokens` in all."""
-    rows = materialize(take_tokens(pack(documents, tokenizer, context_length, seed=0), tokens))
-    size, collate = max(1, 2048 // context_length), CausalCollator()
-    return [
-        collate([rows[index] for index in range(start, min(start + size, len(rows)))])
-        for start in range(0, len(rows), size)
-    ]
-
-
-def training_arguments(options: DecompositionOptions, folder: Path) -> DistillationArguments:
-    """`DistillationArguments` for these options: rows per step, steps, checkpoints; `options.training` goes over."""
-    rows = max(1, options.batch_tokens // options.text.context_length)
-    steps = max(1, options.tokens // (rows * options.text.context_length))
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": rows,
-        "max_steps": steps,
-        "lr_scheduler_type": "linear",
-        "save_steps": max(1, min(500, steps // 4)),
-        "save_total_limit": 1,
-        "seed": options.seed,
-        "disable_tqdm": False,  # the stock default follows transformers' verbosity
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    return DistillationArguments(**{**defaults, **options.training})
 
 
 def decompose(options: DecompositionOptions) -> dict[str, Any]:
@@ -260,60 +140,27 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     decomposition = MxDModel(config)
-    trainer = DistillationTrainer(decomposition, model, training_arguments(options, folder), train_dataset=rows)
-    if folder.is_dir() and not options.resume:  # only now, when nothing is left to be refused
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.interrupted:
-        raise Interrupted(
-            f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is kept in "
-            f"{folder}: run the same command with --resume to go on"
-        )
-    trainer.save_model()
-    tokenizer.save_pretrained(folder)  # so that pipelines find it beside the decomposition
-    (folder / LOG_NAME).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
-    settings = {"training": run_settings(options, trainer, time.monotonic() - started)}
+    arguments = DistillationArguments(**step_arguments(options, folder))
+    trainer = DistillationTrainer(decomposition, model, arguments, train_dataset=rows)
+    prepare_output(folder, options.resume)  # only now, when nothing is left to be refused
+    how = run_training(trainer, tokenizer, options, checkpoint)
+    settings = {"training": run_settings(options, trainer, how)}
     results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)
-    save_evaluation(results, folder)
-    draw(decomposition, trainer.state.log_history, folder)
-    for unneeded in folder.glob("checkpoint-*"):
-        shutil.rmtree(unneeded)
-    return load_evaluation(folder)
+    return save_results(results, decomposition, folder)
 
 
-def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, seconds: float) -> dict[str, Any]:
-    """How a decomposition was made, for evaluation.json."""
+def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, how: dict[str, Any]) -> dict[str, Any]:
+    """How a decomposition was made, for evaluation.json; `how` is what `run_training` gave."""
     arguments = trainer.args
     starts = ("gate_initialization", "encoder_initialization", "modulation_initialization")
-    rates = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor")
-    names = (*rates, *starts, "scale_activations", "bf16")
     return {
-        **{name: value for name, value in asdict(options).items() if name not in ("output", "overwrite", "resume")},
-        **{name: getattr(arguments, name) for name in names},
+        **asked_for(options),
+        **{name: getattr(arguments, name) for name in starts},
+        **how,
         "model": trainer.model.config.base_model_name_or_path,
         "layers": trainer.model.config.layers,
         "loss": arguments.loss_normalization,
-        "tokens_trained": arguments.max_steps * arguments.per_device_train_batch_size * options.text.context_length,
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "device": str(arguments.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
     }
-
-
-def draw(decomposition: MxDModel, log_history: list[dict[str, Any]], folder: Path) -> None:
-    """Plots of the training loss and of how often each expert is used, into `folder/figures`."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    plot_training_loss(log_history, figures / "training_loss.png")
-    frequencies = {f"layer {i}": decomposition.layer(i).expert_frequency for i in decomposition.config.layers}
-    plot_expert_frequency(frequencies, figures / "expert_frequency.png")
 
 
 def evaluate(
@@ -324,10 +171,9 @@ def evaluate(
     Raises:
         ValueError: when the folder holds no decomposition, or the text cannot be read.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} holds no decomposition: there is no config.json in it")
-    if json.loads((Path(folder) / "config.json").read_text()).get("model_type") != MxDConfig.model_type:
-        raise ValueError(f"{folder} holds a model, but no decomposition")
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder: name that of a decomposition")
+    decomposition = load_decomposition(folder)
     documents = load_text(
         text.dataset or [str(embedded.text_path("heldout"))],
         config_name=text.config_name,
@@ -335,22 +181,9 @@ def evaluate(
         text_column=text.text_column,
         streaming=text.streaming,
     )
-    decomposition = MxDModel.from_pretrained(folder)
-    config = decomposition.config
-    if not config.base_model_name_or_path:
-        raise ValueError(f"{folder}/config.json names no base_model_name_or_path to evaluate against")
-    model, tokenizer, _ = load_base_model(config.base_model_name_or_path, config.base_model_revision, dtype)
+    model, tokenizer = load_base_of(decomposition, dtype)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
-    settings = {"evaluation": {**asdict(text), "model_dtype": dtype}, **_training_settings(Path(folder))}
+    settings = {"evaluation": {**asdict(text), "model_dtype": dtype}, **made_how(folder)}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
     save_evaluation(results, folder)
     return load_evaluation(folder)
-
-
-def _training_settings(folder: Path) -> dict[str, Any]:
-    """What an earlier evaluation.json says of the training, so that measuring again does not lose it."""
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        return {}
-    training = json.loads(path.read_text()).get("settings", {}).get("training")
-    return {"training": training} if training else {}

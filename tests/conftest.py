@@ -5,7 +5,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no t
 import datasets
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import make_tiny_llama
 from transformers.utils import logging as transformers_logging
 
 
@@ -16,20 +16,7 @@ def seed():
 
 @pytest.fixture
 def tiny_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_tiny_llama()
 
 
 @pytest.fixture(autouse=True)

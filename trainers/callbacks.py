@@ -19,11 +19,13 @@ class TokenProgressCallback(ProgressCallback):
 
     Args:
         tokens_per_step: tokens that one optimiser step trains on, over all processes.
+        name: what stands before the bar.
     """
 
-    def __init__(self, tokens_per_step: int):
+    def __init__(self, tokens_per_step: int, name: str):
         super().__init__()
         self.tokens_per_step = tokens_per_step
+        self.name = name
         self.training_bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -31,7 +33,7 @@ class TokenProgressCallback(ProgressCallback):
         self.current_step = state.global_step
         if state.is_world_process_zero:
             self.training_bar = tqdm(
-                desc="distil",
+                desc=self.name,
                 total=state.max_steps * self.tokens_per_step,
                 initial=state.global_step * self.tokens_per_step,
                 unit="tok",

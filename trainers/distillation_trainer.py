@@ -6,39 +6,21 @@ so that the graph of only one layer is alive at a time. The Trainer's model is t
 wrapped, optimised, saved.
 """
 
-import json
-import logging
-import os
-from collections.abc import Iterator, Mapping
-from itertools import islice
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers import EvalPrediction, PreTrainedModel
 
-from evaluation_mxd import token_mask
-from evaluation_mxd.expert_use import measure_expert_statistics
-from hub_cards import build_card, update_card
 from modeling_mxd import MxDModel, capture_mlps, find_mlp
 
-from .callbacks import InterruptCallback, TokenProgressCallback
-from .data import CausalCollator
+from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
-from .initialization import ActivationScales, calibrate, initialize_decomposition, parameter_scales
-
-logger = logging.getLogger(__name__)
-
-SCALES_NAME = "activation_scales.json"
-ARGUMENTS_NAME = "training_arguments.json"
-# Folders of this machine, and what only it needs: the file is pushed along with `push_to_hub=True`.
-_LOCAL_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "hub_token")
+from .initialization import initialize_decomposition
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(DecompositionTrainer):
     """Trains an `MxDModel` on the MLP inputs and outputs of a frozen model.
 
     Args:
@@ -59,7 +41,7 @@ class DistillationTrainer(Trainer):
 
     args: DistillationArguments
     model: MxDModel
-    optimizer: torch.optim.Optimizer | None
+    progress_name = "distil"
 
     def __init__(
         self,
@@ -68,55 +50,30 @@ class DistillationTrainer(Trainer):
         args: DistillationArguments,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        data_collator: Any = None,
         compute_metrics: Any = None,
         **kwargs: Any,
     ):
-        if args.n_gpu > 1:
-            raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
         for layer in model.config.layers:
             find_mlp(teacher, layer).check_fits(model.config.layer(layer))
         model.record_base(teacher)
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
         super().__init__(
-            model=model,
-            args=args,
+            model,
+            model,
+            args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=data_collator or CausalCollator(),
             compute_metrics=compute_metrics or normalised_errors,
             **kwargs,
         )
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
-        self.scales: dict[int, ActivationScales] = {}
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
         self._layer_losses = dict.fromkeys(model.config.layers, torch.zeros((), device=args.device))
         self._layer_losses_since = 0
-        self._interrupt = InterruptCallback()
-        self.add_callback(self._interrupt)
-
-    # Data
-
-    def _set_signature_columns_if_needed(self) -> None:
-        # The model's forward takes hidden states; the teacher is what reads the rows.
-        self._signature_columns = ["input_ids", "attention_mask"]
 
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """{layer: (x, y)} of the teacher's MLPs for a batch of token ids; x (batch, tokens, I), y (…, O)."""
         return capture_mlps(self.teacher, self.model.config.layers, inputs["input_ids"], inputs.get("attention_mask"))
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        if not batch_samples:
-            return None
-        count = sum(
-            token_mask(batch["input_ids"], batch.get("attention_mask")).sum().to(device) for batch in batch_samples
-        )
-        assert isinstance(count, Tensor)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
-
-    # Loss
 
     @staticmethod
     def distillation_loss(
@@ -165,7 +122,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean over layers and counted tokens of the loss; all layers' graphs are alive, see `training_step`."""
-        mask = token_mask(inputs["input_ids"], inputs.get("attention_mask"))
+        mask = self.counted(inputs)
         tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
         captured = self.capture(inputs)
         losses = [self.layer_loss(model, layer, x, y, mask) for layer, (x, y) in captured.items()]
@@ -178,7 +135,7 @@ class DistillationTrainer(Trainer):
         """Forward and backward of every layer in turn; returns the mean loss of the layers, detached."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        mask = token_mask(inputs["input_ids"], inputs.get("attention_mask"))
+        mask = self.counted(inputs)
         tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
         captured = self.capture(inputs)
         total = torch.zeros((), device=self.args.device)
@@ -213,7 +170,7 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Per row: the sum of ‖ŷ−y‖²/‖y‖² of every layer (rows, layers), and the tokens that count (rows)."""
         inputs = self._prepare_inputs(inputs)
-        mask = token_mask(inputs["input_ids"], inputs.get("attention_mask"))
+        mask = self.counted(inputs)
         sums = torch.zeros(len(mask), len(self.model.config.layers), device=mask.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             for column, (layer, (x, y)) in enumerate(self.capture(inputs).items()):
@@ -222,48 +179,10 @@ class DistillationTrainer(Trainer):
                 sums[:, column] = (error / squared_norm).where(mask & (squared_norm > 0), 0.0).sum(-1)
         return None, sums, mask.sum(-1)
 
-    # Training
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train; Ctrl-C finishes the step, saves a checkpoint and returns (then `interrupted` is true).
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the last complete one in `output_dir`.
-            **kwargs: as for `Trainer.train`.
-
-        Raises:
-            ValueError: when there is nothing to resume from, or no training data.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            self.scales = _read_scales(Path(str(resume_from_checkpoint)))
-        else:
-            self._initialize()
-        self._use_token_progress()
-        with self._interrupt.listening():
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        if not self.interrupted:
-            self._measure_experts()
-        return output
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the last `train()` was ended by a signal."""
-        return self._interrupt.interrupted
-
-    def _training_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Batches of the training data from its start, leaving the random state as it is."""
-        with torch.random.fork_rng():
-            for batch in self.get_train_dataloader():
-                yield self._prepare_inputs(batch)
-
-    def _initialize(self) -> None:
-        layers = self.model.config.layers
-        most = max(self.model.config.layer(layer).num_experts for layer in layers)
-        wanted = max(self.args.calibration_tokens, most if self.args.gate_initialization == "data" else 0)
-        logger.info("measuring the activations of %d training tokens", wanted)
-        calibrations = calibrate(self.capture, self._training_batches(), wanted)
+    def _start(self) -> None:
+        most = max(self.model.config.layer(layer).num_experts for layer in self.model.config.layers)
+        from_data = self.args.gate_initialization == "data"
+        calibrations = self._calibrate(max(self.args.calibration_tokens, most if from_data else 0))
         if self.args.gate_initialization != "keep":
             initialize_decomposition(
                 self.model,
@@ -274,108 +193,6 @@ class DistillationTrainer(Trainer):
                 self.args.modulation_initialization,
                 self.args.scale_activations,
             )
-        scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
-        # Weights are broadcast from process 0 by DDP; the scales must be the same everywhere too.
-        self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
-
-    def _measure_experts(self) -> None:
-        rows = self.args.per_device_train_batch_size
-        first = next(self._training_batches(), None)
-        if first is None:
-            return
-        batches = -(-self.args.statistics_tokens // (rows * first["input_ids"].shape[1]))
-        measure_expert_statistics(self.capture, self.model, islice(self._training_batches(), batches))
-
-    def _use_token_progress(self) -> None:
-        if self.args.disable_tqdm:
-            return
-        first = next(self._training_batches(), None)
-        if first is None:
-            raise ValueError("the training data is empty")
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(TokenProgressCallback)
-        accumulated = self.args.gradient_accumulation_steps * self.args.world_size
-        self.add_callback(TokenProgressCallback(first["input_ids"].numel() * accumulated))
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Our card instead of the stock one; what a person wrote into an earlier one is kept."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        card, path = build_card(folder, repo_id=self.hub_model_id), folder / "README.md"
-        if path.is_file():
-            card = update_card(path.read_text(encoding="utf-8"), card)
-        card.save(path)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group per learning rate: see `initialization.parameter_scales` and the arguments' factors for gate and
-        modulations. Weight decay as in `args`."""
-        if self.optimizer is None:
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            # The plain group first, since its rate is the one that is logged.
-            groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): []}
-            for layer in self.model.config.layers:
-                module = self.model.layer(layer)
-                measured = self.scales.get(layer) if self.args.scale_activations else None
-                scales = parameter_scales(module, measured or ActivationScales())
-                for name, parameter in module.named_parameters():
-                    if parameter.requires_grad:
-                        factor = self.args.learning_rate_factor(name)
-                        groups.setdefault((scales[name], factor), []).append(parameter)
-            self.optimizer = optimizer_class(
-                [_parameter_group(parameters, *key, kwargs) for key, parameters in groups.items() if parameters],
-                weight_decay=self.args.weight_decay,
-                **kwargs,
-            )
-        return self.optimizer
-
-    # Saving
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Stock pickles its arguments beside the weights; a decomposition's folder holds nothing to unpickle.
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-        arguments = self.args.to_sanitized_dict()
-        arguments = {name: value for name, value in arguments.items() if name not in _LOCAL_ARGUMENTS}
-        (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            scales = {str(layer): vars(value) for layer, value in self.scales.items()}
-            (folder / SCALES_NAME).write_text(json.dumps(scales, indent=2) + "\n")
-        super()._save_checkpoint(model, trial)
-
-
-def _parameter_group(
-    parameters: list[nn.Parameter], scale: float, factor: float, kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    group: dict[str, Any] = {"params": parameters, "lr": kwargs["lr"] * scale * factor}
-    if "eps" in kwargs:
-        group["eps"] = kwargs["eps"] / scale
-    return group
-
-
-def _read_scales(checkpoint: Path) -> dict[int, ActivationScales]:
-    path = checkpoint / SCALES_NAME
-    if not path.is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint of a distillation: it has no {SCALES_NAME}")
-    return {int(layer): ActivationScales(**value) for layer, value in json.loads(path.read_text()).items()}
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike[str] | None) -> str:
-    """The newest checkpoint in a folder whose writing was finished (its trainer state is written last).
-
-    Raises:
-        ValueError: when there is none.
-    """
-    folders = Path(output_dir or ".").glob("checkpoint-*")
-    complete = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
-    if not complete:
-        raise ValueError(f"no complete checkpoint in {output_dir} to resume from")
-    return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2])))
 
 
 def normalised_errors(prediction: EvalPrediction) -> dict[str, float]:

@@ -10,6 +10,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
@@ -65,6 +66,18 @@ class Reply(Exception):
             self.headers.setdefault("Content-Type", "application/json")
 
 
+@lru_cache
+def read_card(text):
+    """Metadata of a card as JSON has it; none where it is no mapping, or so hostile that it would stop the server."""
+    if len(text) > 200_000 or b"&" in text:
+        return {}
+    try:
+        card = yaml.safe_load(text)
+        return json.loads(json.dumps(card, default=str)) if isinstance(card, dict) else {}
+    except (yaml.YAMLError, RecursionError, TypeError):
+        return {}
+
+
 def error(status, code, message="", **body):
     return Reply(status, {"error": message or code, **body}, {"X-Error-Code": code, "X-Error-Message": message or code})
 
@@ -86,7 +99,7 @@ class HubServer:
         class Handler(_Handler):
             server_state = hub
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = _Server(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -120,6 +133,11 @@ class HubServer:
                     fault.times -= 1
                     return fault
         return None
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        pass  # a client that hung up is no news
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -315,13 +333,11 @@ class _Handler(BaseHTTPRequestHandler):
         files = commit["files"]
         card: dict[str, Any] = {}
         if front := re.match(rb"---\r?\n(.*?)\r?\n---", files.get("README.md", b""), flags=re.DOTALL):
-            try:
-                card = yaml.safe_load(front[1]) or {}
-            except yaml.YAMLError:
-                card = {}
+            card = read_card(front[1])
         tags = [tag for tag in card.get("tags") or [] if isinstance(tag, str)]
         tags += [card["library_name"]] if "library_name" in card else []
-        for base in [card["base_model"]] if isinstance(card.get("base_model"), str) else card.get("base_model") or []:
+        bases = card.get("base_model") or []
+        for base in [bases] if isinstance(bases, str) else bases:
             tags.append(f"base_model:{base}")
             if "base_model_relation" in card:
                 tags.append(f"base_model:{card['base_model_relation']}:{base}")

@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from typer.main import get_command
 
-from hub_cards.card import BEGIN, END, build_card, update_card
+from hub_cards import build_card, update_card
 from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
+from modeling_mxd.sharing import BEGIN, END
 
 LAYER = {
     "nmse": 0.2114,
@@ -220,7 +221,9 @@ def test_absurd_numbers_stay_short(tmp_path):
 def test_hostile_texts_are_only_text(tmp_path):
     evaluation = every_text_replaced(EVALUATION, HOSTILE)
     evaluation["layers"] = {"4": LAYER}
-    folder = write_folder(tmp_path, evaluation=evaluation, base=HOSTILE)
+    # Of the names in config.json, those with characters that cannot be printed are refused before.
+    base = "".join(character for character in HOSTILE if character.isprintable())
+    folder = write_folder(tmp_path, evaluation=evaluation, base=base)
     card = build_card(folder, license=HOSTILE)
     plain = build_card(write_folder(tmp_path / "plain", base="no hub id"), license="mit")
     body = str(card)

@@ -21,7 +21,7 @@ def logits(model):
 
 @pytest.fixture
 def pushed(hub, folder):
-    commit = push_decomposition(folder, REPO).commit
+    commit = push_decomposition(folder, REPO).oid
     hub.requests.clear()
     return commit
 

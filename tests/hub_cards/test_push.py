@@ -33,7 +33,7 @@ def test_everything_in_one_commit(hub, folder, base):
     pushed = push_decomposition(folder, REPO, tag="v1")
     assert_complete(hub, folder)
     assert len(hub.repos[REPO].commits) == 2  # the empty repo's and ours
-    assert hub.repos[REPO].tags == {"v1": pushed.commit}
+    assert hub.repos[REPO].tags == {"v1": pushed.oid}
     assert not {name for name in hub.files(REPO) if "checkpoint" in name or "arguments" in name}
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert (card.data.library_name, card.data.base_model, card.data.license) == ("mxd", "user/base", "mit")
@@ -68,58 +68,9 @@ def test_branch_private_and_pull_request(hub, folder):
     assert not weights(hub)
     assert_complete(hub, folder, "try")
     pushed = push_decomposition(folder, REPO, create_pr=True)
-    assert pushed.url.endswith("/discussions/1")
+    assert pushed.pr_url.endswith("/discussions/1")
     assert not weights(hub)
     assert_complete(hub, folder, "refs/pr/1")
-
-
-CALLS = {
-    "base": ("GET", "/api/models/user/base"),
-    "create": ("POST", "/api/repos/create"),
-    "info": ("GET", f"/api/models/{REPO}"),
-    "preupload": ("POST", "/preupload/"),
-    "batch": ("POST", "/info/lfs/objects/batch"),
-    "put": ("PUT", "/lfs/"),
-    "verify": ("POST", "/lfs/.*/verify"),
-    "commit": ("POST", "/commit/"),
-}
-FAULTS = {
-    "429": {"status": 429},
-    "500": {"status": 500},
-    "503": {"status": 503},
-    "drop": {"mode": "drop"},
-    "half": {"mode": "half"},
-    "lost": {"mode": "lost"},
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("call", CALLS)
-def test_a_passing_fault_is_overcome_with_one_commit(hub, folder, call, fault):
-    hub.fail(*CALLS[call], **FAULTS[fault])
-    push_decomposition(folder, REPO)
-    assert_complete(hub, folder)
-    assert len(hub.repos[REPO].commits) == 2
-
-
-@pytest.mark.parametrize("fault", [*FAULTS, "401", "403", "404"])
-@pytest.mark.parametrize("call", CALLS)
-def test_a_lasting_fault_fails_cleanly_and_a_repeat_succeeds(hub, folder, call, fault):
-    options = FAULTS.get(fault) or {"status": int(fault)}
-    hub.fail(*CALLS[call], times=10**6, **options)
-    try:
-        push_decomposition(folder, REPO)
-    except HubError as error:
-        assert str(error)
-        assert hub.token not in str(error)
-        done = bool(weights(hub)) if REPO in hub.repos else False
-        assert not done or fault == "lost"
-    else:
-        assert fault == "lost" or call == "verify"  # the deed was done: found by its mark
-        assert_complete(hub, folder)
-    hub.faults.clear()
-    push_decomposition(folder, REPO)
-    assert_complete(hub, folder)
 
 
 def test_anothers_commit_in_between_is_not_overwritten(hub, folder):
@@ -136,7 +87,7 @@ def test_anothers_commit_in_between_is_not_overwritten(hub, folder):
         (lambda folder: (folder / "config.json").unlink(), "there is no config.json"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "but no decomposition"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "no JSON that can be read"),
-        (lambda folder: next(folder.glob("*00001-of*")).unlink(), "no weights of layer 0"),
+        (lambda folder: next(folder.glob("*00001-of*")).unlink(), "no weights named layers.0.decoder.weight"),
         (lambda folder: next(folder.glob("*00001-of*")).write_bytes(b"abc"), "no complete safetensors file"),
     ],
 )
@@ -196,7 +147,7 @@ def test_show_downloads_no_weights(hub, folder):
     pushed = push_decomposition(folder, REPO)
     hub.requests.clear()
     details = show_decomposition(REPO)
-    assert details.commit == pushed.commit
+    assert details.commit == pushed.oid
     assert details.config.layers == [0, 2]
     assert details.weight_bytes == sum(map(len, weights(hub).values()))
     assert not [path for _, path, _ in hub.requests if path.endswith((".safetensors", ".py"))]
@@ -270,7 +221,7 @@ def test_both_doors_of_a_pushed_private_repo_then_offline(hub, folder, tmp_path,
     MxDModel.from_pretrained(folder, layers=[2]).save_pretrained(one)
     push_decomposition(one, REPO)
     assert load(hub, tmp_path, hide)[1] == [2]
-    assert torch.equal(load(hub, tmp_path, hide, revision=first.commit)[0], expected)
+    assert torch.equal(load(hub, tmp_path, hide, revision=first.oid)[0], expected)
 
 
 def test_one_layer_downloads_only_its_shard(hub, folder, tmp_path):
@@ -280,28 +231,3 @@ def test_one_layer_downloads_only_its_shard(hub, folder, tmp_path):
     got = {path.rsplit("/", 1)[1] for method, path, _ in hub.requests if method == "GET" and "mxd-tiny/resolve" in path}
     assert "model-00002-of-00002.safetensors" in got
     assert "model-00001-of-00002.safetensors" not in got
-
-
-def test_the_trainer_pushes_with_our_card(hub, base, tiny_llama, tmp_path):
-    from datasets import Dataset
-
-    from trainers import DistillationArguments, DistillationTrainer
-
-    tiny_llama.config._name_or_path = tiny_llama.name_or_path = "user/base"
-    config = MxDModel.config_class(
-        layers=[1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4, hidden_act="silu"
-    )
-    rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (32, 12)).tolist()})
-    arguments = DistillationArguments(
-        str(tmp_path / "run"), push_to_hub=True, hub_model_id="user/trained", max_steps=2, use_cpu=True,
-        per_device_train_batch_size=8, disable_tqdm=True, calibration_tokens=200, statistics_tokens=200,
-        encoder_initialization="random", save_strategy="no",
-    )  # fmt: skip
-    trainer = DistillationTrainer(MxDModel(config), tiny_llama, arguments, train_dataset=rows)
-    trainer.train()
-    trainer.push_to_hub()
-    files = hub.files("user/trained")
-    assert ModelCard(files["README.md"].decode()).data.base_model == "user/base"
-    assert {"config.json", "model.safetensors", "modeling_mxd.py"} <= files.keys()
-    assert str(tmp_path) not in "".join(str(data) for data in files.values())
-    assert hub.token not in "".join(str(data) for data in files.values())

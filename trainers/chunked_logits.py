@@ -1,0 +1,128 @@
+"""Losses on next-token logits that never hold all logits.
+
+With vocabularies of 50,000 to 260,000 the logits of a batch are its largest tensor by far, and a divergence of two
+models makes many of their size: both logits, both log-probabilities, the terms, the gradients. Here both models are
+run only as far as their last hidden states, (batch, tokens, hidden); logits are made for a chunk of tokens at a
+time, and with them that chunk's loss and its gradient with respect to the hidden states.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from evaluation_mxd.metrics import CHUNK_ELEMENTS
+
+
+class LanguageModelHead:
+    """A causal language model in two parts: what gives its last hidden states, and what makes logits of them.
+
+    Logits are taken to be the output embedding of the hidden states, with the soft cap of the config if it has one. A
+    short forward pass tells whether that is so for this model: where it is not, the "hidden states" are the logits
+    themselves, and only the copies are saved.
+
+    Args:
+        model: the causal language model; its output embedding must not be trained, since `chunked_sum` gives it no
+            gradient.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.output: nn.Module | None = model.get_output_embeddings()
+        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.vocabulary = 0
+        self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
+        whole = self.model(input_ids=ids, use_cache=False).logits
+        self.vocabulary = whole.shape[-1]
+        if self.output is not None:
+            made = self.logits(self.hidden(self.model, ids, None))
+            if made.shape != whole.shape or not torch.allclose(made.float(), whole.float(), rtol=1e-2, atol=1e-2):
+                self.output = None
+
+    def hidden(self, run: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Last hidden states (batch, tokens, hidden).
+
+        Args:
+            run: the model, or what wraps it (as DDP does, which must see the forward pass).
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens), or None.
+        """
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            kept.append(output[0])
+
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self.output is None:
+            logits = run(**inputs).logits
+            assert isinstance(logits, Tensor)
+            return logits
+        with self.model.base_model.register_forward_hook(keep):
+            run(**inputs, logits_to_keep=1)
+        return kept[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (…, vocabulary) of hidden states (…, hidden)."""
+        if self.output is None:
+            return hidden
+        logits = self.output(hidden)
+        assert isinstance(logits, Tensor)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose logits are made at a time."""
+        return max(1, CHUNK_ELEMENTS // self.vocabulary)
+
+
+ChunkLoss = Callable[..., Tensor]
+"""Of a chunk of hidden states (chunk, hidden), and of every other tensor's chunk, the sum of the tokens' losses."""
+
+
+class _ChunkedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: ChunkLoss, chunk: int, *others: Tensor) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            # The graph of a chunk ends here: its loss and gradient are all that is kept of its logits.
+            with torch.set_grad_enabled(grad is not None):
+                leaf = hidden[part].detach().requires_grad_(grad is not None)
+                value = loss(leaf, *(other[part] for other in others))
+            if grad is not None:
+                (grad[part],) = torch.autograd.grad(value, leaf)
+            total += value.detach()
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_output.to(grad.dtype), *[None] * (len(ctx.needs_input_grad) - 1))
+
+
+def chunked_sum(loss: ChunkLoss, chunk: int, hidden: Tensor, *others: Tensor) -> Tensor:
+    """Σ over chunks of loss(hidden[chunk], *others[chunk]), with the gradient for `hidden` alone.
+
+    The gradient is made together with the loss, chunk by chunk, and kept in the size of `hidden`; only the products
+    with the upstream gradient are left for the backward pass (no second derivatives).
+
+    Args:
+        loss: see `ChunkLoss`; parameters that it uses must not be trained.
+        chunk: tokens at a time.
+        hidden: (tokens, hidden).
+        others: further tensors (tokens, …), without gradients.
+
+    Returns:
+        A scalar in float32.
+    """
+    return _ChunkedSum.apply(hidden, loss, chunk, *others)

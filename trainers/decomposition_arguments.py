@@ -1,0 +1,68 @@
+"""Arguments that every trainer of decompositions has, beside transformers' `TrainingArguments`."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class DecompositionArguments(TrainingArguments):
+    """Arguments of `DecompositionTrainer`; below are only the fields that `TrainingArguments` does not have, and those
+    whose default differs there.
+
+    Raises:
+        ValueError: naming the field.
+    """
+
+    gate_learning_rate_factor: float = field(
+        default=0.3,
+        metadata={"help": "On the gate's learning rate: a slower gate keeps its experts in use while the rest learns."},
+    )
+    modulation_learning_rate_factor: float = field(
+        default=3.0, metadata={"help": "On the learning rate of an MxD's modulations C, which are rarely updated each."}
+    )
+    scale_activations: bool = field(
+        default=True,
+        metadata={"help": "Train as on inputs and outputs of unit mean square; the saved weights need no scaling."},
+    )
+    warmup_steps: float = field(default=0.04, metadata={"help": "Warm-up: steps, or below 1 a share of the training."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Gradient clipping, off: one norm over all layers would couple them."}
+    )
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers; none unless asked for."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    calibration_tokens: int = field(default=32768, metadata={"help": "Training tokens measured before the first step."})
+    statistics_tokens: int = field(
+        default=65536, metadata={"help": "Training tokens over which the experts' use is measured after the last step."}
+    )
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "With push_to_hub: Hub id of the base model, if it was loaded from a folder."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_tokens", "statistics_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gate_learning_rate_factor", "modulation_learning_rate_factor"):
+            self.check_finite(name)
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # Trainer refuses bfloat16 on a machine without a GPU unless the CPU is asked for
+        super().__post_init__()
+
+    def check_finite(self, name: str) -> None:
+        """Refuse a field that is not a finite number from 0."""
+        if not 0 <= getattr(self, name) < math.inf:
+            raise ValueError(f"{name} must be a finite number from 0, got {getattr(self, name)}")
+
+    def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        """Refuse a field that is not one of `allowed`."""
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        """Factor on the learning rate of a layer's parameter, by its name in the layer."""
+        if parameter.startswith("gate."):
+            return self.gate_learning_rate_factor
+        return self.modulation_learning_rate_factor if parameter == "modulation" else 1.0

@@ -1,0 +1,226 @@
+"""What every training of a decomposition has in common: counted tokens, a learning rate for each kind of parameter,
+checkpoints that are decompositions, an interrupt that keeps one, measured experts, our model card."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProgressCallback
+from transformers.trainer_utils import TrainOutput
+
+from evaluation_mxd import token_mask
+from evaluation_mxd.expert_use import measure_expert_statistics
+from modeling_mxd import MxDModel
+
+from .callbacks import InterruptCallback, TokenProgressCallback
+from .data import CausalCollator
+from .decomposition_arguments import DecompositionArguments
+from .hub_pushes import HubPushes
+from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
+
+logger = logging.getLogger(__name__)
+
+SCALES_NAME = "activation_scales.json"
+ARGUMENTS_NAME = "training_arguments.json"
+# Folders of this machine, and what only it needs: the file is pushed along with `push_to_hub=True`.
+_LOCAL_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "hub_token")
+
+
+class DecompositionTrainer(HubPushes):
+    """Base of `DistillationTrainer` and `FinetuningTrainer`, which give `capture` and the loss.
+
+    Args:
+        model: what the Trainer wraps, optimises and saves.
+        decomposition: the `MxDModel` whose parameters are trained: `model` itself, or a part of it.
+        args: a `DecompositionArguments`.
+        train_dataset, eval_dataset: rows with `input_ids` (and `attention_mask` where there is padding).
+        **kwargs: as for `transformers.Trainer`.
+    """
+
+    args: DecompositionArguments
+    optimizer: torch.optim.Optimizer | None
+    progress_name = "train"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decomposition: MxDModel,
+        args: DecompositionArguments,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ):
+        if args.n_gpu > 1:
+            raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
+        self.decomposition = decomposition
+        super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
+        self.scales: dict[int, ActivationScales] = {}
+        # `compute_loss` divides by `num_items_in_batch`, the tokens of all micro-batches of a step.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._interrupt = InterruptCallback()
+        self.add_callback(self._interrupt)
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Stock keeps the columns that the model's forward names: a decomposition's takes hidden states.
+        self._signature_columns = ["input_ids", "attention_mask"]
+
+    def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+        """{layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
+        raise NotImplementedError
+
+    def counted(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Which positions the loss is of; bool, of any shape."""
+        return token_mask(inputs["input_ids"], inputs.get("attention_mask"))
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        if not batch_samples:
+            return None
+        count = torch.stack([self.counted(batch).sum().to(device) for batch in batch_samples]).sum()
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; Ctrl-C finishes the step, saves a checkpoint and returns (then `interrupted` is true).
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last complete one in `output_dir`.
+            **kwargs: as for `Trainer.train`.
+
+        Raises:
+            ValueError: when there is nothing to resume from, or no training data.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self.scales = _read_scales(Path(str(resume_from_checkpoint)))
+        else:
+            self._start()
+        self._use_token_progress()
+        with self._interrupt.listening():
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if not self.interrupted:
+            self._measure_experts()
+        return output
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last `train()` was ended by a signal."""
+        return self._interrupt.interrupted
+
+    def _training_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Batches of the training data from its start, leaving the random state as it is."""
+        with torch.random.fork_rng():
+            for batch in self.get_train_dataloader():
+                yield self._prepare_inputs(batch)
+
+    def _start(self) -> None:
+        """Before the first step of a training that is not resumed."""
+        self._calibrate(self.args.calibration_tokens)
+
+    def _calibrate(self, tokens: int) -> dict[int, Calibration]:
+        """Measure the layers' activations on the training data, and set `scales`."""
+        logger.info("measuring the activations of %d training tokens", tokens)
+        calibrations = calibrate(self.capture, self._training_batches(), tokens)
+        scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
+        # Weights are broadcast from process 0 by DDP; the scales must be the same everywhere too.
+        self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
+        return calibrations
+
+    def _measure_experts(self) -> None:
+        rows = self.args.per_device_train_batch_size
+        first = next(self._training_batches(), None)
+        if first is None:
+            return
+        batches = -(-self.args.statistics_tokens // (rows * first["input_ids"].shape[1]))
+        measure_expert_statistics(self.capture, self.decomposition, islice(self._training_batches(), batches))
+
+    def _use_token_progress(self) -> None:
+        if self.args.disable_tqdm:
+            return
+        first = next(self._training_batches(), None)
+        if first is None:
+            raise ValueError("the training data is empty")
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(TokenProgressCallback)
+        accumulated = self.args.gradient_accumulation_steps * self.args.world_size
+        self.add_callback(TokenProgressCallback(first["input_ids"].numel() * accumulated, self.progress_name))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group per learning rate: see `initialization.parameter_scales` and the arguments' factors for gate and
+        modulations. Weight decay as in `args`."""
+        if self.optimizer is None:
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.decomposition)
+            # The plain group first, since its rate is the one that is logged.
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): []}
+            for layer in self.decomposition.config.layers:
+                module = self.decomposition.layer(layer)
+                measured = self.scales.get(layer) if self.args.scale_activations else None
+                scales = parameter_scales(module, measured or ActivationScales())
+                for name, parameter in module.named_parameters():
+                    if parameter.requires_grad:
+                        factor = self.args.learning_rate_factor(name)
+                        groups.setdefault((scales[name], factor), []).append(parameter)
+            self.optimizer = optimizer_class(
+                [_parameter_group(parameters, *key, kwargs) for key, parameters in groups.items() if parameters],
+                weight_decay=self.args.weight_decay,
+                **kwargs,
+            )
+        return self.optimizer
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Stock pickles its arguments beside the weights; a decomposition's folder holds nothing to unpickle.
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        arguments = self.args.to_sanitized_dict()
+        arguments = {name: value for name, value in arguments.items() if name not in _LOCAL_ARGUMENTS}
+        (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            scales = {str(layer): vars(value) for layer, value in self.scales.items()}
+            (folder / SCALES_NAME).write_text(json.dumps(scales, indent=2) + "\n")
+        super()._save_checkpoint(model, trial)
+
+
+def _parameter_group(
+    parameters: list[nn.Parameter], scale: float, factor: float, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    group: dict[str, Any] = {"params": parameters, "lr": kwargs["lr"] * scale * factor}
+    if "eps" in kwargs:
+        group["eps"] = kwargs["eps"] / scale
+    return group
+
+
+def _read_scales(checkpoint: Path) -> dict[int, ActivationScales]:
+    path = checkpoint / SCALES_NAME
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint of a decomposition's training: it has no {SCALES_NAME}")
+    return {int(layer): ActivationScales(**value) for layer, value in json.loads(path.read_text()).items()}
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str] | None) -> str:
+    """The newest checkpoint in a folder whose writing was finished (its trainer state is written last).
+
+    Raises:
+        ValueError: when there is none.
+    """
+    folders = Path(output_dir or ".").glob("checkpoint-*")
+    complete = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
+    if not complete:
+        raise ValueError(f"no complete checkpoint in {output_dir} to resume from")
+    return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2])))
