@@ -84,8 +84,14 @@ class MxDModel(PreTrainedModel):
             raise ValueError("config.layers is empty: a decomposition needs at least one layer")
         config.check_memory(torch.get_default_dtype())
         self.layers = nn.ModuleDict({str(layer): make_layer(config.layer(layer)) for layer in config.layers})
-        self._own_keys = frozenset(self.state_dict())
         self.post_init()
+
+    @property
+    def _own_keys(self) -> set[str]:
+        """Names of the weights that the config says there are."""
+        with torch.device("meta"):
+            layers = {layer: make_layer(self.config.layer(layer)) for layer in self.config.layers}
+        return {f"layers.{layer}.{name}" for layer, module in layers.items() for name in module.state_dict()}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

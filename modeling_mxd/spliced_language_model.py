@@ -40,10 +40,9 @@ class SplicedLanguageModel:
             SurgeryError: when an MLP was replaced again since; the model is left as it is.
         """
         assert isinstance(self, PreTrainedModel)
+        with self.untouched():  # raises, if it must, before anything is undone for good
+            pass
         for replaced in reversed(self.__dict__["_replaced"]):
-            self._fetch(replaced)
-            for module in replaced.original:
-                module.train(self.training)
             replaced.restore()
         self.__dict__.update(self.__dict__.pop("_base_attributes"))
         trainable = self.__dict__["_trainable"]
@@ -69,7 +68,7 @@ class SplicedLanguageModel:
             yield self
 
     def _fetch(self, replaced: ReplacedMLP) -> None:
-        # The model may have been moved, cast or put into another mode meanwhile: not what is outside of it.
+        # Modules that are out of the model were left out when it was moved, cast or put into another mode.
         assert isinstance(self, PreTrainedModel)
         device = next(replaced.replacement.parameters()).device
         dtype = None if self.dtype == self.__dict__["_spliced_dtype"] else self.dtype

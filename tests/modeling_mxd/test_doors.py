@@ -120,6 +120,16 @@ def test_unsplice(spliced, tiny_llama, tmp_path):
     assert LlamaForCausalLM.from_pretrained(tmp_path / "whole").num_parameters() == tiny_llama.num_parameters()
 
 
+def test_unsplice_that_is_refused_changes_nothing(spliced, expected):
+    layer, place = spliced.decomposition.layer(0), spliced.model.layers[0]
+    place.mlp = nn.Identity()
+    with pytest.raises(SurgeryError, match="MLP of layer 0 was changed"):
+        spliced.unsplice()
+    place.mlp = layer
+    assert torch.equal(logits(spliced), expected)
+    assert type(spliced.unsplice()) is LlamaForCausalLM
+
+
 def test_unsplice_after_a_change_of_dtype(spliced, tiny_llama):
     base = spliced.to(torch.bfloat16).unsplice()
     assert {parameter.dtype for parameter in base.parameters()} == {torch.bfloat16}
