@@ -237,7 +237,7 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
 
 def make_example_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Inputs on which a model runs: 8 tokens, an image, or a sound, as its `main_input_name` says."""
-    config, device = model.config, model.device
+    config, device = model.config, _running_device(model)
     accepted = inspect.signature(model.forward).parameters
     name = model.main_input_name
     inputs: dict[str, Any] = {}
@@ -259,11 +259,20 @@ def make_example_inputs(model: PreTrainedModel) -> dict[str, Any]:
     return inputs
 
 
+def _running_device(model: PreTrainedModel) -> Any:
+    """Where inputs belong: of a model that is offloaded whole, the hooks of accelerate know."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    found = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in found if device is not None), "cpu")
+
+
 def _token_ids(model: PreTrainedModel) -> Tensor:
     text = model.config.get_text_config(decoder=True)
     vocabulary = getattr(text, "vocab_size", None) or 32
     # In the middle of the vocabulary: special tokens, which may stand for images, are at its ends.
-    return (torch.arange(TOKENS, device=model.device) + vocabulary // 2)[None] % vocabulary
+    return (torch.arange(TOKENS, device=_running_device(model)) + vocabulary // 2)[None] % vocabulary
 
 
 def _image_shape(model: PreTrainedModel) -> tuple[int, ...]:
