@@ -5,8 +5,11 @@ from census import examine
 from tiny_models import CAUSAL_TYPES, OTHER_TYPES, UNBUILDABLE, VARIANTS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-# State-space models: a layer is its mixer, and nothing in it is an MLP.
-WITHOUT_MLP = ("mamba", "mamba2", "falcon_mamba")
+WITHOUT_MLP = (
+    *("mamba", "mamba2", "falcon_mamba"),  # state-space models: a layer is its mixer, and nothing in it is an MLP
+    "ibert",  # integers, and a scaling factor with every tensor
+    *("squeezebert", "poolformer", "levit", "patchtsmixer"),  # convolutions or mixing over another dimension
+)
 
 
 @pytest.mark.parametrize("model_type", [*CAUSAL_TYPES, *VARIANTS, *OTHER_TYPES])
