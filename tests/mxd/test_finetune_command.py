@@ -22,6 +22,9 @@ def contents(folder):
 @pytest.fixture(scope="session")
 def finetuned(finished, tmp_path_factory):
     """A fine-tuning of the small decomposition by the command: folder, what it started from, output, errors."""
+    # Other tests measure the same folder on other text.
+    code, _, error = run("evaluate", finished[0], "--tokens", "2048")
+    assert code == 0, error
     before = contents(finished[0])
     folder = tmp_path_factory.mktemp("finetune") / "finetuned"
     code, output, error = run(
@@ -57,9 +60,9 @@ def test_both_evaluations_are_kept(finetuned):
     assert (finetuning["loss"], finetuning["tokens_trained"], finetuning["seed"]) == ("kl", 14336, 0)
     assert {"learning_rate", "nmse_weight", "seconds", "versions", "batch_tokens", "text"} <= finetuning.keys()
     before = finetuning["before"]
-    # The same text and model as in the earlier evaluation, and what the experts' shares are measured by, too.
+    # The same text and model as in the earlier evaluation; the shares are measured anew, on a few tokens.
     assert before["cross_entropy"] == pytest.approx(earlier["cross_entropy"], rel=1e-5)
-    assert before["layers"]["2"] == pytest.approx(earlier["layers"]["2"], rel=1e-5)
+    assert before["layers"]["2"] == pytest.approx(earlier["layers"]["2"], rel=2e-2)
     assert results["kl"] < before["kl"]
     assert f"{before['kl']:.4f} → {results['kl']:.4f}" in output
 
