@@ -19,7 +19,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
 from modeling_mxd import MxDConfig, MxDLayerConfig
-from modeling_mxd.sharing import BEGIN, END
+from modeling_mxd.sharing import BEGIN, END, HUB_ID
 
 from .reading import read_config, read_json, texts
 
@@ -29,7 +29,6 @@ MAX_NAMES = 20
 
 _TEMPLATE = Path(__file__).parent / "card_template.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_BASE_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _FIGURE = re.compile(r"[A-Za-z0-9][\w-]{0,80}\.png", re.ASCII)
 _DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst")
 # `mxd.embedded.MODEL_NAME`: it looks like a Hub id and is none.
@@ -130,7 +129,7 @@ class _Base:
 
     def __init__(self, name: str | None, given: bool):
         self.embedded = name == _EMBEDDED_MODEL and not given
-        on_hub = bool(name and len(name) <= MAX_TEXT and _BASE_ID.fullmatch(name) and not Path(name).is_dir())
+        on_hub = bool(name and len(name) <= MAX_TEXT and HUB_ID.fullmatch(name) and not Path(name).is_dir())
         self.hub_id = name if on_hub and not self.embedded else None
         shown = name if on_hub or name is None else _last_part(name)
         self.name = _plain(shown) or "an unnamed language model"
@@ -221,7 +220,7 @@ def _range(numbers: Iterable[int]) -> str:
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def _layer_ranges(layers: list[int]) -> str:
+def layer_ranges(layers: list[int], separator: str = ",") -> str:
     """`[4, 5, 6, 10]` → `"4-6,10"`, as `mxd decompose --layers` takes them."""
     parts: list[list[int]] = []
     for layer in layers:
@@ -229,7 +228,7 @@ def _layer_ranges(layers: list[int]) -> str:
             parts[-1].append(layer)
         else:
             parts.append([layer])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    return separator.join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 # What the card says.
@@ -238,7 +237,7 @@ def _layer_ranges(layers: list[int]) -> str:
 def _title(config: MxDConfig, base: _Base) -> str:
     methods = {config.layer(layer).method for layer in config.layers}
     kind = _METHODS[methods.pop()] if len(methods) == 1 else "decomposition"
-    layers = f"layer{'s' if len(config.layers) > 1 else ''} {_layer_ranges(config.layers)}"
+    layers = f"layer{'s' if len(config.layers) > 1 else ''} {layer_ranges(config.layers)}"
     return f"{kind[0].upper()}{kind[1:]} of {base.name[:80]}, {layers}"
 
 
@@ -368,7 +367,7 @@ def _training(config: MxDConfig, base: _Base, training: Any) -> dict[str, Any] |
         return None
     method = config.layer(config.layers[0]).method
     start = [f"mxd decompose {_quoted(base.argument)}" if base.argument else "mxd decompose"]
-    chosen = [f"--layers {_layer_ranges(config.layers)}", f"--method {method.replace('_', '-')}"]
+    chosen = [f"--layers {layer_ranges(config.layers)}", f"--method {method.replace('_', '-')}"]
     command = _command(start, chosen, training)
     if training.get("num_experts") is not None:  # it goes before the budget that is otherwise matched
         command = [line for line in command if not line.startswith("--match-transcoder")]

@@ -23,11 +23,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
+from modeling_mxd.downloads import PASSING, is_transport_error
+
 from .reading import first_line
 
 logger = logging.getLogger(__name__)
 
-_PASSING = (429, 500, 502, 503, 504)
 ATTEMPTS = 5
 TIMEOUT = 30  # seconds
 
@@ -45,9 +46,8 @@ def status_of(error: Exception) -> int | None:
 
 
 def is_broken_connection(error: Exception) -> bool:
-    """By name: the client's HTTP library is httpx up to huggingface_hub 1, and httpx2 from 2."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "TransportError" in names or isinstance(error, ConnectionError)
+    """Whether the connection to the Hub broke, or none was made."""
+    return is_transport_error(error) or isinstance(error, ConnectionError)
 
 
 def cause_of(error: Exception) -> Exception:
@@ -63,7 +63,7 @@ def passes(error: Exception) -> bool:
     error = cause_of(error)
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return False
-    return is_broken_connection(error) or status_of(error) in _PASSING
+    return is_broken_connection(error) or status_of(error) in PASSING
 
 
 def retried(call: Callable[[], Result], what: str) -> Result:

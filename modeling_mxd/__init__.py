@@ -9,7 +9,7 @@ from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .modeling_mxd import MxDForCausalLM, MxDModel, MxDOutput
 from .parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 from .pretrained_weights import PretrainedWeights, WeightLayout
-from .sites import MLPSite, SurgeryError, find_all_mlps, find_mlp, find_mlps, find_stacks
+from .sites import MLPSite, SurgeryError, find_all_mlps, find_mlp, find_mlps, find_stacks, site_of
 from .spliced_language_model import SplicedLanguageModel, make_spliced
 from .surgery import ReplacedMLP, replace_mlp, replace_mlps, spliced_mlps
 from .verification import verify_sites
@@ -43,6 +43,7 @@ __all__ = [
     "num_latents_matching_transcoder",
     "replace_mlp",
     "replace_mlps",
+    "site_of",
     "spliced_mlps",
     "verify_sites",
 ]

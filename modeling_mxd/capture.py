@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .sites import MAIN, MLPSite, SurgeryError, find_mlp
+from .sites import MAIN, MLPSite, SurgeryError, find_mlps, site_of
 
 Capture = Callable[[Mapping[str, Tensor]], dict[int, tuple[Tensor, Tensor]]]
 """Gives, for a batch of `input_ids` and perhaps `attention_mask`, {layer: (x, y)} as `capture_mlps` does."""
@@ -49,7 +49,8 @@ def capture_mlps(
         SurgeryError: no such stack, layer or MLP.
     """
     # All are found before the first hook is set: a layer that does not exist leaves none behind.
-    recorders = [_Recorder(find_mlp(model, layer, stack, site)) for layer in layers]
+    sites = find_mlps(model, stack, site)
+    recorders = [_Recorder(site_of(sites, layer)) for layer in layers]
     whole = not stop_after_last or any(recorder.runs_again for recorder in recorders)
 
     def stop_when_done() -> None:

@@ -10,7 +10,7 @@ from transformers.utils import cached_file, logging
 logger = logging.get_logger(__name__)
 
 ATTEMPTS = 4
-_PASSING = (429, 500, 502, 503, 504)
+PASSING = (429, 500, 502, 503, 504)
 
 Result = TypeVar("Result")
 
@@ -56,12 +56,17 @@ def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:
     return tried(find, name)
 
 
+def is_transport_error(error: BaseException) -> bool:
+    """Whether the connection broke. By name: the client's HTTP library is httpx up to huggingface_hub 1, and httpx2
+    from 2."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
 def _broken(error: BaseException | None) -> str | None:
     """What broke a download, if something passing did: transformers hides it behind errors of its own."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        # By name: the client's HTTP library is httpx up to huggingface_hub 1, and httpx2 from 2.
-        if status in _PASSING or any(kind.__name__ == "TransportError" for kind in type(error).__mro__):
+        if status in PASSING or is_transport_error(error):
             return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]
         error = error.__cause__ or error.__context__
     return None

@@ -6,7 +6,6 @@ Everything that can be refused is refused here, before a download.
 import copy
 import inspect
 import os
-import re
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers.utils import CONFIG_NAME, extract_commit_hash
 
 from .configuration_mxd import MAX_LAYERS, MAX_SIZE, MxDConfig
 from .downloads import file_if_any, tried
-from .weight_files import weight_files
+from .weight_files import layer_of, weight_files
 
 # What says where files come from: as good for the base model's files as for ours,
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -29,7 +28,6 @@ _TAKEN = (
     "return_dict",
 )  # fmt: skip
 _CONFIG_FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"}
-_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def pinned(name: Any, access: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +188,7 @@ def check_loaded(info: dict[str, Any], layers: list[int]) -> None:
     """
     unexpected = sorted(info["unexpected_keys"])
     # The weights of layers that were not asked for are no mistake.
-    unexpected = [key for key in unexpected if not (match := _LAYER.match(key)) or int(match[1]) in layers]
+    unexpected = [key for key in unexpected if layer_of(key) in (None, *layers)]
     wrong = {"missing": sorted(info["missing_keys"]), "of another shape": list(info["mismatched_keys"])}
     for what, keys in {**wrong, "not the decomposition's": unexpected}.items():
         if keys:

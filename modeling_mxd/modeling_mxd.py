@@ -42,7 +42,7 @@ from .sites import SurgeryError, find_mlps
 from .spliced_language_model import make_spliced
 from .surgery import ReplacedMLP, replace_mlps, spliced_mlps
 from .verification import verify_sites  # noqa: F401
-from .weight_files import check_headers, load_layers, weight_files
+from .weight_files import check_headers, expected_shapes, load_layers, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -85,13 +85,6 @@ class MxDModel(PreTrainedModel):
         config.check_memory(torch.get_default_dtype())
         self.layers = nn.ModuleDict({str(layer): make_layer(config.layer(layer)) for layer in config.layers})
         self.post_init()
-
-    @property
-    def _own_keys(self) -> set[str]:
-        """Names of the weights that the config says there are."""
-        with torch.device("meta"):
-            layers = {layer: make_layer(self.config.layer(layer)) for layer in self.config.layers}
-        return {f"layers.{layer}.{name}" for layer, module in layers.items() for name in module.state_dict()}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -146,7 +139,7 @@ class MxDModel(PreTrainedModel):
             ValueError: there are other parameters than the config says, such as an adapter's.
         """
         push, how = kwargs.pop("push_to_hub", False), {name: kwargs.pop(name) for name in _PUSH if name in kwargs}
-        extra = sorted((state_dict or self.state_dict()).keys() - self._own_keys)
+        extra = sorted((state_dict or self.state_dict()).keys() - expected_shapes(self.config).keys())
         if extra:
             raise ValueError(f"{extra[0]} is no weight of a decomposition: save adapters alone, or merge them first")
         largest = max(sum(t.nbytes for t in layer.state_dict().values()) for layer in self.layers.values())

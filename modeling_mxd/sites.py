@@ -326,17 +326,25 @@ def _kind(modules: list[nn.Module], reason: str) -> str:
     return "mixture-of-experts" if routed else "module"
 
 
+def site_of(sites: Mapping[int, MLPSite], layer: int) -> MLPSite:
+    """The MLP of one of the layers that `find_mlps` found.
+
+    Raises:
+        SurgeryError: there is no such layer, or it has no MLP.
+    """
+    if layer not in sites:
+        raise SurgeryError(f"layer {layer} is out of range: the model has layers 0 to {len(sites) - 1}")
+    sites[layer].check_exists()
+    return sites[layer]
+
+
 def find_mlp(model: nn.Module, layer: int, stack: str | None = None, site: str = MAIN) -> MLPSite:
     """The MLP of one layer; see `find_mlps`.
 
     Raises:
         SurgeryError: also when the model has no such layer, or the layer has no MLP.
     """
-    sites = find_mlps(model, stack, site)
-    if layer not in sites:
-        raise SurgeryError(f"layer {layer} is out of range: {type(model).__name__} has layers 0 to {len(sites) - 1}")
-    sites[layer].check_exists()
-    return sites[layer]
+    return site_of(find_mlps(model, stack, site), layer)
 
 
 def find_all_mlps(model: nn.Module) -> list[MLPSite]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .layers import SparseLayer
-from .sites import MAIN, MLPSite, SurgeryError, find_mlps
-from .verification import StandIn, needs_stand_in, second_output, verify_sites
+from .sites import MAIN, MLPSite, SurgeryError, find_mlps, site_of
+from .verification import StandIn, execution_device, needs_stand_in, second_output, verify_sites
 
 
 class ReplacedMLP:
@@ -132,9 +132,7 @@ def spliced_mlps(
 
 
 def _check_replaceable(found: Mapping[int, MLPSite], layer: int, module: nn.Module) -> MLPSite:
-    if layer not in found:
-        raise SurgeryError(f"layer {layer} is out of range: the model has layers 0 to {len(found) - 1}")
-    site = found[layer]
+    site = site_of(found, layer)
     if any(isinstance(part, SparseLayer | StandIn) for part in site.modules):
         raise SurgeryError(f"the MLP of layer {layer} is already replaced by a decomposition: restore it first")
     if isinstance(module, SparseLayer):
@@ -154,12 +152,9 @@ def _check_routers(model: nn.Module, found: Mapping[int, MLPSite], sites: Mappin
 
 
 def _device(module: nn.Module, parameter: Tensor) -> torch.device | str | int:
-    """Where a module runs: an offloaded one's parameters are elsewhere, its hook (of accelerate) knows."""
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return device
-    return parameter.device
+    """Where a module runs: an offloaded one's parameters are elsewhere."""
+    device = execution_device(module)
+    return parameter.device if device is None else device
 
 
 def _move_to(site: MLPSite, model: nn.Module, module: nn.Module, cast: bool) -> None:

@@ -42,15 +42,14 @@ class StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output, with a second value where one is expected."""
-        inputs = [*args, *kwargs.values()]
-        output = self.call(inputs, args, kwargs)
+        output, inputs = self.call(*args, **kwargs), [*args, *kwargs.values()]
         if self.second is None:
             return output
         return output, inputs[1] if self.second == SECOND_INPUT and len(inputs) > 1 else None
 
-    def call(self, inputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         """y for the first input."""
-        return self.layer(inputs[0])
+        return self.layer(next(iter([*args, *kwargs.values()])))
 
 
 class _Original(StandIn):
@@ -59,7 +58,7 @@ class _Original(StandIn):
     def __init__(self, modules: tuple[nn.Module, ...], second: str | None):
         super().__init__(nn.ModuleList(modules), second)
 
-    def call(self, inputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         output: Any = None
         for index, module in enumerate(self.layer.children()):
             output = module(output) if index else module(*args, **kwargs)
@@ -99,8 +98,7 @@ def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping
     assert isinstance(model, PreTrainedModel)
     known = _VERIFIED.setdefault(model, {})
     new = [site for site in sites if site.slots not in known]
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
-    if not new or (any(p.is_meta for p in model.parameters()) and not offloaded):
+    if not new or _is_unloaded(model):
         return known
     widths: Widths = {}
     with _at_rest(model), _listening(new, widths):
@@ -121,6 +119,12 @@ def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping
             )
     known.update({site.slots: widths[site.slots] for site in new if site.slots in widths})
     return known
+
+
+def _is_unloaded(model: nn.Module) -> bool:
+    """Whether weights are on the meta device, and no hook of accelerate brings them."""
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    return on_meta and not any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 @contextmanager
@@ -259,13 +263,19 @@ def make_example_inputs(model: PreTrainedModel) -> dict[str, Any]:
     return inputs
 
 
+def execution_device(module: nn.Module) -> Any:
+    """Where accelerate has a module run whose weights are elsewhere; None where it does not."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), None)
+
+
 def _running_device(model: PreTrainedModel) -> Any:
-    """Where inputs belong: of a model that is offloaded whole, the hooks of accelerate know."""
+    """Where inputs belong."""
     if model.device.type != "meta":
         return model.device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    found = (getattr(hook, "execution_device", None) for hook in hooks)
-    return next((device for device in found if device is not None), "cpu")
+    device = execution_device(model)  # the model is offloaded whole
+    return "cpu" if device is None else device
 
 
 def _token_ids(model: PreTrainedModel) -> Tensor:

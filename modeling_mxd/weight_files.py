@@ -3,7 +3,6 @@ are what the config says. Their headers tell, before anything is allocated."""
 
 import json
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_files
 
-from .configuration_mxd import MAX_FILE_BYTES, MxDConfig
+from .configuration_mxd import MAX_FILE_BYTES, MxDConfig, shown
 from .downloads import file_if_any, tried
 from .layers import make_layer
 
@@ -46,7 +45,7 @@ def weight_files(name: Any, layers: list[int] | None, access: dict[str, Any]) ->
         file = file_if_any(name, SAFE_WEIGHTS_NAME, access)
         return WeightFiles([] if file is None else [Path(file)], True)
     weight_map = read_index(Path(index), name)
-    wanted = {file for key, file in weight_map.items() if layers is None or _layer_of(key) in (None, *layers)}
+    wanted = {file for key, file in weight_map.items() if layers is None or layer_of(key) in (None, *layers)}
     paths = tried(partial(cached_files, name, sorted(wanted), **access), name)
     return WeightFiles(list(map(Path, paths or [])), wanted == set(weight_map.values()))
 
@@ -93,16 +92,16 @@ def check_headers(paths: Iterable[Path], config: MxDConfig) -> dict[str, str]:
                 raise ValueError(f"the weights do not fit the config: {key} is in {found[key]} and in {path.name}")
             found[key] = path.name
             if key not in wanted:
-                if _layer_of(key) in (None, *config.layers):
-                    raise ValueError(f"the weights do not fit the config: {_shown(key)} is not the decomposition's")
+                if layer_of(key) in (None, *config.layers):
+                    raise ValueError(f"the weights do not fit the config: {shown(key)} is not the decomposition's")
             elif entry.get("shape") != wanted[key]:
                 raise ValueError(
-                    f"the weights do not fit the config: {key} has the shape {_shown(entry.get('shape'))}, by the "
+                    f"the weights do not fit the config: {key} has the shape {shown(entry.get('shape'))}, by the "
                     f"config it must be {wanted[key]}"
                 )
             elif entry.get("dtype") not in DTYPES:
                 raise ValueError(
-                    f"{key} in {path.name} has the dtype {_shown(entry.get('dtype'))}, a floating-point one is expected"
+                    f"{key} in {path.name} has the dtype {shown(entry.get('dtype'))}, a floating-point one is expected"
                 )
     missing = sorted(wanted.keys() - found.keys())
     if missing:
@@ -130,7 +129,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, times in Counter(name for name, _ in pairs).items():
         if times > 1:
-            raise ValueError(f"a safetensors file has {_shown(name)} twice in its header")
+            raise ValueError(f"a safetensors file has {shown(name)} twice in its header")
     return dict(pairs)
 
 
@@ -152,15 +151,11 @@ def load_layers(paths: Iterable[Path], layers: list[int]) -> dict[str, Tensor]:
     tensors = {}
     for path in paths:
         with safe_open(path, framework="pt") as shard:
-            tensors.update({key: shard.get_tensor(key) for key in shard.keys() if _layer_of(key) in layers})  # noqa: SIM118
+            tensors.update({key: shard.get_tensor(key) for key in shard.keys() if layer_of(key) in layers})  # noqa: SIM118
     return tensors
 
 
-def _layer_of(key: str) -> int | None:
+def layer_of(key: str) -> int | None:
+    """The layer that a weight belongs to; None for what is no layer's."""
     match = _LAYER.match(key)
     return int(match[1]) if match else None
-
-
-def _shown(value: Any) -> str:
-    """For a message: of what a stranger's file holds, however large, only the start."""
-    return reprlib.repr(value)

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hub_cards.card import layer_ranges
 from modeling_mxd import MLPSite, find_all_mlps
 
 from . import embedded
@@ -99,10 +100,4 @@ def print_layers(model: PreTrainedModel) -> None:
 
 def describe_layers(layers: list[int]) -> str:
     """`[0, 1, 2, 5]` → `"0-2, 5"`."""
-    ranges: list[list[int]] = []
-    for layer in layers:
-        if ranges and layer == ranges[-1][-1] + 1:
-            ranges[-1].append(layer)
-        else:
-            ranges.append([layer])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in ranges)
+    return layer_ranges(layers, ", ")

@@ -16,6 +16,7 @@ from modeling_mxd import (
     find_mlps,
     num_experts_matching_transcoder,
     num_latents_matching_transcoder,
+    site_of,
 )
 from modeling_mxd.hierarchical_routing import default_num_expert_groups
 from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint, load_text, pack
@@ -114,9 +115,7 @@ def choose_layers(sites: dict[int, MLPSite], layers: list[int] | None) -> list[i
     for layer in chosen:
         if chosen.count(layer) > 1:
             raise ValueError(f"layer {layer} is named more than once")
-        if layer not in sites:
-            raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {len(sites) - 1}")
-        sites[layer].check_exists()
+        site_of(sites, layer)
     return chosen
 
 

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from evaluation_mxd import activation_mask, token_mask
-from modeling_mxd import MxDModel, capture_mlps, find_mlp
+from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
 
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
@@ -63,7 +63,8 @@ class DistillationTrainer(DecompositionTrainer):
         **kwargs: Any,
     ):
         model.record_base(teacher)
-        self.sites = [find_mlp(teacher, layer, **model.config.where) for layer in model.config.layers]
+        found = find_mlps(teacher, **model.config.where)
+        self.sites = [site_of(found, layer) for layer in model.config.layers]
         for site in self.sites:
             site.check_fits(model.config.layer(site.layer))
             if model.config.layer(site.layer).num_expert_groups is not None and args.world_size > 1:
@@ -171,21 +172,22 @@ class DistillationTrainer(DecompositionTrainer):
         layers = list(captured)
         for layer in layers:
             x, y = captured.pop(layer)
+            mask = self._mask(inputs, x)
             # DDP averages gradients over processes; the sum over all tokens is wanted.
             with self.compute_loss_context_manager():
-                loss = self.layer_loss(model, layer, x, y, self._mask(inputs, x)) / tokens * self.args.world_size
-            self.accelerator.backward((loss + self._router_loss(layer, x[self._mask(inputs, x)])) / len(layers))
+                loss = self.layer_loss(model, layer, x, y, mask) / tokens * self.args.world_size
+            self.accelerator.backward((loss + self._router_loss(layer, x, mask)) / len(layers))
             self._layer_losses[layer] = self._layer_losses[layer] + loss.detach()
             total += loss.detach() / len(layers)
         return total
 
-    def _router_loss(self, layer: int, x: Tensor) -> Tensor | float:
-        """`router.router_loss` of a part of the tokens x (tokens, I), since it takes the exact gate; nothing else
-        learns from it."""
+    def _router_loss(self, layer: int, x: Tensor, mask: Tensor) -> Tensor | float:
+        """`router.router_loss` of a part of the tokens that count, since it takes the exact gate; nothing else learns
+        from it."""
         module = self.model.layer(layer)
         if module.router is None:
             return 0.0
-        return router_loss(module, x[self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
+        return router_loss(module, x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         # Stock clips to infinity for it, which reads and writes every gradient at every step.
