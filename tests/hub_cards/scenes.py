@@ -1,5 +1,6 @@
 """What tests and tables of sharing start from: a Hub on loopback, with a base model, and a decomposition."""
 
+import sys
 import time
 from contextlib import contextmanager
 
@@ -29,6 +30,10 @@ def connected(folder):
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+        # Code of repos is imported from the folder of its first use, unless that is forgotten.
+        patch.setattr(sys, "path", list(sys.path))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)
         # It keeps the address of its first use.
         patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         patch.setenv("HF_TOKEN", server.token)
