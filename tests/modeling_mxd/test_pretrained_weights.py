@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.activations import ACT2FN
 
 from modeling_mxd import SurgeryError, find_mlp, find_mlps
@@ -153,3 +154,19 @@ def test_activations_are_told_by_their_values(model_type, activation):
 
 def test_an_activation_that_transformers_has_no_name_for():
     assert first(tiny_model("apertus")).hidden_act is None
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.2)])
+def test_a_model_that_bitsandbytes_quantised_is_read_to_its_precision(tmp_path, bits, error):
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+    model.save_pretrained(tmp_path)
+    settings = {f"load_in_{bits}bit": True} | ({"bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {})
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
+    )
+    got, expected = find_mlp(quantised, 1), find_mlp(model, 1)
+    assert not next(iter(got.input_module.parameters())).is_floating_point()
+    assert got.widths == expected.widths and got.hidden_act == expected.hidden_act
+    for name, weight in vars(expected.weights()).items():
+        if weight is not None:
+            assert (getattr(got.weights(), name) - weight).norm() < error * weight.norm()
