@@ -6,7 +6,8 @@ JOB is a JSON object with the sizes I, O, H, N, latents, K, tokens, and glu, mod
 threads. The process builds the contestant, warms up, and then answers every line on its standard input with a line of
 JSON: one step, timed.
 
-A training step is forward, backward of the squared error, and a step of Adam or AdamW; weights are float32.
+A training step is forward, backward of the squared error, and a step of Adam or AdamW; weights are float32. As in
+our trainers, ours keep the memory that a training step frees; "memory kept" gives that to the plain code too.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trainers.allocation import freed_memory_kept
 
 Job = dict[str, Any]
 GROUPS_OPENED = 8
@@ -179,6 +182,7 @@ class SAELens(nn.Module):
 # name: what builds it, whether its products are in bfloat16
 CONTESTANTS: dict[str, tuple[Callable[[Job], nn.Module], bool]] = {
     "dense PyTorch": (DenseMxD, False),
+    "dense PyTorch, memory kept": (DenseMxD, False),
     "exact": (ours, False),
     "exact, bf16 products": (ours, True),
     "hierarchical": (hierarchical, False),
@@ -194,6 +198,7 @@ CONTESTANTS: dict[str, tuple[Callable[[Job], nn.Module], bool]] = {
     "bare products, bf16": (lambda job: Products(job, torch.bfloat16), True),
 }
 BESIDE = ("sparsify skip transcoder", "SAELens TopK SAE")
+PLAIN = ("dense PyTorch", "dense PyTorch, memory kept", *BESIDE)
 
 
 class Memory:
@@ -252,7 +257,7 @@ def steps(name: str, job: Job) -> Iterator[dict[str, Any]]:
             yield {"seconds": model.limit, **model.seconds}
     model.requires_grad_(job["mode"] == "train")
     # The Trainer's AdamW is the fused one; the plain code has the default.
-    fused = {"fused": True} if name not in ("dense PyTorch", *BESIDE) else {}
+    fused = {} if name in PLAIN else {"fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **fused) if job["mode"] == "train" else None
     while True:
         memory.restart()
@@ -279,11 +284,13 @@ def main() -> None:
     """Time a step for every line of standard input."""
     name, job = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(job["threads"])
-    timed = steps(name, job)
-    next(timed)  # warm-up
-    print(json.dumps({"ready": True}), flush=True)  # noqa: T201
-    for _ in sys.stdin:
-        print(json.dumps(next(timed)), flush=True)  # noqa: T201
+    kept = job["mode"] == "train" and (name not in PLAIN or name.endswith("memory kept"))
+    with freed_memory_kept() if kept else contextlib.nullcontext():
+        timed = steps(name, job)
+        next(timed)  # warm-up
+        print(json.dumps({"ready": True}), flush=True)  # noqa: T201
+        for _ in sys.stdin:
+            print(json.dumps(next(timed)), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from evaluation_mxd import token_mask
 from evaluation_mxd.expert_use import measure_expert_statistics
 from modeling_mxd import MxDModel
 
+from .allocation import freed_memory_kept
 from .callbacks import InterruptCallback, TokenProgressCallback
 from .data import CausalCollator
 from .decomposition_arguments import DecompositionArguments
@@ -106,7 +107,7 @@ class DecompositionTrainer(HubPushes):
         else:
             self._start()
         self._use_token_progress()
-        with self._interrupt.listening():
+        with self._interrupt.listening(), freed_memory_kept():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if not self.interrupted:
             self.measure_experts()
