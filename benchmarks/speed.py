@@ -133,7 +133,7 @@ def cases(options: argparse.Namespace) -> dict[str, tuple[dict[str, Any], list[s
         job |= {"N": experts, "latents": MULTIPLIER * width}
         for mode in ("train", "forward"):
             names = [name for name in everybody if width < 2048 or mode == "forward" or name in FEW]
-            names = [name for name in names if mode == "train" or not name.endswith("memory kept")]
+            names = [name for name in names if mode == "train" or ", memory" not in name]
             found[f"{shape}, {mode}"] = ({**job, "mode": mode}, names)
     width, units, glu, tokens = SHAPES["GPT-2"]
     for experts in options.experts:

@@ -44,6 +44,13 @@ class DecompositionArguments(TrainingArguments):
     statistics_tokens: int = field(
         default=65536, metadata={"help": "Training tokens over which the experts' use is measured after the last step."}
     )
+    keep_freed_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "On CPUs, keep the memory that a step frees for the next step: faster by a sixth of a step at "
+            "GPT-2's sizes, for some 100 MB more of resident memory."
+        },
+    )
     hub_base_model: str | None = field(
         default=None, metadata={"help": "With push_to_hub: Hub id of the base model, if it was loaded from a folder."}
     )

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ class DecompositionTrainer(HubPushes):
         else:
             self._start()
         self._use_token_progress()
-        with self._interrupt.listening(), freed_memory_kept():
+        keep = self.args.keep_freed_memory and self.args.device.type == "cpu"
+        with self._interrupt.listening(), freed_memory_kept() if keep else nullcontext():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if not self.interrupted:
             self.measure_experts()
