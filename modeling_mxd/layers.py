@@ -135,6 +135,14 @@ class SparseLayer(nn.Module):
             coefficients = coefficients if changed is None else changed
         return self.decode(coefficients, x)
 
+    def forward_with_mean(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """y, and y with Cᵀa replaced by its mean over the tokens of `mask` (...): what the layer does whichever experts
+        are active. Both (..., O) for x (..., I); interventions are not applied."""
+        summed = self.sum_experts(self.encode(x))
+        both = torch.stack([summed, summed[mask].mean(0).expand_as(summed)])
+        outputs = self.combine(both, x.to(self.gate.weight.dtype)).to(x.dtype)
+        return outputs[0], outputs[1]
+
     def register_coefficient_hook(self, hook: CoefficientHook) -> RemovableHandle:
         """Call `hook(layer, x, coefficients)` in every forward; what it returns, unless None, replaces them.
 

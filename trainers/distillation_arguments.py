@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from .decomposition_arguments import DecompositionArguments
-from .initialization import ENCODER_STARTS, GATE_STARTS, MODULATION_STARTS
+from .initialization import DECODER_STARTS, ENCODER_STARTS, GATE_STARTS, MODULATION_STARTS
 
 LOSS_NORMALIZATIONS = ("squared_norm", "norm")
 
@@ -38,6 +38,21 @@ class DistillationArguments(DecompositionArguments):
         default="random",
         metadata={"help": "'random': around 0, the authors' start; 'unit': C^T a starts at 1, the layer at D^T z."},
     )
+    decoder_initialization: str = field(
+        default="pretrained",
+        metadata={"help": "'pretrained': D from the MLP's own decoder; 'zero': D at 0, the authors' start."},
+    )
+    expert_share: float = field(
+        default=0.35,
+        metadata={
+            "help": "How wrong an MxD has to be, at least, when C^T a is replaced by its mean: the normalised error, at "
+            "most 1 a token, that `expert_share_weight` holds it to. Experts carry about that share of the output."
+        },
+    )
+    expert_share_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of what is missing to `expert_share` in the loss; 0 for none (the authors)."},
+    )
     loss_normalization: str = field(
         default="squared_norm",
         metadata={"help": "'squared_norm': |y^ - y|^2 / |y|^2 per token; 'norm': |y^ - y|^2 / |y|, the authors' code."},
@@ -57,7 +72,11 @@ class DistillationArguments(DecompositionArguments):
         self.check_choice("gate_initialization", GATE_STARTS)
         self.check_choice("encoder_initialization", ENCODER_STARTS)
         self.check_choice("modulation_initialization", MODULATION_STARTS)
+        self.check_choice("decoder_initialization", DECODER_STARTS)
         self.check_choice("loss_normalization", LOSS_NORMALIZATIONS)
+        self.check_finite("expert_share_weight")
+        if not 0 <= self.expert_share < 1:
+            raise ValueError(f"expert_share must be from 0 to below 1, got {self.expert_share}")
         super().__post_init__()
         if self.sparse_optimizer:
             self._check_sparse_optimizer()

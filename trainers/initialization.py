@@ -20,6 +20,7 @@ from modeling_mxd import Capture, MLPSite, MxDLayer, MxDModel, SparseLayer, find
 
 GATE_STARTS = ("data", "random", "keep")
 ENCODER_STARTS = ("pretrained", "random")
+DECODER_STARTS = ("pretrained", "zero")
 MODULATION_STARTS = ("random", "unit")
 
 
