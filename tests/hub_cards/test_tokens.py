@@ -17,7 +17,7 @@ from modeling_mxd import MxDConfig, MxDModel
 from trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer
 
 REPO = "user/mxd-tiny"
-TOKEN = "hf_QxZtokenThatNobodyMayReadAnywhere"  # noqa: S105
+TOKEN = "hf_QxZtokenThatNobodyMayReadAnywhere"
 STEPS = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
 PUSHES = {"push_to_hub": True, "hub_token": TOKEN, "hub_strategy": "all_checkpoints", "hub_always_push": True}
 
@@ -109,7 +109,7 @@ def test_what_the_hub_refuses(secret, folder, monkeypatch, fault):
     with pytest.raises(HubError) as refusal:
         push_decomposition(folder, REPO, token=TOKEN)
     assert TOKEN not in message_of(refusal.value)
-    with pytest.raises(Exception) as refusal:  # noqa: B017, PT011: of whichever library
+    with pytest.raises(Exception) as refusal:  # of whichever library
         AutoModelForCausalLM.from_pretrained("user/there", token=TOKEN)
     assert TOKEN not in message_of(refusal.value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
