@@ -24,6 +24,8 @@ BEGIN, END = "<!-- mxd: begin -->", "<!-- mxd: end -->"
 # What an earlier push left and a later one has not would be loaded along with it.
 REPLACED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|evaluation\.json|[^/]+\.py")
 MAX_ID = 200
+# That loads a pushed repo; benchmarks/compatibility.py shows it.
+OLDEST_TRANSFORMERS = "4.56"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 _CARD = """---
