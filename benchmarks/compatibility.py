@@ -78,9 +78,6 @@ def push(hub: Any, expected: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         decomposition.save_pretrained(folder)
         AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
-        settings = Path(folder) / "tokenizer_config.json"
-        # The embedded tokenizer is of a class that only transformers 5 has, under a name that only it knows.
-        settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
         push_decomposition(folder, REPO)
     with decomposition.spliced(base):
         spliced = computed(base, decomposition)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 
 import modeling_mxd
 from modeling_mxd import MxDConfig
-from modeling_mxd.sharing import REPLACED, check_base_id, save_tokenizer
+from modeling_mxd.sharing import REPLACED, check_base_id, save_tokenizer, with_known_class
 
 from .card import build_card
 from .hub import ATTEMPTS, HubError, HubRepo, explained, logger, look_up, passes, retried, status_of
@@ -274,6 +274,8 @@ def _content(folder: Path, base: str, base_commit: str | None) -> dict[str, byte
     """Paths in the repo → what is there."""
     files = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()})
     content: dict[str, bytes | Path] = {path.relative_to(folder).as_posix(): path for path in files}
+    if settings := content.get("tokenizer_config.json"):
+        content["tokenizer_config.json"] = with_known_class(Path(str(settings)).read_bytes())
     config = read_json(folder / "config.json") | {"base_model_name_or_path": base, "base_model_revision": base_commit}
     content["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     # The code that loads it is today's, not that of the day when the folder was written.

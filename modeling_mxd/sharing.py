@@ -24,6 +24,8 @@ BEGIN, END = "<!-- mxd: begin -->", "<!-- mxd: end -->"
 # What an earlier push left and a later one has not would be loaded along with it.
 REPLACED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|evaluation\.json|[^/]+\.py")
 MAX_ID = 200
+# That loads a pushed repo; benchmarks/compatibility.py shows it.
+OLDEST_TRANSFORMERS = "4.56"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 _CARD = """---
@@ -114,6 +116,14 @@ def save_tokenizer(base: str | None, revision: str | None, folder: str, token: b
         OSError, ValueError: it has none, or one that needs code of its own.
     """
     AutoTokenizer.from_pretrained(base, revision=revision, token=token, trust_remote_code=False).save_pretrained(folder)
+    settings = Path(folder) / "tokenizer_config.json"
+    settings.write_bytes(with_known_class(settings.read_bytes()))
+
+
+def with_known_class(tokenizer_config: bytes) -> bytes:
+    """A tokenizer_config.json whose class transformers 4 knows too: 5 writes another name of the same class, which 4
+    refuses."""
+    return re.sub(rb'("tokenizer_class"\s*:\s*)"TokenizersBackend"', rb'\1"PreTrainedTokenizerFast"', tokenizer_config)
 
 
 def _push_folder(

@@ -170,6 +170,8 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: boo
     except Exception:
         _set_trainable(base, trainable)
         raise
+    for replacement in replaced:
+        replacement.permit_saving()  # by the class, which saves the decomposition alone
     after = dict(base.named_parameters())
     samples = {name: sample for name, sample in samples.items() if after.get(name) is before[name]}
     attributes = {"name_or_path": base.name_or_path}

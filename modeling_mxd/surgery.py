@@ -2,7 +2,8 @@
 
 The new module goes into the first slot of the MLP and the identity into the others. Before the first replacement a
 few tokens are run through the model with its own MLPs routed the same way: unless the result is equal to the last
-bit, the model is refused (see `verification`).
+bit, the model is refused (see `verification`). While MLPs are replaced the model cannot be saved: its class would not
+load what is in their places.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,18 @@ class ReplacedMLP:
         self.replacement = replacement
         first = StandIn(replacement, second_output(site)) if needs_stand_in(site) else replacement
         self._installed = (first, *(nn.Identity() for _ in self.original[1:]))
-        site.put(self._installed)
+        self._savable = False
+        self._install()
+
+    def _install(self) -> None:
+        self.site.put(self._installed)
+        if not self._savable:
+            _refuse_saving(self.site)
+
+    def permit_saving(self) -> None:
+        """Let the model be saved with this replacement in it: whoever says so has seen to what is saved."""
+        self._savable = True
+        _permit_saving(self.site)
 
     def restore(self) -> None:
         """Put back the very same module objects.
@@ -48,6 +60,8 @@ class ReplacedMLP:
                 "first, in reverse order"
             )
         self.site.put(self.original)
+        if not self._savable:
+            _permit_saving(self.site)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -60,7 +74,45 @@ class ReplacedMLP:
         try:
             yield
         finally:
-            self.site.put(self._installed)
+            self._install()
+
+
+class _SavingRefused:
+    """Stands before a method of a model that saves it, while MLPs of these `layers` are replaced."""
+
+    def __init__(self, model: nn.Module, method: str):
+        self.model, self.method = model, method
+        self.layers: list[int] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.model, "_hf_peft_config_loaded", False):  # transformers then saves the adapter alone
+            return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+        raise SurgeryError(
+            f"this {type(self.model).__name__} cannot be saved while MLPs are replaced (layers {sorted(self.layers)}), "
+            "since its class would not load the result: save the decomposition by its own save_pretrained, the base "
+            "model after it is restored"
+        )
+
+
+_SAVING = ("save_pretrained", "push_to_hub")
+
+
+def _refuse_saving(site: MLPSite) -> None:
+    model = site.model
+    for method in _SAVING:
+        if hasattr(model, method):
+            refusal = model.__dict__.setdefault(method, _SavingRefused(model, method))
+            if isinstance(refusal, _SavingRefused):
+                refusal.layers.append(site.layer)
+
+
+def _permit_saving(site: MLPSite) -> None:
+    for method in _SAVING:
+        refusal = site.model.__dict__.get(method)
+        if isinstance(refusal, _SavingRefused):
+            refusal.layers.remove(site.layer)
+            if not refusal.layers:
+                del site.model.__dict__[method]
 
 
 def replace_mlp(model: nn.Module, layer: int, module: nn.Module, **options: Any) -> ReplacedMLP:

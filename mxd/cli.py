@@ -382,6 +382,7 @@ def show(
 ) -> None:
     """Configuration, results and size of a decomposition on the Hub; no weights are downloaded, no code is run."""
     from hub_cards import show_decomposition
+    from modeling_mxd.sharing import OLDEST_TRANSFORMERS
 
     details = show_decomposition(repo, revision=revision)
     config = details.config
@@ -398,7 +399,7 @@ def show(
     if len(config.layers) > MAX_ROWS:
         console.print(f"and {len(config.layers) - MAX_ROWS} more layers")
     base = f"{config.base_model_name_or_path} at {config.base_model_revision or 'its newest commit'}"
-    console.print(cell(f"needs: transformers 5 or later, the base model {base}"))
+    console.print(cell(f"needs: transformers {OLDEST_TRANSFORMERS} or later, the base model {base}"))
     console.print(cell(f"download: {details.weight_bytes / 1e6:,.1f} MB of weights, besides the base model"))
     if details.evaluation is None:
         console.print("it comes with no evaluation.json: nothing was measured")

@@ -6,6 +6,8 @@ from types import ModuleType
 
 import pytest
 
+from modeling_mxd.sharing import OLDEST_TRANSFORMERS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FINETUNING = (ROOT / "docs" / "finetuning.md").read_text()
@@ -80,3 +82,13 @@ def test_the_fine_tuning_tables_are_what_the_benchmark_wrote():
 def test_rooms_named_in_the_readme_exist(name):
     if f"`{name}`" in README:
         assert (ROOT / name).is_dir()
+
+
+def test_the_oldest_transformers_is_the_one_that_was_run():
+    compatibility = benchmark("compatibility")
+    outcomes = json.loads(compatibility.RESULTS.read_text())["outcomes"]
+    versions = {tuple(map(int, outcome["transformers"].split("."))) for outcome in outcomes}
+    oldest = ".".join(map(str, min(versions)))
+    assert oldest == compatibility.VERSIONS[0]
+    assert oldest == f"{OLDEST_TRANSFORMERS}.0"
+    assert f"Transformers {OLDEST_TRANSFORMERS} and later" in README

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 
-@dataclass
+@dataclass(repr=False)  # that of TrainingArguments does not show tokens
 class DecompositionArguments(TrainingArguments):
     """Arguments of `DecompositionTrainer`; below are only the fields that `TrainingArguments` does not have, and those
     whose default differs there.

@@ -8,7 +8,7 @@ from .initialization import DECODER_STARTS, ENCODER_STARTS, GATE_STARTS, MODULAT
 LOSS_NORMALIZATIONS = ("squared_norm", "norm")
 
 
-@dataclass
+@dataclass(repr=False)
 class DistillationArguments(DecompositionArguments):
     """Arguments of `DistillationTrainer`; below are only the fields that `DecompositionArguments` does not have, and
     those whose default differs there.

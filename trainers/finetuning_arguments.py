@@ -7,7 +7,7 @@ from .decomposition_arguments import DecompositionArguments
 LOSSES = ("kl", "cross_entropy")
 
 
-@dataclass
+@dataclass(repr=False)
 class FinetuningArguments(DecompositionArguments):
     """Arguments of `FinetuningTrainer`; below are only the fields that `DecompositionArguments` does not have, and
     those whose default differs there.

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -89,6 +90,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int]] = []  # method, path, bytes of the reply's body
+        self.received: Counter[tuple[str, str]] = Counter()  # method, path → bytes of whole bodies
         self.faults: list[Fault] = []
         self.token = TOKEN
         self.lock = threading.Lock()
@@ -160,6 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.body = self.read_chunks()
         else:
             self.body = self.rfile.read(length)
+        hub.received[method, path] += len(self.body)
         if fault and fault.mode == "drop":
             return self.hang_up()
         if fault and fault.mode == "status":

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from scenes import save_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hub_cards import HubError, push_decomposition
@@ -82,12 +83,24 @@ def test_the_base_s_tokenizer_goes_along_so_that_pipelines_work(hub, folder, spl
     assert len(hub.repos[REPO].commits) == 2
     generate = pipeline("text-generation", REPO)
     assert generate("word2 word3", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("word2 word3")
+    assert json.loads(hub.files(REPO)["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
     # A tokenizer that is there is left alone.
     own = json.dumps({**json.loads(hub.files(REPO)["tokenizer_config.json"]), "mine": True}).encode()
     HfApi().upload_file(path_or_fileobj=own, path_in_repo="tokenizer_config.json", repo_id=REPO)
     push_decomposition(folder, REPO)
     assert hub.files(REPO)["tokenizer_config.json"] == own
     assert AutoTokenizer.from_pretrained(REPO).vocab_size == 64
+
+
+def test_a_folder_s_tokenizer_is_pushed_under_the_name_that_older_versions_know(hub, folder, tmp_path):
+    save_tokenizer(folder)
+    written = (folder / "tokenizer_config.json").read_bytes()
+    assert json.loads(written)["tokenizer_class"] == "TokenizersBackend"  # else this needs no mending any more
+    push_decomposition(folder, REPO)
+    pushed = json.loads(hub.files(REPO)["tokenizer_config.json"])
+    assert pushed == {**json.loads(written), "tokenizer_class": "PreTrainedTokenizerFast"}
+    assert (folder / "tokenizer_config.json").read_bytes() == written
+    assert AutoTokenizer.from_pretrained(REPO)("word3")["input_ids"] == [3]
 
 
 @pytest.mark.usefixtures("base_with_tokenizer")

@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from faults import command
 from huggingface_hub import HfApi, ModelCard
 
 from hub_cards import HubError, list_decompositions, push_decomposition, show_decomposition
 from modeling_mxd import MxDModel
+from modeling_mxd.sharing import OLDEST_TRANSFORMERS
 
 REPO = "user/mxd-tiny"
 
@@ -79,6 +82,35 @@ def test_anothers_commit_in_between_is_not_overwritten(hub, folder):
     before = len(hub.repos[REPO].commits)
     push_decomposition(folder, REPO)
     assert len(hub.repos[REPO].commits) == before + 1
+
+
+@pytest.mark.parametrize("fault", [{"mode": "half"}, {"mode": "drop"}, {"status": 500}, {"status": 403}], ids=str)
+def test_after_a_broken_upload_a_repeat_sends_only_what_the_hub_lacks(hub, folder, fault):
+    shards = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    assert len(shards) == 2
+    hub.fail("PUT", "^/lfs/", times=10**6, after=1, **fault)  # the first shard arrives, the other never does
+    with pytest.raises(HubError):
+        push_decomposition(folder, REPO)
+    assert set(hub.files(REPO)) == {".gitattributes"}
+    (arrived,) = hub.objects.values()
+    hub.faults.clear()
+    hub.received.clear()
+    push_decomposition(folder, REPO)
+    sent = [size for (method, _), size in hub.received.items() if method == "PUT"]
+    assert sent == [sum(shards.values()) - len(arrived)]
+    assert_complete(hub, folder)
+    hub.received.clear()
+    push_decomposition(folder, REPO)
+    assert not [path for method, path in hub.received if method == "PUT"]
+
+
+def test_an_upload_that_breaks_once_is_gone_on_with_in_the_same_push(hub, folder):
+    hub.fail("PUT", "^/lfs/", after=1, mode="half")
+    push_decomposition(folder, REPO)
+    sent = [size for (method, _), size in hub.received.items() if method == "PUT"]
+    assert sorted(sent) == sorted(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert_complete(hub, folder)
+    assert len(hub.repos[REPO].commits) == 2
 
 
 @pytest.mark.parametrize(
@@ -150,6 +182,9 @@ def test_show_downloads_no_weights(hub, folder):
     assert details.commit == pushed.oid
     assert details.config.layers == [0, 2]
     assert details.weight_bytes == sum(map(len, weights(hub).values()))
+    code, printed = command("show", REPO)
+    assert code == 0
+    assert f"needs: transformers {OLDEST_TRANSFORMERS} or later, the base model user/base at" in printed
     assert not [path for _, path, _ in hub.requests if path.endswith((".safetensors", ".py"))]
 
 
@@ -199,12 +234,18 @@ torch.save((lm(torch.arange(2, 12)[None]).logits, mxd.config.layers, type(mxd)._
 def load(hub, tmp_path, hide, offline=False, **kwargs):
     script, out = tmp_path / "load.py", tmp_path / "out.pt"
     script.write_text(LOAD.format(hide=hide, repo=REPO, out=str(out), kwargs=json.dumps(kwargs)))
+    in_a_process(hub, tmp_path, script, offline=offline)
+    return torch.load(out)
+
+
+def in_a_process(hub, tmp_path, *arguments, offline=False):
+    """Python in a process of its own whose Hub is that on loopback, with a cache of its own; gives what it printed."""
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "1" if offline else "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, check=False, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    line = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(line, check=False, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+    return done.stdout
 
 
 @pytest.mark.parametrize("hide", [True, False], ids=["without the library", "with the library"])
@@ -222,6 +263,37 @@ def test_both_doors_of_a_pushed_private_repo_then_offline(hub, folder, tmp_path,
     push_decomposition(one, REPO)
     assert load(hub, tmp_path, hide)[1] == [2]
     assert torch.equal(load(hub, tmp_path, hide, revision=first.oid)[0], expected)
+
+
+RUN = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+import torch
+exec(open(sys.argv[1]).read())
+torch.save((values, indices), sys.argv[2])
+"""
+
+
+def test_the_card_s_snippet_runs_for_a_reader_without_the_library(hub, folder, base_with_tokenizer, tmp_path):
+    config = json.loads((folder / "config.json").read_text()) | {"base_model_revision": base_with_tokenizer}
+    (folder / "config.json").write_text(json.dumps(config))
+    push_decomposition(folder, REPO)
+    snippet, script, out = tmp_path / "snippet.py", tmp_path / "run.py", tmp_path / "out.pt"
+    card = ModelCard(hub.files(REPO)["README.md"].decode()).text
+    snippet.write_text(re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1])
+    script.write_text(RUN)
+    hub.requests.clear()
+    printed = in_a_process(hub, tmp_path, script, snippet, out)
+    values, indices = torch.load(out)
+    assert values.shape == indices.shape
+    assert (indices.shape[-1], values.isfinite().all()) == (4, True)
+    assert "word" in printed  # what the model wrote
+    got = {path.rsplit("/", 1)[1] for method, path, _ in hub.requests if method == "GET" and f"{REPO}/resolve" in path}
+    assert {"modeling_mxd.py", "model-00001-of-00002.safetensors"} <= got
 
 
 def test_one_layer_downloads_only_its_shard(hub, folder, tmp_path):
