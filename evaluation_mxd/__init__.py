@@ -13,15 +13,19 @@ from .metrics import (
     normalised_error,
     recovered_share,
 )
-from .plots import plot_expert_frequency, plot_training_loss
+from .plots import plot_expert_frequency, plot_singular_values, plot_training_loss
+from .rank import ExpertRanks, decomposition_ranks, expert_ranks
 
 __all__ = [
     "ErrorSums",
+    "ExpertRanks",
     "ExpertUse",
     "LogitSums",
     "ZeroMLP",
     "activation_mask",
     "count_expert_use",
+    "decomposition_ranks",
+    "expert_ranks",
     "explained_share",
     "faithfulness",
     "kl_divergence",
@@ -32,6 +36,7 @@ __all__ = [
     "normalised_entropy",
     "normalised_error",
     "plot_expert_frequency",
+    "plot_singular_values",
     "plot_training_loss",
     "recovered_share",
     "save_evaluation",

@@ -78,6 +78,31 @@ def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: str | os.Path
     figure.savefig(path, dpi=150)
 
 
+def plot_singular_values(values: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Histogram of log₁₀ of the experts' smallest singular values, one line per layer; zeros, of which the logarithm
+    does not exist, are counted in the legend.
+
+    Args:
+        values: label → smallest singular value of each sampled expert, (S), as `ExpertRanks.smallest`.
+        path: the image's path; its ending says the format.
+    """
+    figure, axes = _figure()
+    logs = {label: value[value > 0].detach().double().cpu().log10() for label, value in values.items()}
+    positive = torch.cat([*logs.values(), torch.zeros(0, dtype=torch.float64)])
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (-1.0, 0.0)
+    low, high = (low - 0.1, high + 0.1) if high - low < 0.1 else (low, high)
+    for index, (label, value) in enumerate(values.items()):
+        counts, edges = torch.histogram(logs[label], bins=24, range=(low, high))
+        name = f"{label}: {len(value):,} experts" + (f", {int((value <= 0).sum())} at 0" if (value <= 0).any() else "")
+        style = "steps-mid" if len(values) <= len(_COLOURS) else "default"
+        centres = 10 ** ((edges[:-1] + edges[1:]) / 2)
+        axes.plot(centres.numpy(), counts.numpy(), label=name, drawstyle=style, **_line(index, len(values)))
+    axes.set(xlabel="smallest singular value of an expert's matrix", ylabel="experts per bin", xscale="log")
+    axes.set_ylim(bottom=0)
+    _legend(figure, len(values))
+    figure.savefig(path, dpi=150)
+
+
 def plot_training_loss(
     log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], loss: str = "normalised squared error"
 ) -> None:

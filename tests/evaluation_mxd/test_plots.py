@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 import evaluation_mxd
-from evaluation_mxd import plot_expert_frequency, plot_training_loss
+from evaluation_mxd import plot_expert_frequency, plot_singular_values, plot_training_loss
 
 PNG = b"\x89PNG\r\n"
 
@@ -101,3 +101,12 @@ def test_an_empty_log_still_gives_a_figure(tmp_path):
 def test_no_global_state_of_matplotlib_is_touched():
     for path in Path(evaluation_mxd.__file__).parent.glob("*.py"):
         assert not {"pyplot", "rcParams", "matplotlib.use"} & set(path.read_text().replace(".", " ").split()), path
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.002, 0.5, 3.0], [0.25, 0.25], [0.0]])
+def test_every_singular_value_is_drawn_or_named(figures, tmp_path, values):
+    plot_singular_values({"layer 8": torch.tensor(values)}, tmp_path / "a.png")
+    (line,) = figures[0].axes[0].get_lines()
+    zeros = values.count(0.0)
+    assert line.get_ydata().sum() == len(values) - zeros
+    assert legend(figures[0]) == [f"layer 8: {len(values)} experts" + (f", {zeros} at 0" if zeros else "")]
