@@ -1,5 +1,6 @@
 """Evidence: how faithful a decomposition is, how its experts are used, and figures of both."""
 
+from .ablation import ablation_curve
 from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
 from .faithfulness import ZeroMLP, faithfulness, load_evaluation, save_evaluation
 from .masks import activation_mask, next_token_mask, token_mask
@@ -13,7 +14,7 @@ from .metrics import (
     normalised_error,
     recovered_share,
 )
-from .plots import plot_expert_frequency, plot_singular_values, plot_training_loss
+from .plots import plot_ablation, plot_expert_frequency, plot_singular_values, plot_training_loss
 from .rank import ExpertRanks, decomposition_ranks, expert_ranks
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ExpertUse",
     "LogitSums",
     "ZeroMLP",
+    "ablation_curve",
     "activation_mask",
     "count_expert_use",
     "decomposition_ranks",
@@ -35,6 +37,7 @@ __all__ = [
     "next_token_mask",
     "normalised_entropy",
     "normalised_error",
+    "plot_ablation",
     "plot_expert_frequency",
     "plot_singular_values",
     "plot_training_loss",

@@ -78,6 +78,36 @@ def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: str | os.Path
     figure.savefig(path, dpi=150)
 
 
+def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Rise of cross-entropy as the strongest experts are removed, one line per curve; dashed of the same colour, what
+    zero-ablated MLPs have.
+
+    Args:
+        curves: label → what `ablation_curve` gave, or evaluation.json has of it.
+        path: the image's path; its ending says the format.
+    """
+    figure, axes = _figure()
+    most = max((count for curve in curves.values() for count in curve["removed"]), default=1)
+    for index, (label, curve) in enumerate(curves.items()):
+        rises = [math.nan if rise is None else rise for rise in curve["rise"]]
+        style = _line(index, len(curves)) | {"linestyle": "-"}
+        axes.plot(curve["removed"], rises, label=label, marker=".", **style)
+        if curve["zero_ablated"] is not None and curve["untouched"] is not None:
+            axes.axhline(
+                curve["zero_ablated"] - curve["untouched"],
+                color=style["color"], linestyle="--", linewidth=1, label=f"{label}: zero-ablated",
+            )  # fmt: skip
+    # 0 has no logarithm: the axis is linear up to 1.
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    ticks = [0, *(2**power for power in range(max(1, most).bit_length()))]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="strongest active experts removed", ylabel="rise of cross-entropy (nats per token)")
+    axes.grid(alpha=0.3, linewidth=0.5)
+    _legend(figure, 2 * len(curves))
+    figure.savefig(path, dpi=150)
+
+
 def plot_singular_values(values: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Histogram of log₁₀ of the experts' smallest singular values, one line per layer; zeros, of which the logarithm
     does not exist, are counted in the legend.

@@ -8,7 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaluation_mxd import faithfulness, load_evaluation, measure_expert_statistics, token_mask
+    from evaluation_mxd import (
+        ablation_curve,
+        expert_ranks,
+        faithfulness,
+        load_evaluation,
+        measure_expert_statistics,
+        token_mask,
+    )
     from hub_cards import build_card, list_decompositions, push_decomposition, show_decomposition
     from modeling_mxd import (
         ExpertCoefficients,
@@ -47,7 +54,14 @@ if TYPE_CHECKING:
     from .runs import TextOptions
 
 _HOME = {
-    "evaluation_mxd": ["faithfulness", "load_evaluation", "measure_expert_statistics", "token_mask"],
+    "evaluation_mxd": [
+        "ablation_curve",
+        "expert_ranks",
+        "faithfulness",
+        "load_evaluation",
+        "measure_expert_statistics",
+        "token_mask",
+    ],
     "hub_cards": ["build_card", "list_decompositions", "push_decomposition", "show_decomposition"],
     "modeling_mxd": [
         "ExpertCoefficients",

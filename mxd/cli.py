@@ -58,6 +58,13 @@ class ModulationStart(str, Enum):
     unit = "unit"
 
 
+class Order(str, Enum):
+    """Which experts are the strongest."""
+
+    coefficient = "coefficient"
+    contribution = "contribution"
+
+
 class Loss(str, Enum):
     """What fine-tuning trains on."""
 
@@ -243,6 +250,10 @@ def evaluate(
     context_length: ContextLength = 128,
     tokens: Annotated[str, typer.Option(help="Tokens to evaluate on.")] = "32768",
     dtype: Dtype = "float32",
+    ablation: Annotated[
+        Order | None, typer.Option(help="Also what removing the strongest experts does; takes some four times as long.")
+    ] = None,
+    ranks: Annotated[bool, typer.Option("--ranks", help="Also the rank of a sample of experts.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -253,7 +264,8 @@ def evaluate(
     _quiet()
 
     text = TextOptions(sources, [], dataset_config, split, text_column, streaming, context_length)
-    _report(evaluate(model or folder, text, parse_count(tokens), dtype, progress=not as_json), as_json)
+    order = None if ablation is None else ablation.value
+    _report(evaluate(model or folder, text, parse_count(tokens), dtype, not as_json, order, ranks), as_json)
 
 
 @app.command()

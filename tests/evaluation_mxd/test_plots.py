@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 import evaluation_mxd
-from evaluation_mxd import plot_expert_frequency, plot_singular_values, plot_training_loss
+from evaluation_mxd import plot_ablation, plot_expert_frequency, plot_singular_values, plot_training_loss
 
 PNG = b"\x89PNG\r\n"
 
@@ -110,3 +110,14 @@ def test_every_singular_value_is_drawn_or_named(figures, tmp_path, values):
     zeros = values.count(0.0)
     assert line.get_ydata().sum() == len(values) - zeros
     assert legend(figures[0]) == [f"layer 8: {len(values)} experts" + (f", {zeros} at 0" if zeros else "")]
+
+
+def test_ablation_curves_keep_every_point_and_mark_the_ablated_model(figures, tmp_path):
+    curve = {"removed": [0, 1, 2, 4], "rise": [0.01, 0.2, 0.5, None], "untouched": 2.0, "zero_ablated": 2.75}
+    plot_ablation({"layer 8": curve}, tmp_path / "a.png")
+    points, ablated = figures[0].axes[0].get_lines()
+    assert list(points.get_xdata()) == [0, 1, 2, 4]
+    assert list(points.get_ydata())[:3] == [0.01, 0.2, 0.5]
+    assert list(ablated.get_ydata()) == [0.75, 0.75]
+    assert legend(figures[0]) == ["layer 8", "layer 8: zero-ablated"]
+    assert [tick.get_text() for tick in figures[0].axes[0].get_xticklabels()] == ["0", "1", "2", "4"]
