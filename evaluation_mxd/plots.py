@@ -108,6 +108,32 @@ def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLi
     figure.savefig(path, dpi=150)
 
 
+def plot_domain_use(uses: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Bars of how many experts are active in every domain, and within them, solid, how many are of that domain alone.
+
+    Args:
+        uses: label of a layer → what `domain_use` gave.
+        path: the image's path; its ending says the format.
+    """
+    figure, axes = _figure()
+    domains = list(dict.fromkeys(domain for use in uses.values() for domain in use["domains"]))
+    figure.set_figheight(max(4.0, 1 + 0.25 * len(domains) * len(uses)))
+    height = 0.8 / max(1, len(uses))
+    for index, (label, use) in enumerate(uses.items()):
+        places = [row + height * (index - (len(uses) - 1) / 2) for row in range(len(domains))]
+        rows = [use["domains"].get(domain, {"active_experts": 0, "own_experts": {}}) for domain in domains]
+        colour = _line(index, len(uses))["color"]
+        axes.barh(places, [row["active_experts"] for row in rows], height, color=colour, alpha=0.3,
+                  label=f"{label}: active there")  # fmt: skip
+        axes.barh(places, [len(row["own_experts"]) for row in rows], height, color=colour,
+                  label=f"{label}: {100 * use['share']:.0f} % of firings there")  # fmt: skip
+    axes.set_yticks(range(len(domains)), domains)
+    axes.invert_yaxis()
+    axes.set(xlabel="experts")
+    _legend(figure, 2 * len(uses))
+    figure.savefig(path, dpi=150)
+
+
 def plot_singular_values(values: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Histogram of log₁₀ of the experts' smallest singular values, one line per layer; zeros, of which the logarithm
     does not exist, are counted in the legend.

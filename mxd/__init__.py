@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evaluation_mxd import (
         ablation_curve,
+        domain_use,
         expert_ranks,
         faithfulness,
         load_evaluation,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     )
 
     from .base_model import BaseModelError, load_base_model
+    from .domains import measure_domain_use
     from .finetuning import FinetuningOptions, finetune
     from .pipeline import DecompositionOptions, decompose, evaluate
     from .runs import TextOptions
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 _HOME = {
     "evaluation_mxd": [
         "ablation_curve",
+        "domain_use",
         "expert_ranks",
         "faithfulness",
         "load_evaluation",
@@ -94,6 +97,7 @@ _HOME = {
         "split_documents",
     ],
     "mxd.base_model": ["BaseModelError", "load_base_model"],
+    "mxd.domains": ["measure_domain_use"],
     "mxd.finetuning": ["FinetuningOptions", "finetune"],
     "mxd.pipeline": ["DecompositionOptions", "decompose", "evaluate"],
     "mxd.runs": ["TextOptions"],

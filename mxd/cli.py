@@ -269,6 +269,36 @@ def evaluate(
 
 
 @app.command()
+def use(
+    folder: Annotated[str, typer.Argument(help="Folder of a decomposition.")],
+    files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    dataset: Dataset = None,
+    by: Annotated[str, typer.Option(help="Column of the dataset that names a document's domain.")] = "domain",
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    context_length: ContextLength = 128,
+    tokens: Annotated[str, typer.Option(help="Tokens of each domain.")] = "32768",
+    dtype: Dtype = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print domain_use.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Which experts are active on which kinds of text, and which on one kind alone."""
+    model, sources = split_arguments([folder, *(files or [])], dataset or [])
+    from .domains import measure_domain_use, print_domain_use
+    from .pipeline import TextOptions
+
+    _quiet()
+
+    text = TextOptions(sources, [], dataset_config, split, text_column, False, context_length)
+    results = measure_domain_use(model or folder, text, by, parse_count(tokens), dtype)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        print_domain_use(results)
+
+
+@app.command()
 def finetune(
     folder: Annotated[str, typer.Argument(help="Folder or Hub id of a decomposition, which is left as it is.")],
     files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,

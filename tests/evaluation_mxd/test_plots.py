@@ -6,7 +6,13 @@ import torch
 from matplotlib.figure import Figure
 
 import evaluation_mxd
-from evaluation_mxd import plot_ablation, plot_expert_frequency, plot_singular_values, plot_training_loss
+from evaluation_mxd import (
+    plot_ablation,
+    plot_domain_use,
+    plot_expert_frequency,
+    plot_singular_values,
+    plot_training_loss,
+)
 
 PNG = b"\x89PNG\r\n"
 
@@ -121,3 +127,15 @@ def test_ablation_curves_keep_every_point_and_mark_the_ablated_model(figures, tm
     assert list(ablated.get_ydata()) == [0.75, 0.75]
     assert legend(figures[0]) == ["layer 8", "layer 8: zero-ablated"]
     assert [tick.get_text() for tick in figures[0].axes[0].get_xticklabels()] == ["0", "1", "2", "4"]
+
+
+def test_a_bar_for_the_active_and_one_for_the_own_experts_of_every_domain(figures, tmp_path):
+    domains = {
+        "plays": {"active_experts": 9, "own_experts": {"3": 1.0}},
+        "law": {"active_experts": 5, "own_experts": {}},
+    }
+    plot_domain_use({"layer 8": {"domains": domains, "share": 0.9}}, tmp_path / "a.png")
+    (axes,) = figures[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [9, 5, 1, 0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["plays", "law"]
+    assert legend(figures[0]) == ["layer 8: active there", "layer 8: 90 % of firings there"]
