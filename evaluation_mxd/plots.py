@@ -101,6 +101,7 @@ def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLi
     axes.set_xscale("symlog", base=2, linthresh=1)
     ticks = [0, *(2**power for power in range(max(1, most).bit_length()))]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlim(-0.1, 1.1 * most)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="strongest active experts removed", ylabel="rise of cross-entropy (nats per token)")
     axes.grid(alpha=0.3, linewidth=0.5)
