@@ -33,6 +33,7 @@ CONTEXT = 256
 def timed_run(job: dict[str, Any]) -> dict[str, float]:
     """In a process of its own whose path holds the check-out: seconds of every part of `decompose`."""
     import torch
+
     import trainers.distillation_trainer
     from mxd.pipeline import DecompositionOptions, TextOptions, decompose
 
@@ -124,7 +125,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         which: {part: statistics.mean(run[part] for run in runs) for part in runs[0]}
         for which, runs in measured.items()
     }
-    commit = subprocess.run(["git", "rev-parse", "--short", options.before], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "rev-parse", "--short", options.before]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "machine": machine(options.threads, "cpu"),
         "before": commit.stdout.strip(),

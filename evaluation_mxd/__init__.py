@@ -1,5 +1,7 @@
 """Evidence: how faithful a decomposition is, how its experts are used, and figures of both."""
 
+from .ablation import ablation_curve
+from .domain_use import domain_use
 from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
 from .faithfulness import ZeroMLP, faithfulness, load_evaluation, save_evaluation
 from .masks import activation_mask, next_token_mask, token_mask
@@ -13,15 +15,21 @@ from .metrics import (
     normalised_error,
     recovered_share,
 )
-from .plots import plot_expert_frequency, plot_training_loss
+from .plots import plot_ablation, plot_domain_use, plot_expert_frequency, plot_singular_values, plot_training_loss
+from .rank import ExpertRanks, decomposition_ranks, expert_ranks
 
 __all__ = [
     "ErrorSums",
+    "ExpertRanks",
     "ExpertUse",
     "LogitSums",
     "ZeroMLP",
+    "ablation_curve",
     "activation_mask",
     "count_expert_use",
+    "decomposition_ranks",
+    "domain_use",
+    "expert_ranks",
     "explained_share",
     "faithfulness",
     "kl_divergence",
@@ -31,7 +39,10 @@ __all__ = [
     "next_token_mask",
     "normalised_entropy",
     "normalised_error",
+    "plot_ablation",
+    "plot_domain_use",
     "plot_expert_frequency",
+    "plot_singular_values",
     "plot_training_loss",
     "recovered_share",
     "save_evaluation",

@@ -12,6 +12,7 @@ from .masks import activation_mask
 from .metrics import normalised_entropy
 
 SPECIALISED_FREQUENCY = 0.25
+ALWAYS_ON_FREQUENCY = 0.9
 
 
 class ExpertUse:
@@ -48,6 +49,12 @@ class ExpertUse:
     def mean(self) -> Tensor:
         """Mean coefficient of each expert over all tokens, zeros included, Σ_t a_t / T, (N) float64."""
         return self.sums / max(self.tokens, 1)
+
+    def always_on(self, at_least: float = ALWAYS_ON_FREQUENCY) -> dict[str, float]:
+        """{expert: frequency} of the experts active on at least this share of tokens, the most frequent first; with K
+        active experts a token there are at most K / `at_least`."""
+        order = self.frequency.argsort(descending=True, stable=True).tolist()
+        return {str(expert): float(self.frequency[expert]) for expert in order if self.frequency[expert] >= at_least}
 
     def summary(self, frequent_above: float = SPECIALISED_FREQUENCY) -> dict[str, float]:
         """The numbers of evaluation.json.

@@ -80,14 +80,17 @@ class LayerEvaluation:
 
     def result(self) -> dict[str, float]:
         """The layer's entry of evaluation.json; see `faithfulness`."""
-        nmse = self.errors.nmse
+        nmse, clipped = self.errors.nmse, self.errors.clipped_nmse
+        mean, mean_specialised = self.errors_of_mean, self.errors_of_mean_specialised
         return {
             "nmse": nmse,
             "nmse_without_first": self.errors_without_first.nmse,
             "fvu": self.errors.fvu,
             "fvu_without_first": self.errors_without_first.fvu,
-            "expert_share": explained_share(nmse, self.errors_of_mean.nmse),
-            "specialised_share": explained_share(nmse, self.errors_of_mean_specialised.nmse),
+            "expert_share": explained_share(nmse, mean.nmse),
+            "specialised_share": explained_share(nmse, mean_specialised.nmse),
+            "clipped_expert_share": explained_share(clipped, mean.clipped_nmse),
+            "clipped_specialised_share": explained_share(clipped, mean_specialised.clipped_nmse),
             **self.use.summary(self.specialised_frequency),
         }
 
@@ -141,6 +144,7 @@ class ModelEvaluation:
         losses = [sums.cross_entropy for sums in (self.untouched, self.spliced, self.ablated)]
         return {
             "layers": {str(layer): evaluation.result() for layer, evaluation in self.layers.items()},
+            "always_on": {str(layer): evaluation.use.always_on() for layer, evaluation in self.layers.items()},
             "cross_entropy": {**dict(zip(names, losses, strict=True)), "recovered": recovered_share(*losses)},
             "kl": self.spliced.kl,
             "top1_agreement": self.spliced.agreement,
@@ -174,6 +178,8 @@ def faithfulness(
                            tokens: how much of what the layer explains its experts' choice explains
         specialised_share  the same when only the part of the specialised experts in Cᵀa is so replaced, those
                            active on at most `specialised_frequency` of the training tokens
+        clipped_…_share    the same of clipped NMSEs, in which every token's error counts at most 1: at most 1, where
+                           the others have no bound, since a single token's error has none
 
     Args:
         model: the base model; its MLPs are in place again afterwards.
@@ -186,8 +192,9 @@ def faithfulness(
 
     Returns:
         {"layers": {"15": {"nmse", "nmse_without_first", "fvu", "fvu_without_first", "expert_share",
-        "specialised_share", "l0", "dead_experts", "expert_entropy", "max_expert_frequency",
-        "frequent_experts"}}, "cross_entropy": {"untouched", "spliced", "zero_ablated", "recovered"}, "kl",
+        "specialised_share", "clipped_expert_share", "clipped_specialised_share", "l0", "dead_experts",
+        "expert_entropy", "max_expert_frequency", "frequent_experts"}}, "always_on": {"15": {expert: frequency}, see
+        `ExpertUse.always_on`}, "cross_entropy": {"untouched", "spliced", "zero_ablated", "recovered"}, "kl",
         "top1_agreement", "settings"}; cross-entropies and KL in nats per token.
 
     Raises:
@@ -197,7 +204,7 @@ def faithfulness(
     with decomposition.spliced(model, cast=False):
         pass  # refuses what does not fit, and moves every layer to where its MLP is
     with evaluating(model, decomposition):
-        statistics, source = _expert_statistics(model, decomposition, batches)
+        statistics, source = expert_statistics(model, decomposition, batches)
         layers = {
             layer: LayerEvaluation(decomposition.layer(layer), statistics[layer], specialised_frequency)
             for layer in decomposition.config.layers
@@ -211,7 +218,7 @@ def faithfulness(
     return results
 
 
-def _expert_statistics(
+def expert_statistics(
     model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
 ) -> tuple[dict[int, Statistics], str]:
     """Statistics of every layer's experts from its buffers, or from `batches` where training left none; and which

@@ -85,14 +85,17 @@ class ErrorSums:
 
         NMSE = mean_t ‖ŷ_t − y_t‖² / ‖y_t‖²                   tokens with y_t = 0, which have no ratio, left out
         FVU  = Σ_t ‖ŷ_t − y_t‖² / Σ_t ‖y_t − ȳ‖²              ȳ the mean output over the same tokens
+        clipped NMSE = mean_t min(1, ‖ŷ_t − y_t‖² / ‖y_t‖²)
 
-    NMSE weighs every token alike; in FVU a token weighs as much as it is far from the mean.
+    NMSE weighs every token alike, but a single one's error has no bound; clipped, a token that is worse than an output
+    of zero counts as one. In FVU a token weighs as much as it is far from the mean.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
         self._nonzero_tokens = 0
         self._ratios = 0.0
+        self._clipped_ratios = 0.0
         self._squared_error = 0.0
         # Deviations are from the first token, so that Σ‖d‖² − ‖Σd‖²/n is exact where y does not vary at all.
         self._origin: Tensor | None = None
@@ -112,6 +115,7 @@ class ErrorSums:
         self.tokens += len(target)
         self._nonzero_tokens += int(nonzero.sum())
         self._ratios += float(ratios[nonzero].sum())
+        self._clipped_ratios += float(ratios[nonzero].clamp_max(1).sum())
         self._squared_error += float(squared_norm(prediction - target).sum())
         deviation = target - self._origin
         self._deviation = self._deviation + deviation.sum(0)
@@ -124,6 +128,11 @@ class ErrorSums:
         NaN when there is no token with y ≠ 0.
         """
         return self._ratios / self._nonzero_tokens if self._nonzero_tokens else math.nan
+
+    @property
+    def clipped_nmse(self) -> float:
+        """Mean over tokens of the normalised squared error, of which each counts at most 1; NaN as `nmse`."""
+        return self._clipped_ratios / self._nonzero_tokens if self._nonzero_tokens else math.nan
 
     @property
     def fvu(self) -> float:

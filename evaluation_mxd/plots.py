@@ -78,6 +78,88 @@ def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: str | os.Path
     figure.savefig(path, dpi=150)
 
 
+def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Rise of cross-entropy as the strongest experts are removed, one line per curve; dashed of the same colour, what
+    zero-ablated MLPs have.
+
+    Args:
+        curves: label → what `ablation_curve` gave, or evaluation.json has of it.
+        path: the image's path; its ending says the format.
+    """
+    figure, axes = _figure()
+    most = max((count for curve in curves.values() for count in curve["removed"]), default=1)
+    for index, (label, curve) in enumerate(curves.items()):
+        rises = [math.nan if rise is None else rise for rise in curve["rise"]]
+        style = _line(index, len(curves)) | {"linestyle": "-"}
+        axes.plot(curve["removed"], rises, label=label, marker=".", **style)
+        if curve["zero_ablated"] is not None and curve["untouched"] is not None:
+            axes.axhline(
+                curve["zero_ablated"] - curve["untouched"],
+                color=style["color"], linestyle="--", linewidth=1, label=f"{label}: zero-ablated",
+            )  # fmt: skip
+    # 0 has no logarithm: the axis is linear up to 1.
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    ticks = [0, *(2**power for power in range(max(1, most).bit_length()))]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlim(-0.1, 1.1 * most)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="strongest active experts removed", ylabel="rise of cross-entropy (nats per token)")
+    axes.grid(alpha=0.3, linewidth=0.5)
+    _legend(figure, 2 * len(curves))
+    figure.savefig(path, dpi=150)
+
+
+def plot_domain_use(uses: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Bars of how many experts are active in every domain, and within them, solid, how many are of that domain alone.
+
+    Args:
+        uses: label of a layer → what `domain_use` gave.
+        path: the image's path; its ending says the format.
+    """
+    figure, axes = _figure()
+    domains = list(dict.fromkeys(domain for use in uses.values() for domain in use["domains"]))
+    figure.set_figheight(max(4.0, 1 + 0.25 * len(domains) * len(uses)))
+    height = 0.8 / max(1, len(uses))
+    for index, (label, use) in enumerate(uses.items()):
+        places = [row + height * (index - (len(uses) - 1) / 2) for row in range(len(domains))]
+        rows = [use["domains"].get(domain, {"active_experts": 0, "own_experts": {}}) for domain in domains]
+        colour = _line(index, len(uses))["color"]
+        axes.barh(places, [row["active_experts"] for row in rows], height, color=colour, alpha=0.3,
+                  label=f"{label}: active there")  # fmt: skip
+        axes.barh(places, [len(row["own_experts"]) for row in rows], height, color=colour,
+                  label=f"{label}: {100 * use['share']:.0f} % of firings there")  # fmt: skip
+    axes.set_yticks(range(len(domains)), domains)
+    axes.invert_yaxis()
+    axes.set(xlabel="experts")
+    _legend(figure, 2 * len(uses))
+    figure.savefig(path, dpi=150)
+
+
+def plot_singular_values(values: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Histogram of log₁₀ of the experts' smallest singular values, one line per layer; zeros, of which the logarithm
+    does not exist, are counted in the legend.
+
+    Args:
+        values: label → smallest singular value of each sampled expert, (S), as `ExpertRanks.smallest`.
+        path: the image's path; its ending says the format.
+    """
+    figure, axes = _figure()
+    logs = {label: value[value > 0].detach().double().cpu().log10() for label, value in values.items()}
+    positive = torch.cat([*logs.values(), torch.zeros(0, dtype=torch.float64)])
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (-1.0, 0.0)
+    low, high = (low - 0.1, high + 0.1) if high - low < 0.1 else (low, high)
+    for index, (label, value) in enumerate(values.items()):
+        counts, edges = torch.histogram(logs[label], bins=24, range=(low, high))
+        name = f"{label}: {len(value):,} experts" + (f", {int((value <= 0).sum())} at 0" if (value <= 0).any() else "")
+        style = "steps-mid" if len(values) <= len(_COLOURS) else "default"
+        centres = 10 ** ((edges[:-1] + edges[1:]) / 2)
+        axes.plot(centres.numpy(), counts.numpy(), label=name, drawstyle=style, **_line(index, len(values)))
+    axes.set(xlabel="smallest singular value of an expert's matrix", ylabel="experts per bin", xscale="log")
+    axes.set_ylim(bottom=0)
+    _legend(figure, len(values))
+    figure.savefig(path, dpi=150)
+
+
 def plot_training_loss(
     log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], loss: str = "normalised squared error"
 ) -> None:

@@ -8,7 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaluation_mxd import faithfulness, load_evaluation, measure_expert_statistics, token_mask
+    from evaluation_mxd import (
+        ablation_curve,
+        domain_use,
+        expert_ranks,
+        faithfulness,
+        load_evaluation,
+        measure_expert_statistics,
+        token_mask,
+    )
     from hub_cards import build_card, list_decompositions, push_decomposition, show_decomposition
     from modeling_mxd import (
         ExpertCoefficients,
@@ -42,12 +50,21 @@ if TYPE_CHECKING:
     )
 
     from .base_model import BaseModelError, load_base_model
+    from .domains import measure_domain_use
     from .finetuning import FinetuningOptions, finetune
     from .pipeline import DecompositionOptions, decompose, evaluate
     from .runs import TextOptions
 
 _HOME = {
-    "evaluation_mxd": ["faithfulness", "load_evaluation", "measure_expert_statistics", "token_mask"],
+    "evaluation_mxd": [
+        "ablation_curve",
+        "domain_use",
+        "expert_ranks",
+        "faithfulness",
+        "load_evaluation",
+        "measure_expert_statistics",
+        "token_mask",
+    ],
     "hub_cards": ["build_card", "list_decompositions", "push_decomposition", "show_decomposition"],
     "modeling_mxd": [
         "ExpertCoefficients",
@@ -80,6 +97,7 @@ _HOME = {
         "split_documents",
     ],
     "mxd.base_model": ["BaseModelError", "load_base_model"],
+    "mxd.domains": ["measure_domain_use"],
     "mxd.finetuning": ["FinetuningOptions", "finetune"],
     "mxd.pipeline": ["DecompositionOptions", "decompose", "evaluate"],
     "mxd.runs": ["TextOptions"],

@@ -58,6 +58,13 @@ class ModulationStart(str, Enum):
     unit = "unit"
 
 
+class Order(str, Enum):
+    """Which experts are the strongest."""
+
+    coefficient = "coefficient"
+    contribution = "contribution"
+
+
 class Loss(str, Enum):
     """What fine-tuning trains on."""
 
@@ -243,6 +250,10 @@ def evaluate(
     context_length: ContextLength = 128,
     tokens: Annotated[str, typer.Option(help="Tokens to evaluate on.")] = "32768",
     dtype: Dtype = "float32",
+    ablation: Annotated[
+        Order | None, typer.Option(help="Also what removing the strongest experts does; takes some five times as long.")
+    ] = None,
+    ranks: Annotated[bool, typer.Option("--ranks", help="Also the rank of a sample of experts.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -253,7 +264,38 @@ def evaluate(
     _quiet()
 
     text = TextOptions(sources, [], dataset_config, split, text_column, streaming, context_length)
-    _report(evaluate(model or folder, text, parse_count(tokens), dtype, progress=not as_json), as_json)
+    order = None if ablation is None else ablation.value
+    _report(evaluate(model or folder, text, parse_count(tokens), dtype, not as_json, order, ranks), as_json)
+
+
+@app.command()
+def use(
+    folder: Annotated[str, typer.Argument(help="Folder of a decomposition.")],
+    files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    dataset: Dataset = None,
+    by: Annotated[str, typer.Option(help="Column of the dataset that names a document's domain.")] = "domain",
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    context_length: ContextLength = 128,
+    tokens: Annotated[str, typer.Option(help="Tokens of each domain.")] = "32768",
+    dtype: Dtype = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print domain_use.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Which experts are active on which kinds of text, and which on one kind alone."""
+    model, sources = split_arguments([folder, *(files or [])], dataset or [])
+    from .domains import measure_domain_use, print_domain_use
+    from .pipeline import TextOptions
+
+    _quiet()
+
+    text = TextOptions(sources, [], dataset_config, split, text_column, False, context_length)
+    results = measure_domain_use(model or folder, text, by, parse_count(tokens), dtype)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        print_domain_use(results)
 
 
 @app.command()

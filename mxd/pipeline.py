@@ -6,7 +6,15 @@ from typing import Any
 
 from transformers import set_seed
 
-from evaluation_mxd import faithfulness, load_evaluation, save_evaluation
+from evaluation_mxd import (
+    ablation_curve,
+    decomposition_ranks,
+    faithfulness,
+    load_evaluation,
+    plot_ablation,
+    plot_singular_values,
+    save_evaluation,
+)
 from modeling_mxd import (
     MLPSite,
     MxDConfig,
@@ -187,9 +195,20 @@ def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, ho
 
 
 def evaluate(
-    folder: str, text: TextOptions, tokens: int = 32768, dtype: str = "float32", progress: bool = False
+    folder: str,
+    text: TextOptions,
+    tokens: int = 32768,
+    dtype: str = "float32",
+    progress: bool = False,
+    ablation: str | None = None,
+    ranks: bool = False,
 ) -> dict[str, Any]:
     """Measure a saved decomposition on text and write evaluation.json into its folder.
+
+    Args:
+        folder, text, tokens, dtype, progress: what, on what and how.
+        ablation: also an `ablation_curve` in this order, as "ablation" and figures/ablation.png.
+        ranks: also the `expert_ranks` of MxD layers, as "ranks" and figures/smallest_singular_values.png.
 
     Raises:
         ValueError: when the folder holds no decomposition, or the text cannot be read.
@@ -208,5 +227,18 @@ def evaluate(
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
     settings = {"evaluation": {**asdict(text), "model_dtype": dtype}, **made_how(folder)}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
+    save_evaluation(results, folder)  # already now: what follows may take longer than this did
+    figures = Path(folder) / "figures"
+    if ablation is not None or ranks:
+        figures.mkdir(exist_ok=True)
+    if ablation is not None:
+        curve = ablation_curve(model, decomposition, batches, order=ablation, progress=progress)
+        results["ablation"] = curve
+        plot_ablation({"all layers": curve}, figures / "ablation.png")
+    if ranks:
+        measured = decomposition_ranks(decomposition)
+        results["ranks"] = {str(layer): rank.summary() for layer, rank in measured.items()}
+        smallest = {f"layer {layer}": rank.smallest for layer, rank in measured.items()}
+        plot_singular_values(smallest, figures / "smallest_singular_values.png")
     save_evaluation(results, folder)
     return load_evaluation(folder)

@@ -74,6 +74,21 @@ def print_evaluation(results: dict[str, Any]) -> None:
     for name, show in _MODEL.items():
         model.add_row(name, show(results))
     _print(layers, model)
+    if "ablation" in results:
+        _print(_ablation_table(results["ablation"]))
+
+
+def _ablation_table(curve: dict[str, Any]) -> Table:
+    table = Table(title="Each token's strongest experts removed")
+    table.add_column("removed", justify="right")
+    table.add_column("rise of cross-entropy", justify="right")
+    for layer in list(curve["layers"])[:MAX_ROWS]:
+        table.add_column(cell(f"NMSE, layer {layer}"), justify="right")
+    for index, count in enumerate(curve["removed"][:MAX_ROWS]):
+        errors = [row["nmse"][index] for row in list(curve["layers"].values())[:MAX_ROWS]]
+        shown = ["–" if value is None else f"{value:.4f}" for value in (curve["rise"][index], *errors)]
+        table.add_row(*map(cell, (count, *shown)))
+    return table
 
 
 def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -3,13 +3,16 @@
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from evaluation_mxd.rank import decomposition_ranks
+from modeling_mxd import MxDModel
 
 logger = logging.getLogger(__name__)
 
@@ -98,3 +101,35 @@ class InterruptCallback(TrainerCallback):
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+
+class RankCallback(TrainerCallback):
+    """Logs the rank of an MxD's experts every so many steps and after the last one: `layer_8/normalised_rank`,
+    `layer_8/smallest_singular_value` (both means over a sample of experts, the same at each step) and
+    `layer_8/zeros`, the share of zeros in C. See `evaluation_mxd.expert_ranks`.
+
+    Args:
+        decomposition: what is trained; transcoder layers, which have no rank, are passed over.
+        steps: every how many.
+        log: `Trainer.log`.
+        experts: how many a layer to sample.
+    """
+
+    def __init__(self, decomposition: MxDModel, steps: int, log: Callable[[dict[str, float]], None], experts: int = 16):
+        self.decomposition = decomposition
+        self.steps = steps
+        self.log = log
+        self.experts = experts
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure and log, in the first process."""
+        due = state.global_step % self.steps == 0 or state.global_step == state.max_steps
+        if not (due and state.is_world_process_zero):
+            return
+        logs: dict[str, float] = {}
+        for layer, ranks in decomposition_ranks(self.decomposition, self.experts).items():
+            logs[f"layer_{layer}/normalised_rank"] = float(ranks.normalised_rank.mean())
+            logs[f"layer_{layer}/smallest_singular_value"] = float(ranks.smallest.mean())
+            logs[f"layer_{layer}/zeros"] = ranks.share_of_zeros
+        if logs:
+            self.log(logs)

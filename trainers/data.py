@@ -65,6 +65,7 @@ def load_text(
     text_column: str = "text",
     revision: str | None = None,
     streaming: bool = False,
+    domain_column: str = "domain",
 ) -> Dataset | IterableDataset:
     """Load documents from the Hub or from local files.
 
@@ -78,6 +79,7 @@ def load_text(
         text_column: The column that holds the text in tables; text files need none.
         revision: The Hub dataset's commit, tag or branch.
         streaming: Whether to read lazily instead of downloading and converting everything first.
+        domain_column: The column that says what kind of text a document is, where there is one.
 
     Returns:
         Rows `{"text": str}`, with a `"domain"` column where any source has one (empty for the sources that don't).
@@ -93,10 +95,10 @@ def load_text(
     if not remote:
         if config_name is not None or revision is not None:
             raise DataError(f"config_name and revision choose among Hub datasets, but {sources} are local paths")
-        parts = _load_files(sources, split, text_column, streaming)
+        parts = _load_files(sources, split, text_column, streaming, domain_column)
     elif len(sources) == 1:
         loaded = _load_hub(sources[0], config_name, split, revision, streaming)
-        parts = [_select_text(loaded, text_column, f"dataset {sources[0]!r}")]
+        parts = [_select_text(loaded, text_column, f"dataset {sources[0]!r}", domain_column)]
     else:
         raise DataError(
             f"no such file or folder: {', '.join(map(repr, remote))}; several sources have to be local paths, "
@@ -123,7 +125,7 @@ def _load_hub(name: str, config_name: str | None, split: str, revision: str | No
         ) from error
 
 
-def _load_files(sources: Sequence[str], split: str, text_column: str, streaming: bool) -> list[Any]:
+def _load_files(sources: Sequence[str], split: str, text_column: str, streaming: bool, domain_column: str) -> list[Any]:
     """Load local files, one part per format, in the order in which the formats first appear."""
     files = list(dict.fromkeys(itertools.chain.from_iterable(_expand(source) for source in sources)))
     by_builder: dict[str, list[Path]] = {}
@@ -142,7 +144,7 @@ def _load_files(sources: Sequence[str], split: str, text_column: str, streaming:
         try:
             part = load_dataset(builder, data_files={"train": paths}, split=split, streaming=streaming, **options)
             column = "text" if builder == "text" else text_column
-            parts.append(_select_text(part, column, f"{builder} file(s) {shown}"))
+            parts.append(_select_text(part, column, f"{builder} file(s) {shown}", domain_column))
         except DataError:
             raise
         except Exception as error:  # each builder has its own errors, StopIteration among them
@@ -200,7 +202,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _select_text(part: Any, text_column: str, name: str) -> Any:
+def _select_text(part: Any, text_column: str, name: str, domain_column: str) -> Any:
     """Keep the text, renamed to "text", and the domain, once the first row has shown that there is text."""
     first = next(iter(part), None)
     if first is None:
@@ -211,9 +213,12 @@ def _select_text(part: Any, text_column: str, name: str) -> Any:
     if not isinstance(first[text_column], str | None):
         kind = type(first[text_column]).__name__
         raise DataError(f"column {text_column!r} of {name} holds {kind}, not text; set text_column to another")
-    kept = [column for column in (text_column, "domain") if column in columns]
+    kept = [column for column in (text_column, domain_column) if column in columns]
     part = part.select_columns(list(dict.fromkeys(kept)))
-    return part if text_column == "text" else part.rename_column(text_column, "text")
+    for column, new in ((domain_column, "domain"), (text_column, "text")):
+        if column != new and column in part.column_names:
+            part = part.rename_column(column, new)
+    return part
 
 
 def _join(parts: list[Any]) -> Any:

@@ -44,6 +44,10 @@ class DecompositionArguments(TrainingArguments):
     statistics_tokens: int = field(
         default=65536, metadata={"help": "Training tokens over which the experts' use is measured after the last step."}
     )
+    rank_logging_steps: int = field(
+        default=0,
+        metadata={"help": "Log the rank of an MxD's experts every so many steps; 0: never."},
+    )
     keep_freed_memory: bool = field(
         default=True,
         metadata={
@@ -59,6 +63,8 @@ class DecompositionArguments(TrainingArguments):
         for name in ("calibration_tokens", "statistics_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rank_logging_steps < 0:
+            raise ValueError(f"rank_logging_steps must be at least 0, got {self.rank_logging_steps}")
         for name in ("gate_learning_rate_factor", "modulation_learning_rate_factor"):
             self.check_finite(name)
         if not 0 <= self.minimum_relative_norm <= 1:

@@ -21,7 +21,7 @@ from evaluation_mxd.expert_use import measure_expert_statistics
 from modeling_mxd import MxDModel
 
 from .allocation import freed_memory_kept
-from .callbacks import InterruptCallback, TokenProgressCallback
+from .callbacks import InterruptCallback, RankCallback, TokenProgressCallback
 from .data import CausalCollator
 from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
@@ -68,6 +68,8 @@ class DecompositionTrainer(HubPushes):
         self.loss_is_scaled_for_ga = True
         self._interrupt = InterruptCallback()
         self.add_callback(self._interrupt)
+        if args.rank_logging_steps:
+            self.add_callback(RankCallback(decomposition, args.rank_logging_steps, self.log))
 
     # Data
 

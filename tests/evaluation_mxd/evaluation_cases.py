@@ -1,5 +1,7 @@
 """What several test modules need: decompositions of the tiny llama, rows of token ids, padding, brute force."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -79,12 +81,13 @@ def activations(model, layer, rows):
 
 
 @torch.no_grad()
-def nmse_with(layer, x, y, mean, replaced):
-    """NMSE, token by token, with the coefficients of `replaced` experts (N, bool) set to their `mean` (N)."""
+def nmse_with(layer, x, y, mean, replaced, most=math.inf):
+    """NMSE, token by token, with the coefficients of `replaced` experts (N, bool) set to their `mean` (N); an error
+    counts at most `most`."""
     a = torch.where(replaced, mean, dense_coefficients(layer, x))
     total = 0.0
     for token in range(len(x)):
         summed = sum(a[token, n] * layer.expert_table[n] for n in range(layer.config.num_experts))
         error = layer.combine(summed, x[token]) - y[token]
-        total += (error.square().sum() / y[token].square().sum()).item()
+        total += min(most, (error.square().sum() / y[token].square().sum()).item())
     return total / len(x)

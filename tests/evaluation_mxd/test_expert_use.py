@@ -30,6 +30,13 @@ def test_use_by_hand():
     assert use.summary(frequent_above=0.5)["frequent_experts"] == 1
 
 
+def test_always_on_experts_are_named_the_most_frequent_first():
+    use = ExpertUse(4)
+    use.update(ExpertCoefficients(torch.ones(10, 3), torch.tensor([[2, 0, 3]] * 8 + [[2, 0, 1], [1, 0, 3]])))
+    assert use.always_on() == {"0": 1.0, "2": 0.9, "3": 0.9}
+    assert use.always_on(0.95) == {"0": 1.0}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_in_any_shape_equals_one_batch(dtype):
     whole, parts = ExpertUse(5), ExpertUse(5)

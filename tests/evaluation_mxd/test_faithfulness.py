@@ -13,6 +13,7 @@ from modeling_mxd.reference import dense_coefficients
 LAYER_KEYS = {
     "nmse", "nmse_without_first", "fvu", "fvu_without_first", "l0", "dead_experts", "expert_share",
     "specialised_share", "expert_entropy", "max_expert_frequency", "frequent_experts",
+    "clipped_expert_share", "clipped_specialised_share",
 }  # fmt: skip
 
 
@@ -35,8 +36,10 @@ def test_an_exact_replacement(tiny_llama):
         assert max(row["nmse"], row["fvu"], row["nmse_without_first"], row["fvu_without_first"]) < 1e-10
         assert (row["l0"], row["dead_experts"], row["frequent_experts"], row["max_expert_frequency"]) == (4, 0, 4, 1)
         assert row["expert_entropy"] == pytest.approx(1)
+        assert row["clipped_expert_share"] == pytest.approx(0, abs=1e-6) == row["clipped_specialised_share"]
         # Experts that never change carry nothing.
         assert row["expert_share"] == pytest.approx(0, abs=1e-6) == row["specialised_share"]
+    assert results["always_on"] == {"0": dict.fromkeys("0123", 1), "2": dict.fromkeys("0123", 1)}
     loss = results["cross_entropy"]
     assert loss["spliced"] == pytest.approx(loss["untouched"], rel=1e-6)
     assert loss["zero_ablated"] != pytest.approx(loss["untouched"], rel=1e-3)
@@ -136,6 +139,20 @@ def test_shares_are_those_of_brute_force(tiny_llama, method, frequency):
     assert row["frequent_experts"] == (active > frequency).sum()
 
 
+def test_clipped_shares_are_those_of_brute_force(tiny_llama):
+    rows, mxd = batches(), measured(tiny_llama)
+    layer, (x, y) = mxd.layer(1), activations(tiny_llama, 1, rows)
+    layer.expert_mean[:12] *= 20  # so that some tokens' errors without the experts' choice are over 1
+    everything = [torch.zeros(24).bool(), torch.ones(24).bool(), layer.expert_frequency <= 0.25]
+    nmse, without_experts, without_specialised = (
+        nmse_with(layer, x, y, layer.expert_mean, replaced, most=1) for replaced in everything
+    )
+    row = faithfulness(tiny_llama, mxd, rows)["layers"]["1"]
+    assert row["clipped_expert_share"] == pytest.approx((without_experts - nmse) / (1 - nmse), abs=1e-5)
+    assert row["clipped_specialised_share"] == pytest.approx((without_specialised - nmse) / (1 - nmse), abs=1e-5)
+    assert row["clipped_expert_share"] <= 1 < row["expert_share"]
+
+
 def test_expert_share_by_hand(tiny_llama):
     # A transcoder whose one expert is always on with a = 2 and writes v: y_hat = 2 v + b. The mean on training
     # tokens is said to be 1, so the ablated output is v + b.
@@ -190,7 +207,7 @@ def test_structure_and_settings(tiny_llama):
     results = faithfulness(
         tiny_llama, measured(tiny_llama, layers=(0, 2)), batches(), settings={"text": "a book"}, progress=False
     )
-    assert set(results) == {"layers", "cross_entropy", "kl", "top1_agreement", "settings"}
+    assert set(results) == {"layers", "always_on", "cross_entropy", "kl", "top1_agreement", "settings"}
     assert set(results["layers"]) == {"0", "2"}
     assert all(set(row) == LAYER_KEYS for row in results["layers"].values())
     assert set(results["cross_entropy"]) == {"untouched", "spliced", "zero_ablated", "recovered"}

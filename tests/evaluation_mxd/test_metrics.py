@@ -187,3 +187,11 @@ def test_kl_of_tokens_that_the_reference_rules_out_is_zero():
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert kl_divergence(reference, p).item() == pytest.approx(expected)
     assert kl_divergence(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log()).item() == math.inf
+
+
+def test_clipped_errors_by_hand():
+    sums = ErrorSums()
+    target = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    sums.update(torch.tensor([[1.0, 0.5], [6.0, 2.0], [3.0, 3.0]]), target)  # errors 1/4, 9 and, for y = 0, none
+    assert sums.nmse == pytest.approx((1 / 4 + 9) / 2)
+    assert sums.clipped_nmse == pytest.approx((1 / 4 + 1) / 2)

@@ -6,7 +6,13 @@ import torch
 from matplotlib.figure import Figure
 
 import evaluation_mxd
-from evaluation_mxd import plot_expert_frequency, plot_training_loss
+from evaluation_mxd import (
+    plot_ablation,
+    plot_domain_use,
+    plot_expert_frequency,
+    plot_singular_values,
+    plot_training_loss,
+)
 
 PNG = b"\x89PNG\r\n"
 
@@ -101,3 +107,35 @@ def test_an_empty_log_still_gives_a_figure(tmp_path):
 def test_no_global_state_of_matplotlib_is_touched():
     for path in Path(evaluation_mxd.__file__).parent.glob("*.py"):
         assert not {"pyplot", "rcParams", "matplotlib.use"} & set(path.read_text().replace(".", " ").split()), path
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.002, 0.5, 3.0], [0.25, 0.25], [0.0]])
+def test_every_singular_value_is_drawn_or_named(figures, tmp_path, values):
+    plot_singular_values({"layer 8": torch.tensor(values)}, tmp_path / "a.png")
+    (line,) = figures[0].axes[0].get_lines()
+    zeros = values.count(0.0)
+    assert line.get_ydata().sum() == len(values) - zeros
+    assert legend(figures[0]) == [f"layer 8: {len(values)} experts" + (f", {zeros} at 0" if zeros else "")]
+
+
+def test_ablation_curves_keep_every_point_and_mark_the_ablated_model(figures, tmp_path):
+    curve = {"removed": [0, 1, 2, 4], "rise": [0.01, 0.2, 0.5, None], "untouched": 2.0, "zero_ablated": 2.75}
+    plot_ablation({"layer 8": curve}, tmp_path / "a.png")
+    points, ablated = figures[0].axes[0].get_lines()
+    assert list(points.get_xdata()) == [0, 1, 2, 4]
+    assert list(points.get_ydata())[:3] == [0.01, 0.2, 0.5]
+    assert list(ablated.get_ydata()) == [0.75, 0.75]
+    assert legend(figures[0]) == ["layer 8", "layer 8: zero-ablated"]
+    assert [tick.get_text() for tick in figures[0].axes[0].get_xticklabels()] == ["0", "1", "2", "4"]
+
+
+def test_a_bar_for_the_active_and_one_for_the_own_experts_of_every_domain(figures, tmp_path):
+    domains = {
+        "plays": {"active_experts": 9, "own_experts": {"3": 1.0}},
+        "law": {"active_experts": 5, "own_experts": {}},
+    }
+    plot_domain_use({"layer 8": {"domains": domains, "share": 0.9}}, tmp_path / "a.png")
+    (axes,) = figures[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [9, 5, 1, 0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["plays", "law"]
+    assert legend(figures[0]) == ["layer 8: active there", "layer 8: 90 % of firings there"]

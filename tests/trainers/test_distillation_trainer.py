@@ -11,7 +11,7 @@ import torch
 from trainer_cases import ARGUMENTS, rows
 from transformers import TrainerCallback
 
-from evaluation_mxd import token_mask
+from evaluation_mxd import expert_ranks, token_mask
 from modeling_mxd import MxDConfig, MxDModel, SurgeryError, capture_mlps
 from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
 from trainers.router import routing_recall
@@ -338,3 +338,27 @@ def test_bf16_products_keep_float32_weights(tiny_llama, tmp_path):
     trainer.train()
     assert all(value.dtype == torch.float32 for value in model.parameters())
     assert all(torch.isfinite(value).all() for value in model.parameters())
+
+
+def test_ranks_are_logged_when_asked_for(tiny_llama, tmp_path):
+    logged = {}
+    for steps in (0, 4):
+        mxd = decomposition(layers=(0, 1))
+        args = arguments(tmp_path, rank_logging_steps=steps)
+        trainer = DistillationTrainer(mxd, tiny_llama, args, train_dataset=rows())
+        trainer.train()
+        logged[steps] = [entry for entry in trainer.state.log_history if "layer_1/normalised_rank" in entry]
+    assert logged[0] == []
+    assert [entry["step"] for entry in logged[4]] == [4, 8, 10]
+    last, ranks = logged[4][-1], expert_ranks(mxd.layer(1), 16)
+    assert last["layer_1/smallest_singular_value"] == pytest.approx(ranks.smallest.mean().item())
+    assert last["layer_1/normalised_rank"] == 1 and last["layer_0/zeros"] == 0
+    with pytest.raises(ValueError, match="rank_logging_steps"):
+        arguments(tmp_path, rank_logging_steps=-1)
+
+
+def test_a_transcoder_logs_no_rank(tiny_llama, tmp_path):
+    args = arguments(tmp_path, rank_logging_steps=4)
+    trainer = DistillationTrainer(decomposition(method="transcoder"), tiny_llama, args, train_dataset=rows())
+    trainer.train()
+    assert not any("rank" in name for entry in trainer.state.log_history for name in entry)

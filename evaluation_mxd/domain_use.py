@@ -1,0 +1,64 @@
+"""Which experts are of one domain: their use counted apart for the texts of every domain."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .expert_use import ExpertUse
+
+ONE_DOMAIN_SHARE = 0.9
+MIN_FIRINGS = 10
+
+
+def domain_use(
+    uses: Mapping[str, ExpertUse], share: float = ONE_DOMAIN_SHARE, min_firings: int = MIN_FIRINGS
+) -> dict[str, Any]:
+    """How the experts of one layer divide over domains.
+
+    An expert is of one domain when at least `share` of its firings are there, counted as if all domains had equally
+    many tokens: f_d / Σ_d f_d with f_d the share of the domain's tokens on which it is active. One that fired fewer
+    than `min_firings` times in all is of none, since a single firing is always in one domain.
+
+    Args:
+        uses: domain → use of the layer's experts on its text, as `count_expert_use` gives it.
+        share: see above.
+        min_firings: see above.
+
+    Returns:
+        {"domains": {domain: {"tokens", "active_experts": that fired there at all, "expert_entropy", "own_experts":
+        {expert: share of its firings there}, the most frequent of them first}}, "experts": N, "dead_experts": share
+        that fired nowhere, "judged_experts": that fired `min_firings` times, "share", "min_firings"}.
+
+    Raises:
+        ValueError: with fewer than two domains, where all experts would be of one; a domain without tokens; or a share
+            of at most 1/2, by which an expert could be of two.
+    """
+    if len(uses) < 2:
+        raise ValueError(f"experts are compared over at least two domains, got {', '.join(uses) or 'none'}")
+    empty = [domain for domain, use in uses.items() if not use.tokens]
+    if empty:
+        raise ValueError(f"no tokens of the domain {empty[0]!r}")
+    if not 0.5 < share <= 1:
+        raise ValueError(f"share must be over 0.5 and at most 1, got {share}")
+    frequencies = torch.stack([use.frequency for use in uses.values()])  # (domains, N)
+    firings = torch.stack([use.counts for use in uses.values()]).sum(0)
+    judged = firings >= max(1, min_firings)
+    shares = torch.where(judged, frequencies / frequencies.sum(0).clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    domains: dict[str, Any] = {}
+    for row, (domain, use) in enumerate(uses.items()):
+        order = use.frequency.argsort(descending=True, stable=True).tolist()
+        domains[domain] = {
+            "tokens": use.tokens,
+            "active_experts": int((use.counts > 0).sum()),
+            "expert_entropy": use.summary()["expert_entropy"],
+            "own_experts": {str(n): float(shares[row, n]) for n in order if shares[row, n] >= share},
+        }
+    return {
+        "domains": domains,
+        "experts": len(firings),
+        "dead_experts": float((firings == 0).double().mean()),
+        "judged_experts": int(judged.sum()),
+        "share": share,
+        "min_firings": min_firings,
+    }

@@ -1,0 +1,42 @@
+import json
+import shutil
+
+import pytest
+from commands import refused, run
+
+PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom. "
+CODE = "def f(x):\n    return x + 1\n\nfor i in range(10):\n    print(f(i))\n"
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "labelled.jsonl"
+    rows = [{"text": PROSE * 60, "kind": "prose"}, {"text": CODE * 60, "kind": "code"}, {"text": CODE, "kind": ""}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    return path
+
+
+def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    how = ("--dataset", labelled, "--by", "kind", "--tokens", "1024")
+    code, output, error = run("use", folder, *how)
+    assert code == 0, error
+    assert "prose" in output and "active experts" in output
+    assert (folder / "figures" / "experts_per_domain.png").stat().st_size
+    results = json.loads((folder / "domain_use.json").read_text())
+    (layer,) = results["layers"].values()
+    assert list(layer["domains"]) == ["code", "prose"] and layer["experts"] == 64
+    for row in layer["domains"].values():
+        assert 0 < row["tokens"] <= 1024 and 0 < row["active_experts"] <= 64
+    assert results["settings"]["domain_column"] == "kind"
+
+
+def test_text_that_cannot_be_divided(finished, labelled, monkeypatch, capsys):
+    folder = finished[0]
+    assert "no column 'domain'" in refused(monkeypatch, capsys, "use", folder, "--dataset", labelled)
+    assert "holds the text" in refused(monkeypatch, capsys, "use", folder, "--dataset", labelled, "--by", "text")
+    assert "pass --dataset" in refused(monkeypatch, capsys, "use", folder)
+    assert "is no folder" in refused(monkeypatch, capsys, "use", "nowhere", "--dataset", labelled)
+    one = labelled.with_name("one.jsonl")
+    one.write_text(json.dumps({"text": PROSE, "domain": "prose"}) + "\n")
+    assert "it has 1" in refused(monkeypatch, capsys, "use", folder, "--dataset", one)
