@@ -14,25 +14,44 @@ from .metrics import (
     recovered_share,
 )
 from .plots import plot_expert_frequency, plot_training_loss
+from .pooling import (
+    Representation,
+    expert_representation,
+    input_representation,
+    neuron_representation,
+    output_representation,
+    pool_features,
+)
+from .probing import grouped_folds, probe_features
+from .probing_plot import plot_probing
 
 __all__ = [
     "ErrorSums",
     "ExpertUse",
     "LogitSums",
+    "Representation",
     "ZeroMLP",
     "activation_mask",
     "count_expert_use",
+    "expert_representation",
     "explained_share",
     "faithfulness",
+    "grouped_folds",
+    "input_representation",
     "kl_divergence",
     "load_evaluation",
     "measure_expert_statistics",
+    "neuron_representation",
     "next_token_loss",
     "next_token_mask",
     "normalised_entropy",
     "normalised_error",
+    "output_representation",
     "plot_expert_frequency",
+    "plot_probing",
     "plot_training_loss",
+    "pool_features",
+    "probe_features",
     "recovered_share",
     "save_evaluation",
     "token_mask",

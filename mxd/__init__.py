@@ -8,7 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaluation_mxd import faithfulness, load_evaluation, measure_expert_statistics, token_mask
+    from evaluation_mxd import (
+        faithfulness,
+        grouped_folds,
+        load_evaluation,
+        measure_expert_statistics,
+        pool_features,
+        probe_features,
+        token_mask,
+    )
     from hub_cards import build_card, list_decompositions, push_decomposition, show_decomposition
     from modeling_mxd import (
         ExpertCoefficients,
@@ -44,10 +52,19 @@ if TYPE_CHECKING:
     from .base_model import BaseModelError, load_base_model
     from .finetuning import FinetuningOptions, finetune
     from .pipeline import DecompositionOptions, decompose, evaluate
+    from .probing import ProbingOptions, probe
     from .runs import TextOptions
 
 _HOME = {
-    "evaluation_mxd": ["faithfulness", "load_evaluation", "measure_expert_statistics", "token_mask"],
+    "evaluation_mxd": [
+        "faithfulness",
+        "grouped_folds",
+        "load_evaluation",
+        "measure_expert_statistics",
+        "pool_features",
+        "probe_features",
+        "token_mask",
+    ],
     "hub_cards": ["build_card", "list_decompositions", "push_decomposition", "show_decomposition"],
     "modeling_mxd": [
         "ExpertCoefficients",
@@ -82,6 +99,7 @@ _HOME = {
     "mxd.base_model": ["BaseModelError", "load_base_model"],
     "mxd.finetuning": ["FinetuningOptions", "finetune"],
     "mxd.pipeline": ["DecompositionOptions", "decompose", "evaluate"],
+    "mxd.probing": ["ProbingOptions", "probe"],
     "mxd.runs": ["TextOptions"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
