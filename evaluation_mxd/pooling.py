@@ -234,7 +234,7 @@ def pool_dense(features: Tensor, rows: Tensor, texts: int, pooling: str) -> Tens
     sums are in float64."""
     if pooling == "max":
         pooled = features.new_full((texts, features.shape[1]), -torch.inf)
-        return pooled.index_reduce_(0, rows, features, "amax").float()
+        return pooled.scatter_reduce_(0, rows[:, None].expand_as(features), features, "amax").float()
     sums = features.new_zeros((texts, features.shape[1]), dtype=torch.float64)
     counts = rows.bincount(minlength=texts).clamp_min(1)
     return (sums.index_add_(0, rows, features.double()) / counts[:, None]).float()

@@ -53,10 +53,11 @@ def test_what_cannot_be_divided_is_refused():
         grouped_folds(labels[labels == "class 0"], groups[labels == "class 0"])
     with pytest.raises(ValueError, match="folds must be at least 2"):
         grouped_folds(labels, groups, 1)
-    # Two documents hold nearly all texts of both classes: the folds that they are not in have none of one class.
-    labels = np.array(["a", "b"] * 30 + ["a", "b"])
-    groups = np.array(["1", "2"] * 30 + ["1", "2"])
-    with pytest.raises(ValueError, match="fewer documents than the 3 folds"):
+    counts = {"0": "a" * 15, "1": "b" * 19 + "c" * 15, "2": "a" * 29 + "b" * 19 + "c" * 17, "3": "a" * 9 + "b" * 20,
+              "4": "a" * 17 + "c" * 25, "5": "bccc"}  # fmt: skip
+    labels = np.array([label for text in counts.values() for label in text])
+    groups = np.array([group for group, text in counts.items() for _ in text])
+    with pytest.raises(ValueError, match="too uneven for 3 folds: one is left without class b"):
         grouped_folds(labels, groups, 3)
 
 
@@ -165,7 +166,7 @@ def test_balance_is_half_of_the_class_and_equal_parts_of_the_others():
 
 
 def test_a_probe_cannot_remember_documents():
-    """Features that only say which document a text is of: with texts of one document on both sides they tell classes."""
+    """Features that only say which document a text is of: with its texts on both sides they would tell classes."""
     labels, groups = problem(classes=2, documents=5, texts=16)
     features = csr_array((groups[:, None] == np.unique(groups)).astype(np.float32))
     alone = np.arange(len(labels)).astype(str)
