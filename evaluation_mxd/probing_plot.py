@@ -18,7 +18,8 @@ def plot_probing(problems: Mapping[str, Mapping[str, Any]], path: str | os.PathL
         path: the image's path; its ending says the format.
     """
     names = list(next(iter(problems.values())))
-    figure = Figure(figsize=(2.2 + 2.4 * len(problems), 1.3 + 0.3 * len(names)), layout="constrained")
+    width = 0.5 + 0.08 * max(map(len, names)) + 2.0 * len(problems)
+    figure = Figure(figsize=(width, 1.3 + 0.3 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(problems), sharey=True, squeeze=False)[0]
     for axes, (problem, found) in zip(panels, problems.items(), strict=True):
         axes.spines[["top", "right"]].set_visible(False)
