@@ -122,10 +122,9 @@ def probed(
         if not result.exists():
             features = load(path) if features is None else features
             folds = grouped_folds(of_problem.labels, of_problem.groups, FOLDS, options.seed)
+            how: dict[str, Any] = {"candidates": CANDIDATES, "sparsities": SPARSITIES, "seed": options.seed}
             figures = {
-                way: probe_features(
-                    features[rows], of_problem.labels, folds, standardize=standardize, seed=options.seed
-                )
+                way: probe_features(features[rows], of_problem.labels, folds, standardize=standardize, **how)
                 for way, standardize in WAYS.items()
             }
             result.write_text(json.dumps(figures) + "\n")

@@ -160,15 +160,16 @@ def probe_single(columns: np.ndarray, actual: np.ndarray, fold: Fold) -> dict[st
 
     Returns:
         `feature`, the candidate with the best F1 on the training texts (the first of equals); its `f1` and
-        `balanced_accuracy` on the test texts; `best_test_f1`, the best that any has there.
+        `balanced_accuracy` on the test texts; `best_test_f1`, the best that any has there. Features that are the same
+        on all training texts tell nothing and are passed over.
     """
     from sklearn.linear_model import LogisticRegression
 
     train, test = fold
     model = LogisticRegression(class_weight="balanced", solver="newton-cholesky", max_iter=200)
-    best: dict[str, Any] = {}
+    best: dict[str, Any] = {"feature": 0, "f1": 0.0, "balanced_accuracy": 0.5}
     best_train, best_test = -1.0, 0.0
-    for index in range(columns.shape[1]):
+    for index in np.flatnonzero(np.ptp(columns[train], axis=0)):
         model.fit(columns[train, index : index + 1], actual[train])
         predicted = columns[:, index] * model.coef_[0, 0] + model.intercept_[0] > 0
         on_train, on_test = (f1_score(predicted[side], actual[side]) for side in (train, test))
@@ -176,7 +177,7 @@ def probe_single(columns: np.ndarray, actual: np.ndarray, fold: Fold) -> dict[st
         if on_train > best_train:
             best_train = on_train
             accuracy = balanced_accuracy(predicted[test], actual[test])
-            best = {"feature": index, "f1": on_test, "balanced_accuracy": accuracy}
+            best = {"feature": int(index), "f1": on_test, "balanced_accuracy": accuracy}
     return {**best, "best_test_f1": best_test}
 
 

@@ -195,7 +195,8 @@ def test_standardised_probes_do_not_see_the_scale():
     assert raw["classes"]["class 0"]["features"] != raw_scaled["classes"]["class 0"]["features"]
 
 
-def test_features_that_never_vary_are_no_trouble():
+def test_features_that_never_vary_are_no_trouble(recwarn):
+    """Fitted, they would make the solver warn, and tell classes apart by rounding errors."""
     labels, groups = problem(classes=2)
     for standardize in (False, True):
         found = probe_features(
@@ -203,6 +204,8 @@ def test_features_that_never_vary_are_no_trouble():
             standardize=standardize,
         )  # fmt: skip
         assert found["balanced_accuracy"] == found["k_sparse"]["5"] == 0.5
+        assert found["f1"] == found["best_test_f1"] == 0
+    assert not recwarn.list
 
 
 def test_the_largest_of_equals_come_in_order():

@@ -4,11 +4,13 @@ import shutil
 import sys
 
 import pytest
-from commands import refused, run
+from commands import refused
+from typer.testing import CliRunner
 
 from modeling_mxd import MxDModel
 from mxd import ProbingOptions, probe
 from mxd import probing as command
+from mxd.cli import app
 
 TEXTS = {
     "numbers": lambda draw: " ".join(str(draw.randrange(1000)) for _ in range(20)),
@@ -54,10 +56,21 @@ COLUMNS = ["--label-column", "kind", "--text-column", "body", "--group-column", 
 
 def test_probe_shows_and_saves(finished, transcoder, labelled, tmp_path):
     folder = tmp_path / "out"
-    code, output, error = run(
-        "probe", finished[0], transcoder, "--dataset", labelled, *COLUMNS, "--candidates", "20", "--output", folder
-    )
-    assert code == 0, error
+    arguments = [
+        "probe",
+        finished[0],
+        transcoder,
+        "--dataset",
+        labelled,
+        *COLUMNS,
+        "--candidates",
+        10,
+        "--output",
+        folder,
+    ]
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+    assert shown.exit_code == 0, shown.output
+    output = shown.output
     for word in ("MLP input", "MLP neurons", "MLP output", "decomposition", "transcoder", "shouting", "k = 5"):
         assert word in output
     results = json.loads((folder / "probing.json").read_text())
@@ -154,6 +167,23 @@ def test_results_are_not_overwritten(finished, labelled, tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         probe(options(finished, labelled, tmp_path, output=str(labelled)))
     assert (tmp_path / "out" / "probing.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": []}, "probing needs labelled text: name it with --dataset"),
+        ({"decompositions": []}, "no decomposition to probe"),
+        ({"pooling": "sum"}, "pooling must be one of mean, max"),
+        ({"candidates": 0}, r"candidates \(0\) .* must be at least 1"),
+        ({"sparsities": []}, "there must be a k"),
+        ({"seed": -1}, "seed must not be negative"),
+    ],
+)
+def test_options_are_checked_before_anything_is_read(finished, labelled, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(command, "load_decomposition", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=message):
+        probe(options(finished, labelled, tmp_path, **changes))
 
 
 def test_folders_of_one_name_are_told_apart(finished, labelled, tmp_path):
