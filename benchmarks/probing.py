@@ -25,7 +25,7 @@ from probing_problems import problems
 from scipy.sparse import load_npz, save_npz
 from transformers import PreTrainedTokenizerBase
 
-from evaluation_mxd import grouped_folds, plot_probing, pool_features, probe_features
+from evaluation_mxd import always_yes_f1, grouped_folds, plot_probing, pool_features, probe_features
 from evaluation_mxd.pooling import Features
 from evaluation_mxd.probing import CANDIDATES, FOLDS, SPARSITIES
 from modeling_mxd import MxDModel, find_mlp
@@ -156,6 +156,16 @@ def table(results: Mapping[str, Any]) -> str:
     names = list(next(iter(found.values())))
     head = ["", *names, "mean F1", f"to {reference}", "best test F1", "standardised", *(f"k = {k}" for k in SPARSITIES)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    chance = [float(np.mean([*of_classes.values()])) for of_classes in results["always_yes_f1"].values()]
+    cells = [
+        *(f"{each:.3f}" for each in chance),
+        f"{np.mean(chance):.3f}",
+        "–",
+        "–",
+        "–",
+        *("0.500" for _ in SPARSITIES),
+    ]
+    lines.append("| " + " | ".join(["(always yes)", *cells]) + " |")
     for name, problems_of in found.items():
         figures = [problems_of[problem]["published"] for problem in names]
         mean, error = mean_f1(problems_of)
@@ -202,6 +212,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "reference": next(iter(sources)),
         "representations": found,
         "problems": {name: count_texts(of_problem) for name, of_problem in texts.items()},
+        "always_yes_f1": {name: always_yes_f1(of_problem.labels) for name, of_problem in texts.items()},
         "settings": {
             "layer": options.layer,
             "pooling": options.pooling,
@@ -245,7 +256,7 @@ def main() -> None:
             problem: {name: figures[problem]["published"] for name, figures in found.items()}
             for problem in results["problems"]
         }
-        plot_probing(shown, FIGURE)
+        plot_probing(shown, FIGURE, results["always_yes_f1"])
 
 
 if __name__ == "__main__":

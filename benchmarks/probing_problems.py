@@ -59,8 +59,7 @@ Row = tuple[str, str, str]
 
 
 def problems(corpus: Path) -> dict[str, LabelledDocuments]:
-    """Every problem by its name. Groups are documents; those of `party` are presidents, so that a party has to be
-    told by others of it than those that were trained on."""
+    """Every problem by its name; groups are documents."""
     rows = [row for path in sorted(corpus.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     domains: dict[str, list[dict[str, str]]] = {}
     for row in rows:
@@ -77,7 +76,7 @@ def problems(corpus: Path) -> dict[str, LabelledDocuments]:
             ]
         ),
         "era": made_of((row["text"], _key(ERAS, int(row["year"])), row["title"]) for row in speeches),
-        "party": made_of((row["text"], _key(PARTIES, row["author"]), row["author"]) for row in speeches),
+        "party": made_of((row["text"], _key(PARTIES, row["author"]), row["title"]) for row in speeches),
         "president": made_of(
             (row["text"], row["author"], row["title"]) for row in speeches if row["author"] in presidents
         ),
@@ -115,12 +114,12 @@ def library_files() -> Iterator[tuple[str, str]]:
 
 
 def regions(countries: list[dict[str, str]]) -> LabelledDocuments:
-    """Country profiles by the region that each names, without the line that names it."""
+    """What the profiles say of each country's history, by the region that they name further down."""
     found = [(row, match[1]) for row in countries if (match := REGION.search(row["text"]))]
     counts = Counter(region for _, region in found)
     return made_of(
         [
-            (REGION.sub("", row["text"]), region, row["title"])
+            (row["text"].partition("\nGeography\n")[0], region, row["title"])
             for row, region in found
             if counts[region] >= MIN_COUNTRIES
         ]

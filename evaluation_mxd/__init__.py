@@ -22,7 +22,7 @@ from .pooling import (
     output_representation,
     pool_features,
 )
-from .probing import grouped_folds, probe_features
+from .probing import always_yes_f1, grouped_folds, probe_features
 from .probing_plot import plot_probing
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Representation",
     "ZeroMLP",
     "activation_mask",
+    "always_yes_f1",
     "count_expert_use",
     "expert_representation",
     "explained_share",

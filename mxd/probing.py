@@ -13,6 +13,7 @@ import transformers
 
 from evaluation_mxd import (
     Representation,
+    always_yes_f1,
     expert_representation,
     grouped_folds,
     input_representation,
@@ -88,7 +89,7 @@ def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
 
     Returns:
         What probing.json holds: `representations` {name: what `probe_features` gives}, `classes` {name: texts and
-        documents}, `settings`.
+        documents}, `always_yes_f1` {name: F1 of a probe that knows nothing}, `settings`.
 
     Raises:
         ValueError: bad input of any kind, before the model reads a text.
@@ -131,16 +132,19 @@ def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
         "standardize": options.standardize,
         "seed": options.seed,
     }
-    results = {
+    chance = always_yes_f1(texts.labels)
+    results: dict[str, Any] = {
         "representations": {
             name: probe_features(found, texts.labels, folds, **how) for name, found in features.items()
         },
         "classes": count_texts(texts),
+        "always_yes_f1": chance,
         "settings": {**_settings(options), "layer": layer, **describe(decompositions, layer), "versions": versions()},
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot_probing({options.label_column: results["representations"]}, folder / FIGURE_NAME)
+    name = options.label_column
+    plot_probing({name: results["representations"]}, folder / FIGURE_NAME, {name: chance})
     return results
 
 

@@ -151,12 +151,14 @@ def cut_texts(
     for number, label in enumerate(np.unique(documents.labels)):
         rng = np.random.default_rng([seed, number])
         order = rng.permutation(np.flatnonzero(documents.labels == label))
-        share = -(-texts_per_class // len(order))
         taken = len(ids)
-        for index in order:
+        for place, index in enumerate(order):
             left = texts_per_class - (len(ids) - taken)
-            windows = _windows(documents.texts[int(index)], tokenizer, length) if left else []
-            drawn = rng.permutation(len(windows))[: min(share, left)]
+            if not left:
+                break
+            share = -(-left // (len(order) - place))  # what short documents lack is asked of those that follow
+            windows = _windows(documents.texts[int(index)], tokenizer, length)
+            drawn = rng.permutation(len(windows))[:share]
             ids.extend(start + windows[window] for window in sorted(drawn))
             origins.extend([int(index)] * len(drawn))
         if len(ids) == taken:

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 
-from evaluation_mxd import grouped_folds, plot_probing, probe_features
+from evaluation_mxd import always_yes_f1, grouped_folds, plot_probing, probe_features
 from evaluation_mxd.probing import balanced_accuracy, balanced_fold, f1_score, largest
 
 
@@ -29,6 +29,10 @@ def test_scores_are_scikit_learns():
         assert balanced_accuracy(predicted, actual) == pytest.approx(
             sklearn.metrics.balanced_accuracy_score(actual, predicted)
         )
+    labels = np.array(["a"] * 3 + ["b"] * 5)
+    assert always_yes_f1(labels) == pytest.approx(
+        {name: sklearn.metrics.f1_score(labels == name, np.ones(8)) for name in "ab"}
+    )
     assert f1_score(np.zeros(3, bool), np.zeros(3, bool)) == 0
 
 
@@ -219,9 +223,8 @@ def test_plot_has_a_panel_for_each_problem(tmp_path, monkeypatch):
     labels, groups = problem(classes=2)
     table = sparse_features(len(labels), 6, np.random.default_rng(0))
     found = probe_features(table, labels, grouped_folds(labels, groups))
-    plot_probing(
-        {"domain": {"neurons": found, "mxd": found}, "era": {"neurons": found, "mxd": found}}, tmp_path / "a.png"
-    )
+    problems = {name: {"neurons": found, "mxd": found} for name in ("domain", "era")}
+    plot_probing(problems, tmp_path / "a.png", dict.fromkeys(problems, always_yes_f1(labels)))
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert [axes.get_title() for axes in saved[0].axes] == ["domain", "era"]
     assert [label.get_text() for label in saved[0].axes[0].get_yticklabels()] == ["neurons", "mxd"]

@@ -71,11 +71,21 @@ def test_probe_shows_and_saves(finished, transcoder, labelled, tmp_path):
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
     assert shown.exit_code == 0, shown.output
     output = shown.output
-    for word in ("MLP input", "MLP neurons", "MLP output", "decomposition", "transcoder", "shouting", "k = 5"):
+    for word in (
+        "MLP input",
+        "MLP neurons",
+        "MLP output",
+        "decomposition",
+        "transcoder",
+        "shouting",
+        "k = 5",
+        "(always yes)",
+    ):
         assert word in output
     results = json.loads((folder / "probing.json").read_text())
     assert list(results["representations"]) == ["MLP input", "MLP neurons", "MLP output", "decomposition", "transcoder"]
     assert results["classes"] == {kind: {"texts": 20, "groups": 10} for kind in sorted(TEXTS)}
+    assert results["always_yes_f1"] == pytest.approx(dict.fromkeys(TEXTS, 0.5))
     assert (folder / "probing.png").stat().st_size > 1000
     found = results["representations"]
     assert [found[name]["width"] for name in found] == [192, 512, 192, 64, 64]

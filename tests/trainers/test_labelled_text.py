@@ -124,6 +124,8 @@ def test_classes_are_cut_to_equal_numbers_from_all_their_documents(tokenizer):
     assert counts == {"a": {"texts": 20, "groups": 10}, "b": {"texts": 20, "groups": 2}}
     of_each = [int((texts.groups == f"g{i}").sum()) for i in range(12)]
     assert of_each == [2] * 10 + [10] * 2
+    uneven = cut_texts(found, tokenizer, context_length=9, texts_per_class=25)
+    assert sorted(int((uneven.groups == f"g{i}").sum()) for i in range(10)) == [2] * 5 + [3] * 5
     few = cut_texts(found, tokenizer, context_length=9, texts_per_class=3)
     assert [count["texts"] for count in count_texts(few).values()] == [3, 3]
     again, other = (cut_texts(found, tokenizer, context_length=9, texts_per_class=20, seed=seed) for seed in (0, 1))
