@@ -52,6 +52,8 @@ def identity(name: str, folder: str | None) -> str:
     """What a representation is called in the work folder: a model or decomposition by its weights too."""
     if folder is None:
         return name.lower().replace(" ", "-")
+    if not Path(folder).is_dir():  # a Hub id
+        return folder.replace("/", "--")
     weights = hashlib.blake2b(digest_size=6)
     for path in sorted(Path(folder).glob("*.safetensors")):
         weights.update(path.read_bytes())

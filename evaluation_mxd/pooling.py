@@ -153,7 +153,8 @@ def pool_features(
         {name: (texts, width) float32}, numpy where the representation is dense, scipy CSR where it is sparse.
 
     Raises:
-        ValueError: a text is empty, the pooling is unknown, or the result would take too much memory.
+        ValueError: a text is empty, the pooling is unknown, the result would take too much memory, or the model runs
+            the layer several times (ALBERT).
     """
     from scipy.sparse import csr_array
 
@@ -169,6 +170,10 @@ def pool_features(
         for chosen in _batches(texts, batch_tokens):
             ids, mask = _padded([texts[index] for index in chosen], device)
             x, y = capture_mlps(model, [layer], ids, mask, stack=stack, site=site)[layer]
+            if x.shape[:2] != ids.shape:
+                raise ValueError(
+                    f"layer {layer} has not one activation for each token: it runs several times in a pass"
+                )
             counted = token_mask(ids, mask, include_first)
             rows = counted.nonzero()[:, 0].cpu()
             x, y = x[counted], y[counted]

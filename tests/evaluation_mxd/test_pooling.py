@@ -4,7 +4,7 @@ import torch
 from evaluation_cases import decomposition
 from scipy.sparse import issparse
 from tiny_models import tiny_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from evaluation_mxd import (
     expert_representation,
@@ -120,6 +120,12 @@ def test_bad_input_is_refused_before_the_first_pass(tiny_llama, texts):
         pool_features(tiny_llama, 1, [], found)
     with pytest.raises(ValueError, match=r"6 texts of up to 10 tokens .* take fewer texts"):
         pool_features(tiny_llama, 1, texts, found, max_bytes=1000)
+
+
+def test_a_layer_that_runs_several_times_is_refused(texts):
+    model = AutoModel.from_config(tiny_config("albert")).eval()
+    with pytest.raises(ValueError, match="layer 0 has not one activation for each token"):
+        pool_features(model, 0, texts, {"x": input_representation(find_mlp(model, 0))})
 
 
 def test_the_bound_on_memory_holds(tiny_llama, texts):
