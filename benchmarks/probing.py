@@ -7,7 +7,7 @@ a class and divided by document. One pass of the model over all texts feeds ever
 those of `evaluation_mxd.probing`, with features as they are and standardised. Pooled features and figures that are in
 the work folder are not made again. The decompositions are of one layer; differences are to the first. Writes
 benchmarks/results/probing.json, docs/probing.png, and the table into docs/probing.md. With one decomposition of
-SmolLM2-135M some 10 minutes on one core.
+SmolLM2-135M 10 minutes of one core.
 """
 
 import argparse
