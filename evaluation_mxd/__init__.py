@@ -16,6 +16,16 @@ from .metrics import (
     recovered_share,
 )
 from .plots import plot_ablation, plot_domain_use, plot_expert_frequency, plot_singular_values, plot_training_loss
+from .pooling import (
+    Representation,
+    expert_representation,
+    input_representation,
+    neuron_representation,
+    output_representation,
+    pool_features,
+)
+from .probing import always_yes_f1, grouped_folds, probe_features
+from .probing_plot import plot_probing
 from .rank import ExpertRanks, decomposition_ranks, expert_ranks
 
 __all__ = [
@@ -23,27 +33,37 @@ __all__ = [
     "ExpertRanks",
     "ExpertUse",
     "LogitSums",
+    "Representation",
     "ZeroMLP",
     "ablation_curve",
     "activation_mask",
+    "always_yes_f1",
     "count_expert_use",
     "decomposition_ranks",
     "domain_use",
     "expert_ranks",
+    "expert_representation",
     "explained_share",
     "faithfulness",
+    "grouped_folds",
+    "input_representation",
     "kl_divergence",
     "load_evaluation",
     "measure_expert_statistics",
+    "neuron_representation",
     "next_token_loss",
     "next_token_mask",
     "normalised_entropy",
     "normalised_error",
+    "output_representation",
     "plot_ablation",
     "plot_domain_use",
     "plot_expert_frequency",
+    "plot_probing",
     "plot_singular_values",
     "plot_training_loss",
+    "pool_features",
+    "probe_features",
     "recovered_share",
     "save_evaluation",
     "token_mask",

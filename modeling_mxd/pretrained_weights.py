@@ -89,12 +89,14 @@ class PretrainedWeights:
         }
         return replace(self, **chosen, decoder=self.decoder[:, kept])
 
+    def hidden(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Hidden units z (..., H) of a dense MLP for x (..., I)."""
+        z = activation(F.linear(x, self.encoder, self.encoder_bias))
+        return z if self.up is None else z * F.linear(x, self.up, self.up_bias)
+
     def apply(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """y (..., O) of a dense MLP for x (..., I): what the weights alone say."""
-        z = activation(F.linear(x, self.encoder, self.encoder_bias))
-        if self.up is not None:
-            z = z * F.linear(x, self.up, self.up_bias)
-        return F.linear(z, self.decoder, self.decoder_bias)
+        return F.linear(self.hidden(x, activation), self.decoder, self.decoder_bias)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
         domain_use,
         expert_ranks,
         faithfulness,
+        grouped_folds,
         load_evaluation,
         measure_expert_statistics,
+        pool_features,
+        probe_features,
         token_mask,
     )
     from hub_cards import build_card, list_decompositions, push_decomposition, show_decomposition
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from .domains import measure_domain_use
     from .finetuning import FinetuningOptions, finetune
     from .pipeline import DecompositionOptions, decompose, evaluate
+    from .probing import ProbingOptions, probe
     from .runs import TextOptions
 
 _HOME = {
@@ -61,8 +65,11 @@ _HOME = {
         "domain_use",
         "expert_ranks",
         "faithfulness",
+        "grouped_folds",
         "load_evaluation",
         "measure_expert_statistics",
+        "pool_features",
+        "probe_features",
         "token_mask",
     ],
     "hub_cards": ["build_card", "list_decompositions", "push_decomposition", "show_decomposition"],
@@ -100,6 +107,7 @@ _HOME = {
     "mxd.domains": ["measure_domain_use"],
     "mxd.finetuning": ["FinetuningOptions", "finetune"],
     "mxd.pipeline": ["DecompositionOptions", "decompose", "evaluate"],
+    "mxd.probing": ["ProbingOptions", "probe"],
     "mxd.runs": ["TextOptions"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

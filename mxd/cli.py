@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .tables import MAX_ROWS, cell, print_change, print_evaluation, visible
+from .tables import MAX_ROWS, cell, print_change, print_evaluation, print_probing, visible
 
 app = typer.Typer(
     add_completion=False,
@@ -72,6 +72,13 @@ class Loss(str, Enum):
     cross_entropy = "cross-entropy"
 
 
+class Pooling(str, Enum):
+    """How a text's tokens become one vector."""
+
+    mean = "mean"
+    max = "max"
+
+
 def parse_count(text: str) -> int:
     """`"480M"` → 480,000,000; also k, B, and plain digits."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbB]?)", text.replace("_", "").replace(",", "").strip())
@@ -94,6 +101,14 @@ def parse_layers(text: str | None) -> list[int] | None:
             raise typer.BadParameter(f"{text!r} names no layers: write 8, 4,8 or 4-7")
         layers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return layers
+
+
+def parse_numbers(text: str) -> list[int]:
+    """`"1,2,5"` → numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"{text!r} is no list of numbers: write 1,2,5")
+    return [int(part) for part in parts]
 
 
 def split_arguments(arguments: list[str], dataset: list[str]) -> tuple[str | None, list[str]]:
@@ -296,6 +311,77 @@ def use(
         typer.echo(json.dumps(results, indent=2))
     else:
         print_domain_use(results)
+
+
+@app.command()
+def probe(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="FOLDER...", help="Folders or Hub ids of decompositions of one layer.")
+    ],
+    label_column: Annotated[str, typer.Option(help="Column that holds the classes.")],
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub dataset, or files, folders and globs of parquet, jsonl or csv.")
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column of what stays together, as chunks of a book do. [each row by itself]")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Some of the classes: a,b,c. [all]")] = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    layer: Annotated[int | None, typer.Option(min=0, help="Which layer. [the only one that all have]")] = None,
+    against: Annotated[str, typer.Option(help="Of the MLP itself.")] = "input,neurons,output",
+    pooling: Annotated[Pooling, typer.Option(help="Over a text's tokens.")] = Pooling.mean,
+    include_first: Annotated[bool, typer.Option(help="Pool over each text's first position (BOS) too.")] = False,
+    context_length: ContextLength = 128,
+    texts_per_class: Annotated[int, typer.Option(min=1, help="At most, from as many documents as can be.")] = 500,
+    folds: Annotated[int, typer.Option(min=2, help="Of documents; each is the test side once.")] = 5,
+    candidates: Annotated[int, typer.Option(min=1, help="Features that are tried alone.")] = 100,
+    k: Annotated[str, typer.Option("--k", help="Features of the k-sparse probes.")] = "1,2,5",
+    standardize: Annotated[bool, typer.Option(help="Divide features by their standard deviation.")] = False,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of texts and folds.")] = 0,
+    output: Annotated[str, typer.Option(help="Folder for probing.json and its figure.")] = "mxd-probing",
+    overwrite: Annotated[bool, typer.Option(help="Replace results in the output folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print probing.json instead of the tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Sparse probing: how well single experts, or a few, tell classes of texts apart, and the MLP's own neurons."""
+    from .probing import ProbingOptions, probe
+
+    _quiet()
+
+    files = [name for name in arguments if Path(name).suffix in DATA_ENDINGS]  # a shell made them of a glob
+    options = ProbingOptions(
+        decompositions=[name for name in arguments if name not in files],
+        dataset=[*(dataset or []), *files],
+        label_column=label_column,
+        group_column=group_column,
+        classes=None if classes is None else [name.strip() for name in classes.split(",")],
+        text_column=text_column,
+        config_name=dataset_config,
+        split=split,
+        layer=layer,
+        against=[name.strip() for name in against.split(",") if name.strip()],
+        pooling=pooling.value,
+        include_first=include_first,
+        context_length=context_length,
+        texts_per_class=texts_per_class,
+        folds=folds,
+        candidates=candidates,
+        sparsities=parse_numbers(k),
+        standardize=standardize,
+        dtype=dtype,
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+    )
+    results = probe(options, progress=not as_json)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    print_probing(results)
+    typer.echo(f"\nSaved in {output}: probing.json, probing.png")
 
 
 @app.command()

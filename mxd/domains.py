@@ -23,8 +23,8 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
     """Documents of every domain, by the names in the dataset's domain column; those without a name are left out.
 
     Raises:
-        ValueError: when there is no such column, fewer than two domains or too many of them.
-        DataError: as `trainers.load_text`.
+        ValueError: when there are fewer than two domains, or too many of them.
+        DataError: as `trainers.load_text`; there is no such column.
     """
     if not text.dataset:
         raise ValueError("no text to compare domains on: pass --dataset, and with --by the column that names them")
@@ -35,13 +35,11 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
         config_name=text.config_name,
         split=text.split,
         text_column=text.text_column,
-        domain_column=column,
+        keep=[column],
     )
     assert isinstance(documents, Dataset)
-    if "domain" not in documents.column_names:
-        raise ValueError(f"the dataset has no column {column!r}: name with --by one that says what a document is")
     rows: dict[str, list[int]] = {}
-    for index, domain in enumerate(documents["domain"]):
+    for index, domain in enumerate(documents[column]):
         if domain not in (None, ""):
             rows.setdefault(str(domain), []).append(index)
     if not 2 <= len(rows) <= MAX_DOMAINS:

@@ -108,6 +108,35 @@ def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:
     _print(layers, model)
 
 
+def print_probing(results: dict[str, Any]) -> None:
+    """What `mxd.probe` found: a row a representation, and their F1 for every class."""
+    found = results["representations"]
+    sparsities = list(next(iter(found.values()))["k_sparse"])
+    table = Table(title="Sparse probing, means over classes and folds of test texts")
+    table.add_column("representation", overflow="fold")
+    for column in (
+        "features",
+        "F1 of the\nbest feature",
+        "best F1 on\nthe test texts",
+        *(f"accuracy\nk = {k}" for k in sparsities),
+    ):
+        table.add_column(column, justify="right")
+    chance = results["always_yes_f1"]
+    table.add_row("(always yes)", "–", f"{sum(chance.values()) / len(chance):.3f}", "–", *("0.500" for _ in sparsities))
+    for name, row in found.items():
+        accuracies = (f"{row['k_sparse'][k]:.3f}" for k in sparsities)
+        f1 = f"{row['f1']:.3f} ± {row['f1_error']:.3f}"
+        table.add_row(cell(name), f"{row['width']:,}", f1, f"{row['best_test_f1']:.3f}", *accuracies)
+    classes = Table(title="F1 of the best feature, class by class")
+    for column in ("class", "texts", "documents", "(always yes)", *found):
+        classes.add_column(cell(column), justify="left" if column == "class" else "right", overflow="fold")
+    for label, counts in list(results["classes"].items())[:MAX_ROWS]:
+        scores = (f"{row['classes'][label]['f1']:.3f}" for row in found.values())
+        known = (f"{counts['texts']:,}", f"{counts['groups']:,}", f"{chance[label]:.3f}")
+        classes.add_row(cell(label), *known, *scores)
+    _print(table, classes)
+
+
 def _change(show: Show, before: dict[str, Any], after: dict[str, Any]) -> str:
     return f"{show(before).removesuffix(' %')} → {show(after)}"
 

@@ -6,6 +6,7 @@ from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer
 from .finetuning_arguments import FinetuningArguments
 from .finetuning_trainer import FinetuningTrainer
+from .labelled_text import LabelledDocuments, LabelledTexts, cut_texts, load_labelled_text
 from .router import RoutingRecall, fit_router, fit_routers, routing_recall
 from .row_adamw import RowAdamW
 
@@ -16,11 +17,15 @@ __all__ = [
     "DistillationTrainer",
     "FinetuningArguments",
     "FinetuningTrainer",
+    "LabelledDocuments",
+    "LabelledTexts",
     "RoutingRecall",
     "RowAdamW",
+    "cut_texts",
     "fit_router",
     "fit_routers",
     "last_complete_checkpoint",
+    "load_labelled_text",
     "load_text",
     "materialize",
     "pack",

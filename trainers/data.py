@@ -65,7 +65,7 @@ def load_text(
     text_column: str = "text",
     revision: str | None = None,
     streaming: bool = False,
-    domain_column: str = "domain",
+    keep: Sequence[str] = (),
 ) -> Dataset | IterableDataset:
     """Load documents from the Hub or from local files.
 
@@ -79,14 +79,15 @@ def load_text(
         text_column: The column that holds the text in tables; text files need none.
         revision: The Hub dataset's commit, tag or branch.
         streaming: Whether to read lazily instead of downloading and converting everything first.
-        domain_column: The column that says what kind of text a document is, where there is one.
+        keep: Further columns to keep, such as a label, which every source has to have.
 
     Returns:
-        Rows `{"text": str}`, with a `"domain"` column where any source has one (empty for the sources that don't).
+        Rows `{"text": str}`, with a `"domain"` column where any source has one (empty for the sources that don't), and
+        those of `keep`.
 
     Raises:
         DataError: when a file or Hub dataset cannot be found or read, an ending is unknown, the text column is missing
-            or holds something other than text, or there are no documents at all.
+            or holds something other than text, a column of `keep` is missing, or there are no documents at all.
     """
     sources = [dataset] if isinstance(dataset, str) else list(dataset)
     if not sources:
@@ -95,16 +96,16 @@ def load_text(
     if not remote:
         if config_name is not None or revision is not None:
             raise DataError(f"config_name and revision choose among Hub datasets, but {sources} are local paths")
-        parts = _load_files(sources, split, text_column, streaming, domain_column)
+        parts = _load_files(sources, split, text_column, streaming, keep)
     elif len(sources) == 1:
         loaded = _load_hub(sources[0], config_name, split, revision, streaming)
-        parts = [_select_text(loaded, text_column, f"dataset {sources[0]!r}", domain_column)]
+        parts = [_select_text(loaded, text_column, f"dataset {sources[0]!r}", keep)]
     else:
         raise DataError(
             f"no such file or folder: {', '.join(map(repr, remote))}; several sources have to be local paths, "
             "and a Hub dataset is given alone"
         )
-    return _join(parts)
+    return _join(parts, keep)
 
 
 def _is_local(source: str) -> bool:
@@ -125,7 +126,9 @@ def _load_hub(name: str, config_name: str | None, split: str, revision: str | No
         ) from error
 
 
-def _load_files(sources: Sequence[str], split: str, text_column: str, streaming: bool, domain_column: str) -> list[Any]:
+def _load_files(
+    sources: Sequence[str], split: str, text_column: str, streaming: bool, keep: Sequence[str]
+) -> list[Any]:
     """Load local files, one part per format, in the order in which the formats first appear."""
     files = list(dict.fromkeys(itertools.chain.from_iterable(_expand(source) for source in sources)))
     by_builder: dict[str, list[Path]] = {}
@@ -144,7 +147,7 @@ def _load_files(sources: Sequence[str], split: str, text_column: str, streaming:
         try:
             part = load_dataset(builder, data_files={"train": paths}, split=split, streaming=streaming, **options)
             column = "text" if builder == "text" else text_column
-            parts.append(_select_text(part, column, f"{builder} file(s) {shown}", domain_column))
+            parts.append(_select_text(part, column, f"{builder} file(s) {shown}", keep))
         except DataError:
             raise
         except Exception as error:  # each builder has its own errors, StopIteration among them
@@ -202,8 +205,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _select_text(part: Any, text_column: str, name: str, domain_column: str) -> Any:
-    """Keep the text, renamed to "text", and the domain, once the first row has shown that there is text."""
+def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) -> Any:
+    """Keep the text, renamed to "text", the domain, and what is asked for, once the first row has shown that there is
+    text."""
     first = next(iter(part), None)
     if first is None:
         raise DataError(f"no documents: {name} has no rows")
@@ -213,15 +217,14 @@ def _select_text(part: Any, text_column: str, name: str, domain_column: str) -> 
     if not isinstance(first[text_column], str | None):
         kind = type(first[text_column]).__name__
         raise DataError(f"column {text_column!r} of {name} holds {kind}, not text; set text_column to another")
-    kept = [column for column in (text_column, domain_column) if column in columns]
+    if missing := [column for column in keep if column not in columns]:
+        raise DataError(f"{name} has no column {missing[0]!r}, only {', '.join(columns)}")
+    kept = [column for column in (text_column, "domain", *keep) if column in columns]
     part = part.select_columns(list(dict.fromkeys(kept)))
-    for column, new in ((domain_column, "domain"), (text_column, "text")):
-        if column != new and column in part.column_names:
-            part = part.rename_column(column, new)
-    return part
+    return part if text_column == "text" else part.rename_column(text_column, "text")
 
 
-def _join(parts: list[Any]) -> Any:
+def _join(parts: list[Any], keep: Sequence[str]) -> Any:
     """Concatenate what the formats gave, with a domain everywhere if it is anywhere."""
     if len(parts) == 1:
         return parts[0]
@@ -231,8 +234,8 @@ def _join(parts: list[Any]) -> Any:
         parts = [
             part if "domain" in names else _add_blank_domain(part) for part, names in zip(parts, columns, strict=True)
         ]
-        return concatenate_datasets([_as_strings(part, ("text", "domain")) for part in parts])
-    return concatenate_datasets([_as_strings(part, ("text",)) for part in parts])
+        keep = [*dict.fromkeys(["domain", *keep])]
+    return concatenate_datasets([_as_strings(part, ("text", *keep)) for part in parts])
 
 
 def _add_blank_domain(part: Any) -> Any:

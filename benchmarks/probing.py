@@ -1,0 +1,265 @@
+"""How well single experts tell classes of real texts apart, against the MLP's own neurons and other decompositions.
+
+    python benchmarks/probing.py MODEL FOLDER... --corpus FOLDER [--layer 15] [--texts 100] [--work FOLDER]
+
+Eight labelled problems (`benchmarks/probing_problems.py`) of chunks of 128 tokens, taken evenly from all documents of
+a class and divided by document. One pass of the model over all texts feeds every representation; the protocols are
+those of `evaluation_mxd.probing`, with features as they are and standardised. Pooled features and figures that are in
+the work folder are not made again. The decompositions are of one layer; differences are to the first. Writes
+benchmarks/results/probing.json, docs/probing.png, and the table into docs/probing.md. With one decomposition of
+SmolLM2-135M 10 minutes of one core.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fault_table import write_between
+from probing_problems import problems
+from scipy.sparse import load_npz, save_npz
+from transformers import PreTrainedTokenizerBase
+
+from evaluation_mxd import always_yes_f1, grouped_folds, plot_probing, pool_features, probe_features
+from evaluation_mxd.pooling import Features
+from evaluation_mxd.probing import CANDIDATES, FOLDS, SPARSITIES
+from modeling_mxd import MxDModel, find_mlp
+from mxd.base_model import load_base_model
+from mxd.probing import common_layer, describe, make_representations, named, versions
+from mxd.runs import load_decomposition
+from trainers import LabelledTexts, cut_texts
+from trainers.labelled_text import count_texts
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE, FIGURE = ROOT / "benchmarks/results/probing.json", ROOT / "docs/probing.md", ROOT / "docs/probing.png"
+BEGIN, END = "<!-- benchmarks/probing.py: begin -->\n", "<!-- benchmarks/probing.py: end -->\n"
+CONTEXT = 128
+WAYS = {"published": False, "standardised": True}
+"""How features go into the probes → whether they are standardised."""
+
+
+def digest(*values: object) -> str:
+    """A short name for what results depend on."""
+    return hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()
+
+
+def identity(name: str, folder: str | None) -> str:
+    """What a representation is called in the work folder: a model or decomposition by its weights too."""
+    if folder is None:
+        return name.lower().replace(" ", "-")
+    if not Path(folder).is_dir():  # a Hub id
+        return folder.replace("/", "--")
+    weights = hashlib.blake2b(digest_size=6)
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        weights.update(path.read_bytes())
+    return f"{Path(folder).name}-{weights.hexdigest()}"
+
+
+def cut(corpus: Path, tokenizer: PreTrainedTokenizerBase, texts: int, seed: int) -> dict[str, LabelledTexts]:
+    """The texts of every problem."""
+    return {
+        name: cut_texts(documents, tokenizer, context_length=CONTEXT, texts_per_class=texts, seed=seed)
+        for name, documents in problems(corpus).items()
+    }
+
+
+def save(path: Path, features: Features) -> None:
+    """In one move, so that an interruption leaves no half file."""
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    np.save(unfinished, features) if isinstance(features, np.ndarray) else save_npz(unfinished, features)
+    unfinished.replace(path)
+
+
+def load(path: Path) -> Features:
+    """What `save` wrote."""
+    loaded: Features = np.load(path) if path.suffix == ".npy" else load_npz(path)
+    return loaded
+
+
+def pooled(
+    options: argparse.Namespace,
+    texts: Mapping[str, LabelledTexts],
+    folder: Path,
+    decompositions: Mapping[str, MxDModel],
+    sources: Mapping[str, str],
+    model: Any,
+) -> dict[str, Path]:
+    """Features of all problems' texts, one below the other, by representation; one pass makes what is missing."""
+    where = next(iter(decompositions.values())).config.where
+    found = make_representations(find_mlp(model, options.layer, **where), decompositions)
+    paths = {
+        name: folder / f"{identity(name, sources.get(name))}.{'npy' if item.active is None else 'npz'}"
+        for name, item in found.items()
+    }
+    missing = {name: item for name, item in found.items() if not paths[name].exists()}
+    if missing:
+        ids = [text for of_problem in texts.values() for text in of_problem.ids]
+        started = time.monotonic()
+        made = pool_features(model, options.layer, ids, missing, pooling=options.pooling, progress=True, **where)
+        for name, features in made.items():
+            save(paths[name], features)
+        seconds = {"representations": list(missing), "texts": len(ids), "seconds": time.monotonic() - started}
+        (folder / f"pass-{digest(*missing)}.json").write_text(json.dumps(seconds) + "\n")
+    return paths
+
+
+def probed(
+    options: argparse.Namespace, texts: Mapping[str, LabelledTexts], path: Path, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """{problem: {way: figures}} of one representation, from the work folder where they are there."""
+    features: Features | None = None
+    found: dict[str, dict[str, Any]] = {}
+    start = 0
+    for problem, of_problem in texts.items():
+        rows = slice(start, start := start + len(of_problem.ids))
+        result = (
+            folder
+            / f"{path.stem}-{problem.replace(' ', '-')}-{digest(options.seed, FOLDS, CANDIDATES, SPARSITIES)}.json"
+        )
+        if not result.exists():
+            features = load(path) if features is None else features
+            folds = grouped_folds(of_problem.labels, of_problem.groups, FOLDS, options.seed)
+            how: dict[str, Any] = {"candidates": CANDIDATES, "sparsities": SPARSITIES, "seed": options.seed}
+            figures = {
+                way: probe_features(features[rows], of_problem.labels, folds, standardize=standardize, **how)
+                for way, standardize in WAYS.items()
+            }
+            result.write_text(json.dumps(figures) + "\n")
+        found[problem] = json.loads(result.read_text())
+    return found
+
+
+def mean_f1(found: Mapping[str, Mapping[str, Any]], way: str = "published") -> tuple[float, float]:
+    """Mean over problems, and its standard error, the folds of all problems taken for independent."""
+    errors = [figures[way]["f1_error"] for figures in found.values()]
+    mean = float(np.mean([figures[way]["f1"] for figures in found.values()]))
+    return mean, math.sqrt(sum(error**2 for error in errors)) / len(errors)
+
+
+def difference(
+    found: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Mapping[str, Any]], way: str = "published"
+) -> tuple[float, float]:
+    """Mean over problems of the difference in F1, and its standard error, paired by fold."""
+    apart = [
+        np.subtract(figures[way]["f1_folds"], reference[problem][way]["f1_folds"]) for problem, figures in found.items()
+    ]
+    errors = [float(of_folds.std(ddof=1)) / math.sqrt(len(of_folds)) for of_folds in apart]
+    return float(np.mean([of_folds.mean() for of_folds in apart])), math.sqrt(sum(e**2 for e in errors)) / len(errors)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown."""
+    found, reference = results["representations"], results["reference"]
+    names = list(next(iter(found.values())))
+    head = ["", *names, "mean F1", f"to {reference}", "best test F1", "standardised", *(f"k = {k}" for k in SPARSITIES)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    chance = [float(np.mean([*of_classes.values()])) for of_classes in results["always_yes_f1"].values()]
+    cells = [
+        *(f"{each:.3f}" for each in chance),
+        f"{np.mean(chance):.3f}",
+        "–",
+        "–",
+        "–",
+        *("0.500" for _ in SPARSITIES),
+    ]
+    lines.append("| " + " | ".join(["(always yes)", *cells]) + " |")
+    for name, problems_of in found.items():
+        figures = [problems_of[problem]["published"] for problem in names]
+        mean, error = mean_f1(problems_of)
+        apart, apart_error = difference(problems_of, found[reference])
+        cells = [
+            name,
+            *(f"{each['f1']:.3f}" for each in figures),
+            f"**{mean:.3f}** ± {error:.3f}",
+            "–" if name == reference else f"{apart:+.3f} ± {apart_error:.3f}",
+            f"{np.mean([each['best_test_f1'] for each in figures]):.3f}",
+            f"{mean_f1(problems_of, 'standardised')[0]:.3f}",
+            *(f"{np.mean([each['k_sparse'][str(k)] for each in figures]):.3f}" for k in SPARSITIES),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    counts, settings = results["problems"], results["settings"]
+    classes = sum(map(len, counts.values()))
+    texts = sum(count["texts"] for of_problem in counts.values() for count in of_problem.values())
+    lines += [
+        "",
+        f"{len(names)} problems, {classes} classes, {texts:,} texts of at most {CONTEXT} tokens, layer "
+        f"{settings['layer']}, {settings['pooling']} pooling, {FOLDS} folds by document. Columns of problems: F1 of "
+        "the best single feature, chosen on training texts, mean over classes and folds; ±: one standard error over "
+        f"folds, of differences to {reference} paired by fold. Last columns: accuracy of k-sparse probes on balanced "
+        "texts.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Pool and probe what is missing; what results/probing.json holds."""
+    sources = named(options.folders)
+    decompositions = {name: load_decomposition(folder) for name, folder in sources.items()}
+    options.layer = common_layer(decompositions, options.layer)
+    model, tokenizer, _ = load_base_model(options.model, dtype=options.dtype)
+    texts = cut(options.corpus, tokenizer, options.texts, options.seed)
+    contents = [(name, each.ids, each.labels.tolist(), each.groups.tolist()) for name, each in texts.items()]
+    base = identity("", options.model)
+    folder = options.work / digest(options.layer, options.pooling, options.dtype, base, contents)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = pooled(options, texts, folder, decompositions, sources, model)
+    started = time.monotonic()
+    found = {name: probed(options, texts, path, folder) for name, path in paths.items()}
+    return {
+        "reference": next(iter(sources)),
+        "representations": found,
+        "problems": {name: count_texts(of_problem) for name, of_problem in texts.items()},
+        "always_yes_f1": {name: always_yes_f1(of_problem.labels) for name, of_problem in texts.items()},
+        "settings": {
+            "layer": options.layer,
+            "pooling": options.pooling,
+            "dtype": options.dtype,
+            "texts_per_class": options.texts,
+            "context_length": CONTEXT,
+            "folds": FOLDS,
+            "candidates": CANDIDATES,
+            "seed": options.seed,
+            **describe(decompositions, options.layer),
+            "base_model": Path(options.model).name,
+            "versions": versions(),
+        },
+        "seconds": {
+            "pass": [json.loads(path.read_text()) for path in sorted(folder.glob("pass-*.json"))],
+            "probes": round(time.monotonic() - started, 1),
+        },
+    }
+
+
+def main() -> None:
+    """Measure, and write table and figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--layer", type=int, help="[the only one that all decompositions have]")
+    parser.add_argument("--texts", type=int, default=100, help="of a class at most")
+    parser.add_argument("--pooling", choices=("mean", "max"), default="mean")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("runs/probing"))
+    parser.add_argument("--results", type=Path, help="write the results there, and leave page and figure alone")
+    options = parser.parse_args()
+    results = measure(options)
+    (options.results or RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    if options.results is None:
+        write_between(PAGE, BEGIN, BEGIN + "\n" + table(results) + END, END)
+        found = results["representations"]
+        shown = {
+            problem: {name: figures[problem]["published"] for name, figures in found.items()}
+            for problem in results["problems"]
+        }
+        plot_probing(shown, FIGURE, results["always_yes_f1"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Labelled documents of any `datasets` source, cut into short texts of token ids: what probes are fitted on.
+
+documents = load_labelled_text("fancyzhx/ag_news", label_column="label")
+texts = cut_texts(documents, tokenizer, context_length=128, texts_per_class=500)
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .data import DataError, load_text
+
+MIN_TOKENS = 5
+"""Shorter texts are left out, BOS not counted."""
+MAX_CLASSES = 100
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class LabelledDocuments:
+    """Documents, their classes, and which of them belong together.
+
+    Attributes:
+        texts: D texts, read when they are asked for.
+        labels: class of each, (D) str.
+        groups: of each, (D) str: those of one group are never divided between training and test texts.
+    """
+
+    texts: Sequence[str | None]
+    labels: np.ndarray
+    groups: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not len(self.texts) == len(self.labels) == len(self.groups):
+            raise DataError(f"{len(self.texts)} texts, {len(self.labels)} labels, {len(self.groups)} groups")
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts as token ids.
+
+    Attributes:
+        ids: T texts, each a list of token ids of any length, BOS first if the tokenizer has one.
+        labels, groups: of each, (T) str; see `LabelledDocuments`.
+    """
+
+    ids: list[list[int]]
+    labels: np.ndarray
+    groups: np.ndarray
+
+
+def load_labelled_text(
+    dataset: str | Sequence[str],
+    *,
+    label_column: str,
+    group_column: str | None = None,
+    classes: Sequence[str] | None = None,
+    text_column: str = "text",
+    config_name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+) -> LabelledDocuments:
+    """Load documents with a class each.
+
+    Args:
+        dataset, text_column, config_name, split, revision: see `load_text`.
+        label_column: the column of the classes: words, whole numbers or a `ClassLabel`. Rows without one are left out.
+        group_column: a column by which documents belong together, as chunks of one book do; None where each document
+            stands alone.
+        classes: those that are wanted; None for all.
+
+    Raises:
+        DataError: as `load_text`; a column is missing or holds no classes, there are fewer than two classes or more
+            than `MAX_CLASSES`, or a class that was asked for does not occur.
+    """
+    if label_column == text_column:
+        raise DataError(f"{label_column!r} is named as the column of the text and as that of the labels")
+    keep = [label_column, *([group_column] if group_column else [])]
+    found = load_text(
+        dataset, text_column=text_column, config_name=config_name, split=split, revision=revision, keep=keep
+    )
+    assert isinstance(found, Dataset)
+    labels = _labels(found, label_column)
+    known = {str(label) for label in labels if label is not None}
+    if classes is not None and (missing := sorted(set(classes) - known)):
+        raise DataError(f"column {label_column!r} has no class {missing[0]!r}, only {_some(known)}")
+    wanted = known if classes is None else set(classes)
+    if len(wanted) < 2:
+        raise DataError(f"probing tells classes apart, and column {label_column!r} has only {_some(wanted) or 'none'}")
+    if len(wanted) > MAX_CLASSES:
+        raise DataError(
+            f"column {label_column!r} has {len(wanted)} different values ({_some(wanted)}): name at most "
+            f"{MAX_CLASSES} of them as classes, or another column"
+        )
+    chosen = [index for index, label in enumerate(labels) if label in wanted]
+    groups = found[group_column] if group_column else range(len(found))
+    return LabelledDocuments(
+        texts=found.select(chosen, keep_in_memory=True)["text"],
+        labels=np.array([labels[index] for index in chosen]),
+        groups=np.array([str(groups[index]) for index in chosen]),
+    )
+
+
+def _labels(found: Dataset, column: str) -> list[str | None]:
+    """The class of each row, None where it has none."""
+    feature, values = found.features[column], list(found[column])
+    strange = next((value for value in values if not isinstance(value, str | int | None)), None)
+    if strange is not None:
+        raise DataError(f"column {column!r} holds {type(strange).__name__}: classes are words or whole numbers")
+    if isinstance(feature, ClassLabel):
+        return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
+    return [None if value is None or value == "" else str(value) for value in values]
+
+
+def _some(names: Any) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:_SHOWN]) + (f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else "")
+
+
+def cut_texts(
+    documents: LabelledDocuments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int = 128,
+    texts_per_class: int = 500,
+    seed: int = 0,
+) -> LabelledTexts:
+    """Windows of the documents, at most `texts_per_class` of each class, from as many documents as can be and about as
+    many from each.
+
+    A document's windows follow one another without overlap, each of `context_length` tokens with the BOS token that
+    it begins with if the tokenizer has one; the last may be shorter. Which of them are taken is drawn at random. (The
+    papers take a document's first one: with books and source files that would be title pages and licences.)
+
+    Raises:
+        DataError: a number is out of range, or a class has no text of `MIN_TOKENS` tokens.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    length = context_length - len(start)
+    if length < MIN_TOKENS:
+        raise DataError(f"context_length must be at least {MIN_TOKENS + len(start)}, got {context_length}")
+    if texts_per_class < 1:
+        raise DataError(f"texts_per_class must be at least 1, got {texts_per_class}")
+    ids: list[list[int]] = []
+    origins: list[int] = []
+    for number, label in enumerate(np.unique(documents.labels)):
+        rng = np.random.default_rng([seed, number])
+        order = rng.permutation(np.flatnonzero(documents.labels == label))
+        taken = len(ids)
+        for place, index in enumerate(order):
+            left = texts_per_class - (len(ids) - taken)
+            if not left:
+                break
+            share = -(-left // (len(order) - place))  # what short documents lack is asked of those that follow
+            windows = _windows(documents.texts[int(index)], tokenizer, length)
+            drawn = rng.permutation(len(windows))[:share]
+            ids.extend(start + windows[window] for window in sorted(drawn))
+            origins.extend([int(index)] * len(drawn))
+        if len(ids) == taken:
+            raise DataError(f"class {label!r} has no text of at least {MIN_TOKENS} tokens")
+    return LabelledTexts(ids, documents.labels[origins], documents.groups[origins])
+
+
+def _windows(text: str | None, tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    encoded = tokenizer(text or "", add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    windows = [encoded[begin : begin + length] for begin in range(0, len(encoded), length)]
+    return [window for window in windows if len(window) >= MIN_TOKENS]
+
+
+def count_texts(texts: LabelledTexts) -> dict[str, dict[str, int]]:
+    """{class: {"texts": …, "groups": …}}."""
+    groups = {label: set(texts.groups[texts.labels == label]) for label in np.unique(texts.labels)}
+    counts = Counter(texts.labels.tolist())
+    return {str(label): {"texts": counts[label], "groups": len(members)} for label, members in groups.items()}
