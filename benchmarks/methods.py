@@ -48,7 +48,8 @@ CONTEXT = 256
 ROWS_PER_STEP = 8
 EVALUATION_TOKENS = 16384
 
-NAIVE = {"learning_rate": 1e-3, "gate_learning_rate_factor": 1.0, "modulation_learning_rate_factor": 1.0}
+EARLIER = {"modulation_initialization": "random", "decoder_initialization": "zero", "expert_share": 0.0}
+NAIVE = {**EARLIER, "learning_rate": 1e-3, "gate_learning_rate_factor": 1.0, "modulation_learning_rate_factor": 1.0}
 DATA = {**NAIVE, "encoder_initialization": "random"}
 SCALED = {**DATA, "gate_initialization": "random"}
 RAW = {**SCALED, "scale_activations": False}
@@ -71,7 +72,9 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "MxD, gate from data, pretrained encoder, lr 3e-3": ({}, {**DATA, **PRETRAINED, "learning_rate": 3e-3}),
     "skip transcoder, gate from data, lr 3e-3": (SKIP, {**DATA, "learning_rate": 3e-3}),
-    "skip transcoder, the defaults": (SKIP, {}),
+    "skip transcoder, gate from data, lr 3e-3, slow gate": (SKIP, {"learning_rate": 3e-3}),
+    "MxD, gate from data, pretrained encoder, lr 3e-3, slow gate, fast C": ({}, {**EARLIER, "learning_rate": 3e-3}),
+    "MxD, as the defaults, no share asked for": ({}, {"expert_share": 0.0}),
     "MxD, the defaults": ({}, {}),
 }
 
@@ -180,7 +183,8 @@ def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
-    head = ["", "NMSE", "without BOS", "CE rise", "recovered", "dead", "expert share", "specialised share", "seconds"]
+    head = ["", "NMSE", "without BOS", "CE rise", "KL", "recovered", "dead", "expert share", "specialised share"]
+    head.append("seconds")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         (layer,), loss = row["layers"].values(), row["cross_entropy"]
@@ -189,6 +193,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{layer['nmse']:.3f}",
             f"{layer['nmse_without_first']:.3f}",
             f"{loss['spliced'] - loss['untouched']:+.4f}",
+            f"{row['kl']:.4f}",
             f"{100 * loss['recovered']:.1f} %",
             f"{100 * layer['dead_experts']:.1f} %",
             f"{100 * layer['expert_share']:.0f} %",

@@ -129,16 +129,18 @@ class SparseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
-        coefficients = self.encode(x)
+        return self.decode(self._changed(self.encode(x), x), x)
+
+    def _changed(self, coefficients: ExpertCoefficients, x: Tensor) -> ExpertCoefficients:
         for hook in tuple(self._coefficient_hooks.values()):
             changed = hook(self, x, coefficients)
             coefficients = coefficients if changed is None else changed
-        return self.decode(coefficients, x)
+        return coefficients
 
     def forward_with_mean(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """y, and y with Cᵀa replaced by its mean over the tokens of `mask` (...): what the layer does whichever experts
-        are active. Both (..., O) for x (..., I); interventions are not applied."""
-        summed = self.sum_experts(self.encode(x))
+        are active. Both (..., O) for x (..., I), with registered interventions."""
+        summed = self.sum_experts(self._changed(self.encode(x), x))
         both = torch.stack([summed, summed[mask].mean(0).expand_as(summed)])
         outputs = self.combine(both, x.to(self.gate.weight.dtype)).to(x.dtype)
         return outputs[0], outputs[1]

@@ -181,7 +181,10 @@ def decompose(
     tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "1M",
     context_length: ContextLength = 128,
     batch_tokens: BatchTokens = 2048,
-    learning_rate: LearningRate = 3e-3,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak, in units of the scaled activations. [0.001, of transcoders 0.003]"),
+    ] = None,
     gate_start: Annotated[GateStart, typer.Option(help="Where the gate starts from.")] = GateStart.data,
     encoder_start: Annotated[
         EncoderStart | None,
@@ -189,8 +192,11 @@ def decompose(
     ] = None,
     modulation_start: Annotated[
         ModulationStart,
-        typer.Option(help="unit: from C^T a = 1, most faithful, but the dense encoder does the work."),
-    ] = ModulationStart.random,
+        typer.Option(help="unit: from C^T a = 1; random: around 0, the authors' start."),
+    ] = ModulationStart.unit,
+    expert_share: Annotated[
+        float, typer.Option(help="Error that an MxD must have without the choice of experts; 0: no such term.")
+    ] = 0.5,
     bf16: Bf16 = False,
     dtype: Dtype = "float32",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
@@ -236,7 +242,8 @@ def decompose(
         resume=resume,
         text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
         training={
-            "learning_rate": learning_rate,
+            "learning_rate": learning_rate or (1e-3 if method is Method.mxd else 3e-3),
+            "expert_share": expert_share,
             "gate_initialization": gate_start.value,
             "encoder_initialization": encoder_start.value,
             "modulation_initialization": modulation_start.value,

@@ -183,10 +183,11 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
 def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, how: dict[str, Any]) -> dict[str, Any]:
     """How a decomposition was made, for evaluation.json; `how` is what `run_training` gave."""
     arguments = trainer.args
-    starts = ("gate_initialization", "encoder_initialization", "modulation_initialization")
+    starts = [f"{part}_initialization" for part in ("gate", "encoder", "decoder", "modulation")]
+    shares = ("expert_share", "expert_share_weight")
     return {
         **asked_for(options),
-        **{name: getattr(arguments, name) for name in starts},
+        **{name: getattr(arguments, name) for name in (*starts, *shares)},
         **how,
         "model": trainer.model.config.base_model_name_or_path,
         "layers": trainer.model.config.layers,

@@ -143,8 +143,27 @@ class DistillationTrainer(DecompositionTrainer):
 
     def layer_loss(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         """Sum of one layer's losses over the batch's tokens; `model` is the (wrapped) decomposition."""
-        prediction = model(x, layer=layer).output
-        return self.distillation_loss(prediction, y, mask, self.args.loss_normalization, self.least_norm(layer))
+        loss, _ = self._losses(model, layer, x, y, mask)
+        return loss
+
+    def _losses(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the batch's tokens of the distillation loss, and of what is missing to the experts' share:
+
+            λ max(0, τ − ē),  ē = mean_t min(1, ‖m̄ * Dᵀz_t + b − y_t‖² / max(‖y_t‖², m)),  m̄ = mean_t Cᵀa_t
+
+        with τ = `expert_share`, λ = `expert_share_weight`. A dense encoder that starts at the MLP's own can do
+        everything by itself with Cᵀa = 1, and by the error alone it would: this asks that the layer fails where it is
+        not told which experts are active."""
+        least, normalization = self.least_norm(layer), self.args.loss_normalization
+        if not self.args.expert_share_weight or self.model.config.layer(layer).method != "mxd" or not mask.any():
+            loss = self.distillation_loss(model(x, layer=layer).output, y, mask, normalization, least)
+            return loss, torch.zeros_like(loss)
+        outputs = model(x, layer=layer, mean_over=mask)
+        of_mean, target = outputs.output_of_mean[mask].float(), y[mask].float()
+        squared_norm = target.square().sum(-1).clamp_min(max(least, torch.finfo(torch.float32).tiny))
+        error = ((of_mean - target).square().sum(-1) / squared_norm).clamp_max(1).mean()
+        missing = self.args.expert_share_weight * len(target) * (self.args.expert_share - error).clamp_min(0)
+        return self.distillation_loss(outputs.output, y, mask, normalization, least), missing
 
     def compute_loss(
         self,
@@ -175,8 +194,9 @@ class DistillationTrainer(DecompositionTrainer):
             mask = self._mask(inputs, x)
             # DDP averages gradients over processes; the sum over all tokens is wanted.
             with self.compute_loss_context_manager():
-                loss = self.layer_loss(model, layer, x, y, mask) / tokens * self.args.world_size
-            self.accelerator.backward((loss + self._router_loss(layer, x, mask)) / len(layers))
+                sums = self._losses(model, layer, x, y, mask)
+                loss, missing = (part / tokens * self.args.world_size for part in sums)
+            self.accelerator.backward((loss + missing + self._router_loss(layer, x, mask)) / len(layers))
             self._layer_losses[layer] = self._layer_losses[layer] + loss.detach()
             total += loss.detach() / len(layers)
         return total
@@ -266,6 +286,7 @@ class DistillationTrainer(DecompositionTrainer):
                 self.args.encoder_initialization,
                 self.args.modulation_initialization,
                 self.args.scale_activations,
+                self.args.decoder_initialization,
             )
             for layer in self.model.config.layers:
                 if self.model.layer(layer).router is not None:

@@ -150,8 +150,9 @@ def _gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) 
 
 
 @torch.no_grad()
-def start_encoder_from_pretrained(layer: MxDLayer, site: MLPSite) -> None:
-    """Copy the pretrained MLP's encoder (and up projection) into E and U; D and C stay as they are.
+def start_encoder_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool = False) -> None:
+    """Copy the pretrained MLP's encoder (and up projection) into E and U, with `decoder` its decoder into D and b:
+    where Cᵀa is 1, the layer is then the MLP. C stays as it is.
 
     Raises:
         ValueError: when its encoder has another form or width than the MLP's.
@@ -172,6 +173,11 @@ def start_encoder_from_pretrained(layer: MxDLayer, site: MLPSite) -> None:
         linear.weight.copy_(weight)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias) if bias is None else linear.bias.copy_(bias)
+    if decoder:
+        layer.decoder.weight.copy_(weights.decoder)
+        if layer.output_bias is not None:
+            bias = weights.decoder_bias
+            nn.init.zeros_(layer.output_bias) if bias is None else layer.output_bias.copy_(bias)
 
 
 @torch.no_grad()
@@ -208,15 +214,18 @@ def initialize_decomposition(
     encoder_start: str = "random",
     modulation_start: str = "random",
     scale_activations: bool = True,
+    decoder_start: str = "zero",
 ) -> None:
     """Start every layer: see `initialize_layer`, `start_encoder_from_pretrained` and `start_modulation_at_unit`.
-    Transcoders have neither encoder nor modulations and ignore those two."""
+    Transcoders have neither encoder nor modulations and ignore those; a decoder starts from the pretrained one only
+    where the encoder does, whose units it reads."""
     for index in decomposition.config.layers:
         layer = decomposition.layer(index)
         initialize_layer(layer, calibrations[index], gate_start, scale_activations)
         if not isinstance(layer, MxDLayer):
             continue
         if encoder_start == "pretrained":
-            start_encoder_from_pretrained(layer, find_mlp(model, index, **decomposition.config.where))
+            site = find_mlp(model, index, **decomposition.config.where)
+            start_encoder_from_pretrained(layer, site, decoder=decoder_start == "pretrained")
         if modulation_start == "unit":
             start_modulation_at_unit(layer, calibrations[index])

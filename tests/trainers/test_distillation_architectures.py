@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import model_inputs, tiny_model
+from trainer_cases import PLAIN
 
 from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, find_mlps
 from trainers import DistillationArguments, DistillationTrainer
@@ -77,6 +78,7 @@ def test_the_loss_falls(model_type, tmp_path):
         learning_rate=1e-2,
         calibration_tokens=64,
         statistics_tokens=64,
+        **PLAIN,
     )
     trainer = DistillationTrainer(mxd, teacher, arguments, train_dataset=rows, data_collator=collate, eval_dataset=rows)
     trainer.train()

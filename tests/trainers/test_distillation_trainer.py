@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_cases import ARGUMENTS, rows
+from trainer_cases import ARGUMENTS, PLAIN, rows
 from transformers import TrainerCallback
 
-from evaluation_mxd import expert_ranks, token_mask
+from evaluation_mxd import expert_ranks, faithfulness, token_mask
 from modeling_mxd import MxDConfig, MxDModel, SurgeryError, capture_mlps
 from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
 from trainers.router import routing_recall
@@ -63,7 +63,7 @@ def test_loss_falls_and_every_parameter_moves(tiny_llama, tmp_path, method):
     before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
     model = decomposition(layers=(0, 2), method=method)
     trainer = DistillationTrainer(
-        model, tiny_llama, arguments(tmp_path, max_steps=40, logging_steps=5), train_dataset=rows()
+        model, tiny_llama, arguments(tmp_path, max_steps=40, logging_steps=5, **PLAIN), train_dataset=rows()
     )
     trainer._start()
     start = {name: value.clone() for name, value in model.named_parameters()}
@@ -75,6 +75,44 @@ def test_loss_falls_and_every_parameter_moves(tiny_llama, tmp_path, method):
     assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
     for layer in (0, 2):
         assert model.layer(layer).expert_frequency.sum() == pytest.approx(4, abs=0.5)
+
+
+def test_what_is_missing_to_the_experts_share_by_hand(tiny_llama, tmp_path):
+    model = decomposition()
+    trainer = DistillationTrainer(
+        model, tiny_llama, arguments(tmp_path, expert_share=0.9, expert_share_weight=2.0), train_dataset=rows()
+    )
+    layer = model.layer(1)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, y, mask = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    loss, missing = trainer._losses(model, 1, x, y, mask)
+    torch.testing.assert_close(loss, trainer.distillation_loss(layer(x), y, mask))
+    x, y = x[mask], y[mask]
+    mean = layer.sum_experts(layer.encode(x)).mean(0)
+    of_mean = mean * layer.decoder(layer.hidden(x)) + layer.output_bias
+    errors = ((of_mean - y).square().sum(-1) / y.square().sum(-1)).clamp_max(1)
+    assert missing.item() == pytest.approx(2 * 8 * max(0.0, 0.9 - errors.mean().item()), rel=1e-4)
+
+
+def test_experts_come_to_carry_the_share_that_is_asked_for(tiny_llama, tmp_path):
+    shares = []
+    for asked in (0.0, 0.5):
+        torch.manual_seed(0)
+        model, data = decomposition(), rows()
+        settings = arguments(tmp_path, max_steps=60, expert_share=asked, learning_rate=3e-3)
+        DistillationTrainer(model, tiny_llama, settings, train_dataset=data).train()
+        ids = torch.tensor(data["input_ids"])
+        shares.append(faithfulness(tiny_llama, model, [{"input_ids": ids}])["layers"]["1"]["clipped_expert_share"])
+    assert shares[0] < 0.05 < 0.15 < shares[1]
+
+
+def test_transcoders_are_asked_for_no_share(tiny_llama, tmp_path):
+    model = decomposition(method="skip_transcoder")
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path), train_dataset=rows())
+    _, missing = trainer._losses(model, 1, torch.randn(5, 16), torch.randn(5, 16), torch.ones(5, dtype=torch.bool))
+    assert missing == 0
 
 
 def test_logs_every_layer(tiny_llama, tmp_path):
@@ -116,6 +154,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
             optim="sgd",
             gate_initialization="random",
             train_sampling_strategy="sequential",
+            expert_share=0.0,  # which is of the tokens that are there at once
         )
         trainer = DistillationTrainer(model, tiny_llama, values, train_dataset=data)
         torch.manual_seed(1)
@@ -263,7 +302,8 @@ def test_the_sparse_optimizer_leaves_experts_that_did_not_fire_as_they_were(tiny
         fired.add_(coefficients.to_dense(400).detach().flatten(0, -2).sum(0))
 
     watch = Watch()
-    settings = arguments(tmp_path, sparse_optimizer=True, per_device_train_batch_size=1, max_steps=3, warmup_steps=0)
+    changes = {"sparse_optimizer": True, "per_device_train_batch_size": 1, "max_steps": 3, "warmup_steps": 0}
+    settings = arguments(tmp_path, **changes, **PLAIN)
     trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows(), callbacks=[watch])
     trainer.train()
     assert 20 < (fired > 0).sum() < 200

@@ -100,6 +100,15 @@ def test_pretrained_encoder_gives_the_mlps_hidden_units(tiny_llama, calibrations
     torch.testing.assert_close(decomposition.layer(1).hidden(x), expected)
 
 
+def test_pretrained_encoder_and_decoder_are_the_mlp_where_the_experts_sum_to_one(tiny_llama, calibrations):
+    decomposition = model()
+    initialize_decomposition(
+        decomposition, tiny_llama, calibrations, encoder_start="pretrained", decoder_start="pretrained"
+    )
+    x, mlp = torch.randn(5, 16), tiny_llama.model.layers[1].mlp
+    torch.testing.assert_close(decomposition.layer(1).combine(torch.ones(5, 16), x), mlp(x))
+
+
 @pytest.mark.parametrize("changes", [{"intermediate_size": 39}, {"encoder_type": "mlp"}])
 def test_pretrained_encoder_of_another_form_is_refused(tiny_llama, changes):
     config = {"hidden_size": 16, "output_size": 16, "intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 2}
