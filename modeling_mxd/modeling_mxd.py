@@ -167,9 +167,7 @@ class MxDModel(PreTrainedModel):
         assert isinstance(module, SparseLayer)
         return module
 
-    def forward(
-        self, hidden_states: Tensor, layer: int | None = None, mean_over: Tensor | None = None
-    ) -> MxDOutput:
+    def forward(self, hidden_states: Tensor, layer: int | None = None, mean_over: Tensor | None = None) -> MxDOutput:
         """Run one layer.
 
         Args:

@@ -1,4 +1,5 @@
-"""A real training on a tiny model in a process of its own: `python distil.py OUTPUT KIND [kill=STEP] [resume]`.
+"""A real training on a tiny model in a process of its own: `python distil.py OUTPUT KIND [kill=STEP] [resume] [plain]`;
+plain: SGD, rows in their order, and a step of 8 rows in one process or in two.
 
 KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `sparse` (rows, and
 the optimiser that follows the experts that fired), `routed` (rows, hierarchical routing), or `finetuning`.
@@ -63,6 +64,13 @@ def main(output, kind, *options):
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    if "plain" in options:
+        accumulated = 2 // int(os.environ.get("WORLD_SIZE", "1"))
+        arguments |= {
+            "gradient_accumulation_steps": accumulated,
+            "optim": "sgd",
+            "train_sampling_strategy": "sequential",
+        }
     callbacks = [Kill(int(option.removeprefix("kill="))) for option in options if option.startswith("kill=")]
     common = {"train_dataset": rows, "callbacks": callbacks}
     if kind == "finetuning":

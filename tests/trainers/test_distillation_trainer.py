@@ -105,7 +105,8 @@ def test_experts_come_to_carry_the_share_that_is_asked_for(tiny_llama, tmp_path)
         DistillationTrainer(model, tiny_llama, settings, train_dataset=data).train()
         ids = torch.tensor(data["input_ids"])
         shares.append(faithfulness(tiny_llama, model, [{"input_ids": ids}])["layers"]["1"]["clipped_expert_share"])
-    assert shares[0] < 0.05 < 0.15 < shares[1]
+    assert shares[0] < 0.05
+    assert shares[1] > 0.15
 
 
 def test_transcoders_are_asked_for_no_share(tiny_llama, tmp_path):
