@@ -74,7 +74,6 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "skip transcoder, gate from data, lr 3e-3": (SKIP, {**DATA, "learning_rate": 3e-3}),
     "skip transcoder, gate from data, lr 3e-3, slow gate": (SKIP, {"learning_rate": 3e-3}),
     "MxD, gate from data, pretrained encoder, lr 3e-3, slow gate, fast C": ({}, {**EARLIER, "learning_rate": 3e-3}),
-    "MxD, as the defaults, no share asked for": ({}, {"expert_share": 0.0}),
     "MxD, the defaults": ({}, {}),
 }
 
