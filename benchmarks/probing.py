@@ -30,7 +30,7 @@ from evaluation_mxd.pooling import Features
 from evaluation_mxd.probing import CANDIDATES, FOLDS, SPARSITIES
 from modeling_mxd import MxDModel, find_mlp
 from mxd.base_model import load_base_model
-from mxd.probing import common_layer, describe, make_representations, named, versions
+from mxd.probing import common_layer, describe, make_representations, named, probing_versions
 from mxd.runs import load_decomposition
 from trainers import LabelledTexts, cut_texts
 from trainers.labelled_text import count_texts
@@ -226,7 +226,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "seed": options.seed,
             **describe(decompositions, options.layer),
             "base_model": Path(options.model).name,
-            "versions": versions(),
+            "versions": probing_versions(),
         },
         "seconds": {
             "pass": [json.loads(path.read_text()) for path in sorted(folder.glob("pass-*.json"))],

@@ -3,7 +3,6 @@ author, year, text) and of the running interpreter's standard library."""
 
 import ast
 import re
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from trainers import LabelledDocuments
+from trainers.data import python_library_files
 
-LIBRARY_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 ERAS = {"1790–1849": range(1790, 1850), "1850–1899": range(1850, 1900), "1900–1949": range(1900, 1950),
         "1950–2021": range(1950, 2022)}  # fmt: skip
 # Of presidents since both parties exist; Andrew Johnson, elected on a ticket of both, is left out.
@@ -65,7 +64,7 @@ def problems(corpus: Path) -> dict[str, LabelledDocuments]:
     for row in rows:
         domains.setdefault(row["domain"], []).append(row)
     speeches, plays, countries = (domains[name] for name in ("speeches", "plays", "factbook"))
-    library = list(library_files())
+    library = list(python_library_files())
     frequent = Counter(row["author"] for row in speeches).most_common()
     presidents = [name for name, _ in sorted(frequent, key=lambda item: (-item[1], item[0]))[:PRESIDENTS]]
     return {
@@ -96,21 +95,6 @@ def made_of(rows: Iterator[tuple[str, str | None, str]] | list[Row]) -> Labelled
 
 def _key(table: dict[str, object], value: object) -> str | None:
     return next((key for key, values in table.items() if value in values), None)  # type: ignore[operator]
-
-
-def library_files() -> Iterator[tuple[str, str]]:
-    """Path and text of the standard library's files, without tests and installed packages."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        inside = path.relative_to(library)
-        if LIBRARY_SKIPS.intersection(inside.parts):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text.strip():
-            yield str(inside), text
 
 
 def regions(countries: list[dict[str, str]]) -> LabelledDocuments:

@@ -1,15 +1,11 @@
 """Sparse probing of decompositions and of the MLP that they stand for, on labelled text."""
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from evaluation_mxd import (
     Representation,
@@ -29,7 +25,7 @@ from modeling_mxd import MLPSite, MxDModel, SurgeryError, find_mlp
 from trainers import cut_texts, load_labelled_text
 from trainers.labelled_text import count_texts
 
-from .runs import load_base_of, load_decomposition
+from .runs import load_base_of, load_decomposition, versions
 
 RESULTS_NAME, FIGURE_NAME = "probing.json", "probing.png"
 OF_THE_MLP = {
@@ -139,7 +135,12 @@ def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
         },
         "classes": count_texts(texts),
         "always_yes_f1": chance,
-        "settings": {**_settings(options), "layer": layer, **describe(decompositions, layer), "versions": versions()},
+        "settings": {
+            **_settings(options),
+            "layer": layer,
+            **describe(decompositions, layer),
+            "versions": probing_versions(),
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -266,12 +267,6 @@ def _settings(options: ProbingOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if name not in ("output", "overwrite")}
 
 
-def versions() -> dict[str, str]:
+def probing_versions() -> dict[str, str]:
     """Of what the figures depend on."""
-    return {
-        "mxd": version("mxd"),
-        "python": platform.python_version(),
-        "scikit-learn": version("scikit-learn"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    return {**versions(), "scikit-learn": version("scikit-learn")}

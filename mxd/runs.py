@@ -257,12 +257,17 @@ def run_training(
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "device": str(arguments.device),
-        "versions": {
-            "mxd": version("mxd"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on."""
+    return {
+        "mxd": version("mxd"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 

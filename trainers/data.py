@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,10 +256,27 @@ def _as_strings(part: Any, columns: Sequence[str]) -> Any:
     return part.select_columns(list(columns)).cast(wanted)
 
 
-def python_library_documents() -> Dataset:
-    """The running interpreter's standard library, one document per source file, as text that is always at hand.
+def python_library_files() -> Iterator[tuple[str, str]]:
+    """Path in the running interpreter's standard library, and text, of every source file, in the order of the paths.
 
-    Tests, installed packages and files that are not UTF-8 are left out.
+    Tests, installed packages, empty files and files that are not UTF-8 are left out.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        inside = path.relative_to(library)
+        if _LIBRARY_SKIPS.intersection(inside.parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            yield str(inside), text
+
+
+def python_library_documents() -> Dataset:
+    """The running interpreter's standard library, one document per source file, as text that is always at hand: see
+    `python_library_files`.
 
     Returns:
         Rows `{"text": str, "domain": "code"}`, in the order of the files' paths.
@@ -267,19 +284,10 @@ def python_library_documents() -> Dataset:
     Raises:
         DataError: when the interpreter comes without its sources.
     """
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts = []
-    for path in sorted(library.rglob("*.py")):
-        if _LIBRARY_SKIPS.intersection(path.relative_to(library).parts):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text.strip():
-            texts.append(text)
+    texts = [text for _, text in python_library_files()]
     if not texts:
-        raise DataError(f"no Python sources under {str(library)!r}; this interpreter has none to offer as text")
+        library = sysconfig.get_paths()["stdlib"]
+        raise DataError(f"no Python sources under {library!r}; this interpreter has none to offer as text")
     return Dataset.from_dict({"text": texts, "domain": ["code"] * len(texts)})
 
 

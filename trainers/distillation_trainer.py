@@ -136,7 +136,7 @@ class DistillationTrainer(DecompositionTrainer):
         prediction, target = prediction[mask].float(), target[mask].float()
         squared_norm = target.square().sum(-1)
         if normalization == "squared_norm":
-            divisor = squared_norm.clamp_min(max(minimum_squared_norm, torch.finfo(torch.float32).tiny))
+            divisor = _at_least(squared_norm, minimum_squared_norm)
         else:
             divisor = squared_norm.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         return ((prediction - target).square().sum(-1) / divisor).sum()
@@ -155,12 +155,13 @@ class DistillationTrainer(DecompositionTrainer):
         everything by itself with Cᵀa = 1, and by the error alone it would: this asks that the layer fails where it is
         not told which experts are active."""
         least, normalization = self.least_norm(layer), self.args.loss_normalization
-        if not self.args.expert_share_weight or self.model.config.layer(layer).method != "mxd" or not mask.any():
+        asked = self.args.expert_share * self.args.expert_share_weight > 0
+        if not asked or self.model.config.layer(layer).method != "mxd" or not mask.any():
             loss = self.distillation_loss(model(x, layer=layer).output, y, mask, normalization, least)
             return loss, torch.zeros_like(loss)
         outputs = model(x, layer=layer, mean_over=mask)
         of_mean, target = outputs.output_of_mean[mask].float(), y[mask].float()
-        squared_norm = target.square().sum(-1).clamp_min(max(least, torch.finfo(torch.float32).tiny))
+        squared_norm = _at_least(target.square().sum(-1), least)
         error = ((of_mean - target).square().sum(-1) / squared_norm).clamp_max(1).mean()
         missing = self.args.expert_share_weight * len(target) * (self.args.expert_share - error).clamp_min(0)
         return self.distillation_loss(outputs.output, y, mask, normalization, least), missing
@@ -291,6 +292,10 @@ class DistillationTrainer(DecompositionTrainer):
             for layer in self.model.config.layers:
                 if self.model.layer(layer).router is not None:
                     fit_router(self.model.layer(layer), calibrations[layer].inputs, seed=self.args.seed)
+
+
+def _at_least(squared_norm: Tensor, minimum: float) -> Tensor:
+    return squared_norm.clamp_min(max(minimum, torch.finfo(torch.float32).tiny))
 
 
 def normalised_errors(prediction: EvalPrediction) -> dict[str, float]:

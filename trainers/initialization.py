@@ -171,13 +171,15 @@ def start_encoder_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool 
         )
     for linear, weight, bias in pairs:
         linear.weight.copy_(weight)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias) if bias is None else linear.bias.copy_(bias)
+        _copy_bias(linear.bias, bias)
     if decoder:
         layer.decoder.weight.copy_(weights.decoder)
-        if layer.output_bias is not None:
-            bias = weights.decoder_bias
-            nn.init.zeros_(layer.output_bias) if bias is None else layer.output_bias.copy_(bias)
+        _copy_bias(layer.output_bias, weights.decoder_bias)
+
+
+def _copy_bias(to: Tensor | None, pretrained: Tensor | None) -> None:
+    if to is not None:
+        nn.init.zeros_(to) if pretrained is None else to.copy_(pretrained)
 
 
 @torch.no_grad()

@@ -28,10 +28,10 @@ WORDS = ["tax", "war", "king", "love", "river", "coal", "law", "ship"]
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     modules = [importlib.import_module(name) for name in ("probing", "probing_problems")]
-    every = dict(modules[1].library_files())
+    every = dict(modules[1].python_library_files())
     assert len(every) > 300
     # A few files stand for the standard library, which takes seconds to parse.
-    monkeypatch.setattr(modules[1], "library_files", lambda: ((path, every[path]) for path in FILES))
+    monkeypatch.setattr(modules[1], "python_library_files", lambda: ((path, every[path]) for path in FILES))
     yield modules
     for module in modules:
         sys.modules.pop(module.__name__)
