@@ -3,7 +3,8 @@
 from .ablation import ablation_curve
 from .domain_use import domain_use
 from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
-from .faithfulness import ZeroMLP, faithfulness, load_evaluation, save_evaluation
+from .faithfulness import faithfulness, load_evaluation, save_evaluation
+from .forward import ZeroMLP
 from .masks import activation_mask, next_token_mask, token_mask
 from .metrics import (
     ErrorSums,
@@ -15,6 +16,7 @@ from .metrics import (
     normalised_error,
     recovered_share,
 )
+from .paired import PairedDifference
 from .plots import plot_ablation, plot_domain_use, plot_expert_frequency, plot_singular_values, plot_training_loss
 from .pooling import (
     Representation,
@@ -27,13 +29,16 @@ from .pooling import (
 from .probing import always_yes_f1, grouped_folds, probe_features
 from .probing_plot import plot_probing
 from .rank import ExpertRanks, decomposition_ranks, expert_ranks
+from .untouched import UntouchedLosses
 
 __all__ = [
     "ErrorSums",
     "ExpertRanks",
     "ExpertUse",
     "LogitSums",
+    "PairedDifference",
     "Representation",
+    "UntouchedLosses",
     "ZeroMLP",
     "ablation_curve",
     "activation_mask",

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from modeling_mxd import ExpertCoefficients, MxDLayer, MxDModel, SparseLayer, spliced_mlps
 
 from .expert_use import SPECIALISED_FREQUENCY
-from .faithfulness import Statistics, ZeroMLP, expert_statistics
-from .forward import Batch, capture_with_logits, evaluating, next_token_logits, right_padded
+from .faithfulness import Statistics, expert_statistics
+from .forward import Batch, ZeroMLP, capture_with_logits, evaluating, next_token_logits, right_padded
 from .masks import token_mask
 from .metrics import ErrorSums, LogitSums
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer, spliced_mlps
+from modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer
 
 from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, count_expert_use
-from .forward import capture_with_logits, evaluating, next_token_logits, right_padded
-from .masks import token_mask
+from .forward import capture_with_logits, evaluating, next_token_logits, right_padded, zero_ablated
+from .masks import next_token_mask, token_mask
 from .metrics import ErrorSums, LogitSums, explained_share, recovered_share
+from .paired import PairedDifference
+from .untouched import UntouchedLosses
 
 EVALUATION_NAME = "evaluation.json"
 _POSITIONS = "all but padding; *_without_first: also without each row's first position (BOS)"
@@ -25,18 +27,6 @@ _EVALUATED = "the evaluated tokens, since the decomposition carries none from it
 
 Statistics = tuple[Tensor, Tensor]
 """Of the experts of one layer: frequency (N) and mean coefficient (N)."""
-
-
-class ZeroMLP(nn.Module):
-    """An ablated MLP: (..., I) → zeros (..., O)."""
-
-    def __init__(self, output_size: int):
-        super().__init__()
-        self.output_size = output_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zeros of the output's shape, in the dtype of x."""
-        return x.new_zeros(*x.shape[:-1], self.output_size)
 
 
 class LayerEvaluation:
@@ -102,17 +92,27 @@ class ModelEvaluation:
         model: the base model, in eval mode.
         decomposition: its layers, in eval mode and on their MLPs' devices.
         layers: the evaluation of every layer.
+        known: of the untouched model on the same batches, if it was measured before.
     """
 
-    def __init__(self, model: nn.Module, decomposition: MxDModel, layers: Mapping[int, LayerEvaluation]):
+    def __init__(
+        self,
+        model: nn.Module,
+        decomposition: MxDModel,
+        layers: Mapping[int, LayerEvaluation],
+        known: UntouchedLosses | None = None,
+    ):
         self.model = model
         self.decomposition = decomposition
         self.layers = layers
+        self.known = known
+        self.known_ablated = None if known is None else known.zero_ablated(decomposition.config)
         self.untouched, self.spliced, self.ablated = LogitSums(), LogitSums(), LogitSums()
-        self.tokens = self.rows = 0
+        self.rise = PairedDifference()
+        self.batches = self.tokens = self.rows = 0
 
     def update(self, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch: three forward passes."""
+        """Add a batch: three forward passes, two where the zero-ablated cross-entropy is known."""
         ids, attention_mask = rows = right_padded(batch, next(self.model.parameters()).device)
         mask, without_first = token_mask(ids, attention_mask), token_mask(ids, attention_mask, include_first=False)
         self.rows += len(ids)
@@ -122,13 +122,24 @@ class ModelEvaluation:
         for layer, (x, y) in captured.items():
             self.layers[layer].update(x, y, mask, without_first)
         del captured
-        self.untouched.update(logits, ids, mask)
+        untouched = self._untouched(batch, logits, ids, mask)
         with self.decomposition.spliced(self.model, cast=False):
-            self.spliced.update(next_token_logits(self.model, rows), ids, mask, reference=logits)
+            spliced = self.spliced.update(next_token_logits(self.model, rows), ids, mask, reference=logits)
+        self.rise.update(spliced - untouched.to(spliced.device), next_token_mask(mask))
         del logits
-        zeros = {layer: ZeroMLP(config.layer(layer).output_size) for layer in self.layers}
-        with spliced_mlps(self.model, zeros, **config.where):
-            self.ablated.update(next_token_logits(self.model, rows), ids, mask)
+        if self.known_ablated is None:
+            with zero_ablated(self.model, config):
+                self.ablated.update(next_token_logits(self.model, rows), ids, mask)
+        self.batches += 1
+
+    def _untouched(self, batch: Mapping[str, Tensor], logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The untouched model's losses of a batch, (batch, tokens − 1)."""
+        if self.known is None:
+            return self.untouched.update(logits, ids, mask)
+        known = self.known.of_batch(self.batches, batch)
+        if self.batches == 0:
+            self.known.check_model(0, LogitSums().update(logits, ids, mask), next_token_mask(mask))
+        return known
 
     def result(self) -> dict[str, Any]:
         """What `faithfulness` returns; of the settings, what the tokens and the model are.
@@ -140,12 +151,23 @@ class ModelEvaluation:
             raise ValueError("no held-out rows to evaluate on: the text is shorter than one row of context")
         if not self.tokens:
             raise ValueError("no held-out tokens to evaluate on: every position is padding")
-        names = ("untouched", "spliced", "zero_ablated")
-        losses = [sums.cross_entropy for sums in (self.untouched, self.spliced, self.ablated)]
+        untouched, ablated = self.untouched.cross_entropy, self.ablated.cross_entropy
+        if self.known is not None:
+            self.known.check_complete(self.batches)
+            untouched = self.known.cross_entropy
+        ablated = ablated if self.known_ablated is None else self.known_ablated
+        spliced = self.spliced.cross_entropy
         return {
             "layers": {str(layer): evaluation.result() for layer, evaluation in self.layers.items()},
             "always_on": {str(layer): evaluation.use.always_on() for layer, evaluation in self.layers.items()},
-            "cross_entropy": {**dict(zip(names, losses, strict=True)), "recovered": recovered_share(*losses)},
+            "cross_entropy": {
+                "untouched": untouched,
+                "spliced": spliced,
+                "zero_ablated": ablated,
+                "rise": self.rise.mean,
+                "rise_interval": self.rise.interval,
+                "recovered": recovered_share(untouched, spliced, ablated),
+            },
             "kl": self.spliced.kl,
             "top1_agreement": self.spliced.agreement,
             "settings": {
@@ -166,6 +188,7 @@ def faithfulness(
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
     specialised_frequency: float = SPECIALISED_FREQUENCY,
+    untouched: UntouchedLosses | None = None,
 ) -> dict[str, Any]:
     """Measure a decomposition on held-out tokens.
 
@@ -173,6 +196,8 @@ def faithfulness(
     there too; NMSE and FVU are given without it as well. Layer metrics use the untouched model's activations; see
     `ErrorSums`, `LogitSums` and `ExpertUse` for their equations. A value that is not defined is NaN.
 
+        rise               CE_spliced − CE_untouched, paired token by token; `rise_interval` is its 95 % interval, in
+                           which the rows are the clusters, see `PairedDifference`
         recovered          (CE_zero − CE_spliced) / (CE_zero − CE_untouched)
         expert_share       (NMSE_mean − NMSE) / (1 − NMSE), NMSE_mean with Cᵀa replaced by its mean over training
                            tokens: how much of what the layer explains its experts' choice explains
@@ -189,16 +214,19 @@ def faithfulness(
         settings: added to the settings that are recorded.
         progress: show a progress bar.
         specialised_frequency: see above; `frequent_experts` counts those active on more of the evaluated tokens.
+        untouched: what is known of the model on these very batches, so that several decompositions share it. The
+            untouched pass stays, KL needs its logits; that of the zero-ablated MLPs goes, where it was measured.
 
     Returns:
         {"layers": {"15": {"nmse", "nmse_without_first", "fvu", "fvu_without_first", "expert_share",
         "specialised_share", "clipped_expert_share", "clipped_specialised_share", "l0", "dead_experts",
         "expert_entropy", "max_expert_frequency", "frequent_experts"}}, "always_on": {"15": {expert: frequency}, see
-        `ExpertUse.always_on`}, "cross_entropy": {"untouched", "spliced", "zero_ablated", "recovered"}, "kl",
-        "top1_agreement", "settings"}; cross-entropies and KL in nats per token.
+        `ExpertUse.always_on`}, "cross_entropy": {"untouched", "spliced", "zero_ablated", "rise", "rise_interval":
+        [low, high], "recovered"}, "kl", "top1_agreement", "settings"}; cross-entropies and KL in nats per token.
 
     Raises:
-        ValueError: when there are no tokens, or `batches` can be passed over only once and has to be twice.
+        ValueError: when there are no tokens, `batches` can be passed over only once and has to be twice, or
+            `untouched` is of other batches or of another model.
         SurgeryError: when the model does not fit the decomposition, before anything is measured.
     """
     with decomposition.spliced(model, cast=False):
@@ -209,7 +237,7 @@ def faithfulness(
             layer: LayerEvaluation(decomposition.layer(layer), statistics[layer], specialised_frequency)
             for layer in decomposition.config.layers
         }
-        evaluation = ModelEvaluation(model, decomposition, layers)
+        evaluation = ModelEvaluation(model, decomposition, layers, untouched)
         for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, dynamic_ncols=True):
             evaluation.update(batch)
     results = evaluation.result()

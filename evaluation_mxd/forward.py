@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling_mxd import MxDConfig, capture_mlps
+from modeling_mxd import MxDConfig, capture_mlps, spliced_mlps
 
 Batch = tuple[Tensor, Tensor | None]
 """`input_ids` and `attention_mask`, both (batch, tokens)."""
@@ -67,3 +67,23 @@ def capture_with_logits(
     with model.register_forward_hook(keep):
         captured = capture_mlps(model, config.layers, *batch, stop_after_last=False, **config.where)
     return captured, kept[0]
+
+
+class ZeroMLP(nn.Module):
+    """An ablated MLP: (..., I) → zeros (..., O)."""
+
+    def __init__(self, output_size: int):
+        super().__init__()
+        self.output_size = output_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros of the output's shape, in the dtype of x."""
+        return x.new_zeros(*x.shape[:-1], self.output_size)
+
+
+@contextmanager
+def zero_ablated(model: nn.Module, config: MxDConfig) -> Iterator[None]:
+    """The MLPs of a decomposition's layers give zeros inside the block."""
+    zeros = {layer: ZeroMLP(config.layer(layer).output_size) for layer in config.layers}
+    with spliced_mlps(model, zeros, **config.where):
+        yield

@@ -161,7 +161,7 @@ class LogitSums:
         self._divergence = 0.0
         self._agreements = 0
 
-    def update(self, logits: Tensor, input_ids: Tensor, mask: Tensor, reference: Tensor | None = None) -> None:
+    def update(self, logits: Tensor, input_ids: Tensor, mask: Tensor, reference: Tensor | None = None) -> Tensor:
         """Add a batch.
 
         Args:
@@ -169,17 +169,23 @@ class LogitSums:
             input_ids: (batch, tokens).
             mask: (batch, tokens) bool, True where not padding. A position counts when it and its next token do.
             reference: logits of the reference model, or None for the loss alone.
+
+        Returns:
+            −log p(next token), (batch, tokens − 1) float64, 0 where a position does not count.
         """
         input_ids, mask = input_ids.to(logits.device), mask.to(logits.device)
+        losses = logits.new_zeros(len(mask), mask.shape[1] - 1, dtype=torch.float64)
         rows, columns = next_token_mask(mask).nonzero(as_tuple=True)
         chunk = max(1, CHUNK_ELEMENTS // logits.shape[-1])
         for row, column in zip(rows.split(chunk), columns.split(chunk), strict=True):
             part = logits[row, column]
             log_p = F.log_softmax(part.float(), dim=-1)
             self.targets += len(row)
-            self._loss += float(next_token_loss(log_p, input_ids[row, column + 1]).double().sum())
+            losses[row, column] = next_token_loss(log_p, input_ids[row, column + 1]).double()
             if reference is not None:
                 self._compare(part, log_p, reference[row, column])
+        self._loss += float(losses.sum())
+        return losses
 
     def _compare(self, logits: Tensor, log_p: Tensor, reference: Tensor) -> None:
         log_reference = F.log_softmax(reference.float(), dim=-1)

@@ -282,6 +282,16 @@ def _cross_entropy_rise(evaluation: Mapping[str, Any]) -> float | None:
     return None if spliced is None or untouched is None else _number(spliced - untouched)
 
 
+def _rise_shown(evaluation: Mapping[str, Any]) -> Markup:
+    """`+0.0081 ± 0.0012`, half the width of the 95 % interval where there is one."""
+    shown = _shown(_cross_entropy_rise(evaluation), "+.4f")
+    interval = _at(evaluation, "cross_entropy", "rise_interval")
+    ends = [_number(end) for end in interval] if isinstance(interval, list) else []
+    if shown == UNKNOWN or len(ends) != 2 or ends[0] is None or ends[1] is None:
+        return shown
+    return shown + " ± " + _shown((ends[1] - ends[0]) / 2, ".4f")
+
+
 def _eval_results(config: MxDConfig, evaluation: Mapping[str, Any]) -> list[EvalResult]:
     text, names = _evaluated_on(evaluation)
     hub_ids = [name for name in names if _dataset_id(name)]
@@ -352,7 +362,7 @@ def _results(config: MxDConfig, evaluation: Mapping[str, Any]) -> dict[str, Any]
     return {
         "rows": rows,
         "cross_entropy": [_shown(_at(cross_entropy, key), ".4f") for key in ("untouched", "spliced", "zero_ablated")]
-        + [_shown(_cross_entropy_rise(evaluation), "+.4f"), _share(_at(cross_entropy, "recovered"))],
+        + [_rise_shown(evaluation), _share(_at(cross_entropy, "recovered"))],
         "kl": _shown(_at(evaluation, "kl"), ".4f"),
         "agreement": _share(_at(evaluation, "top1_agreement")),
         "tokens": _shown(_at(settings, "tokens"), ",.0f"),
@@ -395,7 +405,7 @@ def _finetuning(run: Mapping[str, Any]) -> dict[str, Any]:
     source = next(iter(texts(run.get("decomposition"))), "FOLDER")
     loss = {"kl": ["--loss kl"], "cross_entropy": ["--loss cross-entropy"]}.get(str(run.get("loss")), [])
     before = {
-        "Rise of cross-entropy before it": _shown(_cross_entropy_rise(_at(run, "before") or {}), "+.4f"),
+        "Rise of cross-entropy before it": _rise_shown(_at(run, "before") or {}),
         "KL to the untouched model before it": _shown(_at(run, "before", "kl"), ".4f"),
     }
     command = _command([f"mxd finetune {_quoted(_dataset_id(source) or _last_part(source))}"], loss, run)

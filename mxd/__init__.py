@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluation_mxd import (
+        PairedDifference,
+        UntouchedLosses,
         ablation_curve,
         domain_use,
         expert_ranks,
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "evaluation_mxd": [
+        "PairedDifference",
+        "UntouchedLosses",
         "ablation_curve",
         "domain_use",
         "expert_ranks",

@@ -12,7 +12,9 @@ from modeling_mxd.reference import dense_coefficients
 
 def numbers(results):
     flat = {f"{layer}/{name}": value for layer, row in results["layers"].items() for name, value in row.items()}
-    return {**flat, **results["cross_entropy"], "kl": results["kl"], "top1_agreement": results["top1_agreement"]}
+    loss = dict(results["cross_entropy"])
+    loss["rise_from"], loss["rise_to"] = loss.pop("rise_interval")
+    return {**flat, **loss, "kl": results["kl"], "top1_agreement": results["top1_agreement"]}
 
 
 def layer_numbers(results):

@@ -15,12 +15,15 @@ LAYER_KEYS = {
     "specialised_share", "expert_entropy", "max_expert_frequency", "frequent_experts",
     "clipped_expert_share", "clipped_specialised_share",
 }  # fmt: skip
+LOSS_KEYS = {"untouched", "spliced", "zero_ablated", "rise", "rise_interval", "recovered"}
 
 
 def numbers(results):
     """All metrics of an evaluation in one dict."""
     flat = {f"{layer}/{name}": value for layer, row in results["layers"].items() for name, value in row.items()}
-    return {**flat, **results["cross_entropy"], "kl": results["kl"], "top1_agreement": results["top1_agreement"]}
+    loss = dict(results["cross_entropy"])
+    loss["rise_from"], loss["rise_to"] = loss.pop("rise_interval")
+    return {**flat, **loss, "kl": results["kl"], "top1_agreement": results["top1_agreement"]}
 
 
 def measured(model, layers=(1,)):
@@ -78,7 +81,9 @@ def test_model_metrics_are_those_of_plain_forwards(tiny_llama):
 
     results = faithfulness(tiny_llama, mxd, [batch])
     expected = {"untouched": untouched, "spliced": spliced, "zero_ablated": ablated}
-    expected["recovered"] = (ablated - spliced) / (ablated - untouched)
+    expected |= {"rise": spliced - untouched, "recovered": (ablated - spliced) / (ablated - untouched)}
+    low, high = results["cross_entropy"].pop("rise_interval")
+    assert low < results["cross_entropy"]["rise"] < high
     assert results["cross_entropy"] == pytest.approx(expected, rel=1e-4)
     assert results["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
     agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
@@ -210,7 +215,7 @@ def test_structure_and_settings(tiny_llama):
     assert set(results) == {"layers", "always_on", "cross_entropy", "kl", "top1_agreement", "settings"}
     assert set(results["layers"]) == {"0", "2"}
     assert all(set(row) == LAYER_KEYS for row in results["layers"].values())
-    assert set(results["cross_entropy"]) == {"untouched", "spliced", "zero_ablated", "recovered"}
+    assert set(results["cross_entropy"]) == LOSS_KEYS
     settings = results["settings"]
     assert settings.pop("positions").startswith("all but padding")
     assert settings == {

@@ -151,6 +151,17 @@ def test_every_table_has_as_many_cells_as_its_head(tmp_path):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+def test_the_rise_has_its_interval_where_there_is_one(tmp_path):
+    def shown(name, interval):
+        loss = EVALUATION["cross_entropy"] | {"rise": 0.0135, "rise_interval": interval}
+        folder = write_folder(tmp_path / name, evaluation=EVALUATION | {"cross_entropy": loss})
+        return section(build_card(folder), "Results")
+
+    assert "| +0.0135 ± 0.0012 |" in shown("measured", [0.0123, 0.0147])
+    for index, interval in enumerate(([None, None], None, [0.1], "0.1", ["<b>", 1])):
+        assert "| +0.0135 |" in shown(str(index), interval)
+
+
 def test_metadata(tmp_path):
     card = build_card(write_folder(tmp_path), repo_id="ann/gpt2-mxd", license="mit")
     metadata = card.data.to_dict()

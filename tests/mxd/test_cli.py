@@ -79,7 +79,10 @@ def test_evaluation_is_complete(finished):
     (layer,) = results["layers"].values()
     assert {"nmse", "fvu", "l0", "dead_experts", "expert_share", "specialised_share"} <= set(layer)
     assert {"expert_entropy", "max_expert_frequency"} <= set(layer)
-    assert set(results["cross_entropy"]) == {"untouched", "spliced", "zero_ablated", "recovered"}
+    loss = results["cross_entropy"]
+    assert set(loss) == {"untouched", "spliced", "zero_ablated", "rise", "rise_interval", "recovered"}
+    half = (loss["rise_interval"][1] - loss["rise_interval"][0]) / 2
+    assert f"({loss['rise']:+.4f} ± {half:.4f})" in finished[1]
     assert results["settings"]["expert_statistics"] == "training tokens"
     assert (
         results["settings"]["training"]["tokens_trained"] == 6144 or results["settings"]["training"]["tokens_trained"]
@@ -97,7 +100,9 @@ def test_evaluate_again_gives_the_same_numbers(finished):
     assert code == 0, error
     after = json.loads(output)
     assert after["layers"]["2"] == pytest.approx(before["layers"]["2"], rel=1e-5)
-    assert after["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-5)
+    intervals = [results["cross_entropy"].pop("rise_interval") for results in (before, after)]
+    assert intervals[1] == pytest.approx(intervals[0], rel=1e-4, abs=1e-6)
+    assert after["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-5, abs=1e-6)
     assert after["settings"]["training"] == before["settings"]["training"]
 
 

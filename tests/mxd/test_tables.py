@@ -1,0 +1,38 @@
+import copy
+
+import pytest
+
+from mxd.tables import print_change, print_evaluation
+
+LAYER = {"nmse": 0.1, "fvu": 0.1, "l0": 4.0, "dead_experts": 0.0, "expert_share": 0.9, "specialised_share": 0.9}
+EVALUATION = {
+    "layers": {"4": LAYER},
+    "cross_entropy": {"untouched": 2.9, "spliced": 2.9081, "zero_ablated": 3.05, "recovered": 0.909},
+    "kl": 0.0123,
+    "top1_agreement": 0.955,
+}
+
+
+@pytest.fixture
+def with_interval():
+    evaluation = copy.deepcopy(EVALUATION)
+    evaluation["cross_entropy"] |= {"rise": 0.0081, "rise_interval": [0.0069, 0.0093]}
+    return evaluation
+
+
+def test_the_rise_has_its_interval(with_interval, capsys):
+    print_evaluation(with_interval)
+    assert "2.9081  (+0.0081 ± 0.0012)" in capsys.readouterr().out
+
+
+def test_evaluations_from_before_there_was_one_are_shown(with_interval, capsys):
+    print_evaluation(EVALUATION)
+    assert "2.9081  (+0.0081)" in capsys.readouterr().out
+    with_interval["cross_entropy"]["rise_interval"] = [None, None]  # of one row
+    print_evaluation(with_interval)
+    assert "2.9081  (+0.0081)" in capsys.readouterr().out
+
+
+def test_a_change_of_the_rise(with_interval, capsys):
+    print_change(EVALUATION, with_interval)
+    assert "+0.0081 → +0.0081 ± 0.0012" in capsys.readouterr().out
