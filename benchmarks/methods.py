@@ -14,25 +14,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, concatenate_datasets
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import set_seed
 
 from evaluation_mxd import faithfulness
-from modeling_mxd import MxDConfig, MxDModel, capture_mlps, find_mlp
+from modeling_mxd import MxDConfig, MxDModel, find_mlp
 from mxd.base_model import load_base_model
 from mxd.cli import parse_count
 from mxd.pipeline import DecompositionOptions, evaluation_batches, layer_config
 from trainers import (
     DistillationArguments,
-    DistillationTrainer,
+    RecordedTeacher,
+    ReplayTrainer,
     load_text,
     materialize,
     pack,
@@ -78,66 +75,19 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-class RecordedTeacher:
-    """Inputs and outputs of one MLP for rows of tokens, kept on disk in bfloat16, found again by the row's tokens."""
-
-    def __init__(self, folder: Path, layer: int, rows: Dataset, width: int):
-        self.layer = layer
-        self.rows = {tuple(row["input_ids"].tolist()): index for index, row in enumerate(rows)}
-        shape = (len(rows), CONTEXT, width)
-        self.x, self.y = (self._map(folder / name, shape) for name in ("inputs.bin", "outputs.bin"))
-
-    @staticmethod
-    def _map(path: Path, shape: tuple[int, int, int]) -> Tensor:
-        size = shape[0] * shape[1] * shape[2]
-        return torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(shape)
-
-    def record(self, model: torch.nn.Module, rows: Dataset) -> float:
-        """Run the model over all rows; returns seconds."""
-        started = time.monotonic()
-        for start in tqdm(range(0, len(rows), ROWS_PER_STEP), desc="teacher", unit="batch"):
-            part = slice(start, start + ROWS_PER_STEP)
-            self.x[part], self.y[part] = capture_mlps(model, [self.layer], rows[part]["input_ids"])[self.layer]
-        return time.monotonic() - started
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-        """{layer: (x, y)} as recorded."""
-        index = torch.tensor([self.rows[tuple(row)] for row in batch["input_ids"].tolist()])
-        return {self.layer: (self.x[index], self.y[index])}
-
-
-class ReplayTrainer(DistillationTrainer):
-    """A distillation whose teacher was recorded."""
-
-    recorded: RecordedTeacher
-
-    def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-        """What was recorded for these rows."""
-        return self.recorded(inputs)
-
-
 def text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Documents of all domains, and those held out."""
     files = load_text(sorted(str(path) for path in options.corpus.glob("*.parquet")))
     return split_documents(concatenate_datasets([files, python_library_documents()]), seed=0)
 
 
-def training_rows(options: argparse.Namespace, tokenizer: Any) -> Dataset:
-    """The same rows, in the same order, for every method."""
-    return materialize(take_tokens(pack(text(options)[0], tokenizer, CONTEXT, seed=0), options.tokens))
-
-
 def record(options: argparse.Namespace) -> None:
-    """Record the teacher once."""
-    marker = options.work / "recorded.json"
-    if marker.exists():
-        return
+    """Record the teacher once, on the same rows in the same order for every method."""
     model, tokenizer, _ = load_base_model(str(options.model), dtype="bfloat16")
-    rows = training_rows(options, tokenizer)
-    rows.save_to_disk(str(options.work / "rows"))
-    width = find_mlp(model, options.layer).weights().encoder.shape[1]
-    seconds = RecordedTeacher(options.work, options.layer, rows, width).record(model, rows)
-    marker.write_text(json.dumps({"rows": len(rows), "seconds": seconds}))
+    rows = materialize(take_tokens(pack(text(options)[0], tokenizer, CONTEXT, seed=0), options.tokens))[:]["input_ids"]
+    RecordedTeacher.record(
+        options.work / "recording", model, [options.layer], rows, rows_per_step=ROWS_PER_STEP, progress=True
+    )
 
 
 def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -148,7 +98,6 @@ def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
     chosen = DecompositionOptions(num_experts_per_tok=32, match_transcoder=32, **layer_options)
     config = layer_config(find_mlp(model, options.layer), chosen)
     decomposition = MxDModel(MxDConfig.from_layer_configs({options.layer: config}))
-    rows = Dataset.load_from_disk(str(options.work / "rows")).with_format("torch")
     arguments = DistillationArguments(
         output_dir=str(options.work / "trainer"),
         per_device_train_batch_size=ROWS_PER_STEP,
@@ -161,8 +110,8 @@ def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
         dataloader_pin_memory=False,
         **training,
     )
-    trainer = ReplayTrainer(decomposition, model, arguments, train_dataset=rows)
-    trainer.recorded = RecordedTeacher(options.work, options.layer, rows, config.hidden_size)
+    recording = RecordedTeacher(options.work / "recording")
+    trainer = ReplayTrainer(decomposition, model, arguments, recording)
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
@@ -174,7 +123,7 @@ def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "intermediate_size": config.intermediate_size,
         "parameters": config.num_parameters,
         "training": training,
-        "tokens": len(rows) * CONTEXT,
+        "tokens": recording.rows.numel(),
         "seconds": seconds,
         **results,
     }
@@ -234,8 +183,9 @@ def main() -> None:
         path = _row_path(options, options.one_row)
         path.write_text(json.dumps(run_row(options, options.one_row), indent=1) + "\n")
         return
-    record(options)
     missing = [name for name in options.rows if not _row_path(options, name).exists()]
+    if missing:
+        record(options)
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(_run_in_process, missing))
     rows = [

@@ -7,6 +7,7 @@ from .distillation_trainer import DistillationTrainer
 from .finetuning_arguments import FinetuningArguments
 from .finetuning_trainer import FinetuningTrainer
 from .labelled_text import LabelledDocuments, LabelledTexts, cut_texts, load_labelled_text
+from .recording import RecordedTeacher, ReplayTrainer
 from .router import RoutingRecall, fit_router, fit_routers, routing_recall
 from .row_adamw import RowAdamW
 
@@ -19,6 +20,8 @@ __all__ = [
     "FinetuningTrainer",
     "LabelledDocuments",
     "LabelledTexts",
+    "RecordedTeacher",
+    "ReplayTrainer",
     "RoutingRecall",
     "RowAdamW",
     "cut_texts",

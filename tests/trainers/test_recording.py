@@ -1,0 +1,136 @@
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from trainer_cases import ARGUMENTS
+
+from modeling_mxd import MxDConfig, MxDModel, capture_mlps
+from trainers import DistillationArguments, DistillationTrainer, RecordedTeacher, ReplayTrainer
+
+LAYERS = [0, 2]
+
+
+@pytest.fixture
+def rows():
+    return torch.randint(0, 64, (20, 12))
+
+
+@pytest.fixture
+def recording(tiny_llama, rows, tmp_path):
+    return RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, rows, rows_per_step=3)
+
+
+def decomposition(layers=(0, 2), **changes):
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_experts": 48, "num_experts_per_tok": 4}
+    return MxDModel(MxDConfig(layers=list(layers), hidden_act="silu", encoder_type="glu", **sizes, **changes))
+
+
+def arguments(folder, **changes):
+    changes = {"train_sampling_strategy": "sequential", "max_steps": -1, "num_train_epochs": 1, **changes}
+    return DistillationArguments(**{"output_dir": str(folder), **ARGUMENTS, **changes})
+
+
+def test_it_gives_what_the_model_gives(tiny_llama, rows, recording):
+    order = torch.randperm(len(rows))[:7]
+    expected = capture_mlps(tiny_llama, LAYERS, rows[order])
+    got = recording({"input_ids": rows[order], "attention_mask": torch.ones(7, 12)})
+    assert list(got) == LAYERS
+    for layer in LAYERS:
+        for tensor, wanted in zip(got[layer], expected[layer], strict=True):
+            assert tensor.dtype == torch.bfloat16
+            torch.testing.assert_close(tensor.float(), wanted, rtol=2**-8, atol=1e-6)
+
+
+def test_it_is_the_training_data_in_its_order(rows, recording):
+    (batch,) = DataLoader(recording, batch_size=len(rows))
+    assert torch.equal(batch["input_ids"], rows)
+    with pytest.raises(ValueError, match="not recorded"):
+        recording({"input_ids": rows.roll(1)})
+
+
+def test_replay_trains_as_the_live_teacher_does(tiny_llama, rows, recording, tmp_path):
+    tiny_llama.bfloat16()  # so that rounding what is recorded changes nothing
+    recording = RecordedTeacher.record(tmp_path / "second", tiny_llama, LAYERS, rows)
+    trained = {}
+    for kind, data in ((DistillationTrainer, [{"input_ids": row} for row in rows]), (ReplayTrainer, recording)):
+        torch.manual_seed(0)
+        model = decomposition()
+        given = {"train_dataset": data} if kind is DistillationTrainer else {"recording": data}
+        trainer = kind(model, tiny_llama, arguments(tmp_path / "out", num_train_epochs=2), **given)
+        trainer.train()
+        assert trainer.state.global_step == 6
+        trained[kind] = model.state_dict()
+    live, replayed = trained.values()
+    assert all(torch.equal(live[name], replayed[name]) for name in live)
+
+
+def test_replay_runs_no_forward_of_the_teacher(tiny_llama, recording, tmp_path):
+    tiny_llama.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
+    ReplayTrainer(decomposition([2]), tiny_llama, arguments(tmp_path / "out"), recording).train()
+
+
+def test_layers_that_were_not_recorded_are_refused(tiny_llama, recording, tmp_path):
+    with pytest.raises(ValueError, match=r"recorded are layers \[0, 2\].*of layers \[1\]"):
+        ReplayTrainer(decomposition([1]), tiny_llama, arguments(tmp_path / "out"), recording)
+
+
+def test_an_interrupted_recording_goes_on(tiny_llama, rows, recording, tmp_path, monkeypatch):
+    expected = recording({"input_ids": rows})
+    folder, runs = tmp_path / "interrupted", []
+
+    def interrupt(*_):
+        runs.append(1)
+        if len(runs) == 5:  # the first looks at the widths
+            raise KeyboardInterrupt
+
+    handle = tiny_llama.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        RecordedTeacher.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3)
+    handle.remove()
+    assert json.loads((folder / "recording.json").read_text())["recorded"] == 9
+    with pytest.raises(ValueError, match="no complete recording"):
+        RecordedTeacher(folder)
+    seen = []
+    tiny_llama.register_forward_pre_hook(lambda _, args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+    resumed = RecordedTeacher.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3)
+    assert sum(seen[1:]) == len(rows) - 9
+    got = resumed({"input_ids": rows})
+    assert all(torch.equal(a, b) for layer in LAYERS for a, b in zip(got[layer], expected[layer], strict=True))
+    # A finished one is only opened.
+    RecordedTeacher.record(folder, tiny_llama, LAYERS, rows)
+    assert sum(seen[1:]) == len(rows) - 9 + 1
+
+
+def test_another_recording_is_refused_or_replaced(tiny_llama, rows, recording, tmp_path):
+    folder = tmp_path / "recording"
+    with pytest.raises(ValueError, match="another, by the text:"):
+        RecordedTeacher.record(folder, tiny_llama, LAYERS, rows.flip(0))
+    with pytest.raises(ValueError, match="another, by the layers"):
+        RecordedTeacher.record(folder, tiny_llama, [1], rows)
+    tiny_llama.model.layers[0].mlp.up_proj.weight.data.add_(1e-3)
+    with pytest.raises(ValueError, match="another, by the model or its dtype"):
+        RecordedTeacher.record(folder, tiny_llama, LAYERS, rows)
+    replaced = RecordedTeacher.record(folder, tiny_llama, LAYERS, rows, overwrite=True)
+    (x, y), (x_before, y_before) = (teacher({"input_ids": rows[:1]})[0] for teacher in (replaced, recording))
+    assert torch.equal(x, x_before) and not torch.equal(y, y_before)
+
+
+def test_a_full_disk_is_told_of_before_anything_runs(tiny_llama, rows, tmp_path, monkeypatch):
+    free = 20 * 12 * (4 + 2 * 2 * (16 + 16)) - 1
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free))
+    with pytest.raises(ValueError, match=r"the recording takes .* GB left"):
+        RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, rows)
+    assert not (tmp_path / "recording").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free + 1))
+    RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, rows)
+    assert sum(path.stat().st_size for path in (tmp_path / "recording").glob("*.bin")) == free + 1
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (12,)])
+def test_rows_that_are_none(tiny_llama, tmp_path, shape):
+    with pytest.raises(ValueError, match="at least one token"):
+        RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, torch.zeros(shape, dtype=torch.int64))
