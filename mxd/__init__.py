@@ -47,6 +47,8 @@ if TYPE_CHECKING:
         DistillationTrainer,
         FinetuningArguments,
         FinetuningTrainer,
+        RecordedTeacher,
+        ReplayTrainer,
         fit_routers,
         load_text,
         pack,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from .base_model import BaseModelError, load_base_model
     from .domains import measure_domain_use
     from .finetuning import FinetuningOptions, finetune
+    from .frontier import FrontierOptions, measure_frontier
     from .pipeline import DecompositionOptions, decompose, evaluate
     from .probing import ProbingOptions, probe
     from .runs import TextOptions
@@ -101,6 +104,8 @@ _HOME = {
         "DistillationTrainer",
         "FinetuningArguments",
         "FinetuningTrainer",
+        "RecordedTeacher",
+        "ReplayTrainer",
         "fit_routers",
         "load_text",
         "pack",
@@ -110,6 +115,7 @@ _HOME = {
     "mxd.base_model": ["BaseModelError", "load_base_model"],
     "mxd.domains": ["measure_domain_use"],
     "mxd.finetuning": ["FinetuningOptions", "finetune"],
+    "mxd.frontier": ["FrontierOptions", "measure_frontier"],
     "mxd.pipeline": ["DecompositionOptions", "decompose", "evaluate"],
     "mxd.probing": ["ProbingOptions", "probe"],
     "mxd.runs": ["TextOptions"],

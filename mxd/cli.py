@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .tables import MAX_ROWS, cell, print_change, print_evaluation, print_probing, visible
+from .tables import MAX_ROWS, cell, print_change, print_evaluation, print_frontier, print_probing, visible
 
 app = typer.Typer(
     add_completion=False,
@@ -111,6 +111,18 @@ def parse_numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def parse_rates(text: str | None) -> dict[str, float]:
+    """`"mxd=0.002,skip-transcoder=0.003"` → rates by method."""
+    rates = {}
+    for part in (text or "").split(",") if text else []:
+        name, _, rate = part.partition("=")
+        try:
+            rates[name.strip().replace("-", "_")] = float(rate)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is no list of learning rates: write mxd=0.002") from None
+    return rates
+
+
 def split_arguments(arguments: list[str], dataset: list[str]) -> tuple[str | None, list[str]]:
     """Tell the model from the files that a shell made of `--dataset *.parquet`."""
     files = [name for name in arguments if Path(name).suffix in DATA_ENDINGS]
@@ -130,6 +142,15 @@ DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a Hub 
 Split = Annotated[str, typer.Option(help="Split of a Hub dataset.")]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 Streaming = Annotated[bool, typer.Option(help="Read a Hub dataset as it comes, without downloading it first.")]
+Layers = Annotated[str | None, typer.Option(help="Such as 8, 4,8 or 4-7. [the middle layer]")]
+Stack = Annotated[
+    str | None, typer.Option(help="List of layers that --layers counts, see `mxd layers`. [the language model's]")
+]
+Site = Annotated[str, typer.Option(help="Which MLP of a layer, see `mxd layers`; mlp.experts: routed ones.")]
+MatchTranscoder = Annotated[
+    int, typer.Option(min=1, help="As many parameters as a transcoder of so many latents per dimension.")
+]
+IntermediateSize = Annotated[int | None, typer.Option(min=1, help="Encoder width. [the MLP's]")]
 ContextLength = Annotated[int, typer.Option(min=2, help="Tokens a row, BOS included.")]
 Dtype = Annotated[str, typer.Option(help="In which the base model runs: float32, bfloat16, float16.")]
 HeldoutDataset = Annotated[
@@ -158,20 +179,14 @@ def decompose(
     split: Split = "train",
     text_column: TextColumn = "text",
     streaming: Streaming = False,
-    layers: Annotated[str | None, typer.Option(help="Such as 8, 4,8 or 4-7. [the middle layer]")] = None,
-    stack: Annotated[
-        str | None, typer.Option(help="List of layers that --layers counts, see `mxd layers`. [the language model's]")
-    ] = None,
-    site: Annotated[
-        str, typer.Option(help="Which MLP of a layer, see `mxd layers`; mlp.experts: routed ones.")
-    ] = "mlp",
+    layers: Layers = None,
+    stack: Stack = None,
+    site: Site = "mlp",
     method: Annotated[Method, typer.Option(help="What stands in place of the MLP.")] = Method.mxd,
     k: Annotated[int, typer.Option("--k", min=1, help="Experts active per token.")] = 32,
     experts: Annotated[int | None, typer.Option(min=1, help="Number of experts. [--match-transcoder]")] = None,
-    match_transcoder: Annotated[
-        int, typer.Option(min=1, help="As many parameters as a transcoder of so many latents per dimension.")
-    ] = 32,
-    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Encoder width. [the MLP's]")] = None,
+    match_transcoder: MatchTranscoder = 32,
+    intermediate_size: IntermediateSize = None,
     groups_per_token: Annotated[
         int | None,
         typer.Option(
@@ -214,7 +229,7 @@ def decompose(
     Without arguments: the embedded model and text.
     """
     model, sources = split_arguments(arguments or [], dataset or [])
-    from .pipeline import DecompositionOptions, TextOptions, decompose, embedded
+    from .pipeline import LEARNING_RATES, DecompositionOptions, TextOptions, decompose, embedded
 
     _quiet()
 
@@ -242,7 +257,7 @@ def decompose(
         resume=resume,
         text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
         training={
-            "learning_rate": learning_rate or (1e-3 if method is Method.mxd else 3e-3),
+            "learning_rate": learning_rate or LEARNING_RATES[method.value.replace("-", "_")],
             "expert_share": expert_share,
             "gate_initialization": gate_start.value,
             "encoder_initialization": encoder_start.value,
@@ -389,6 +404,90 @@ def probe(
         return
     print_probing(results)
     typer.echo(f"\nSaved in {output}: probing.json, probing.png")
+
+
+@app.command()
+def frontier(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder. [the embedded default]")
+    ] = None,
+    dataset: Dataset = None,
+    heldout_dataset: HeldoutDataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    layers: Layers = None,
+    stack: Stack = None,
+    site: Site = "mlp",
+    k: Annotated[str, typer.Option("--k", help="Experts active per token.")] = "16,32,64,128,256",
+    methods: Annotated[str, typer.Option(help="What stands in place of the MLP.")] = "mxd,transcoder,skip-transcoder",
+    match_transcoder: MatchTranscoder = 32,
+    intermediate_size: IntermediateSize = None,
+    tokens: Annotated[str, typer.Option(help="Tokens to record and train on: 500k, 10M.")] = "1M",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the recorded tokens.")] = 1,
+    context_length: ContextLength = 128,
+    batch_tokens: BatchTokens = 2048,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="Peaks, of methods that shall not have their default: mxd=0.002."),
+    ] = None,
+    bf16: Bf16 = False,
+    dtype: Dtype = "float32",
+    teacher_dtype: Annotated[
+        str | None, typer.Option(help="In which the base model runs where it is recorded. [--dtype]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    evaluation_tokens: EvaluationTokens = "32768",
+    jobs: Annotated[int, typer.Option(min=1, help="Points at work at a time; each gets its share of the cores.")] = 1,
+    save: Annotated[bool, typer.Option(help="Keep every point's decomposition.")] = True,
+    seed: Annotated[int, typer.Option(help="Of data order and initialisation.")] = 0,
+    output: Output = "mxd-frontier",
+    overwrite: Annotated[bool, typer.Option(help="Replace a recording of another model, text or layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print frontier.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Cross-entropy of methods at several K, at equal parameters and on the same tokens (the paper's Fig. 3).
+
+    The same command goes on where it was interrupted.
+    """
+    model, sources = split_arguments(arguments or [], dataset or [])
+    from .frontier import FrontierOptions, measure_frontier
+    from .pipeline import TextOptions, embedded
+
+    _quiet()
+
+    options = FrontierOptions(
+        model=model or embedded.MODEL_NAME,
+        revision=revision,
+        dtype=dtype,
+        teacher_dtype=teacher_dtype,
+        layers=parse_layers(layers),
+        stack=stack,
+        site=site,
+        methods=[name.strip().replace("-", "_") for name in methods.split(",")],
+        num_experts_per_tok=parse_numbers(k),
+        match_transcoder=match_transcoder,
+        intermediate_size=intermediate_size,
+        tokens=parse_count(tokens),
+        num_train_epochs=epochs,
+        batch_tokens=batch_tokens,
+        learning_rates=parse_rates(learning_rates),
+        evaluation_tokens=parse_count(evaluation_tokens),
+        jobs=jobs,
+        save=save,
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
+        training={"bf16": True} if bf16 else {},
+    )
+    results = measure_frontier(options)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    print_frontier(results)
+    typer.echo(f"\nSaved in {output}: frontier.json, frontier.png, points/")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from evaluation_mxd import (
     ablation_curve,
@@ -46,6 +46,9 @@ from .runs import (
     save_results,
     step_arguments,
 )
+
+LEARNING_RATES = {"mxd": 1e-3, "transcoder": 3e-3, "skip_transcoder": 3e-3}
+"""Of a million tokens or so, by method."""
 
 
 @dataclass(kw_only=True)
@@ -127,6 +130,23 @@ def choose_layers(sites: dict[int, MLPSite], layers: list[int] | None) -> list[i
     return chosen
 
 
+def build_config(model: PreTrainedModel, commit: str | None, options: DecompositionOptions) -> MxDConfig:
+    """Configuration of the decomposition that the options ask for, of this base model, at this Hub commit.
+
+    Raises:
+        ValueError: as `choose_layers` and `layer_config`.
+    """
+    sites = find_mlps(model, options.stack, options.site)
+    configs = {layer: layer_config(sites[layer], options) for layer in choose_layers(sites, options.layers)}
+    return MxDConfig.from_layer_configs(
+        configs,
+        base_model_name_or_path=resolve_name(options.model),
+        base_model_revision=commit,
+        stack=options.stack,
+        site=options.site,
+    )
+
+
 def check_resumable(folder: Path, config: MxDConfig) -> str:
     """The checkpoint to go on from.
 
@@ -157,15 +177,7 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     folder = check_output(options.output, options.overwrite, options.resume)
     documents, heldout_documents = load_documents(options.text, options.seed)
     model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
-    sites = find_mlps(model, options.stack, options.site)
-    configs = {layer: layer_config(sites[layer], options) for layer in choose_layers(sites, options.layers)}
-    config = MxDConfig.from_layer_configs(
-        configs,
-        base_model_name_or_path=resolve_name(options.model),
-        base_model_revision=commit,
-        stack=options.stack,
-        site=options.site,
-    )
+    config = build_config(model, commit, options)
     checkpoint = check_resumable(folder, config) if options.resume else None
     context = options.text.context_length
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)

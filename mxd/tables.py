@@ -114,6 +114,31 @@ def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:
     _print(layers, model)
 
 
+def print_frontier(results: dict[str, Any]) -> None:
+    """What `mxd.frontier` found: a row a point, with means over layers."""
+    untouched, points = results["untouched"], results["points"][:MAX_ROWS]
+    title = "Frontier" if untouched is None else f"Frontier; cross-entropy untouched {untouched:.4f} nats per token"
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0))
+    table.add_column("method", min_width=10)
+    # Eighty characters wide, as terminals are.
+    heads = {"NMSE": "NMSE", "dead\nexperts": "dead", "expert\nshare": "expert\nshare"}
+    heads["specialised\nshare"] = "special-\nised"
+    for column in ("K", "CE rise", "KL", *heads.values()):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point in points:
+        layers = list(point["layers"].values())
+        mean = {name: _mean([layer[name] for layer in layers]) for name in layers[0]}
+        known = (point["num_experts_per_tok"], _rise_and_interval(point), _number("kl")(point))
+        shown = (*known, *(_LAYER[name](mean) for name in heads))
+        table.add_row(cell(point["method"].replace("_", " ")), *map(cell, shown))
+    _print(table)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
 def print_probing(results: dict[str, Any]) -> None:
     """What `mxd.probe` found: a row a representation, and their F1 for every class."""
     found = results["representations"]

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,10 +137,11 @@ class RecordedTeacher(Dataset[dict[str, Tensor]]):
                 raise ValueError(
                     f"the recording in {folder} is another, by {different}: name another folder, or overwrite it"
                 )
-            shutil.rmtree(folder)
+            _remove(folder)
             state = {}
         if not state:
-            check_free_space(folder, recording_bytes(fingerprint), "the recording")
+            needed = recording_bytes(_tokens(fingerprint), fingerprint["widths"])
+            check_free_space(folder, needed, "the recording")
             folder.mkdir(parents=True, exist_ok=True)
             _write_state(folder, {"fingerprint": fingerprint, "recorded": 0, "seconds": 0.0})
         _run(folder, model, rows, rows_per_step, progress)
@@ -191,9 +192,9 @@ class ReplayTrainer(DistillationTrainer):
         }
 
 
-def recording_bytes(fingerprint: Mapping[str, Any]) -> int:
-    """What a recording takes on disk."""
-    return 4 * _tokens(fingerprint) + sum(2 * _tokens(fingerprint) * sum(pair) for pair in fingerprint["widths"])
+def recording_bytes(tokens: int, widths: Iterable[Sequence[int]]) -> int:
+    """What a recording takes on disk; `widths` are (I, O) of its layers."""
+    return tokens * (4 + sum(2 * sum(pair) for pair in widths))
 
 
 def check_free_space(folder: Path, needed: int, what: str) -> None:
@@ -261,7 +262,7 @@ def _tokens(fingerprint: Mapping[str, Any]) -> int:
     return int(rows) * int(length)
 
 
-def _file_name(layer: int, side: str) -> str:
+def _file_name(layer: int | str, side: str) -> str:
     return f"layer_{layer}_{side}.bin"
 
 
@@ -283,6 +284,13 @@ def _read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"fingerprint", "recorded"} <= state.keys():
         raise ValueError(f"{path} is not what RecordedTeacher.record writes")
     return state
+
+
+def _remove(folder: Path) -> None:
+    """A recording's files, and nothing else that may be there."""
+    (folder / RECORDING_NAME).unlink()
+    for path in (folder / _ROWS_NAME, *(file for side in _SIDES for file in folder.glob(_file_name("*", side)))):
+        path.unlink(missing_ok=True)
 
 
 def _write_state(folder: Path, state: Mapping[str, Any]) -> None:

@@ -1,0 +1,140 @@
+"""One point of a frontier, trained and measured in a process of its own: `python -m mxd.frontier_point`, which reads
+what to do as JSON. `mxd.frontier` starts it."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from evaluation_mxd import UntouchedLosses, faithfulness
+from modeling_mxd import MxDConfig, MxDModel
+from trainers import DistillationArguments, RecordedTeacher, ReplayTrainer
+
+from .base_model import load_base_model
+from .pipeline import DecompositionOptions, build_config, run_settings
+from .runs import TextOptions, run_training, save_results, step_arguments
+
+RECORDING, HELDOUT, POINTS = "recording", "heldout", "points"
+UNTOUCHED_NAME, _ROWS_NAME = "untouched.safetensors", "rows.safetensors"
+
+
+@dataclass
+class Point:
+    """One method at one K.
+
+    Attributes:
+        root: the frontier's folder.
+        options: of its decomposition; `output` is the folder of it.
+        config: of its decomposition.
+        settings: all that its result depends on, by JSON values.
+    """
+
+    root: Path
+    options: DecompositionOptions
+    config: MxDConfig
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its files: `skip-transcoder-k16`."""
+        return point_name(self.options.method, self.options.num_experts_per_tok)
+
+    @property
+    def tokens(self) -> int:
+        """That it trains on, those of every epoch counted."""
+        return int(self.settings["tokens"] * self.options.training["num_train_epochs"])
+
+    def file(self, ending: str) -> Path:
+        """`.json` is there once it is finished, `.log` is what its process says, `.progress` how far it has trained."""
+        return self.root / POINTS / f"{self.name}{ending}"
+
+    def finished(self) -> dict[str, Any] | None:
+        """Its results; None where it is not finished, or was with other settings."""
+        try:
+            found = json.loads(self.file(".json").read_text())
+        except (OSError, ValueError):
+            return None
+        same = isinstance(found, dict) and found.get("settings") == self.settings
+        return found["results"] if same else None
+
+    def job(self) -> str:
+        """What its process reads."""
+        return json.dumps({"root": str(self.root), "options": asdict(self.options), "settings": self.settings})
+
+
+def point_name(method: str, k: int) -> str:
+    """What a method at a K is called in folders."""
+    return f"{method.replace('_', '-')}-k{k}"
+
+
+def save_heldout(rows: Tensor, folder: Path) -> None:
+    """Keep the rows (rows, tokens) that all points are measured on."""
+    save_file({"rows": rows.contiguous()}, folder / _ROWS_NAME)
+
+
+def heldout_batches(folder: Path) -> list[dict[str, Tensor]]:
+    """Those rows, in batches of about 2,048 tokens."""
+    rows = load_file(folder / _ROWS_NAME)["rows"]
+    parts = rows.split(max(1, 2048 // rows.shape[1]))
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one move, so that no half file is ever seen."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, Any]) -> None:
+    """Train and measure a point, and write its result last."""
+    set_seed(options.seed)
+    folder = Path(options.output)
+    folder.mkdir(parents=True)
+    model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
+    decomposition = MxDModel(build_config(model, commit, options))
+    arguments = DistillationArguments(**step_arguments(options, folder))
+    trainer = ReplayTrainer(decomposition, model, arguments, RecordedTeacher(root / RECORDING))
+    result = folder.with_name(f"{folder.name}.json")
+    trainer.add_callback(ProgressFile(result.with_suffix(".progress")))
+    how = run_training(trainer, tokenizer, options, None)
+    known = UntouchedLosses.load(root / HELDOUT / UNTOUCHED_NAME)
+    made = {"training": run_settings(options, trainer, how)}
+    heldout = heldout_batches(root / HELDOUT)
+    results = faithfulness(model, decomposition, heldout, settings=made, untouched=known)
+    results = save_results(results, decomposition, folder)
+    replace_text(result, json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+
+
+class ProgressFile(TrainerCallback):
+    """Writes which share of the training is done to a file, once a second or so."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.last = 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write it, when it is time."""
+        if time.monotonic() - self.last >= 1 or state.global_step == state.max_steps:
+            self.path.write_text(str(state.global_step / state.max_steps))
+            self.last = time.monotonic()
+
+
+def main() -> None:
+    """Read the job and do it."""
+    job = json.load(sys.stdin)
+    options = DecompositionOptions(**{**job["options"], "text": TextOptions(**job["options"]["text"])})
+    run_point(Path(job["root"]), options, job["settings"])
+
+
+if __name__ == "__main__":
+    main()
