@@ -71,6 +71,12 @@ class Point:
         return json.dumps({"root": str(self.root), "options": asdict(self.options), "settings": self.settings})
 
 
+def options_of(job: Mapping[str, Any]) -> DecompositionOptions:
+    """The options in what `Point.job` wrote."""
+    options = job["options"]
+    return DecompositionOptions(**{**options, "text": TextOptions(**options["text"])})
+
+
 def point_name(method: str, k: int) -> str:
     """What a method at a K is called in folders."""
     return f"{method.replace('_', '-')}-k{k}"
@@ -132,8 +138,7 @@ class ProgressFile(TrainerCallback):
 def main() -> None:
     """Read the job and do it."""
     job = json.load(sys.stdin)
-    options = DecompositionOptions(**{**job["options"], "text": TextOptions(**job["options"]["text"])})
-    run_point(Path(job["root"]), options, job["settings"])
+    run_point(Path(job["root"]), options_of(job), job["settings"])
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def run_points(
             while waiting or running:
                 while waiting and len(running) < jobs:
                     point = waiting.pop(0)
-                    running[point.name] = (point, _start(point, jobs))
+                    running[point.name] = (point, start(point, jobs))
                 for name, (point, process) in list(running.items()):
                     if process.poll() is None:
                         continue
@@ -90,14 +90,19 @@ def run_points(
         )
 
 
-def _start(point: Point, jobs: int) -> "subprocess.Popen[bytes]":
-    """Start a point anew: what is left of an earlier one goes."""
+def clear(point: Point) -> None:
+    """Remove what is left of a point that is to be made anew."""
     folder = Path(point.options.output)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.is_dir():
         shutil.rmtree(folder)
-    for ending in (".json", ".progress"):
+    for ending in (".json", ".log", ".progress"):
         point.file(ending).unlink(missing_ok=True)
+
+
+def start(point: Point, jobs: int) -> "subprocess.Popen[bytes]":
+    """Start the process of a point."""
+    clear(point)
     environment = dict(os.environ)
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, _cores() // jobs))

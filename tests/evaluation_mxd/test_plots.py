@@ -13,6 +13,7 @@ from evaluation_mxd import (
     plot_singular_values,
     plot_training_loss,
 )
+from evaluation_mxd.frontier_plot import plot_frontier
 
 PNG = b"\x89PNG\r\n"
 
@@ -139,3 +140,28 @@ def test_a_bar_for_the_active_and_one_for_the_own_experts_of_every_domain(figure
     assert [bar.get_width() for bar in axes.patches] == [9, 5, 1, 0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["plays", "law"]
     assert legend(figures[0]) == ["layer 8: active there", "layer 8: 90 % of firings there"]
+
+
+def frontier_point(method, k, spliced, nmse, interval=(0.01, 0.03)):
+    loss = {"spliced": spliced, "rise_interval": None if interval is None else list(interval)}
+    layers = {"4": {"nmse": nmse}, "8": {"nmse": nmse and 3 * nmse}}
+    return {"method": method, "num_experts_per_tok": k, "cross_entropy": loss, "layers": layers}
+
+
+def test_a_frontier_has_a_line_for_each_method_with_bars_and_the_untouched_model(figures, tmp_path):
+    points = [
+        frontier_point("mxd", 64, 2.01, 0.1), frontier_point("mxd", 16, 2.02, 0.2),
+        frontier_point("skip_transcoder", 16, 2.08, 0.3), frontier_point("skip_transcoder", 64, None, None, None),
+    ]  # fmt: skip
+    plot_frontier({"untouched": 2.0, "points": points}, tmp_path / "a.png")
+    loss, error = figures[0].axes
+    assert legend(figures[0]) == ["Skip transcoder", "MxD", "Untouched model"]
+    skip, mxd = loss.containers
+    assert list(mxd[0].get_xdata()) == pytest.approx([16, 64], rel=0.03)
+    assert list(mxd[0].get_ydata()) == [2.02, 2.01]
+    assert mxd[2][0].get_segments()[0][:, 1] == pytest.approx([2.01, 2.03])
+    assert skip[0].get_ydata()[0] == 2.08 and math.isnan(skip[0].get_ydata()[1])
+    (dashed,) = (line for line in loss.get_lines() if line.get_linestyle() == "--")
+    assert list(dashed.get_ydata()) == [2.0, 2.0]
+    assert list(error.get_lines()[1].get_ydata()) == pytest.approx([0.4, 0.2])
+    assert [tick.get_text() for tick in loss.get_xticklabels()] == ["16", "64"]

@@ -67,6 +67,21 @@ def test_replay_trains_as_the_live_teacher_does(tiny_llama, rows, recording, tmp
     assert all(torch.equal(live[name], replayed[name]) for name in live)
 
 
+def test_every_epoch_has_the_rows_in_their_order(tiny_llama, rows, recording, tmp_path, monkeypatch):
+    seen, training_step = [], ReplayTrainer.training_step
+
+    def keep(self, model, inputs, *args):
+        seen.append(inputs["input_ids"])
+        return training_step(self, model, inputs, *args)
+
+    monkeypatch.setattr(ReplayTrainer, "training_step", keep)
+    for method in ("mxd", "transcoder"):
+        model = decomposition([2], method=method)
+        ReplayTrainer(model, tiny_llama, arguments(tmp_path / "out", num_train_epochs=3), recording).train()
+        assert torch.equal(torch.cat(seen), rows.repeat(3, 1))
+        seen.clear()
+
+
 def test_replay_runs_no_forward_of_the_teacher(tiny_llama, recording, tmp_path):
     tiny_llama.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
     ReplayTrainer(decomposition([2]), tiny_llama, arguments(tmp_path / "out"), recording).train()
