@@ -4,6 +4,7 @@ what to do as JSON. `mxd.frontier` starts it."""
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -135,9 +136,21 @@ class ProgressFile(TrainerCallback):
             self.last = time.monotonic()
 
 
+def exit_at_end_of(file: int) -> None:
+    """End this process once a pipe does, by its descriptor; the parent holds it open as long as it lives."""
+
+    def wait() -> None:
+        while os.read(file, 1):  # sys.stdin.read() would hold a lock that the interpreter wants when it ends
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
-    """Read the job and do it."""
-    job = json.load(sys.stdin)
+    """Read the job, one line, and do it."""
+    job = json.loads(sys.stdin.buffer.readline())
+    exit_at_end_of(sys.stdin.fileno())
     run_point(Path(job["root"]), options_of(job), job["settings"])
 
 

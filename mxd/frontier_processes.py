@@ -115,9 +115,9 @@ def start(point: Point, jobs: int) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-    assert process.stdin is not None
-    with process.stdin as stdin:
-        stdin.write(point.job().encode())
+    assert process.stdin is not None  # it stays open: at its end, which a parent that is killed brings, a point ends
+    process.stdin.write(point.job().encode() + b"\n")
+    process.stdin.flush()
     return process
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -188,6 +189,15 @@ def test_ctrl_c_ends_the_processes(tmp_path):
     assert "0 of 3 points finished" in error and "Traceback" not in error
     time.sleep(1.5)  # a point that lived on would say how far it is
     assert not at_work.exists()
+
+
+def test_a_point_ends_with_its_parent(monkeypatch):
+    ended, (read, write) = threading.Event(), os.pipe()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    frontier_point.exit_at_end_of(read)
+    assert not ended.wait(0.1)
+    os.close(write)
+    assert ended.wait(5)
 
 
 def test_another_text_is_refused_unless_it_shall_replace(tmp_path, started):
