@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 from evaluation_mxd import LogitSums, faithfulness, token_mask
 from modeling_mxd import make_spliced
 from mxd import DecompositionOptions, FinetuningOptions, TextOptions, decompose, finetune
-from mxd.cli import parse_count
+from mxd.cli_options import parse_count
 from mxd.finetuning import MEASURED
 from mxd.runs import evaluation_batches, load_base_of, load_decomposition, load_documents, step_arguments
 from trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer, pack

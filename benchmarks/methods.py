@@ -24,7 +24,7 @@ from transformers import set_seed
 from evaluation_mxd import faithfulness
 from modeling_mxd import MxDConfig, MxDModel, find_mlp
 from mxd.base_model import load_base_model
-from mxd.cli import parse_count
+from mxd.cli_options import parse_count
 from mxd.pipeline import DecompositionOptions, evaluation_batches, layer_config
 from trainers import (
     DistillationArguments,

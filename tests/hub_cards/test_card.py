@@ -337,7 +337,8 @@ def test_figures_are_embedded_by_relative_path(tmp_path):
 
 
 def test_the_command_is_one_that_the_program_takes(tmp_path):
-    from mxd.cli import app, parse_count, parse_layers
+    from mxd.cli import app
+    from mxd.cli_options import parse_count, parse_layers
 
     made = section(build_card(write_folder(tmp_path)), "How it was made")
     assert "- Training tokens: 999,424\n" in made

@@ -14,7 +14,7 @@ from commands import refused, run
 
 from modeling_mxd import MxDModel
 from mxd import embedded
-from mxd.cli import parse_count, parse_layers, split_arguments
+from mxd.cli_options import parse_count, parse_layers, split_arguments
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""The commands that measure: `mxd evaluate`, `mxd use`, `mxd probe` and `mxd layers`."""
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_options import (
+    DATA_ENDINGS,
+    ContextLength,
+    Dataset,
+    DatasetConfig,
+    Debug,
+    Dtype,
+    Json,
+    Split,
+    Streaming,
+    TextColumn,
+    parse_count,
+    parse_numbers,
+    quiet,
+    report,
+    split_arguments,
+)
+from .tables import print_probing
+
+
+class Order(str, Enum):
+    """Which experts are the strongest."""
+
+    coefficient = "coefficient"
+    contribution = "contribution"
+
+
+class Pooling(str, Enum):
+    """How a text's tokens become one vector."""
+
+    mean = "mean"
+    max = "max"
+
+
+def evaluate(
+    folder: Annotated[str, typer.Argument(help="Folder of a decomposition.")],
+    files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    dataset: Dataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    context_length: ContextLength = 128,
+    tokens: Annotated[str, typer.Option(help="Tokens to evaluate on.")] = "32768",
+    dtype: Dtype = "float32",
+    ablation: Annotated[
+        Order | None, typer.Option(help="Also what removing the strongest experts does; takes some five times as long.")
+    ] = None,
+    ranks: Annotated[bool, typer.Option("--ranks", help="Also the rank of a sample of experts.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a decomposition on text: a table on screen, evaluation.json in its folder."""
+    model, sources = split_arguments([folder, *(files or [])], dataset or [])
+    from .pipeline import TextOptions, evaluate
+
+    quiet()
+
+    text = TextOptions(sources, [], dataset_config, split, text_column, streaming, context_length)
+    order = None if ablation is None else ablation.value
+    report(evaluate(model or folder, text, parse_count(tokens), dtype, not as_json, order, ranks), as_json)
+
+
+def use(
+    folder: Annotated[str, typer.Argument(help="Folder of a decomposition.")],
+    files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    dataset: Dataset = None,
+    by: Annotated[str, typer.Option(help="Column of the dataset that names a document's domain.")] = "domain",
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    context_length: ContextLength = 128,
+    tokens: Annotated[str, typer.Option(help="Tokens of each domain.")] = "32768",
+    dtype: Dtype = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print domain_use.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Which experts are active on which kinds of text, and which on one kind alone."""
+    model, sources = split_arguments([folder, *(files or [])], dataset or [])
+    from .domains import measure_domain_use, print_domain_use
+    from .pipeline import TextOptions
+
+    quiet()
+
+    text = TextOptions(sources, [], dataset_config, split, text_column, False, context_length)
+    results = measure_domain_use(model or folder, text, by, parse_count(tokens), dtype)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        print_domain_use(results)
+
+
+def probe(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="FOLDER...", help="Folders or Hub ids of decompositions of one layer.")
+    ],
+    label_column: Annotated[str, typer.Option(help="Column that holds the classes.")],
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub dataset, or files, folders and globs of parquet, jsonl or csv.")
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column of what stays together, as chunks of a book do. [each row by itself]")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Some of the classes: a,b,c. [all]")] = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    layer: Annotated[int | None, typer.Option(min=0, help="Which layer. [the only one that all have]")] = None,
+    against: Annotated[str, typer.Option(help="Of the MLP itself.")] = "input,neurons,output",
+    pooling: Annotated[Pooling, typer.Option(help="Over a text's tokens.")] = Pooling.mean,
+    include_first: Annotated[bool, typer.Option(help="Pool over each text's first position (BOS) too.")] = False,
+    context_length: ContextLength = 128,
+    texts_per_class: Annotated[int, typer.Option(min=1, help="At most, from as many documents as can be.")] = 500,
+    folds: Annotated[int, typer.Option(min=2, help="Of documents; each is the test side once.")] = 5,
+    candidates: Annotated[int, typer.Option(min=1, help="Features that are tried alone.")] = 100,
+    k: Annotated[str, typer.Option("--k", help="Features of the k-sparse probes.")] = "1,2,5",
+    standardize: Annotated[bool, typer.Option(help="Divide features by their standard deviation.")] = False,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of texts and folds.")] = 0,
+    output: Annotated[str, typer.Option(help="Folder for probing.json and its figure.")] = "mxd-probing",
+    overwrite: Annotated[bool, typer.Option(help="Replace results in the output folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print probing.json instead of the tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Sparse probing: how well single experts, or a few, tell classes of texts apart, and the MLP's own neurons."""
+    from .probing import ProbingOptions, probe
+
+    quiet()
+
+    files = [name for name in arguments if Path(name).suffix in DATA_ENDINGS]  # a shell made them of a glob
+    options = ProbingOptions(
+        decompositions=[name for name in arguments if name not in files],
+        dataset=[*(dataset or []), *files],
+        label_column=label_column,
+        group_column=group_column,
+        classes=None if classes is None else [name.strip() for name in classes.split(",")],
+        text_column=text_column,
+        config_name=dataset_config,
+        split=split,
+        layer=layer,
+        against=[name.strip() for name in against.split(",") if name.strip()],
+        pooling=pooling.value,
+        include_first=include_first,
+        context_length=context_length,
+        texts_per_class=texts_per_class,
+        folds=folds,
+        candidates=candidates,
+        sparsities=parse_numbers(k),
+        standardize=standardize,
+        dtype=dtype,
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+    )
+    results = probe(options, progress=not as_json)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    print_probing(results)
+    typer.echo(f"\nSaved in {output}: probing.json, probing.png")
+
+
+def layers(
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder. [the embedded default]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Where a model keeps its MLPs, which can be decomposed and why others can't; no weights are downloaded."""
+    from . import embedded
+    from .layers import load_skeleton, print_layers
+
+    quiet()
+    skeleton = load_skeleton(model or embedded.MODEL_NAME, revision)
+    print_layers(skeleton)

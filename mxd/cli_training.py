@@ -1,0 +1,324 @@
+"""The commands that train: `mxd decompose`, `mxd frontier` and `mxd finetune`."""
+
+import json
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from .cli_options import (
+    BatchTokens,
+    Bf16,
+    ContextLength,
+    Dataset,
+    DatasetConfig,
+    Debug,
+    Dtype,
+    EvaluationTokens,
+    HeldoutDataset,
+    IntermediateSize,
+    Json,
+    Layers,
+    LearningRate,
+    MatchTranscoder,
+    Output,
+    Overwrite,
+    ReportTo,
+    Resume,
+    Site,
+    Split,
+    Stack,
+    Streaming,
+    TextColumn,
+    parse_count,
+    parse_layers,
+    parse_numbers,
+    parse_rates,
+    quiet,
+    report,
+    split_arguments,
+)
+from .tables import print_change, print_frontier
+
+FINETUNING_RATE = 3e-4
+
+
+class Method(str, Enum):
+    """What stands in place of the MLP."""
+
+    mxd = "mxd"
+    transcoder = "transcoder"
+    skip_transcoder = "skip-transcoder"
+
+
+class GateStart(str, Enum):
+    """Where the gate starts from."""
+
+    data = "data"
+    random = "random"
+
+
+class EncoderStart(str, Enum):
+    """Where the dense encoder starts from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+class ModulationStart(str, Enum):
+    """Where the experts' modulations start from."""
+
+    random = "random"
+    unit = "unit"
+
+
+class Loss(str, Enum):
+    """What fine-tuning trains on."""
+
+    kl = "kl"
+    cross_entropy = "cross-entropy"
+
+
+def decompose(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder. [the embedded default]")
+    ] = None,
+    dataset: Dataset = None,
+    heldout_dataset: HeldoutDataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    layers: Layers = None,
+    stack: Stack = None,
+    site: Site = "mlp",
+    method: Annotated[Method, typer.Option(help="What stands in place of the MLP.")] = Method.mxd,
+    k: Annotated[int, typer.Option("--k", min=1, help="Experts active per token.")] = 32,
+    experts: Annotated[int | None, typer.Option(min=1, help="Number of experts. [--match-transcoder]")] = None,
+    match_transcoder: MatchTranscoder = 32,
+    intermediate_size: IntermediateSize = None,
+    groups_per_token: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Hierarchical routing: experts in about √N groups, of which a token opens so many. [exact gate]"
+        ),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "1M",
+    context_length: ContextLength = 128,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak, in units of the scaled activations. [0.001, of transcoders 0.003]"),
+    ] = None,
+    gate_start: Annotated[GateStart, typer.Option(help="Where the gate starts from.")] = GateStart.data,
+    encoder_start: Annotated[
+        EncoderStart | None,
+        typer.Option(help="Where the encoder starts from. [the pretrained MLP's, unless --intermediate-size is given]"),
+    ] = None,
+    modulation_start: Annotated[
+        ModulationStart,
+        typer.Option(help="unit: from C^T a = 1; random: around 0, the authors' start."),
+    ] = ModulationStart.unit,
+    expert_share: Annotated[
+        float, typer.Option(help="Error that an MxD must have without the choice of experts; 0: no such term.")
+    ] = 0.6,
+    bf16: Bf16 = False,
+    dtype: Dtype = "float32",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    evaluation_tokens: EvaluationTokens = "32768",
+    report_to: ReportTo = "none",
+    seed: Annotated[int, typer.Option(help="Of data order and initialisation.")] = 0,
+    output: Output = "mxd-output",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Replace MLPs of a language model by a decomposition, trained by distillation, and measure it.
+
+    Without arguments: the embedded model and text.
+    """
+    model, sources = split_arguments(arguments or [], dataset or [])
+    from .pipeline import LEARNING_RATES, DecompositionOptions, TextOptions, decompose, embedded
+
+    quiet()
+
+    if encoder_start is None:
+        encoder_start = EncoderStart.random if intermediate_size else EncoderStart.pretrained
+    options = DecompositionOptions(
+        model=model or embedded.MODEL_NAME,
+        revision=revision,
+        dtype=dtype,
+        layers=parse_layers(layers),
+        stack=stack,
+        site=site,
+        method=method.value.replace("-", "_"),
+        num_experts_per_tok=k,
+        num_experts=experts,
+        match_transcoder=match_transcoder,
+        intermediate_size=intermediate_size,
+        num_groups_per_tok=groups_per_token,
+        tokens=parse_count(tokens),
+        batch_tokens=batch_tokens,
+        evaluation_tokens=parse_count(evaluation_tokens),
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
+        training={
+            "learning_rate": learning_rate or LEARNING_RATES[method.value.replace("-", "_")],
+            "expert_share": expert_share,
+            "gate_initialization": gate_start.value,
+            "encoder_initialization": encoder_start.value,
+            "modulation_initialization": modulation_start.value,
+            "bf16": bf16,
+            "report_to": report_to,
+        },
+    )
+    report(decompose(options), as_json)
+    if not as_json:
+        typer.echo(f"\nSaved in {output}: weights, evaluation.json, training_log.json, figures/")
+        typer.echo(f"Next:  mxd evaluate {output} --dataset <other text>")
+        typer.echo(
+            f'       mxd.MxDModel.from_pretrained("{output}")   # the README shows how to read and steer experts'
+        )
+
+
+def frontier(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder. [the embedded default]")
+    ] = None,
+    dataset: Dataset = None,
+    heldout_dataset: HeldoutDataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    layers: Layers = None,
+    stack: Stack = None,
+    site: Site = "mlp",
+    k: Annotated[str, typer.Option("--k", help="Experts active per token.")] = "16,32,64,128,256",
+    methods: Annotated[str, typer.Option(help="What stands in place of the MLP.")] = "mxd,transcoder,skip-transcoder",
+    match_transcoder: MatchTranscoder = 32,
+    intermediate_size: IntermediateSize = None,
+    tokens: Annotated[str, typer.Option(help="Tokens to record and train on: 500k, 10M.")] = "1M",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the recorded tokens.")] = 1,
+    context_length: ContextLength = 128,
+    batch_tokens: BatchTokens = 2048,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="Peaks, of methods that shall not have their default: mxd=0.002."),
+    ] = None,
+    bf16: Bf16 = False,
+    dtype: Dtype = "float32",
+    teacher_dtype: Annotated[
+        str | None, typer.Option(help="In which the base model runs where it is recorded. [--dtype]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    evaluation_tokens: EvaluationTokens = "32768",
+    jobs: Annotated[int, typer.Option(min=1, help="Points at work at a time; each gets its share of the cores.")] = 1,
+    save: Annotated[bool, typer.Option(help="Keep every point's decomposition.")] = True,
+    seed: Annotated[int, typer.Option(help="Of data order and initialisation.")] = 0,
+    output: Output = "mxd-frontier",
+    overwrite: Annotated[bool, typer.Option(help="Replace a recording of another model, text or layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print frontier.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Cross-entropy of methods at several K, at equal parameters and on the same tokens (the paper's Fig. 3).
+
+    The same command goes on where it was interrupted.
+    """
+    model, sources = split_arguments(arguments or [], dataset or [])
+    from .frontier import FrontierOptions, measure_frontier
+    from .pipeline import TextOptions, embedded
+
+    quiet()
+
+    options = FrontierOptions(
+        model=model or embedded.MODEL_NAME,
+        revision=revision,
+        dtype=dtype,
+        teacher_dtype=teacher_dtype,
+        layers=parse_layers(layers),
+        stack=stack,
+        site=site,
+        methods=[name.strip().replace("-", "_") for name in methods.split(",")],
+        num_experts_per_tok=parse_numbers(k),
+        match_transcoder=match_transcoder,
+        intermediate_size=intermediate_size,
+        tokens=parse_count(tokens),
+        num_train_epochs=epochs,
+        batch_tokens=batch_tokens,
+        learning_rates=parse_rates(learning_rates),
+        evaluation_tokens=parse_count(evaluation_tokens),
+        jobs=jobs,
+        save=save,
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
+        training={"bf16": True} if bf16 else {},
+    )
+    results = measure_frontier(options)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    print_frontier(results)
+    typer.echo(f"\nSaved in {output}: frontier.json, frontier.png, points/")
+
+
+def finetune(
+    folder: Annotated[str, typer.Argument(help="Folder or Hub id of a decomposition, which is left as it is.")],
+    files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    dataset: Dataset = None,
+    heldout_dataset: HeldoutDataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    loss: Annotated[Loss, typer.Option(help="KL to the untouched model, or the text's cross-entropy.")] = Loss.kl,
+    nmse_weight: Annotated[float, typer.Option(min=0, help="Of the layers' own error, added to the loss.")] = 0.1,
+    tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "200k",
+    context_length: ContextLength = 128,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: LearningRate = FINETUNING_RATE,
+    bf16: Bf16 = False,
+    dtype: Dtype = "float32",
+    evaluation_tokens: EvaluationTokens = "32768",
+    report_to: ReportTo = "none",
+    seed: Annotated[int, typer.Option(help="Of the data's order.")] = 0,
+    output: Output = "mxd-finetuned",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a decomposition on, end to end in its language model, and show what that changed."""
+    source, sources = split_arguments([folder, *(files or [])], dataset or [])
+    from .finetuning import FinetuningOptions, finetune
+    from .pipeline import TextOptions
+
+    quiet()
+
+    options = FinetuningOptions(
+        decomposition=source or folder,
+        loss=loss.value.replace("-", "_"),
+        nmse_weight=nmse_weight,
+        dtype=dtype,
+        tokens=parse_count(tokens),
+        batch_tokens=batch_tokens,
+        evaluation_tokens=parse_count(evaluation_tokens),
+        seed=seed,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
+        training={"learning_rate": learning_rate, "bf16": bf16, "report_to": report_to},
+    )
+    results = finetune(options)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    print_change(results["settings"]["finetuning"][-1]["before"], results)
+    typer.echo(f"\nSaved in {output}: weights, evaluation.json, training_log.json, figures/; {folder} is as it was")
