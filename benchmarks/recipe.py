@@ -1,0 +1,370 @@
+"""What a training recipe gives: cross-entropy lost against the share that specialised experts carry.
+
+    python benchmarks/recipe.py MODEL --corpus FOLDER --work FOLDER [--points NAME ...] [--jobs 2] [--evaluate TOKENS]
+
+MODEL is SmolLM2-135M (its decoder layers are a list, which is used). One teacher pass records inputs and outputs of the
+layers' MLPs on `--tokens` of text; every point trains on the recording, in the same order, as many passes over it as it
+says, one thread each, `--jobs` at a time. Then all points that are there are measured on the same held-out tokens:
+differences of cross-entropy are paired per token, with 95 % intervals clustered by row of 256 tokens. What comes before
+the layer is computed once, and products are in bfloat16 for all, the untouched model included. Points already in the
+work folder are not trained again. Writes benchmarks/results/recipe.json, the tables in docs/recipe.md, docs/recipe.png.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import CONTEXT, ROWS_PER_STEP, text
+from speed import machine, write_between
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, set_seed
+
+from evaluation_mxd.faithfulness import LayerEvaluation
+from evaluation_mxd.metrics import LogitSums
+from evaluation_mxd.paired import PairedDifference
+from modeling_mxd import MxDConfig, MxDModel, find_mlp
+from mxd.base_model import load_base_model
+from mxd.cli_options import parse_count
+from mxd.pipeline import DecompositionOptions, evaluation_batches, layer_config
+from trainers import DistillationArguments, RecordedTeacher, ReplayTrainer, materialize, pack, take_tokens
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "recipe.json"
+PAGE, FIGURE = HERE.parent / "docs" / "recipe.md", HERE.parent / "docs" / "recipe.png"
+MARK = "benchmarks/recipe.py"
+PASSES = 3
+SHARES = (0.0, 0.15, 0.25, 0.35, 0.5, 0.6)
+# Of every layer, the recording that it is in; one teacher pass makes each.
+RECORDINGS = {15: "recording", 5: "others", 25: "others"}
+BASELINE = {"learning_rate": 3e-3}  # what the command line gives a transcoder
+
+
+@dataclass(frozen=True)
+class Point:
+    """A recipe: what is trained and how.
+
+    Attributes:
+        method, layer, num_experts_per_tok: of the decomposition; it has a transcoder's parameters (m = 32).
+        passes: over the recorded tokens.
+        training: arguments that differ from the defaults.
+    """
+
+    method: str = "mxd"
+    layer: int = 15
+    num_experts_per_tok: int = 32
+    passes: float = 1
+    seed: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def _points() -> dict[str, dict[str, Point]]:
+    """By table: name and point."""
+    skip, transcoder = Point("skip_transcoder", training=BASELINE), Point("transcoder", training=BASELINE)
+    final = {}
+    for k in (16, 32):
+        for name, point in (("MxD", Point()), ("skip transcoder", skip)):
+            final[f"{name}, K = {k}"] = replace(point, num_experts_per_tok=k, passes=PASSES)
+    shares = {f"MxD, expert_share {share}": Point(training={"expert_share": share}) for share in SHARES}
+    removed: dict[str, dict[str, Any]] = {
+        "the default": {},
+        "no expert_share": {"expert_share": 0.0},
+        "gate from nn.Linear": {"gate_initialization": "random"},
+        "encoder from nn.Linear": {"encoder_initialization": "random"},
+        "decoder from 0": {"decoder_initialization": "zero"},
+        "Cᵀa from around 0": {"modulation_initialization": "random"},
+        "one learning rate": {"gate_learning_rate_factor": 1.0, "modulation_learning_rate_factor": 1.0},
+        "no scaling": {"scale_activations": False},
+        "no least norm": {"minimum_relative_norm": 0.0},
+    }
+    seeds = {}
+    for seed in (0, 1, 2):
+        seeds[f"MxD, seed {seed}"] = Point(seed=seed)
+        seeds[f"skip transcoder, seed {seed}"] = replace(skip, seed=seed)
+    layers = {}
+    for layer in RECORDINGS:
+        layers[f"MxD, layer {layer}"] = Point(layer=layer)
+        layers[f"skip transcoder, layer {layer}"] = replace(skip, layer=layer)
+    return {
+        "final": final,
+        "trade-off": {"transcoder": transcoder, "skip transcoder": skip, **shares},
+        "ablation": {name: Point(passes=0.5, training=training) for name, training in removed.items()},
+        "seeds": seeds,
+        "layers": layers,
+    }
+
+
+TABLES = _points()
+
+
+def distinct() -> dict[str, Point]:
+    """Every point once, by the folder that it is in: tables share points."""
+    return {folder_name(point): point for table in TABLES.values() for point in table.values()}
+
+
+def folder_name(point: Point) -> str:
+    """Of a point's settings."""
+    return hashlib.sha256(json.dumps(asdict(point), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def record(options: argparse.Namespace, folder: str) -> None:
+    """Record the teacher's layers that are kept in one folder, once."""
+    model, tokenizer, _ = load_base_model(str(options.model), dtype="bfloat16")
+    rows = materialize(take_tokens(pack(text(options)[0], tokenizer, CONTEXT, seed=0), options.tokens))[:]["input_ids"]
+    layers = [layer for layer, recording in RECORDINGS.items() if recording == folder]
+    RecordedTeacher.record(options.work / folder, model, layers, rows, rows_per_step=ROWS_PER_STEP, progress=True)
+
+
+def train(options: argparse.Namespace, name: str) -> None:
+    """Train one point and save it."""
+    point = distinct()[name]
+    set_seed(point.seed)
+    model, _, _ = load_base_model(str(options.model))
+    chosen = DecompositionOptions(
+        num_experts_per_tok=point.num_experts_per_tok, match_transcoder=32, method=point.method
+    )
+    config = layer_config(find_mlp(model, point.layer), chosen)
+    decomposition = MxDModel(MxDConfig.from_layer_configs({point.layer: config}))
+    arguments = DistillationArguments(
+        output_dir=str(options.work / "trainer" / name),
+        seed=point.seed,
+        per_device_train_batch_size=ROWS_PER_STEP,
+        num_train_epochs=point.passes,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="linear",
+        save_strategy="no",
+        logging_steps=50,
+        bf16=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **point.training,
+    )
+    recording = RecordedTeacher(options.work / RECORDINGS[point.layer])
+    trainer = ReplayTrainer(decomposition, model, arguments, recording)
+    started = time.monotonic()
+    trainer.train()
+    folder = options.work / "points" / name
+    decomposition.save_pretrained(folder)
+    tokens = int(point.passes * recording.rows.numel())
+    made = {"seconds": time.monotonic() - started, "tokens": tokens, **asdict(point)}
+    (folder / "point.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+class HeldOut:
+    """Held-out rows, and what goes into one decoder layer of the untouched model on them."""
+
+    def __init__(self, model: PreTrainedModel, layer: int, ids: Tensor):
+        self.model, self.ids = model, ids
+        self.decoder = model.model
+        layers, norm = self.decoder.layers, self.decoder.norm
+        self.decoder.layers, self.decoder.norm = layers[:layer], nn.Identity()
+        parts = tqdm(ids.split(ROWS_PER_STEP), desc="held-out text", unit="batch")
+        with torch.autocast("cpu", torch.bfloat16):
+            self.hidden = torch.cat([self.decoder(input_ids=part).last_hidden_state.float() for part in parts])
+        self.decoder.layers, self.decoder.norm = layers[layer:], norm
+        self.block = self.decoder.layers[0]
+
+    def logits(self, part: slice) -> Tensor:
+        """Of some rows."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(inputs_embeds=self.hidden[part], use_cache=False).logits
+
+    def measure(self, decompositions: dict[str, MxDModel], layer: int) -> dict[str, dict[str, Any]]:
+        """Of every decomposition: what `faithfulness` gives of its layer, cross-entropy and KL."""
+        modules = {name: decomposition.layer(layer) for name, decomposition in decompositions.items()}
+        evaluations = {
+            name: LayerEvaluation(module, (module.expert_frequency, module.expert_mean))
+            for name, module in modules.items()
+        }
+        sums = {name: (LogitSums(), PairedDifference()) for name in modules}
+        untouched, mlp = LogitSums(), self.block.mlp
+        for start in tqdm(range(0, len(self.ids), ROWS_PER_STEP), desc="evaluate", unit="batch"):
+            part = slice(start, start + ROWS_PER_STEP)
+            ids = self.ids[part]
+            kept: list[tuple[Tensor, Tensor]] = []
+            every, without_first = torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
+            without_first[:, 0] = False
+            self.block.mlp = mlp
+            with mlp.register_forward_hook(lambda _, inputs, output, kept=kept: kept.append((inputs[0], output))):
+                reference = self.logits(part)
+            losses = untouched.update(reference, ids, every)
+            (x, y) = (tensor.float() for tensor in kept[0])
+            for name, module in modules.items():
+                evaluations[name].update(x, y, every, without_first)
+                self.block.mlp = InFloat32(module)
+                logits, difference = sums[name]
+                spliced = logits.update(self.logits(part), ids, every, reference=reference)
+                difference.update(spliced - losses, every[:, 1:])
+        self.block.mlp = mlp
+        return {
+            name: {
+                "layer": evaluations[name].result(),
+                "untouched": untouched.cross_entropy,
+                "rise": difference.mean,
+                "rise_interval": difference.interval,
+                "kl": logits.kl,
+                "held_out_tokens": untouched.targets,
+            }
+            for name, (logits, difference) in sums.items()
+        }
+
+
+class InFloat32(nn.Module):
+    """A layer out of reach of autocast."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) → (..., O)."""
+        with torch.autocast("cpu", enabled=False):
+            return self.module(x.float())
+
+
+@torch.no_grad()
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure what was trained and is not yet measured on so many tokens."""
+    for layer in RECORDINGS:
+        points = {
+            name: options.work / "points" / name
+            for name, point in distinct().items()
+            if point.layer == layer and (options.work / "points" / name / "point.json").exists()
+        }
+        missing = {name: folder for name, folder in points.items() if not _measured(folder, options.evaluate)}
+        if not missing:
+            continue
+        model, tokenizer, _ = load_base_model(str(options.model))
+        batches = evaluation_batches(text(options)[1], tokenizer, CONTEXT, options.evaluate)
+        heldout = HeldOut(model.eval(), layer, torch.cat([batch["input_ids"] for batch in batches]))
+        found = {name: MxDModel.from_pretrained(folder).eval() for name, folder in missing.items()}
+        for name, result in heldout.measure(found, layer).items():
+            (missing[name] / "measured.json").write_text(json.dumps(result | {"asked": options.evaluate}, indent=1))
+
+
+def _measured(folder: Path, tokens: int) -> bool:
+    path = folder / "measured.json"
+    return path.exists() and json.loads(path.read_text())["asked"] >= tokens
+
+
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    """All points that are there, by table and name."""
+    tables: dict[str, dict[str, Any]] = {}
+    for title, points in TABLES.items():
+        tables[title] = {}
+        for name, point in points.items():
+            folder = options.work / "points" / folder_name(point)
+            if (folder / "measured.json").exists():
+                made, measured = (json.loads((folder / file).read_text()) for file in ("point.json", "measured.json"))
+                tables[title][name] = {**made, "layer_index": point.layer, "folder": folder.name, **measured}
+    return {"machine": machine(options.threads, "cpu"), "tables": tables}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The page's tables in Markdown."""
+    head = ["", "tokens", "CE rise", "KL", "NMSE", "specialised share", "clipped", "dead", "max. frequency", "entropy"]
+    lines: list[str] = [f"{results['machine']}.", ""]
+    for title, rows in results["tables"].items():
+        if not rows:
+            continue
+        lines += [f"**{title.capitalize()}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for name, row in rows.items():
+            layer, half = row["layer"], (row["rise_interval"][1] - row["rise_interval"][0]) / 2
+            cells = [
+                name,
+                f"{row['tokens'] / 1e6:.1f} M",
+                f"{row['rise']:+.4f} ± {half:.4f}",
+                f"{row['kl']:.4f}",
+                f"{layer['nmse']:.3f}",
+                f"{100 * layer['specialised_share']:.0f} %",
+                f"{100 * layer['clipped_specialised_share']:.0f} %",
+                f"{100 * layer['dead_experts']:.1f} %",
+                f"{100 * layer['max_expert_frequency']:.0f} %",
+                f"{layer['expert_entropy']:.2f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    tokens = {row["held_out_tokens"] for rows in results["tables"].values() for row in rows.values()}
+    lines.append(f"Held-out tokens: {', '.join(f'{count:,}' for count in sorted(tokens))}.")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Cross-entropy lost, and KL, against the specialised share: the points of layer 15 with K = 32, each once."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharex=True)
+    drawn: dict[str, tuple[str, dict[str, Any]]] = {}
+    for rows in results["tables"].values():
+        for name, row in rows.items():
+            if row["layer_index"] == 15 and row["num_experts_per_tok"] == 32:
+                drawn.setdefault(row["folder"], (name, row))
+    for axis, quantity in zip(axes, ("rise", "kl"), strict=True):
+        for name, row in drawn.values():
+            share, value = row["layer"]["clipped_specialised_share"], row[quantity]
+            half = (row["rise_interval"][1] - row["rise_interval"][0]) / 2 if quantity == "rise" else 0
+            marker = {"mxd": "o", "skip_transcoder": "s", "transcoder": "^"}[row["method"]]
+            color = "C0" if row["passes"] == 1 else "C3"
+            axis.errorbar(share, value, half or None, fmt=marker, color=color)
+            where = {"xytext": (4, 3), "textcoords": "offset points"}
+            axis.annotate(name.removeprefix("MxD, "), (share, value), fontsize=7, **where)
+        label = "rise of cross-entropy" if quantity == "rise" else "KL"
+        axis.set(xlabel="share of specialised experts (clipped)", ylabel=f"{label}, nats per token")
+        axis.grid(alpha=0.3)
+    tokens = sorted({row["tokens"] for _, row in drawn.values()})
+    figure.suptitle("SmolLM2-135M layer 15, K = 32; training tokens: " + ", ".join(f"{count:,}" for count in tokens))
+    figure.tight_layout()
+    figure.savefig(FIGURE, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Record, train and measure what is missing, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/recipe"))
+    parser.add_argument("--tokens", type=parse_count, default=10**6, help="recorded tokens")
+    parser.add_argument("--evaluate", type=parse_count, default=200_000, help="held-out tokens")
+    parser.add_argument("--tables", nargs="*", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        train(options, options.one)
+        return
+    asked = dict.fromkeys(folder_name(point) for title in options.tables for point in TABLES[title].values())
+    missing = [name for name in asked if not (options.work / "points" / name / "point.json").exists()]
+    for folder in dict.fromkeys(RECORDINGS[distinct()[name].layer] for name in missing):
+        record(options, folder)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(tqdm(pool.map(_train_in_process, missing), total=len(missing), desc="points", unit="point"))
+    evaluate(options)
+    results = collect(options)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results)
+    write_between(PAGE, MARK, table(results))
+
+
+def _train_in_process(name: str) -> None:
+    command = [sys.executable, *sys.argv, "--one", name, "--threads", "1"]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+if __name__ == "__main__":
+    main()
