@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from evaluation_mxd import UntouchedLosses
-from evaluation_mxd.frontier_plot import plot_frontier
+from evaluation_mxd import UntouchedLosses, plot_frontier
 from modeling_mxd import MxDConfig
 from trainers import DistillationArguments, RecordedTeacher, materialize, pack
 from trainers.recording import check_free_space, recording_bytes, rows_digest, weights_digest
