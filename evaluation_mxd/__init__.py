@@ -5,6 +5,7 @@ from .domain_use import domain_use
 from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
 from .faithfulness import faithfulness, load_evaluation, save_evaluation
 from .forward import ZeroMLP
+from .frontier_plot import plot_frontier
 from .masks import activation_mask, next_token_mask, token_mask
 from .metrics import (
     ErrorSums,
@@ -64,6 +65,7 @@ __all__ = [
     "plot_ablation",
     "plot_domain_use",
     "plot_expert_frequency",
+    "plot_frontier",
     "plot_probing",
     "plot_singular_values",
     "plot_training_loss",

@@ -14,19 +14,18 @@ The teacher runs once and is recorded. Every point, a method at a K, trains on t
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
-from evaluation_mxd import UntouchedLosses
-from evaluation_mxd.frontier_plot import plot_frontier
+from evaluation_mxd import UntouchedLosses, plot_frontier
 from modeling_mxd import MxDConfig
-from trainers import RecordedTeacher, materialize, pack
+from trainers import DistillationArguments, RecordedTeacher, materialize, pack
 from trainers.recording import check_free_space, recording_bytes, rows_digest, weights_digest
 
 from . import embedded
@@ -37,6 +36,7 @@ from .frontier_point import (
     RECORDING,
     UNTOUCHED_NAME,
     Point,
+    device,
     heldout_batches,
     point_name,
     replace_text,
@@ -48,6 +48,10 @@ from .runs import RunOptions, evaluation_batches, load_documents, versions
 
 FRONTIER_NAME, FIGURE_NAME = "frontier.json", "frontier.png"
 _ABOUT = "about.json"
+# A point of an earlier version, whose defaults were others, is another point.
+_STOCK = {argument.name for argument in fields(TrainingArguments)}
+_OWN = [argument for argument in fields(DistillationArguments) if argument.name not in _STOCK]
+_DEFAULTS = {argument.name: argument.default for argument in _OWN}
 
 
 @dataclass(kw_only=True)
@@ -132,8 +136,9 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
     points = [_point(root, chosen, build_config(model, commit, chosen), common) for chosen in asked]
     there = {point.name for point in points if point.finished() is not None}
     if missing := [point for point in points if point.name not in there]:
-        _check_space(options, root, missing, training)
-        _record(options, root, model, commit, missing[0].config, training, progress)
+        if untrained := [point for point in missing if not point.trained()]:
+            _check_space(options, root, untrained, training)
+            _record(options, root, model, commit, untrained[0].config, training, progress)
         _measure_untouched(root, model, missing[0].config, heldout, progress)
         del model  # the processes load their own
         after_each = partial(_write, options, root, points)
@@ -148,7 +153,8 @@ def _check_root(options: FrontierOptions) -> Path:
     ours = {FRONTIER_NAME, FIGURE_NAME, RECORDING, HELDOUT, POINTS}
     if root.exists() and not root.is_dir():
         raise ValueError(f"the output {root} is a file: name a folder with --output")
-    if root.is_dir() and (others := sorted(path.name for path in root.iterdir() if path.name not in ours)):
+    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    if others := [name for name in names if name not in ours and not name.startswith(f"{FRONTIER_NAME}.")]:
         raise ValueError(f"the output folder {root} holds {others[0]!r}, which is of no frontier: name another")
     return root
 
@@ -189,8 +195,9 @@ def _decomposition_options(
 
 def _point(root: Path, options: DecompositionOptions, config: MxDConfig, common: Mapping[str, Any]) -> Point:
     layers = [asdict(config.layer(layer)) for layer in config.layers]
-    names = ("stack", "site", "method", "dtype", "batch_tokens", "seed", "training")
+    names = ("stack", "site", "method", "dtype", "batch_tokens", "seed")
     settings = {**common, **{name: getattr(options, name) for name in names}, "layers": config.layers, "sizes": layers}
+    settings["training"] = {**_DEFAULTS, **options.training}
     return Point(root, options, config, json.loads(json.dumps(settings)))
 
 
@@ -212,7 +219,7 @@ def _record(
     if options.teacher_dtype not in (None, options.dtype):
         teacher, _, _ = load_base_model(options.model, commit or options.revision, str(options.teacher_dtype))
     RecordedTeacher.record(
-        root / RECORDING, teacher.to(_device()), config.layers, rows,
+        root / RECORDING, teacher.to(device()), config.layers, rows,
         rows_per_step=max(1, options.batch_tokens // options.text.context_length),
         overwrite=options.overwrite, progress=progress, **config.where,
     )  # fmt: skip
@@ -228,14 +235,9 @@ def _measure_untouched(root: Path, model: PreTrainedModel, config: MxDConfig, ro
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     save_heldout(rows, folder)
-    known = UntouchedLosses(model.to(_device()), heldout_batches(folder), ablated=config, progress=progress)
+    known = UntouchedLosses(model.to(device()), heldout_batches(folder), ablated=config, progress=progress)
     known.save(folder / UNTOUCHED_NAME)
     replace_text(folder / _ABOUT, json.dumps(about) + "\n")
-
-
-def _device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
 
 
 def _write(options: FrontierOptions, root: Path, points: list[Point]) -> dict[str, Any]:

@@ -3,6 +3,7 @@ what to do as JSON. `mxd.frontier` starts it."""
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from trainers import DistillationArguments, RecordedTeacher, ReplayTrainer
 
 from .base_model import load_base_model
 from .pipeline import DecompositionOptions, build_config, run_settings
-from .runs import TextOptions, run_training, save_results, step_arguments
+from .runs import TextOptions, load_decomposition, made_how, run_training, save_results, step_arguments
 
 RECORDING, HELDOUT, POINTS = "recording", "heldout", "points"
 UNTOUCHED_NAME, _ROWS_NAME = "untouched.safetensors", "rows.safetensors"
@@ -60,12 +61,22 @@ class Point:
 
     def finished(self) -> dict[str, Any] | None:
         """Its results; None where it is not finished, or was with other settings."""
+        found = self._found()
+        return found["results"] if found["settings"] == self.settings else None
+
+    def trained(self) -> bool:
+        """Whether its decomposition is there, and only what it is measured on may be other."""
+        found = self._found()["settings"]
+        same = {**found, "heldout": None} == {**self.settings, "heldout": None}
+        return same and any(Path(self.options.output).glob("*.safetensors"))
+
+    def _found(self) -> dict[str, Any]:
         try:
             found = json.loads(self.file(".json").read_text())
         except (OSError, ValueError):
-            return None
-        same = isinstance(found, dict) and found.get("settings") == self.settings
-        return found["results"] if same else None
+            found = None
+        known = isinstance(found, dict) and isinstance(found.get("settings"), dict) and "results" in found
+        return found if known else {"settings": {}, "results": None}
 
     def job(self) -> str:
         """What its process reads."""
@@ -95,6 +106,12 @@ def heldout_batches(folder: Path) -> list[dict[str, Tensor]]:
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
 
 
+def device() -> torch.device:
+    """Where models run: an accelerator if there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file in one move, so that no half file is ever seen."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -103,23 +120,36 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, Any]) -> None:
-    """Train and measure a point, and write its result last."""
+    """Train a point, unless its decomposition is there, measure it, and write its result last."""
     set_seed(options.seed)
     folder = Path(options.output)
-    folder.mkdir(parents=True)
     model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
-    decomposition = MxDModel(build_config(model, commit, options))
-    arguments = DistillationArguments(**step_arguments(options, folder))
-    trainer = ReplayTrainer(decomposition, model, arguments, RecordedTeacher(root / RECORDING))
-    result = folder.with_name(f"{folder.name}.json")
-    trainer.add_callback(ProgressFile(result.with_suffix(".progress")))
-    how = run_training(trainer, tokenizer, options, None)
+    if folder.is_dir():  # `clear` has left what was trained so
+        decomposition, made = load_decomposition(str(folder)), made_how(str(folder))
+        model.to(device())
+    else:
+        decomposition = MxDModel(build_config(model, commit, options))
+        arguments = DistillationArguments(**step_arguments(options, folder))
+        trainer = ReplayTrainer(decomposition, model, arguments, RecordedTeacher(root / RECORDING))
+        trainer.add_callback(ProgressFile(folder.with_name(f"{folder.name}.progress")))
+        made = {"training": run_settings(options, trainer, run_training(trainer, tokenizer, options, None))}
     known = UntouchedLosses.load(root / HELDOUT / UNTOUCHED_NAME)
-    made = {"training": run_settings(options, trainer, how)}
     heldout = heldout_batches(root / HELDOUT)
     results = faithfulness(model, decomposition, heldout, settings=made, untouched=known)
     results = save_results(results, decomposition, folder)
-    replace_text(result, json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+    found = {"settings": settings, "results": results}
+    replace_text(folder.with_name(f"{folder.name}.json"), json.dumps(found, indent=1) + "\n")
+
+
+def clear(point: Point) -> None:
+    """Remove what is left of a point that is to be made anew, save a decomposition that can be measured again."""
+    folder = Path(point.options.output)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    trained = point.trained()
+    if folder.is_dir() and not trained:
+        shutil.rmtree(folder)
+    for ending in (".log", ".progress", *([] if trained else [".json"])):
+        point.file(ending).unlink(missing_ok=True)
 
 
 class ProgressFile(TrainerCallback):

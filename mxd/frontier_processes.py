@@ -14,7 +14,7 @@ from types import FrameType
 
 from tqdm.auto import tqdm
 
-from .frontier_point import Point
+from .frontier_point import Point, clear
 from .runs import Interrupted
 
 _POLL_SECONDS = 0.5
@@ -88,16 +88,6 @@ def run_points(
             f"{len(failures)} of {len(points)} points failed, the others are kept: {'; '.join(failures)}; put it "
             "right, then run the same command to go on"
         )
-
-
-def clear(point: Point) -> None:
-    """Remove what is left of a point that is to be made anew."""
-    folder = Path(point.options.output)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    for ending in (".json", ".log", ".progress"):
-        point.file(ending).unlink(missing_ok=True)
 
 
 def start(point: Point, jobs: int) -> "subprocess.Popen[bytes]":

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -64,12 +65,12 @@ class RecordedTeacher(Dataset[dict[str, Tensor]]):
         self.fingerprint: dict[str, Any] = state.get("fingerprint", {})
         if not state or state["recorded"] < self.fingerprint["shape"][0]:
             raise ValueError(f"{folder} holds no complete recording: make it with RecordedTeacher.record")
-        files = _open(folder, self.fingerprint, "c")  # a change would stay in memory; read-only, torch warns
+        files = _open(folder, self.fingerprint, "r")
         self.layers: list[int] = list(self.fingerprint["layers"])
-        self.rows = torch.from_numpy(files[_ROWS_NAME])
+        self.rows = _tensor(files[_ROWS_NAME])
         self._activations = {
             layer: tuple(
-                torch.from_numpy(files[_file_name(layer, side)]).view(torch.bfloat16).unflatten(0, self.rows.shape)
+                _tensor(files[_file_name(layer, side)]).view(torch.bfloat16).unflatten(0, self.rows.shape)
                 for side in _SIDES
             )
             for layer in self.layers
@@ -299,7 +300,7 @@ def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
     unfinished.replace(folder / RECORDING_NAME)
 
 
-def _open(folder: Path, fingerprint: Mapping[str, Any], mode: Literal["r+", "c"]) -> dict[str, Any]:
+def _open(folder: Path, fingerprint: Mapping[str, Any], mode: Literal["r+", "r"]) -> dict[str, Any]:
     """The files as arrays: ids (rows, tokens) int32, activations (tokens in all, width) as the bits of bfloat16."""
     ids, bits = np.dtype(np.int32), np.dtype(np.int16)
     layouts: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {_ROWS_NAME: (ids, tuple(fingerprint["shape"]))}
@@ -310,6 +311,14 @@ def _open(folder: Path, fingerprint: Mapping[str, Any], mode: Literal["r+", "c"]
         for name, (kind, shape) in layouts.items():
             _reserve(folder / name, kind.itemsize * int(np.prod(shape)))
     return {name: np.memmap(folder / name, kind, mode, shape=shape) for name, (kind, shape) in layouts.items()}
+
+
+def _tensor(array: Any) -> Tensor:
+    """A file that is mapped for reading alone, since it may be larger than the memory. Torch warns of such, because a
+    write would be the end of the process; nothing here writes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _reserve(path: Path, size: int) -> None:

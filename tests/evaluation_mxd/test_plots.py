@@ -10,10 +10,10 @@ from evaluation_mxd import (
     plot_ablation,
     plot_domain_use,
     plot_expert_frequency,
+    plot_frontier,
     plot_singular_values,
     plot_training_loss,
 )
-from evaluation_mxd.frontier_plot import plot_frontier
 
 PNG = b"\x89PNG\r\n"
 

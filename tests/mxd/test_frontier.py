@@ -55,7 +55,7 @@ def started(monkeypatch):
     names = Started()
 
     def start(point, jobs):
-        frontier_processes.clear(point)
+        frontier_point.clear(point)
         names.append(point.name)
         names.processes.append(names.instead.get(point.name, Inline)(point))
         return names.processes[-1]
@@ -127,11 +127,26 @@ def test_what_is_finished_is_not_done_again(tmp_path, started, monkeypatch):
     assert started == ["mxd-k2", "mxd-k4"]
     assert both["points"][0] == first["points"][0] and len(both["points"]) == 2
     assert recorded == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "recording").iterdir()}
+    # Defaults count as settings: another version's may be others.
+    settings = json.loads((tmp_path / "out" / "points" / "mxd-k2.json").read_text())["settings"]
+    assert {"expert_share", "gate_initialization", "learning_rate"} <= settings["training"].keys()
     # Other settings of the training: these points anew, from the same recording.
     more = measured(tmp_path / "out", num_train_epochs=2, num_experts_per_tok=[2])
     assert started[2:] == ["mxd-k2"] and more["points"][0]["tokens_trained"] == 8192
     assert more["points"][0]["layers"] != first["points"][0]["layers"]
     assert recorded == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "recording").iterdir()}
+
+
+def test_on_other_text_a_decomposition_is_only_measured_again(tmp_path, started):
+    before = measured(tmp_path / "out", num_experts_per_tok=[2])["points"][0]
+    weights = tmp_path / "out" / "points" / "mxd-k2" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    after = measured(tmp_path / "out", num_experts_per_tok=[2], evaluation_tokens=2048)["points"][0]
+    assert len(started) == 2 and weights.stat().st_mtime_ns == written
+    assert (before["evaluated_tokens"], after["evaluated_tokens"]) == (1024, 2048)
+    assert after["cross_entropy"] != before["cross_entropy"] and after["seconds"] == before["seconds"]
+    again = measured(tmp_path / "out", num_experts_per_tok=[2])["points"][0]
+    assert again["cross_entropy"] == before["cross_entropy"] and len(started) == 3
 
 
 def test_without_the_decompositions(tmp_path, started):
