@@ -68,7 +68,8 @@ class MLP(nn.Module):
 
 class Products(nn.Module):
     """The limit: nothing but the dense products, of the gate once, of encoder and decoder once (forward) or three
-    times (training). The gate's is the faster of two, `F.linear` of all tokens and the layer's own way in chunks."""
+    times (training). The gate's is the faster of two, `F.linear` of all tokens and the layer's own way in chunks. In
+    training the fused optimiser's step over all parameters is timed too, which no layer can do without."""
 
     def __init__(self, job: Job, dtype: torch.dtype):
         super().__init__()
@@ -79,10 +80,18 @@ class Products(nn.Module):
         self.encoders = [torch.randn(job["H"], job["I"], dtype=dtype) for _ in range(1 + job["glu"])]
         self.decoder = torch.randn(job["O"], job["H"], dtype=dtype)
         self._chunks, self._product = chunks, product
+        self.optimizer: torch.optim.Optimizer | None = None
+        if job["mode"] == "train":
+            modulation = torch.randn(job["N"], job["O"])
+            matrices = (self.gate, modulation, *self.encoders, self.decoder)
+            trained = [nn.Parameter(matrix.float()) for matrix in matrices]
+            for parameter in trained:
+                parameter.grad = torch.randn_like(parameter)
+            self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         self.seconds: dict[str, float] = {}
 
     def step(self, x: Tensor) -> None:
-        """Time the three parts."""
+        """Time the parts."""
         x = x.to(self.dtype)
         clock = time.perf_counter()
         F.linear(x, self.gate)
@@ -93,7 +102,10 @@ class Products(nn.Module):
         for _ in range(self.times):
             z = [F.linear(x, encoder) for encoder in self.encoders][-1]
             F.linear(z, self.decoder)
-        self._note("encoder and decoder", clock)
+        clock = self._note("encoder and decoder", clock)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self._note("optimiser", clock)
 
     def _note(self, name: str, since: float) -> float:
         if torch.cuda.is_available():

@@ -25,13 +25,14 @@ from typing import Any
 
 import torch
 from speed import PAGE, machine, write_between
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
+from evaluation_mxd.faithfulness import ZeroMLP
 from evaluation_mxd.forward import capture_with_logits, evaluating, next_token_logits
 from evaluation_mxd.metrics import ErrorSums, LogitSums
-from modeling_mxd import MxDLayer, MxDModel, SparseLayer, capture_mlps, spliced_mlps
+from modeling_mxd import MxDConfig, MxDLayer, MxDModel, SparseLayer, capture_mlps, spliced_mlps
 from mxd.base_model import load_base_model
 from mxd.pipeline import TextOptions, evaluation_batches, load_documents
 from trainers import CausalCollator, fit_router, pack, routing_recall
@@ -47,17 +48,16 @@ GENERATED = 64
 class Evaluated:
     """Held-out text, what the untouched model does on it, and how far a layer is from that."""
 
-    def __init__(self, model: PreTrainedModel, index: int, batches: list[dict[str, Tensor]]):
-        self.model, self.index, self.batches = model, index, batches
+    def __init__(self, model: PreTrainedModel, config: MxDConfig, batches: list[dict[str, Tensor]]):
+        self.model, self.index, self.batches = model, config.layers[0], batches
         self.captured: list[tuple[Tensor, Tensor]] = []
         self.untouched, ablated = LogitSums(), LogitSums()
         for batch in tqdm(batches, desc="untouched", unit="batch"):
             ids, every = batch["input_ids"], torch.ones_like(batch["input_ids"], dtype=torch.bool)
-            captured, logits = capture_with_logits(model, [index], (ids, None))
-            self.captured.append(captured[index])
+            captured, logits = capture_with_logits(model, config, (ids, None))
+            self.captured.append(captured[self.index])
             self.untouched.update(logits, ids, every)
-            zero = _Zero(captured[index][1].shape[-1])
-            with spliced_mlps(model, {index: zero}):
+            with spliced_mlps(model, {self.index: ZeroMLP(config.layer(self.index).output_size)}):
                 ablated.update(next_token_logits(model, (ids, None)), ids, every)
         self.zero_ablated = ablated.cross_entropy
 
@@ -81,15 +81,6 @@ class Evaluated:
             "nmse": errors.nmse,
             "cross_entropy_rise": spliced.cross_entropy - self.untouched.cross_entropy,
         }
-
-
-class _Zero(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.width)
 
 
 def with_groups_opened(layer: SparseLayer, opened: int) -> SparseLayer:
@@ -167,7 +158,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows = iter(pack(training, tokenizer, CONTEXT, seed=0, repeat=True))
     fitted = copy.deepcopy(exact)
     fit_router(fitted, fitting_inputs(model, index, rows, options.fit_tokens))
-    evaluated = Evaluated(model, index, evaluation_batches(heldout, tokenizer, CONTEXT, options.tokens))
+    evaluated = Evaluated(model, decomposition.config, evaluation_batches(heldout, tokenizer, CONTEXT, options.tokens))
     layers: dict[str, SparseLayer] = {"exact": exact}
     layers |= {f"fitted, {m} groups": with_groups_opened(fitted, m) for m in OPENED}
     for folder in options.trained:

@@ -168,17 +168,21 @@ def table(results: dict[str, Any]) -> str:
         if case.endswith(" experts"):
             continue
         job, rows = measured["job"], measured["contestants"]
-        what = "Training step" if job["mode"] == "train" else "Forward"
+        training = job["mode"] == "train"
+        what = "Training step" if training else "Forward"
         sizes = f"I = O = {job['I']:,}, H = {job['H']:,}, N = {job['N']:,}, K = {job['K']}, {job['tokens']:,} tokens"
         lines += [f"**{what}, {case.rpartition(',')[0]} shapes** ({sizes})", ""]
-        lines += ["|  | ms | tokens/s | against dense | share of limit | peak MB |", "|---|---|---|---|---|---|"]
+        head = ["", "ms", "tokens/s", "against dense", "share of limit", "peak MB"]
+        if training:
+            head.insert(5, "with optimiser")
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         dense = rows.get("dense PyTorch", {}).get("seconds")
         for name, row in rows.items():
             if "failed" in row:
-                lines.append(f"| {name} | failed: {row['failed'][:60]} | | | | |")
+                lines.append(f"| {name} | failed: {row['failed'][:60]} |" + " |" * (len(head) - 2))
                 continue
-            limit = rows.get("bare products, bf16" if "bf16" in name else "bare products", {}).get("seconds")
-            exact = name.startswith(("exact", "dense"))
+            bare = rows.get("bare products, bf16" if "bf16" in name else "bare products", {})
+            limit, exact = bare.get("seconds"), name.startswith(("exact", "dense"))
             cells = [
                 name,
                 f"{1000 * row['seconds']:,.0f}",
@@ -187,6 +191,9 @@ def table(results: dict[str, Any]) -> str:
                 f"{100 * limit / row['seconds']:.0f} %" if limit and exact else "",
                 f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
             ]
+            if training:
+                share = (limit + bare["optimiser"]) / row["seconds"] if limit and exact else None
+                cells.insert(5, f"{100 * share:.0f} %" if share else "")
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     curves = swept(results)

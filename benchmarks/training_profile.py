@@ -1,6 +1,6 @@
 """Where the time of `mxd decompose` goes, now and at an earlier commit of this repository.
 
-    python benchmarks/training_profile.py MODEL --corpus FOLDER [--before COMMIT] [--tokens 128k] [--layer 15]
+    python benchmarks/training_profile.py MODEL --corpus FOLDER [--before COMMIT] [--tokens 131072] [--layer 15]
 
 Both check-outs run the same decomposition twice, in the order before, now, now, before; means of the two. Parts are
 timed around the trainer's own methods: the teacher (up to the last MLP needed), forward and backward of the layer, the
@@ -63,9 +63,11 @@ def timed_run(job: dict[str, Any]) -> dict[str, float]:
         ("training_step", "forward of the layer"),
         ("_start", "start"),
         ("measure_experts", "experts' use"),
+        ("_measure_experts", "experts' use"),
         ("train", "training"),
     ):
-        setattr(trainer_class, method, timed(name, getattr(trainer_class, method)))
+        if hasattr(trainer_class, method):  # commits differ in what they call public
+            setattr(trainer_class, method, timed(name, getattr(trainer_class, method)))
     torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     create = trainer_class.create_optimizer
 
