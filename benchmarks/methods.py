@@ -46,11 +46,12 @@ ROWS_PER_STEP = 8
 EVALUATION_TOKENS = 16384
 
 EARLIER = {"modulation_initialization": "random", "decoder_initialization": "zero", "expert_share": 0.0}
-NAIVE = {**EARLIER, "learning_rate": 1e-3, "gate_learning_rate_factor": 1.0, "modulation_learning_rate_factor": 1.0}
+NAIVE = {**EARLIER, "learning_rate": 1e-3}
 DATA = {**NAIVE, "encoder_initialization": "random"}
 SCALED = {**DATA, "gate_initialization": "random"}
 RAW = {**SCALED, "scale_activations": False}
 PRETRAINED = {"encoder_initialization": "pretrained"}
+SLOW_GATE = {"learning_rate": 3e-3, "gate_learning_rate_factor": 0.3, "modulation_learning_rate_factor": 3.0}
 SKIP = {"method": "skip_transcoder"}
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # name: (options of the layer, arguments of the training)
@@ -69,8 +70,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "MxD, gate from data, pretrained encoder, lr 3e-3": ({}, {**DATA, **PRETRAINED, "learning_rate": 3e-3}),
     "skip transcoder, gate from data, lr 3e-3": (SKIP, {**DATA, "learning_rate": 3e-3}),
-    "skip transcoder, gate from data, lr 3e-3, slow gate": (SKIP, {"learning_rate": 3e-3}),
-    "MxD, gate from data, pretrained encoder, lr 3e-3, slow gate, fast C": ({}, {**EARLIER, "learning_rate": 3e-3}),
+    "skip transcoder, gate from data, lr 3e-3, slow gate": (SKIP, SLOW_GATE),
+    "MxD, gate from data, pretrained encoder, lr 3e-3, slow gate, fast C": ({}, {**EARLIER, **SLOW_GATE}),
     "MxD, the defaults": ({}, {}),
 }
 

@@ -43,7 +43,7 @@ RESULTS = HERE / "results" / "recipe.json"
 PAGE, FIGURE = HERE.parent / "docs" / "recipe.md", HERE.parent / "docs" / "recipe.png"
 MARK = "benchmarks/recipe.py"
 PASSES = 3
-SHARES = (0.0, 0.15, 0.25, 0.35, 0.5, 0.6)
+SHARES = (0.0, 0.25, 0.6)
 # Of every layer, the recording that it is in; one teacher pass makes each.
 RECORDINGS = {15: "recording", 5: "others", 25: "others"}
 BASELINE = {"learning_rate": 3e-3}  # what the command line gives a transcoder
@@ -71,9 +71,9 @@ def _points() -> dict[str, dict[str, Point]]:
     """By table: name and point."""
     skip, transcoder = Point("skip_transcoder", training=BASELINE), Point("transcoder", training=BASELINE)
     final = {}
-    for k in (16, 32):
+    for k, passes in ((16, 1), (32, PASSES)):
         for name, point in (("MxD", Point()), ("skip transcoder", skip)):
-            final[f"{name}, K = {k}"] = replace(point, num_experts_per_tok=k, passes=PASSES)
+            final[f"{name}, K = {k}"] = replace(point, num_experts_per_tok=k, passes=passes)
     shares = {f"MxD, expert_share {share}": Point(training={"expert_share": share}) for share in SHARES}
     removed: dict[str, dict[str, Any]] = {
         "the default": {},
@@ -82,7 +82,7 @@ def _points() -> dict[str, dict[str, Point]]:
         "encoder from nn.Linear": {"encoder_initialization": "random"},
         "decoder from 0": {"decoder_initialization": "zero"},
         "Cᵀa from around 0": {"modulation_initialization": "random"},
-        "one learning rate": {"gate_learning_rate_factor": 1.0, "modulation_learning_rate_factor": 1.0},
+        "slow gate, fast C": {"gate_learning_rate_factor": 0.3, "modulation_learning_rate_factor": 3.0},
         "no scaling": {"scale_activations": False},
         "no least norm": {"minimum_relative_norm": 0.0},
     }
@@ -96,7 +96,17 @@ def _points() -> dict[str, dict[str, Point]]:
         layers[f"skip transcoder, layer {layer}"] = replace(skip, layer=layer)
     return {
         "final": final,
-        "trade-off": {"transcoder": transcoder, "skip transcoder": skip, **shares},
+        "rates": {
+            f"MxD, expert_share 0.4, gate × {gate}, C × {modulation}": Point(
+                training={
+                    "expert_share": 0.4,
+                    "gate_learning_rate_factor": gate,
+                    "modulation_learning_rate_factor": modulation,
+                }
+            )
+            for gate, modulation in ((1.0, 1.0), (0.3, 3.0))
+        },
+        "trade-off": {"transcoder": transcoder, "skip transcoder": skip, "MxD, the default": Point(), **shares},
         "ablation": {name: Point(passes=0.5, training=training) for name, training in removed.items()},
         "seeds": seeds,
         "layers": layers,

@@ -121,7 +121,7 @@ def decompose(
     ] = ModulationStart.unit,
     expert_share: Annotated[
         float, typer.Option(help="Error that an MxD must have without the choice of experts; 0: no such term.")
-    ] = 0.6,
+    ] = 0.45,
     bf16: Bf16 = False,
     dtype: Dtype = "float32",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,

@@ -17,11 +17,11 @@ class DecompositionArguments(TrainingArguments):
     """
 
     gate_learning_rate_factor: float = field(
-        default=0.3,
-        metadata={"help": "On the gate's learning rate: a slower gate keeps its experts in use while the rest learns."},
+        default=1.0,
+        metadata={"help": "On the gate's learning rate. Below 1 more experts stay in use at high learning rates."},
     )
     modulation_learning_rate_factor: float = field(
-        default=3.0, metadata={"help": "On the learning rate of an MxD's modulations C, which are rarely updated each."}
+        default=1.0, metadata={"help": "On the learning rate of an MxD's modulations C."}
     )
     scale_activations: bool = field(
         default=True,

@@ -44,7 +44,7 @@ class DistillationArguments(DecompositionArguments):
         metadata={"help": "'pretrained': D from the MLP's own decoder; 'zero': D at 0, the authors' start."},
     )
     expert_share: float = field(
-        default=0.6,
+        default=0.45,
         metadata={
             "help": "How wrong an MxD has to be, at least, when C^T a is replaced by its mean: the normalised error, "
             "of a token at most 1, that `expert_share_weight` holds it to; about what its experts then carry."

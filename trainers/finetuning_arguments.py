@@ -27,6 +27,12 @@ class FinetuningArguments(DecompositionArguments):
     learning_rate: float = field(
         default=3e-4, metadata={"help": "Peak learning rate in units of the scaled activations."}
     )
+    gate_learning_rate_factor: float = field(
+        default=0.3, metadata={"help": "On the gate's learning rate: a slower gate keeps the experts what they are."}
+    )
+    modulation_learning_rate_factor: float = field(
+        default=3.0, metadata={"help": "On the learning rate of an MxD's modulations C, which are rarely updated each."}
+    )
 
     def __post_init__(self) -> None:
         self.check_choice("loss", LOSSES)
