@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pages import write_between
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 DOCS = ROOT / "docs" / "sharing.md"
-BEGIN, END = "<!-- benchmarks/fault_table.py: begin -->\n", "<!-- benchmarks/fault_table.py: end -->\n"
+MARK = "benchmarks/fault_table.py"
 TESTS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "hub_cards")]  # the first, since tests/ has rooms too
 
 
@@ -74,17 +76,6 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def between_marks(results: dict[str, Any]) -> str:
-    """What stands in docs/sharing.md."""
-    return BEGIN + table(results) + END
-
-
-def write_between(path: Path, begin: str, text: str, end: str) -> None:
-    """Put a text, its marks included, where its marks are in a file."""
-    before, _, rest = path.read_text().partition(begin)
-    path.write_text(before + text + rest.partition(end)[2])
-
-
 def main() -> None:
     """Run all operations and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,7 +97,7 @@ def main() -> None:
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
         results = {"operations": [json.loads(file.read_text()) for file in files]}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_between(DOCS, BEGIN, between_marks(results), END)
+    write_between(DOCS, MARK, table(results))
 
 
 if __name__ == "__main__":

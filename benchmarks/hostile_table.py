@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from fault_table import DOCS, ROOT, TESTS, write_between
+from fault_table import DOCS, ROOT, TESTS
+from pages import write_between
 from tqdm.auto import tqdm
 
 RESULTS = ROOT / "benchmarks" / "results" / "hostile.json"
-BEGIN, END = "<!-- benchmarks/hostile_table.py: begin -->\n", "<!-- benchmarks/hostile_table.py: end -->\n"
+MARK = "benchmarks/hostile_table.py"
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
@@ -76,16 +77,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def between_marks(rows: list[dict[str, Any]]) -> str:
-    """What stands in docs/sharing.md."""
-    return BEGIN + table(rows) + END
-
-
 def main() -> None:
     """Run all cases and write the table."""
     rows = run()
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    write_between(DOCS, BEGIN, between_marks(rows), END)
+    write_between(DOCS, MARK, table(rows))
 
 
 if __name__ == "__main__":

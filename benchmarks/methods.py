@@ -5,7 +5,7 @@
 One teacher pass records the layer's inputs and outputs; every row trains on the recording, in the same order, in a
 process of its own (one thread each, `--jobs` at a time), and is measured on the same held-out documents. Text: the
 parquet files of FOLDER and the running interpreter's standard library. Rows already in the work folder are not run
-again. Writes benchmarks/results/methods.json, and the table into the README.
+again. Writes benchmarks/results/methods.json, and the table in docs/recipe.md.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
+from pages import write_between
 from transformers import set_seed
 
 from evaluation_mxd import faithfulness
@@ -39,8 +40,8 @@ from trainers import (
 from trainers.data import python_library_documents
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks/methods.py: begin -->\n", "<!-- benchmarks/methods.py: end -->"
+PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
+MARK = "benchmarks/methods.py"
 CONTEXT = 256
 ROWS_PER_STEP = 8
 EVALUATION_TOKENS = 16384
@@ -72,7 +73,10 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "skip transcoder, gate from data, lr 3e-3": (SKIP, {**DATA, "learning_rate": 3e-3}),
     "skip transcoder, gate from data, lr 3e-3, slow gate": (SKIP, SLOW_GATE),
     "MxD, gate from data, pretrained encoder, lr 3e-3, slow gate, fast C": ({}, {**EARLIER, **SLOW_GATE}),
-    "MxD, the defaults": ({}, {}),
+    "MxD, expert_share 0.6, slow gate, fast C": (
+        {},
+        {"expert_share": 0.6, "gate_learning_rate_factor": 0.3, "modulation_learning_rate_factor": 3.0},
+    ),
 }
 
 
@@ -160,13 +164,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_table(rows: list[dict[str, Any]]) -> None:
-    """Put the table between its marks in the README."""
-    before, _, rest = README.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(before + BEGIN + table(rows) + END + after)
-
-
 def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,7 +190,7 @@ def main() -> None:
         {**json.loads(path.read_text()), "name": name} for name in ROWS if (path := _row_path(options, name)).exists()
     ]
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    write_table(rows)
+    write_between(PAGE, MARK, table(rows))
 
 
 def _row_path(options: argparse.Namespace, name: str) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fault_table import write_between
+from pages import write_between
 from probing_problems import problems
 from scipy.sparse import load_npz, save_npz
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ from trainers.labelled_text import count_texts
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, FIGURE = ROOT / "benchmarks/results/probing.json", ROOT / "docs/probing.md", ROOT / "docs/probing.png"
-BEGIN, END = "<!-- benchmarks/probing.py: begin -->\n", "<!-- benchmarks/probing.py: end -->\n"
+MARK = "benchmarks/probing.py"
 CONTEXT = 128
 WAYS = {"published": False, "standardised": True}
 """How features go into the probes → whether they are standardised."""
@@ -252,7 +252,7 @@ def main() -> None:
     results = measure(options)
     (options.results or RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     if options.results is None:
-        write_between(PAGE, BEGIN, BEGIN + "\n" + table(results) + END, END)
+        write_between(PAGE, MARK, "\n" + table(results))
         found = results["representations"]
         shown = {
             problem: {name: figures[problem]["published"] for name, figures in found.items()}

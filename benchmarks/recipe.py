@@ -7,7 +7,8 @@ layers' MLPs on `--tokens` of text; every point trains on the recording, in the 
 says, one thread each, `--jobs` at a time. Then all points that are there are measured on the same held-out tokens:
 differences of cross-entropy are paired per token, with 95 % intervals clustered by row of 256 tokens. What comes before
 the layer is computed once, and products are in bfloat16 for all, the untouched model included. Points already in the
-work folder are not trained again. Writes benchmarks/results/recipe.json, the tables in docs/recipe.md, docs/recipe.png.
+work folder are not trained again. Writes benchmarks/results/recipe.json, the tables in docs/recipe.md (two of
+them in the README), docs/recipe.png.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 from methods import CONTEXT, ROWS_PER_STEP, text
-from speed import machine, write_between
+from pages import machine, write_between
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
@@ -42,6 +44,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipe.json"
 PAGE, FIGURE = HERE.parent / "docs" / "recipe.md", HERE.parent / "docs" / "recipe.png"
 MARK = "benchmarks/recipe.py"
+README, OF_README = HERE.parent / "README.md", ("final", "trade-off")
 PASSES = 3
 SHARES = (0.0, 0.25, 0.6)
 # Of every layer, the recording that it is in; one teacher pass makes each.
@@ -279,13 +282,12 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     return {"machine": machine(options.threads, "cpu"), "tables": tables}
 
 
-def table(results: dict[str, Any]) -> str:
-    """The page's tables in Markdown."""
+def table(results: dict[str, Any], titles: Sequence[str] | None = None) -> str:
+    """The page's tables in Markdown, or some of them."""
     head = ["", "tokens", "CE rise", "KL", "NMSE", "specialised share", "clipped", "dead", "max. frequency", "entropy"]
     lines: list[str] = [f"{results['machine']}.", ""]
-    for title, rows in results["tables"].items():
-        if not rows:
-            continue
+    tables = {title: rows for title, rows in results["tables"].items() if rows and title in (titles or [title])}
+    for title, rows in tables.items():
         lines += [f"**{title.capitalize()}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, row in rows.items():
             layer, half = row["layer"], (row["rise_interval"][1] - row["rise_interval"][0]) / 2
@@ -303,7 +305,7 @@ def table(results: dict[str, Any]) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    tokens = {row["held_out_tokens"] for rows in results["tables"].values() for row in rows.values()}
+    tokens = {row["held_out_tokens"] for rows in tables.values() for row in rows.values()}
     lines.append(f"Held-out tokens: {', '.join(f'{count:,}' for count in sorted(tokens))}.")
     return "\n".join(lines) + "\n"
 
@@ -369,6 +371,7 @@ def main() -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results)
     write_between(PAGE, MARK, table(results))
+    write_between(README, MARK, table(results, OF_README))
 
 
 def _train_in_process(name: str) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import PAGE, machine, write_between
+from pages import machine, write_between
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
@@ -38,6 +38,7 @@ from mxd.pipeline import TextOptions, evaluation_batches, load_documents
 from trainers import CausalCollator, fit_router, pack, routing_recall
 
 RESULTS = Path(__file__).parent / "results" / "routing.json"
+PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 MARK = "benchmarks/routing.py"
 CONTEXT = 256
 OPENED = (1, 2, 4, 6, 8, 12, 16, 24, 32)

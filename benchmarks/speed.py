@@ -15,7 +15,6 @@ and docs/speed.png. About 20 minutes on 2 cores.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 from contestants import BESIDE, CONTESTANTS
+from pages import machine, write_between
 from tqdm.auto import tqdm
 
 from modeling_mxd import num_experts_matching_transcoder
@@ -238,24 +238,6 @@ def summarise(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
         if len(points) > 2:
             results["exponents"][name] = exponent(points)
     return results
-
-
-def machine(threads: int, device: str) -> str:
-    """Where something was measured, in words."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    processor = names[0].partition(":")[2].strip() if names else platform.processor()
-    name = torch.cuda.get_device_name() if device == "cuda" else processor
-    return f"{name}, {threads} threads, PyTorch {torch.__version__}, Python {platform.python_version()}"
-
-
-def write_between(page: Path, mark: str, text: str) -> None:
-    """Put a text between its marks in a page."""
-    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    if not found:
-        raise ValueError(f"{page} has no line {begin!r} to write after")
-    page.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
 
 
 def _path(options: argparse.Namespace, case: str) -> Path:

@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "training_profile.json"
+PAGE = ROOT / "docs" / "speed.md"
 MARK = "benchmarks/training_profile.py"
 # The last commit before the layers' products were made fast.
 BEFORE = "6d89236"
@@ -100,7 +101,7 @@ def timed_run(job: dict[str, Any]) -> dict[str, float]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Both check-outs, each twice."""
-    from speed import machine  # which the earlier check-out cannot import
+    from pages import machine  # which the earlier check-out cannot import
 
     measured: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +179,7 @@ def main() -> None:
     if options.model is None or options.corpus is None:
         parser.error("MODEL and --corpus are needed")
     options.model, options.corpus = options.model.resolve(), options.corpus.resolve()
-    from speed import PAGE, write_between
+    from pages import write_between
 
     results = run(options)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -49,14 +49,15 @@ def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
     assert Path("adapter/adapter_model.safetensors").is_file()
 
 
-def test_the_results_table_is_what_the_benchmark_wrote():
-    methods = benchmark("methods")
+def test_the_tables_of_recipes_are_what_the_benchmarks_wrote(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    methods, recipe, pages = benchmark("methods"), benchmark("recipe"), benchmark("pages")
     rows = json.loads(methods.RESULTS.read_text())
-    assert methods.BEGIN + methods.table(rows) + methods.END in README
+    assert pages.between_marks(methods.MARK, methods.table(rows)) in methods.PAGE.read_text()
     assert [row["name"] for row in rows] == list(methods.ROWS)
-    default = rows[-1]["layers"]["15"]
-    assert default["dead_experts"] < 0.1
-    assert default["specialised_share"] > 0.8
+    results = json.loads(recipe.RESULTS.read_text())
+    assert pages.between_marks(recipe.MARK, recipe.table(results)) in recipe.PAGE.read_text()
+    assert pages.between_marks(recipe.MARK, recipe.table(results, recipe.OF_README)) in README
 
 
 def test_the_fine_tuning_tables_are_what_the_benchmark_wrote():

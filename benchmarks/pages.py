@@ -1,0 +1,34 @@
+"""What all benchmarks do with what they measured: say on which machine, and put tables into pages."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def machine(threads: int, device: str) -> str:
+    """Where something was measured, in words."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    processor = names[0].partition(":")[2].strip() if names else platform.processor()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor
+    return f"{name}, {threads} threads, PyTorch {torch.__version__}, Python {platform.python_version()}"
+
+
+def between_marks(mark: str, text: str) -> str:
+    """A text between the marks of who writes it."""
+    return f"<!-- {mark}: begin -->\n{text}<!-- {mark}: end -->"
+
+
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Put a text between its marks in a page.
+
+    Raises:
+        ValueError: when the page has no such marks.
+    """
+    begin, end = between_marks(mark, "\0").split("\0")
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, ended, rest = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"{page} has no {begin!r} with its end to write between")
+    page.write_text(before + between_marks(mark, text) + rest, encoding="utf-8")
