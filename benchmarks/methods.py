@@ -37,7 +37,7 @@ from trainers import (
     split_documents,
     take_tokens,
 )
-from trainers.data import python_library_documents
+from trainers.documents import python_library_documents
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"

@@ -22,10 +22,10 @@ from modeling_mxd import MxDModel
 
 from .allocation import freed_memory_kept
 from .callbacks import InterruptCallback, RankCallback, TokenProgressCallback
-from .data import CausalCollator
 from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
+from .packing import CausalCollator
 
 logger = logging.getLogger(__name__)
 

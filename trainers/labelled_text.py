@@ -13,7 +13,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .data import DataError, load_text
+from .documents import DataError, load_text
 
 MIN_TOKENS = 5
 """Shorter texts are left out, BOS not counted."""

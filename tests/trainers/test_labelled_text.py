@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from test_data import build_tokenizer
+from text_cases import build_tokenizer
 
 from trainers import DataError, LabelledDocuments, cut_texts, load_labelled_text
 from trainers.labelled_text import MAX_CLASSES, count_texts
@@ -50,7 +50,7 @@ def test_some_classes_and_rows_without_one(tmp_path):
 def test_a_class_label_gives_its_names(monkeypatch):
     features = Features({"body": Value("string"), "kind": ClassLabel(names=["World", "Sports"])})
     hub = Dataset.from_dict({"body": ["x", "y", "z"], "kind": [1, 0, -1]}, features=features)
-    monkeypatch.setattr("trainers.data.load_dataset", lambda *_, **__: hub)
+    monkeypatch.setattr("trainers.documents.load_dataset", lambda *_, **__: hub)
     found = load_labelled_text("owner/news", label_column="kind", text_column="body")
     assert found.labels.tolist() == ["Sports", "World"] and list(found.texts) == ["x", "y"]
 

@@ -1,0 +1,251 @@
+"""Documents packed into rows of token ids.
+
+    rows = pack(train, tokenizer, context_length=1024, seed=0, repeat=True)
+
+Everything is lazy: documents are shuffled, cut into passages, shuffled, tokenised, joined, cut into
+rows and shuffled again only as the rows are asked for. The order depends on the data and on the seed alone, so a
+second iteration, here or in a new process, gives the same rows. That is what resuming needs, since
+`transformers.Trainer` resumes by skipping the batches it has seen. Two things change the order: the number of
+DataLoader workers, and `set_epoch`, which the Trainer calls when an iterable dataset runs out (train with
+`repeat=True`, which never does).
+"""
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from .documents import DataError, require_text
+
+logger = logging.getLogger(__name__)
+
+PASSAGE_CHARACTERS = 16_384
+PASSAGES_PER_BATCH = 64
+ROWS_PER_BATCH = 16
+
+# Cut before the last whitespace that leaves the passage short enough; inside a "word" only where one is longer still.
+_PASSAGE = re.compile(rf"(?s).{{1,{PASSAGE_CHARACTERS}}}(?=\s|\Z)|.{{1,{PASSAGE_CHARACTERS}}}")
+
+
+def pack(
+    documents: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    buffer_size: int = 1000,
+    repeat: bool = False,
+) -> IterableDataset:
+    """Turn documents into rows of exactly `context_length` token ids, lazily and in an order set by the seed.
+
+    Documents are shuffled (map-style: all of them; a stream: through a buffer, and its shards), cut at whitespace into
+    passages of at most 16,384 characters so that a book is spread over the run, and shuffled again. Batches of
+    passages are tokenised without special tokens, joined with the EOS token if the tokenizer has one, and cut into
+    rows that each start with the BOS token if it has one; the rows are shuffled once more. What is left of a batch
+    after its last row is dropped. A batch is at least 64 passages and, where those are short, as many as make about
+    16 rows, so that what is dropped is some 3 % of the text on average, or less. Nothing marks the texts in a row but
+    the EOS tokens: attention crosses them.
+
+    Args:
+        documents: Rows with a `"text"` column, as `load_text` gives them; missing and blank texts are skipped.
+        tokenizer: The model's own.
+        context_length: Tokens in a row, BOS included.
+        seed: Another seed, another order.
+        shuffle: False keeps the documents' order, for held-out text.
+        buffer_size: Documents of a stream, passages and rows that the three shuffles choose among.
+        repeat: Start again after the last row, for ever and in the same order.
+
+    Returns:
+        Rows `{"input_ids": list[int]}`, each of length `context_length`.
+
+    Raises:
+        DataError: when `context_length` is below 2, `buffer_size` below 1, there is no `"text"` column, or the text is
+            too short for a single row. The documents for a first row are read at once to find out.
+    """
+    if context_length < 2:
+        raise DataError(f"context_length must be at least 2, one token to predict another from; got {context_length}")
+    if buffer_size < 1:
+        raise DataError(f"buffer_size must be at least 1, got {buffer_size}")
+    require_text(documents)
+    batch_size = _passages_per_batch(_passages(documents), tokenizer, context_length)
+    if shuffle:
+        how = {"keep_in_memory": True} if isinstance(documents, Dataset) else {"buffer_size": buffer_size}
+        documents = documents.shuffle(seed=seed, **how)
+    passages = _passages(documents)
+    if shuffle:
+        passages = _shuffle_locally(passages, seed + 1, buffer_size)
+    rows = passages.map(
+        _pack_batch,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=["text"],
+        features=Features({"input_ids": List(Value("int64"), length=context_length)}),
+        fn_kwargs={"tokenizer": tokenizer, "context_length": context_length},
+    )
+    if shuffle:
+        rows = _shuffle_locally(rows, seed + 2, buffer_size)
+    return rows.repeat(None) if repeat else rows
+
+
+def _passages(documents: Dataset | IterableDataset) -> IterableDataset:
+    """Rows `{"text": str}` of at most `PASSAGE_CHARACTERS` each, which joined give the documents back."""
+    if isinstance(documents, Dataset):
+        documents = documents.with_format(None).to_iterable_dataset()
+    return documents.select_columns(["text"]).map(
+        _cut_documents, batched=True, batch_size=16, features=Features({"text": Value("string")})
+    )
+
+
+def _cut_documents(batch: dict[str, list[str | None]]) -> dict[str, list[str]]:
+    texts = (text for text in batch["text"] if text and not text.isspace())
+    return {"text": [passage for text in texts for passage in _PASSAGE.findall(text)]}
+
+
+def _shuffle_locally(dataset: IterableDataset, seed: int, buffer_size: int) -> IterableDataset:
+    """Shuffle through a buffer, without touching the shards that the documents come from.
+
+    A plain shuffle would also open up to ten shards at once, each with all buffers below it: a hundred times the
+    documents to read before the first row. Datasets shuffle but don't reorder what skip() has fixed the order of.
+    """
+    return dataset.skip(0).shuffle(seed=seed, buffer_size=buffer_size)
+
+
+def _token_stream(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The passages' ids, one after the other, with EOS in between if there is one."""
+    # verbose=False: a passage longer than the model's context is no mistake here, it is cut below
+    encoded = tokenizer(
+        passages,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for index, ids in enumerate(encoded):
+        if index:
+            stream += separator
+        stream += ids
+    return stream
+
+
+def _pack_batch(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> dict[str, list[list[int]]]:
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # an id of 0 is an id
+    length = context_length - len(start)
+    stream = _token_stream(batch["text"], tokenizer)
+    full = range(0, len(stream) - length + 1, length)
+    return {"input_ids": [start + stream[begin : begin + length] for begin in full]}
+
+
+def _passages_per_batch(passages: IterableDataset, tokenizer: PreTrainedTokenizerBase, context_length: int) -> int:
+    """How many passages to tokenise together, judged by the first ones in their original order."""
+    needed = context_length - (tokenizer.bos_token_id is not None)
+    count = tokens = 0
+    for batch in passages.iter(batch_size=PASSAGES_PER_BATCH):
+        count += len(batch["text"])
+        tokens += len(_token_stream(batch["text"], tokenizer))
+        if tokens >= needed:
+            break
+    else:
+        raise DataError(
+            f"the text is too short to pack: its {count} passage(s) make {tokens} tokens, and one row takes {needed} "
+            f"(context_length={context_length}); give more text or a smaller context_length"
+        )
+    return max(PASSAGES_PER_BATCH, math.ceil(ROWS_PER_BATCH * context_length * count / tokens))
+
+
+def take_tokens(rows: IterableDataset, tokens: int) -> IterableDataset:
+    """The first rows that together hold at least `tokens` token ids, BOS included.
+
+    Args:
+        rows: What `pack` returned.
+        tokens: How many are wanted; rounded up to whole rows.
+
+    Returns:
+        `ceil(tokens / context_length)` rows, or all there are.
+
+    Raises:
+        DataError: when `tokens` is below 1, or the rows are not `pack`'s, whose features tell their length.
+    """
+    if tokens < 1:
+        raise DataError(f"tokens must be at least 1, got {tokens}")
+    feature = (rows.features or {}).get("input_ids")
+    if not isinstance(feature, List) or feature.length < 1:
+        raise DataError(f"the rows do not say how long they are (features: {rows.features}); pass what pack returns")
+    return rows.take(math.ceil(tokens / feature.length))
+
+
+def materialize(rows: IterableDataset, tokens: int | None = None) -> Dataset:
+    """Read rows into memory, for evaluation, which passes over the same ones again and again.
+
+    Args:
+        rows: What `pack` returned; with `repeat=True` there is no end to it, so give `tokens` too.
+        tokens: Stop once there are this many token ids; None takes every row.
+
+    Returns:
+        A map-style dataset whose `input_ids` come as LongTensors of shape (context_length,).
+
+    Raises:
+        DataError: when there are no rows, or `tokens` is below 1.
+    """
+    limited = rows if tokens is None else take_tokens(rows, tokens)
+    ids = [np.asarray(row["input_ids"], dtype=np.int64) for row in limited]
+    if not ids:
+        raise DataError("there are no rows to materialize; give more text or a smaller context_length")
+    if tokens is not None and sum(map(len, ids)) < tokens:
+        logger.warning("asked for %d tokens, the text gives %d", tokens, sum(map(len, ids)))
+    features = Features({"input_ids": List(Value("int64"))})
+    return Dataset.from_dict({"input_ids": ids}, features=features).with_format("torch")
+
+
+class CausalCollator:
+    """Stack rows into a batch for a causal language model, padding on the right where lengths differ.
+
+    Args:
+        tokenizer: Gives the padding id: its PAD, else its EOS. Without a tokenizer, or without either, the id is 0,
+            which the mask hides as well as any other.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        candidates = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        self.pad_token_id: int = next((token for token in candidates if token is not None), 0)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Stack rows.
+
+        Args:
+            rows: B rows with `input_ids` and, optionally, `attention_mask`, as lists or tensors; others are dropped.
+
+        Returns:
+            `input_ids` and `attention_mask`, both LongTensors of shape (B, T), T the length of the longest row.
+
+        Raises:
+            DataError: when there are no rows, or a row's mask is not as long as its ids.
+        """
+        if not rows:
+            raise DataError("a batch needs at least one row")
+        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]  # each (t,)
+        masks = [
+            torch.ones_like(tokens) if row.get("attention_mask") is None else torch.as_tensor(row["attention_mask"])
+            for row, tokens in zip(rows, ids, strict=True)
+        ]
+        for tokens, mask in zip(ids, masks, strict=True):
+            if tokens.shape != mask.shape:
+                raise DataError(f"attention_mask is {tuple(mask.shape)} but input_ids is {tuple(tokens.shape)}")
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return {
+            "input_ids": pad(ids, padding_value=self.pad_token_id),
+            "attention_mask": pad([mask.long() for mask in masks], padding_value=0),
+        }
