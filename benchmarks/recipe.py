@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import CONTEXT, ROWS_PER_STEP, text
+from datasets import Dataset
+from methods import CONTEXT, ROWS_PER_STEP
 from pages import machine, write_between
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -38,7 +39,16 @@ from modeling_mxd import MxDConfig, MxDModel, find_mlp
 from mxd.base_model import load_base_model
 from mxd.cli_options import parse_count
 from mxd.pipeline import DecompositionOptions, evaluation_batches, layer_config
-from trainers import DistillationArguments, RecordedTeacher, ReplayTrainer, materialize, pack, take_tokens
+from trainers import (
+    DistillationArguments,
+    RecordedTeacher,
+    ReplayTrainer,
+    load_text,
+    materialize,
+    pack,
+    split_documents,
+    take_tokens,
+)
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipe.json"
@@ -46,7 +56,7 @@ PAGE, FIGURE = HERE.parent / "docs" / "recipe.md", HERE.parent / "docs" / "recip
 MARK = "benchmarks/recipe.py"
 README, OF_README = HERE.parent / "README.md", 3
 PASSES = 3
-RUN, SEEN = 24, 0.3
+COMPARED = 4  # KL is taken of one batch in so many
 SHARES = (0.0, 0.25, 0.6)
 # Of every layer, the recording that it is in; one teacher pass makes each.
 RECORDINGS = {15: "recording", 5: "others", 25: "others"}
@@ -76,7 +86,7 @@ def _points() -> dict[str, dict[str, Point]]:
     skip, transcoder = Point("skip_transcoder", training=BASELINE), Point("transcoder", training=BASELINE)
     longest = {name: replace(point, passes=PASSES) for name, point in (("MxD", Point()), ("skip transcoder", skip))}
     sparser = {name: replace(point, passes=1, num_experts_per_tok=16) for name, point in longest.items()}
-    shares = {f"MxD, expert_share {share}": Point(training={"expert_share": share}) for share in SHARES}
+    shares = {f"MxD, {share}": Point(training={"expert_share": share}) for share in SHARES}
     removed: dict[str, dict[str, Any]] = {
         "the default": {},
         "no expert_share": {"expert_share": 0.0},
@@ -97,11 +107,17 @@ def _points() -> dict[str, dict[str, Point]]:
         layers[f"MxD, layer {layer}"] = Point(layer=layer)
         layers[f"skip transcoder, layer {layer}"] = replace(skip, layer=layer)
     return {
-        f"K = 32, {PASSES} passes": longest,
+        "K = 32, one pass": {"MxD": Point(), "skip transcoder": skip},
         "K = 16, one pass": sparser,
-        "K = 32, one pass": {"transcoder": transcoder, "skip transcoder": skip, "MxD, the default": Point(), **shares},
-        "rates": {
-            f"MxD, expert_share 0.4, gate × {gate}, C × {modulation}": Point(
+        f"K = 32, {PASSES} passes": longest,
+        "Shares, one pass": {
+            "transcoder": transcoder,
+            "skip transcoder": skip,
+            "MxD, 0.45 (default)": Point(),
+            **shares,
+        },
+        "Rates, one pass": {
+            f"MxD, 0.4, gate × {gate}, C × {modulation}": Point(
                 training={
                     "expert_share": 0.4,
                     "gate_learning_rate_factor": gate,
@@ -110,9 +126,11 @@ def _points() -> dict[str, dict[str, Point]]:
             )
             for gate, modulation in ((1.0, 1.0), (0.3, 3.0))
         },
-        "ablation": {name: Point(passes=0.5, training=training) for name, training in removed.items()},
-        "seeds": seeds,
-        "layers": layers,
+        "Without a part, half a pass": {
+            name: Point(passes=0.5, training=training) for name, training in removed.items()
+        },
+        "Seeds, one pass": seeds,
+        "Layers, one pass": layers,
     }
 
 
@@ -127,6 +145,11 @@ def distinct() -> dict[str, Point]:
 def folder_name(point: Point) -> str:
     """Of a point's settings."""
     return hashlib.sha256(json.dumps(asdict(point), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Documents to train on, and those held out."""
+    return split_documents(load_text(sorted(str(path) for path in options.corpus.glob("*.parquet"))), seed=0)
 
 
 def record(options: argparse.Namespace, folder: str) -> None:
@@ -172,19 +195,6 @@ def train(options: argparse.Namespace, name: str) -> None:
     (folder / "point.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
-def unseen(rows: Tensor, recorded: Tensor) -> Tensor:
-    """Rows of held-out token ids of whose runs of `RUN` tokens at most `SEEN` are in the recording too: boilerplate is
-    on both sides of any division by document."""
-
-    def runs(row: Tensor, step: int) -> list[bytes]:
-        ids = row.to(torch.int32).numpy()
-        return [ids[start : start + RUN].tobytes() for start in range(1, len(ids) - RUN, step)]
-
-    there = {run for row in recorded for run in runs(row, 1)}
-    found = [runs(row, 6) for row in rows]
-    return rows[[sum(run in there for run in row) <= SEEN * len(row) for row in found]]
-
-
 class HeldOut:
     """Held-out rows, and what goes into one decoder layer of the untouched model on them."""
 
@@ -228,7 +238,8 @@ class HeldOut:
                 evaluations[name].update(x, y, every, without_first)
                 self.block.mlp = InFloat32(module)
                 logits, difference = sums[name]
-                spliced = logits.update(self.logits(part), ids, every, reference=reference)
+                compared = reference if start // ROWS_PER_STEP % COMPARED == 0 else None
+                spliced = logits.update(self.logits(part), ids, every, reference=compared)
                 difference.update(spliced - losses, every[:, 1:])
         self.block.mlp = mlp
         return {
@@ -260,7 +271,7 @@ class InFloat32(nn.Module):
 @torch.no_grad()
 def evaluate(options: argparse.Namespace, asked: Collection[str]) -> None:
     """Measure of these points what was trained and is not yet measured on so many tokens."""
-    for layer, folder_of_recording in RECORDINGS.items():
+    for layer in RECORDINGS:
         points = {
             name: options.work / "points" / name
             for name, point in distinct().items()
@@ -271,9 +282,7 @@ def evaluate(options: argparse.Namespace, asked: Collection[str]) -> None:
             continue
         model, tokenizer, _ = load_base_model(str(options.model))
         batches = evaluation_batches(text(options)[1], tokenizer, CONTEXT, options.evaluate)
-        recording = RecordedTeacher(options.work / folder_of_recording)
-        ids = unseen(torch.cat([batch["input_ids"] for batch in batches]), recording.rows)
-        heldout = HeldOut(model.eval(), layer, ids)
+        heldout = HeldOut(model.eval(), layer, torch.cat([batch["input_ids"] for batch in batches]))
         found = {name: MxDModel.from_pretrained(folder).eval() for name, folder in missing.items()}
         for name, result in heldout.measure(found, layer).items():
             (missing[name] / "measured.json").write_text(json.dumps(result | {"asked": options.evaluate}, indent=1))
@@ -299,7 +308,19 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any], first: int | None = None) -> str:
     """The page's tables in Markdown, or the first of them."""
-    head = ["", "tokens", "CE rise", "KL", "NMSE", "specialised share", "clipped", "dead", "max. frequency", "entropy"]
+    head = [
+        "",
+        "tokens",
+        "held out",
+        "CE rise",
+        "KL",
+        "NMSE",
+        "specialised share",
+        "clipped",
+        "dead",
+        "max. frequency",
+        "entropy",
+    ]
     lines: list[str] = [f"{results['machine']}.", ""]
     tables = {title: rows for title, rows in list(results["tables"].items())[:first] if rows}
     for title, rows in tables.items():
@@ -309,6 +330,7 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
             cells = [
                 name,
                 f"{row['tokens'] / 1e6:.1f} M",
+                f"{row['held_out_tokens'] / 1e3:.0f} k",
                 f"{row['rise']:+.4f} ± {half:.4f}",
                 f"{row['kl']:.4f}",
                 f"{layer['nmse']:.3f}",
@@ -320,9 +342,7 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    tokens = {row["held_out_tokens"] for rows in tables.values() for row in rows.values()}
-    lines.append(f"Held-out tokens: {', '.join(f'{count:,}' for count in sorted(tokens))}.")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def draw(results: dict[str, Any]) -> None:
