@@ -73,10 +73,6 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "skip transcoder, gate from data, lr 3e-3": (SKIP, {**DATA, "learning_rate": 3e-3}),
     "skip transcoder, gate from data, lr 3e-3, slow gate": (SKIP, SLOW_GATE),
     "MxD, gate from data, pretrained encoder, lr 3e-3, slow gate, fast C": ({}, {**EARLIER, **SLOW_GATE}),
-    "MxD, expert_share 0.6, slow gate, fast C": (
-        {},
-        {"expert_share": 0.6, "gate_learning_rate_factor": 0.3, "modulation_learning_rate_factor": 3.0},
-    ),
 }
 
 
