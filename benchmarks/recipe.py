@@ -296,6 +296,7 @@ def _measured(folder: Path, tokens: int) -> bool:
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """All points that are there, by table and name."""
     tables: dict[str, dict[str, Any]] = {}
+    shown: set[str] = set()
     for title, points in TABLES.items():
         tables[title] = {}
         for name, point in points.items():
@@ -303,6 +304,10 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             if (folder / "measured.json").exists():
                 made, measured = (json.loads((folder / file).read_text()) for file in ("point.json", "measured.json"))
                 tables[title][name] = {**made, "layer_index": point.layer, "folder": folder.name, **measured}
+        folders = {row["folder"] for row in tables[title].values()}
+        if folders <= shown:
+            del tables[title]  # nothing of its own was made
+        shown |= folders
     return {"machine": machine(options.threads, "cpu"), "tables": tables}
 
 
@@ -322,8 +327,7 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
         "entropy",
     ]
     lines: list[str] = [f"{results['machine']}.", ""]
-    tables = {title: rows for title, rows in list(results["tables"].items())[:first] if rows}
-    for title, rows in tables.items():
+    for title, rows in list(results["tables"].items())[:first]:
         lines += [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, row in rows.items():
             layer, half = row["layer"], (row["rise_interval"][1] - row["rise_interval"][0]) / 2
