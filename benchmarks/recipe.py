@@ -375,7 +375,10 @@ def draw(results: dict[str, Any]) -> None:
         axis.set(xlabel="share of specialised experts (clipped)", ylabel=f"{label}, nats per token")
         axis.grid(alpha=0.3)
     tokens = sorted({row["tokens"] for _, row in drawn.values()})
-    figure.suptitle("SmolLM2-135M layer 15, K = 32; training tokens: " + ", ".join(f"{count:,}" for count in tokens))
+    figure.suptitle(
+        "SmolLM2-135M layer 15, K = 32; blue: one pass, red: several; training tokens: "
+        + ", ".join(f"{count:,}" for count in tokens)
+    )
     figure.tight_layout()
     figure.savefig(FIGURE, dpi=120)
     pyplot.close(figure)
