@@ -20,7 +20,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from pages import write_between
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from evaluation_mxd import faithfulness
 from modeling_mxd import MxDConfig, MxDModel, find_mlp
@@ -82,13 +82,34 @@ def text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return split_documents(concatenate_datasets([files, python_library_documents()]), seed=0)
 
 
-def record(options: argparse.Namespace) -> None:
-    """Record the teacher once, on the same rows in the same order for every method."""
-    model, tokenizer, _ = load_base_model(str(options.model), dtype="bfloat16")
-    rows = materialize(take_tokens(pack(text(options)[0], tokenizer, CONTEXT, seed=0), options.tokens))[:]["input_ids"]
-    RecordedTeacher.record(
-        options.work / "recording", model, [options.layer], rows, rows_per_step=ROWS_PER_STEP, progress=True
-    )
+def record(model_folder: Path, recording: Path, layers: list[int], documents: Dataset, tokens: int) -> RecordedTeacher:
+    """Record the teacher once, on the same rows in the same order for every training."""
+    model, tokenizer, _ = load_base_model(str(model_folder), dtype="bfloat16")
+    rows = materialize(take_tokens(pack(documents, tokenizer, CONTEXT, seed=0), tokens))[:]["input_ids"]
+    return RecordedTeacher.record(recording, model, layers, rows, rows_per_step=ROWS_PER_STEP, progress=True)
+
+
+def distil(
+    model: PreTrainedModel, layer: int, options: DecompositionOptions, recording: Path, output: Path, **training: Any
+) -> tuple[MxDModel, float]:
+    """A decomposition trained on a recording, in its order; and seconds."""
+    config = layer_config(find_mlp(model, layer), options)
+    decomposition = MxDModel(MxDConfig.from_layer_configs({layer: config}))
+    stock: dict[str, Any] = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": ROWS_PER_STEP,
+        "train_sampling_strategy": "sequential",
+        "lr_scheduler_type": "linear",
+        "save_strategy": "no",
+        "bf16": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    arguments = DistillationArguments(output_dir=str(output), **{**stock, **training})
+    trainer = ReplayTrainer(decomposition, model, arguments, RecordedTeacher(recording))
+    started = time.monotonic()
+    trainer.train()
+    return decomposition, time.monotonic() - started
 
 
 def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -97,25 +118,9 @@ def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
     set_seed(0)
     model, tokenizer, _ = load_base_model(str(options.model))
     chosen = DecompositionOptions(num_experts_per_tok=32, match_transcoder=32, **layer_options)
-    config = layer_config(find_mlp(model, options.layer), chosen)
-    decomposition = MxDModel(MxDConfig.from_layer_configs({options.layer: config}))
-    arguments = DistillationArguments(
-        output_dir=str(options.work / "trainer"),
-        per_device_train_batch_size=ROWS_PER_STEP,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        lr_scheduler_type="linear",
-        save_strategy="no",
-        bf16=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **training,
-    )
-    recording = RecordedTeacher(options.work / "recording")
-    trainer = ReplayTrainer(decomposition, model, arguments, recording)
-    started = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - started
+    recording = options.work / "recording"
+    decomposition, seconds = distil(model, options.layer, chosen, recording, options.work / "trainer", **training)
+    config = decomposition.config.layer(options.layer)
     heldout = evaluation_batches(text(options)[1], tokenizer, CONTEXT, EVALUATION_TOKENS)
     results = faithfulness(model, decomposition, heldout)
     return {
@@ -124,7 +129,7 @@ def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "intermediate_size": config.intermediate_size,
         "parameters": config.num_parameters,
         "training": training,
-        "tokens": recording.rows.numel(),
+        "tokens": RecordedTeacher(recording).rows.numel(),
         "seconds": seconds,
         **results,
     }
@@ -179,7 +184,7 @@ def main() -> None:
         return
     missing = [name for name in options.rows if not _row_path(options, name).exists()]
     if missing:
-        record(options)
+        record(options.model, options.work / "recording", [options.layer], text(options)[0], options.tokens)
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(_run_in_process, missing))
     rows = [

@@ -4,10 +4,10 @@
 
 MODEL is SmolLM2-135M (its decoder layers are a list, which is used). One teacher pass records inputs and outputs of the
 layers' MLPs on `--tokens` of text; every point trains on the recording, in the same order, as many passes over it as it
-says, one thread each, `--jobs` at a time. Then all are measured on the same held-out rows, without those that share
-much with what was recorded. Differences of cross-entropy are paired per token, with 95 % intervals clustered by row of
-256 tokens. What comes before the layer is computed once, and products are in bfloat16 for all, the untouched model
-included. Points already in the work folder are not trained again, nor measured again on as many tokens. Writes
+says, one thread each, `--jobs` at a time. Then all are measured on the same rows of held-out documents. Differences of
+cross-entropy are paired per token, with 95 % intervals clustered by row of 256 tokens. What comes before the layer is
+computed once, and products are in bfloat16 for all, the untouched model included. Points already in the work folder are
+not trained again, nor measured again on as many tokens. Writes
 benchmarks/results/recipe.json, the tables in docs/recipe.md (the first of them in the README), docs/recipe.png.
 """
 
@@ -17,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from methods import CONTEXT, ROWS_PER_STEP
+from methods import CONTEXT, ROWS_PER_STEP, distil, record
 from pages import machine, write_between
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -35,19 +34,14 @@ from transformers import PreTrainedModel, set_seed
 from evaluation_mxd.faithfulness import LayerEvaluation
 from evaluation_mxd.metrics import LogitSums
 from evaluation_mxd.paired import PairedDifference
-from modeling_mxd import MxDConfig, MxDModel, find_mlp
+from modeling_mxd import MxDModel
 from mxd.base_model import load_base_model
 from mxd.cli_options import parse_count
-from mxd.pipeline import DecompositionOptions, evaluation_batches, layer_config
+from mxd.pipeline import DecompositionOptions, evaluation_batches
 from trainers import (
-    DistillationArguments,
     RecordedTeacher,
-    ReplayTrainer,
     load_text,
-    materialize,
-    pack,
     split_documents,
-    take_tokens,
 )
 
 HERE = Path(__file__).parent
@@ -152,14 +146,6 @@ def text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return split_documents(load_text(sorted(str(path) for path in options.corpus.glob("*.parquet"))), seed=0)
 
 
-def record(options: argparse.Namespace, folder: str) -> None:
-    """Record the teacher's layers that are kept in one folder, once."""
-    model, tokenizer, _ = load_base_model(str(options.model), dtype="bfloat16")
-    rows = materialize(take_tokens(pack(text(options)[0], tokenizer, CONTEXT, seed=0), options.tokens))[:]["input_ids"]
-    layers = [layer for layer, recording in RECORDINGS.items() if recording == folder]
-    RecordedTeacher.record(options.work / folder, model, layers, rows, rows_per_step=ROWS_PER_STEP, progress=True)
-
-
 def train(options: argparse.Namespace, name: str) -> None:
     """Train one point and save it."""
     point = distinct()[name]
@@ -168,30 +154,13 @@ def train(options: argparse.Namespace, name: str) -> None:
     chosen = DecompositionOptions(
         num_experts_per_tok=point.num_experts_per_tok, match_transcoder=32, method=point.method
     )
-    config = layer_config(find_mlp(model, point.layer), chosen)
-    decomposition = MxDModel(MxDConfig.from_layer_configs({point.layer: config}))
-    arguments = DistillationArguments(
-        output_dir=str(options.work / "trainer" / name),
-        seed=point.seed,
-        per_device_train_batch_size=ROWS_PER_STEP,
-        num_train_epochs=point.passes,
-        train_sampling_strategy="sequential",
-        lr_scheduler_type="linear",
-        save_strategy="no",
-        logging_steps=50,
-        bf16=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **point.training,
-    )
-    recording = RecordedTeacher(options.work / RECORDINGS[point.layer])
-    trainer = ReplayTrainer(decomposition, model, arguments, recording)
-    started = time.monotonic()
-    trainer.train()
+    recording = options.work / RECORDINGS[point.layer]
+    how = {"num_train_epochs": point.passes, "seed": point.seed, "logging_steps": 50, **point.training}
+    decomposition, seconds = distil(model, point.layer, chosen, recording, options.work / "trainer" / name, **how)
     folder = options.work / "points" / name
     decomposition.save_pretrained(folder)
-    tokens = int(point.passes * recording.rows.numel())
-    made = {"seconds": time.monotonic() - started, "tokens": tokens, **asdict(point)}
+    tokens = int(point.passes * RecordedTeacher(recording).rows.numel())
+    made = {"seconds": seconds, "tokens": tokens, **asdict(point)}
     (folder / "point.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
@@ -405,7 +374,8 @@ def main() -> None:
     asked = dict.fromkeys(folder_name(point) for title in options.tables for point in TABLES[title].values())
     missing = [name for name in asked if not (options.work / "points" / name / "point.json").exists()]
     for folder in dict.fromkeys(RECORDINGS[distinct()[name].layer] for name in missing):
-        record(options, folder)
+        layers = [layer for layer, recording in RECORDINGS.items() if recording == folder]
+        record(options.model, options.work / folder, layers, text(options)[0], options.tokens)
     with ThreadPoolExecutor(options.jobs) as pool:
         list(tqdm(pool.map(_train_in_process, missing), total=len(missing), desc="points", unit="point"))
     evaluate(options, asked)

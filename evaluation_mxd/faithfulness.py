@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer
 
 from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, count_expert_use
+from .files import replace_text
 from .forward import capture_with_logits, evaluating, next_token_logits, right_padded, zero_ablated
 from .masks import next_token_mask, token_mask
 from .metrics import ErrorSums, LogitSums, explained_share, recovered_share
@@ -283,12 +284,7 @@ def save_evaluation(results: Mapping[str, Any], folder: str | os.PathLike[str]) 
     path = Path(folder) / EVALUATION_NAME
     text = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{EVALUATION_NAME}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_text(path, text)
     return path
 
 

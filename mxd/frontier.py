@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from evaluation_mxd import UntouchedLosses, plot_frontier
+from evaluation_mxd.files import replace_text
 from modeling_mxd import MxDConfig
 from trainers import DistillationArguments, RecordedTeacher, materialize, pack
 from trainers.recording import check_free_space, recording_bytes, rows_digest, weights_digest
@@ -39,7 +40,6 @@ from .frontier_point import (
     device,
     heldout_batches,
     point_name,
-    replace_text,
     save_heldout,
 )
 from .frontier_processes import run_points

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from evaluation_mxd import UntouchedLosses, faithfulness
+from evaluation_mxd.files import replace_text
 from modeling_mxd import MxDConfig, MxDModel
 from trainers import DistillationArguments, RecordedTeacher, ReplayTrainer
 
@@ -110,13 +111,6 @@ def device() -> torch.device:
     """Where models run: an accelerator if there is one."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one move, so that no half file is ever seen."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, Any]) -> None:

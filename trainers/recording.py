@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from evaluation_mxd.files import replace_text
 from evaluation_mxd.forward import evaluating
 from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
 
@@ -295,9 +296,7 @@ def _remove(folder: Path) -> None:
 
 
 def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    unfinished = folder / f"{RECORDING_NAME}.tmp"
-    unfinished.write_text(json.dumps(state, indent=1) + "\n")
-    unfinished.replace(folder / RECORDING_NAME)
+    replace_text(folder / RECORDING_NAME, json.dumps(state, indent=1) + "\n")
 
 
 def _open(folder: Path, fingerprint: Mapping[str, Any], mode: Literal["r+", "r"]) -> dict[str, Any]:
