@@ -4,11 +4,12 @@
 
 MODEL is SmolLM2-135M (its decoder layers are a list, which is used). One teacher pass records inputs and outputs of the
 layers' MLPs on `--tokens` of text; every point trains on the recording, in the same order, as many passes over it as it
-says, one thread each, `--jobs` at a time. Then all are measured on the same rows of held-out documents. Differences of
+says, one thread each, `--jobs` at a time. Then all are measured on the same rows: of held-out documents of the corpus,
+or of the running interpreter's standard library, which is a kind of text that none was trained on. Differences of
 cross-entropy are paired per token, with 95 % intervals clustered by row of 256 tokens. What comes before the layer is
 computed once, and products are in bfloat16 for all, the untouched model included. Points already in the work folder are
-not trained again, nor measured again on as many tokens. Writes
-benchmarks/results/recipe.json, the tables in docs/recipe.md (the first of them in the README), docs/recipe.png.
+not trained again, nor measured again on as many tokens. Writes benchmarks/results/recipe.json, the tables in
+docs/recipe.md (the first of them in the README), docs/recipe.png.
 """
 
 import argparse
@@ -43,17 +44,20 @@ from trainers import (
     load_text,
     split_documents,
 )
+from trainers.documents import python_library_documents
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipe.json"
 PAGE, FIGURE = HERE.parent / "docs" / "recipe.md", HERE.parent / "docs" / "recipe.png"
 MARK = "benchmarks/recipe.py"
 README, OF_README = HERE.parent / "README.md", 3
-PASSES = 3
+PASSES = (3, 10)
 COMPARED = 4  # KL is taken of one batch in so many
 SHARES = (0.0, 0.25, 0.6)
-# Of every layer, the recording that it is in; one teacher pass makes each.
-RECORDINGS = {15: "recording", 5: "others", 25: "others"}
+# Of every layer, the recording that it is in and its share of `--tokens`; one teacher pass makes each.
+RECORDINGS = {15: ("recording", 1.0), 5: ("others", 0.5), 25: ("others", 0.5)}
+CORPUS, PYTHON = "corpus", "python"
+NOT_TRAINED_ON = "Another kind of text than that of the training, Python sources"
 BASELINE = {"learning_rate": 3e-3}  # what the command line gives a transcoder
 
 
@@ -78,8 +82,12 @@ class Point:
 def _points() -> dict[str, dict[str, Point]]:
     """By table: name and point."""
     skip, transcoder = Point("skip_transcoder", training=BASELINE), Point("transcoder", training=BASELINE)
-    longest = {name: replace(point, passes=PASSES) for name, point in (("MxD", Point()), ("skip transcoder", skip))}
-    sparser = {name: replace(point, passes=1, num_experts_per_tok=16) for name, point in longest.items()}
+    both = {"MxD": Point(), "skip transcoder": skip}
+    sparser = {name: replace(point, num_experts_per_tok=16) for name, point in both.items()}
+    longer = {
+        f"K = 32, {passes} passes": {name: replace(point, passes=passes) for name, point in both.items()}
+        for passes in PASSES
+    }
     shares = {f"MxD, {share}": Point(training={"expert_share": share}) for share in SHARES}
     removed: dict[str, dict[str, Any]] = {
         "the default": {},
@@ -98,12 +106,16 @@ def _points() -> dict[str, dict[str, Point]]:
         seeds[f"skip transcoder, seed {seed}"] = replace(skip, seed=seed)
     layers = {}
     for layer in RECORDINGS:
-        layers[f"MxD, layer {layer}"] = Point(layer=layer)
-        layers[f"skip transcoder, layer {layer}"] = replace(skip, layer=layer)
+        passes = 0.5 / RECORDINGS[layer][1]
+        layers[f"MxD, layer {layer}"] = Point(layer=layer, passes=passes)
+        layers[f"skip transcoder, layer {layer}"] = replace(skip, layer=layer, passes=passes)
     return {
-        "K = 32, one pass": {"MxD": Point(), "skip transcoder": skip},
+        "K = 32, one pass": both,
         "K = 16, one pass": sparser,
-        f"K = 32, {PASSES} passes": longest,
+        NOT_TRAINED_ON: {
+            f"{name}, K = {point.num_experts_per_tok}": point for few in (both, sparser) for name, point in few.items()
+        },
+        **longer,
         "Shares, one pass": {
             "transcoder": transcoder,
             "skip transcoder": skip,
@@ -124,7 +136,7 @@ def _points() -> dict[str, dict[str, Point]]:
             name: Point(passes=0.5, training=training) for name, training in removed.items()
         },
         "Seeds, one pass": seeds,
-        "Layers, one pass": layers,
+        "Layers, half a million tokens": layers,
     }
 
 
@@ -141,6 +153,11 @@ def folder_name(point: Point) -> str:
     return hashlib.sha256(json.dumps(asdict(point), sort_keys=True).encode()).hexdigest()[:12]
 
 
+def text_of(title: str) -> str:
+    """What a table's points are measured on."""
+    return PYTHON if title == NOT_TRAINED_ON else CORPUS
+
+
 def text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Documents to train on, and those held out."""
     return split_documents(load_text(sorted(str(path) for path in options.corpus.glob("*.parquet"))), seed=0)
@@ -154,7 +171,7 @@ def train(options: argparse.Namespace, name: str) -> None:
     chosen = DecompositionOptions(
         num_experts_per_tok=point.num_experts_per_tok, match_transcoder=32, method=point.method
     )
-    recording = options.work / RECORDINGS[point.layer]
+    recording = options.work / RECORDINGS[point.layer][0]
     how = {"num_train_epochs": point.passes, "seed": point.seed, "logging_steps": 50, **point.training}
     decomposition, seconds = distil(model, point.layer, chosen, recording, options.work / "trainer" / name, **how)
     folder = options.work / "points" / name
@@ -238,45 +255,55 @@ class InFloat32(nn.Module):
 
 
 @torch.no_grad()
-def evaluate(options: argparse.Namespace, asked: Collection[str]) -> None:
-    """Measure of these points what was trained and is not yet measured on so many tokens."""
+def evaluate(options: argparse.Namespace, kind: str, asked: Collection[str]) -> None:
+    """Measure on a kind of text of these points what was trained and is not yet measured on so many tokens of it."""
     for layer in RECORDINGS:
         points = {
             name: options.work / "points" / name
             for name, point in distinct().items()
             if name in asked and point.layer == layer and (options.work / "points" / name / "point.json").exists()
         }
-        missing = {name: folder for name, folder in points.items() if not _measured(folder, options.evaluate)}
+        missing = {
+            name: measured
+            for name, folder in points.items()
+            if not _measured_on(measured := measured_file(folder, kind), options.evaluate)
+        }
         if not missing:
             continue
         model, tokenizer, _ = load_base_model(str(options.model))
-        batches = evaluation_batches(text(options)[1], tokenizer, CONTEXT, options.evaluate)
+        documents = text(options)[1] if kind == CORPUS else python_library_documents()
+        batches = evaluation_batches(documents, tokenizer, CONTEXT, options.evaluate)
         heldout = HeldOut(model.eval(), layer, torch.cat([batch["input_ids"] for batch in batches]))
-        found = {name: MxDModel.from_pretrained(folder).eval() for name, folder in missing.items()}
+        found = {name: MxDModel.from_pretrained(points[name]).eval() for name in missing}
         for name, result in heldout.measure(found, layer).items():
-            (missing[name] / "measured.json").write_text(json.dumps(result | {"asked": options.evaluate}, indent=1))
+            missing[name].write_text(json.dumps(result | {"asked": options.evaluate}, indent=1))
 
 
-def _measured(folder: Path, tokens: int) -> bool:
-    path = folder / "measured.json"
+def measured_file(folder: Path, kind: str) -> Path:
+    """Of a point, what was measured on a kind of text."""
+    return folder / ("measured.json" if kind == CORPUS else f"measured-{kind}.json")
+
+
+def _measured_on(path: Path, tokens: int) -> bool:
     return path.exists() and json.loads(path.read_text())["asked"] >= tokens
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """All points that are there, by table and name."""
     tables: dict[str, dict[str, Any]] = {}
-    shown: set[str] = set()
+    shown: set[tuple[str, str]] = set()
     for title, points in TABLES.items():
         tables[title] = {}
         for name, point in points.items():
             folder = options.work / "points" / folder_name(point)
-            if (folder / "measured.json").exists():
-                made, measured = (json.loads((folder / file).read_text()) for file in ("point.json", "measured.json"))
+            file = measured_file(folder, text_of(title))
+            if file.exists():
+                made, measured = (json.loads(path.read_text()) for path in (folder / "point.json", file))
                 tables[title][name] = {**made, "layer_index": point.layer, "folder": folder.name, **measured}
-        folders = {row["folder"] for row in tables[title].values()}
-        if folders <= shown:
+        rows = {(text_of(title), row["folder"]) for row in tables[title].values()}
+        if rows <= shown:
             del tables[title]  # nothing of its own was made
-        shown |= folders
+        shown |= rows
     return {"machine": machine(options.threads, "cpu"), "tables": tables}
 
 
@@ -327,9 +354,9 @@ def draw(results: dict[str, Any]) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharex=True)
     drawn: dict[str, tuple[str, dict[str, Any]]] = {}
-    for rows in results["tables"].values():
+    for title, rows in results["tables"].items():
         for name, row in rows.items():
-            if row["layer_index"] == 15 and row["num_experts_per_tok"] == 32:
+            if text_of(title) == CORPUS and row["layer_index"] == 15 and row["num_experts_per_tok"] == 32:
                 drawn.setdefault(row["folder"], (name, row))
     for axis, quantity in zip(axes, ("rise", "kl"), strict=True):
         for name, row in drawn.values():
@@ -371,14 +398,18 @@ def main() -> None:
     if options.one:
         train(options, options.one)
         return
-    asked = dict.fromkeys(folder_name(point) for title in options.tables for point in TABLES[title].values())
+    kinds: dict[str, dict[str, None]] = {CORPUS: {}, PYTHON: {}}
+    for title in options.tables:
+        kinds[text_of(title)].update(dict.fromkeys(folder_name(point) for point in TABLES[title].values()))
+    asked = dict.fromkeys(name for names in kinds.values() for name in names)
     missing = [name for name in asked if not (options.work / "points" / name / "point.json").exists()]
-    for folder in dict.fromkeys(RECORDINGS[distinct()[name].layer] for name in missing):
-        layers = [layer for layer, recording in RECORDINGS.items() if recording == folder]
-        record(options.model, options.work / folder, layers, text(options)[0], options.tokens)
+    for folder, share in dict.fromkeys(RECORDINGS[distinct()[name].layer] for name in missing):
+        layers = [layer for layer, recording in RECORDINGS.items() if recording == (folder, share)]
+        record(options.model, options.work / folder, layers, text(options)[0], int(share * options.tokens))
     with ThreadPoolExecutor(options.jobs) as pool:
         list(tqdm(pool.map(_train_in_process, missing), total=len(missing), desc="points", unit="point"))
-    evaluate(options, asked)
+    for kind, names in kinds.items():
+        evaluate(options, kind, names)
     results = collect(options)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results)
