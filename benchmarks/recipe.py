@@ -9,7 +9,7 @@ or of the running interpreter's standard library, which is a kind of text that n
 cross-entropy are paired per token, with 95 % intervals clustered by row of 256 tokens. What comes before the layer is
 computed once, and products are in bfloat16 for all, the untouched model included. Points already in the work folder are
 not trained again, nor measured again on as many tokens. Writes benchmarks/results/recipe.json, the tables in
-docs/recipe.md (the first of them in the README), docs/recipe.png.
+docs/recipe.md (the first of them in the README), docs/recipe.png, docs/recipe-every-k.png.
 """
 
 import argparse
@@ -49,6 +49,7 @@ from trainers.documents import python_library_documents
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipe.json"
 PAGE, FIGURE = HERE.parent / "docs" / "recipe.md", HERE.parent / "docs" / "recipe.png"
+FIGURE_OF_EVERY_K = HERE.parent / "docs" / "recipe-every-k.png"
 MARK = "benchmarks/recipe.py"
 README, OF_README = HERE.parent / "README.md", 3
 PASSES = (3, 10)
@@ -58,6 +59,8 @@ SHARES = (0.0, 0.25, 0.6)
 RECORDINGS = {15: ("recording", 1.0), 5: ("others", 0.5), 25: ("others", 0.5)}
 CORPUS, PYTHON = "corpus", "python"
 NOT_TRAINED_ON = "Another kind of text than that of the training, Python sources"
+EVERY_K, EVERY_K_NOT_TRAINED_ON = "Every K, one pass", "Every K, one pass, Python sources"
+KS = (16, 32, 64, 128, 256)
 BASELINE = {"learning_rate": 3e-3}  # what the command line gives a transcoder
 
 
@@ -100,6 +103,11 @@ def _points() -> dict[str, dict[str, Point]]:
         "no scaling": {"scale_activations": False},
         "no least norm": {"minimum_relative_norm": 0.0},
     }
+    every_k = {
+        f"{name}, K = {k}": replace(point, num_experts_per_tok=k)
+        for name, point in (("transcoder", transcoder), *reversed(both.items()))
+        for k in KS
+    }
     seeds = {}
     for seed in (0, 1, 2):
         seeds[f"MxD, seed {seed}"] = Point(seed=seed)
@@ -137,6 +145,8 @@ def _points() -> dict[str, dict[str, Point]]:
         },
         "Seeds, one pass": seeds,
         "Layers, half a million tokens": layers,
+        EVERY_K: every_k,
+        EVERY_K_NOT_TRAINED_ON: every_k,
     }
 
 
@@ -155,7 +165,7 @@ def folder_name(point: Point) -> str:
 
 def text_of(title: str) -> str:
     """What a table's points are measured on."""
-    return PYTHON if title == NOT_TRAINED_ON else CORPUS
+    return PYTHON if title in (NOT_TRAINED_ON, EVERY_K_NOT_TRAINED_ON) else CORPUS
 
 
 def text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
@@ -326,12 +336,12 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
     for title, rows in list(results["tables"].items())[:first]:
         lines += [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, row in rows.items():
-            layer, half = row["layer"], (row["rise_interval"][1] - row["rise_interval"][0]) / 2
+            layer = row["layer"]
             cells = [
                 name,
                 f"{row['tokens'] / 1e6:.1f} M",
                 f"{row['held_out_tokens'] / 1e3:.0f} k",
-                f"{row['rise']:+.4f} ± {half:.4f}",
+                f"{row['rise']:+.4f} ± {half_width(row):.4f}",
                 f"{row['kl']:.4f}",
                 f"{layer['nmse']:.3f}",
                 f"{100 * layer['specialised_share']:.0f} %",
@@ -356,12 +366,17 @@ def draw(results: dict[str, Any]) -> None:
     drawn: dict[str, tuple[str, dict[str, Any]]] = {}
     for title, rows in results["tables"].items():
         for name, row in rows.items():
-            if text_of(title) == CORPUS and row["layer_index"] == 15 and row["num_experts_per_tok"] == 32:
+            if (
+                title != EVERY_K
+                and text_of(title) == CORPUS
+                and row["layer_index"] == 15
+                and row["num_experts_per_tok"] == 32
+            ):
                 drawn.setdefault(row["folder"], (name, row))
     for axis, quantity in zip(axes, ("rise", "kl"), strict=True):
         for name, row in drawn.values():
             share, value = row["layer"]["clipped_specialised_share"], row[quantity]
-            half = (row["rise_interval"][1] - row["rise_interval"][0]) / 2 if quantity == "rise" else 0
+            half = half_width(row) if quantity == "rise" else 0
             marker = {"mxd": "o", "skip_transcoder": "s", "transcoder": "^"}[row["method"]]
             color = "C0" if row["passes"] == 1 else "C3"
             axis.errorbar(share, value, half or None, fmt=marker, color=color)
@@ -378,6 +393,43 @@ def draw(results: dict[str, Any]) -> None:
     figure.tight_layout()
     figure.savefig(FIGURE, dpi=120)
     pyplot.close(figure)
+
+
+def draw_every_k(results: dict[str, Any]) -> None:
+    """Over K, what each method costs; like the paper's Fig. 3, with the untouched model as the line at 0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (
+        (EVERY_K_NOT_TRAINED_ON, "rise", "rise of cross-entropy on Python sources"),
+        (EVERY_K, "kl", "KL on held-out documents"),
+        (EVERY_K, "nmse", "NMSE on held-out documents"),
+    )
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    for axis, (title, quantity, label) in zip(axes, panels, strict=True):
+        rows = list(results["tables"].get(title, {}).values())
+        for method, marker in (("transcoder", "^"), ("skip_transcoder", "s"), ("mxd", "o")):
+            of_method = [row for row in rows if row["method"] == method]
+            values = [row["layer"]["nmse"] if quantity == "nmse" else row[quantity] for row in of_method]
+            halves = [half_width(row) for row in of_method] if quantity == "rise" else None
+            ks = [row["num_experts_per_tok"] for row in of_method]
+            axis.errorbar(ks, values, halves, marker=marker, capsize=2, label=method.replace("_", " "))
+        axis.axhline(0, color="black", linestyle="--", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(KS, [str(k) for k in KS])
+        axis.set(xlabel="K, experts active per token", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(FIGURE_OF_EVERY_K, dpi=120)
+    pyplot.close(figure)
+
+
+def half_width(row: dict[str, Any]) -> float:
+    """Of the interval of the rise."""
+    low, high = row["rise_interval"]
+    return float(high - low) / 2
 
 
 def main() -> None:
@@ -413,6 +465,7 @@ def main() -> None:
     results = collect(options)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results)
+    draw_every_k(results)
     write_between(PAGE, MARK, table(results))
     write_between(README, MARK, table(results, OF_README))
 
