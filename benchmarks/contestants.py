@@ -69,12 +69,15 @@ class MLP(nn.Module):
 class Products(nn.Module):
     """The limit: nothing but the dense products, of the gate once, of encoder and decoder once (forward) or three
     times (training). The gate's is the faster of two, `F.linear` of all tokens and the layer's own way in chunks. In
-    training the fused optimiser's step over all parameters is timed too, which no layer can do without."""
+    training two more things are timed that no layer can do without: the fused optimiser's step over all parameters, and
+    what the chosen rows of gate and modulations cost, once for each use: Cᵀa and the gradients of a and x read K rows
+    for every token; those of both weights write N rows, sums over an expert's tokens, which are sorted before."""
 
     def __init__(self, job: Job, dtype: torch.dtype):
         super().__init__()
         from modeling_mxd.functional import chunks, product
 
+        self.k, tokens = job["K"], job["tokens"]
         self.dtype, self.times = dtype, 3 if job["mode"] == "train" else 1
         self.gate = torch.randn(job["N"], job["I"], dtype=dtype)
         self.encoders = [torch.randn(job["H"], job["I"], dtype=dtype) for _ in range(1 + job["glu"])]
@@ -88,6 +91,14 @@ class Products(nn.Module):
             for parameter in trained:
                 parameter.grad = torch.randn_like(parameter)
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+            self.modulation = modulation
+            self.gate_in_float32 = self.gate.float()
+            self.chosen = torch.randint(job["N"], (tokens, self.k))
+            self.coefficients = torch.rand(tokens, self.k)
+            counts = torch.bincount(self.chosen.flatten(), minlength=job["N"])
+            self.offsets = counts.cumsum(0) - counts
+            self.tokens_of_experts = self.chosen.flatten().argsort() // self.k
+            self.gradient = torch.randn(tokens, job["O"])
         self.seconds: dict[str, float] = {}
 
     def step(self, x: Tensor) -> None:
@@ -105,7 +116,16 @@ class Products(nn.Module):
         clock = self._note("encoder and decoder", clock)
         if self.optimizer is not None:
             self.optimizer.step()
-            self._note("optimiser", clock)
+            clock = self._note("optimiser", clock)
+            self._rows(x.float())
+            self._note("chosen rows", clock)
+
+    def _rows(self, x: Tensor) -> None:
+        for table in (self.modulation, self.modulation, self.gate_in_float32):
+            F.embedding_bag(self.chosen, table, mode="sum", per_sample_weights=self.coefficients)
+        weights = self.coefficients.flatten()
+        for rows in (x, self.gradient):
+            F.embedding_bag(self.tokens_of_experts, rows, self.offsets, mode="sum", per_sample_weights=weights)
 
     def _note(self, name: str, since: float) -> float:
         if torch.cuda.is_available():
