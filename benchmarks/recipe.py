@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, set_seed
 from evaluation_mxd.faithfulness import LayerEvaluation
 from evaluation_mxd.metrics import LogitSums
 from evaluation_mxd.paired import PairedDifference
+from evaluation_mxd.rank import decomposition_ranks
 from modeling_mxd import MxDModel
 from mxd.base_model import load_base_model
 from mxd.cli_options import parse_count
@@ -289,6 +290,16 @@ def evaluate(options: argparse.Namespace, kind: str, asked: Collection[str]) -> 
             missing[name].write_text(json.dumps(result | {"asked": options.evaluate}, indent=1))
 
 
+def measure_ranks(options: argparse.Namespace, asked: Collection[str]) -> None:
+    """Of these points, the ranks of MxDs' experts where they are not yet measured."""
+    for name in asked:
+        folder = options.work / "points" / name
+        if (folder / "ranks.json").exists() or not (folder / "point.json").exists():
+            continue
+        for ranks in decomposition_ranks(MxDModel.from_pretrained(folder)).values():
+            (folder / "ranks.json").write_text(json.dumps(ranks.summary(), indent=1))
+
+
 def measured_file(folder: Path, kind: str) -> Path:
     """Of a point, what was measured on a kind of text."""
     return folder / ("measured.json" if kind == CORPUS else f"measured-{kind}.json")
@@ -309,7 +320,10 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             file = measured_file(folder, text_of(title))
             if file.exists():
                 made, measured = (json.loads(path.read_text()) for path in (folder / "point.json", file))
-                tables[title][name] = {**made, "layer_index": point.layer, "folder": folder.name, **measured}
+                row = {**made, "layer_index": point.layer, "folder": folder.name, **measured}
+                if (folder / "ranks.json").exists():
+                    row["ranks"] = json.loads((folder / "ranks.json").read_text())
+                tables[title][name] = row
         rows = {(text_of(title), row["folder"]) for row in tables[title].values()}
         if rows <= shown:
             del tables[title]  # nothing of its own was made
@@ -331,6 +345,7 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
         "dead",
         "max. frequency",
         "entropy",
+        "rank",
     ]
     lines: list[str] = [f"{results['machine']}.", ""]
     for title, rows in list(results["tables"].items())[:first]:
@@ -349,6 +364,7 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
                 f"{100 * layer['dead_experts']:.1f} %",
                 f"{100 * layer['max_expert_frequency']:.0f} %",
                 f"{layer['expert_entropy']:.2f}",
+                f"{row['ranks']['normalised_rank']:.4f}" if "ranks" in row else "",
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
@@ -462,6 +478,7 @@ def main() -> None:
         list(tqdm(pool.map(_train_in_process, missing), total=len(missing), desc="points", unit="point"))
     for kind, names in kinds.items():
         evaluate(options, kind, names)
+    measure_ranks(options, asked)
     results = collect(options)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results)
