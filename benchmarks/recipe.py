@@ -320,7 +320,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             file = measured_file(folder, text_of(title))
             if file.exists():
                 made, measured = (json.loads(path.read_text()) for path in (folder / "point.json", file))
-                row = {**made, "layer_index": point.layer, "folder": folder.name, **measured}
+                row = {**made, "folder": folder.name, "metrics": measured.pop("layer"), **measured}
                 if (folder / "ranks.json").exists():
                     row["ranks"] = json.loads((folder / "ranks.json").read_text())
                 tables[title][name] = row
@@ -351,7 +351,7 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
     for title, rows in list(results["tables"].items())[:first]:
         lines += [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, row in rows.items():
-            layer = row["layer"]
+            layer = row["metrics"]
             cells = [
                 name,
                 f"{row['tokens'] / 1e6:.1f} M",
@@ -385,13 +385,13 @@ def draw(results: dict[str, Any]) -> None:
             if (
                 title != EVERY_K
                 and text_of(title) == CORPUS
-                and row["layer_index"] == 15
+                and row["layer"] == 15
                 and row["num_experts_per_tok"] == 32
             ):
                 drawn.setdefault(row["folder"], (name, row))
     for axis, quantity in zip(axes, ("rise", "kl"), strict=True):
         for name, row in drawn.values():
-            share, value = row["layer"]["clipped_specialised_share"], row[quantity]
+            share, value = row["metrics"]["clipped_specialised_share"], row[quantity]
             half = half_width(row) if quantity == "rise" else 0
             marker = {"mxd": "o", "skip_transcoder": "s", "transcoder": "^"}[row["method"]]
             color = "C0" if row["passes"] == 1 else "C3"
@@ -428,7 +428,7 @@ def draw_every_k(results: dict[str, Any]) -> None:
         rows = list(results["tables"].get(title, {}).values())
         for method, marker in (("transcoder", "^"), ("skip_transcoder", "s"), ("mxd", "o")):
             of_method = [row for row in rows if row["method"] == method]
-            values = [row["layer"]["nmse"] if quantity == "nmse" else row[quantity] for row in of_method]
+            values = [row["metrics"]["nmse"] if quantity == "nmse" else row[quantity] for row in of_method]
             halves = [half_width(row) for row in of_method] if quantity == "rise" else None
             ks = [row["num_experts_per_tok"] for row in of_method]
             axis.errorbar(ks, values, halves, marker=marker, capsize=2, label=method.replace("_", " "))
