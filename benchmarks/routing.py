@@ -4,7 +4,8 @@
 
 MODEL is the folder of the base model, DECOMPOSITION one with the exact gate (`mxd decompose`). A router is fitted to
 its first layer on training text, and for every number of opened groups: recall of the exact TopK, NMSE, rise of
-cross-entropy, and time of gate and layer against the exact ones, in turns. Each `--trained` folder is a decomposition
+cross-entropy with its 95 % interval over the exact layer's, KL to the untouched model, and time of gate and layer
+against the exact ones, in turns. Each `--trained` folder is a decomposition
 that was trained with routing (`mxd decompose --groups-per-token`); its own number of groups is measured. Last, greedy
 generation at batch size 1 by the spliced and the untouched model, in turns. Text: the parquet files of FOLDER; that
 `mxd decompose` with seed 0 holds out of them is evaluated on. Writes benchmarks/results/routing.json and the tables in
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel, set_seed
 from evaluation_mxd.faithfulness import ZeroMLP
 from evaluation_mxd.forward import capture_with_logits, evaluating, next_token_logits
 from evaluation_mxd.metrics import ErrorSums, LogitSums
+from evaluation_mxd.paired import PairedDifference
 from modeling_mxd import MxDConfig, MxDLayer, MxDModel, SparseLayer, capture_mlps, spliced_mlps
 from mxd.base_model import load_base_model
 from mxd.pipeline import TextOptions, evaluation_batches, load_documents
@@ -52,11 +54,14 @@ class Evaluated:
     def __init__(self, model: PreTrainedModel, config: MxDConfig, batches: list[dict[str, Tensor]]):
         self.model, self.index, self.batches = model, config.layers[0], batches
         self.captured: list[tuple[Tensor, Tensor]] = []
+        self.logits: list[Tensor] = []
+        self.exact: list[Tensor] = []  # losses of the first layer that is measured
         self.untouched, ablated = LogitSums(), LogitSums()
         for batch in tqdm(batches, desc="untouched", unit="batch"):
             ids, every = batch["input_ids"], torch.ones_like(batch["input_ids"], dtype=torch.bool)
             captured, logits = capture_with_logits(model, config, (ids, None))
             self.captured.append(captured[self.index])
+            self.logits.append(logits)
             self.untouched.update(logits, ids, every)
             with spliced_mlps(model, {self.index: ZeroMLP(config.layer(self.index).output_size)}):
                 ablated.update(next_token_logits(model, (ids, None)), ids, every)
@@ -67,20 +72,27 @@ class Evaluated:
         """The MLP's inputs, (tokens, I)."""
         return torch.cat([x.flatten(0, 1) for x, _ in self.captured])
 
-    def measure(self, layer: SparseLayer) -> dict[str, float]:
-        """Recall, NMSE and rise of cross-entropy, of a layer as it is configured."""
-        errors, spliced = ErrorSums(), LogitSums()
-        for batch, (x, y) in zip(self.batches, self.captured, strict=True):
+    def measure(self, layer: SparseLayer) -> dict[str, Any]:
+        """Recall, NMSE, KL and rise of cross-entropy, of a layer as it is configured; the exact one comes first."""
+        errors, spliced, difference, losses = ErrorSums(), LogitSums(), PairedDifference(), list[Tensor]()
+        for batch, (x, y), reference in zip(self.batches, self.captured, self.logits, strict=True):
             ids, every = batch["input_ids"], torch.ones_like(batch["input_ids"], dtype=torch.bool)
             errors.update(layer(x), y)
             with spliced_mlps(self.model, {self.index: layer}):
-                spliced.update(next_token_logits(self.model, (ids, None)), ids, every)
+                logits = next_token_logits(self.model, (ids, None))
+            losses.append(spliced.update(logits, ids, every, reference=reference))
+        self.exact = self.exact or losses
+        for of_layer, of_exact in zip(losses, self.exact, strict=True):
+            difference.update(of_layer - of_exact, torch.ones_like(of_layer, dtype=torch.bool))
         recall = routing_recall(layer, self.inputs)
         return {
             "recall": recall.experts,
             "recall_of_coefficients": recall.coefficients,
             "nmse": errors.nmse,
             "cross_entropy_rise": spliced.cross_entropy - self.untouched.cross_entropy,
+            "rise_over_exact": difference.mean,
+            "interval_over_exact": difference.interval,
+            "kl": spliced.kl,
         }
 
 
@@ -201,10 +213,11 @@ def table(results: dict[str, Any]) -> str:
         f"K = {sizes['num_experts_per_tok']}; {results['tokens']['held out']:,} held-out tokens, routers fitted on "
         f"{results['tokens']['fitting']:,}; times of {TIMED_TOKENS:,} tokens, float32.",
         "",
-        "|  | rows scored | recall | of coefficients | NMSE | CE rise | against exact | gate | layer |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|  | rows scored | recall | of coefficients | NMSE | CE rise | over exact | KL | to exact's | gate | layer |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in results["layers"].items():
+        low, high = row["interval_over_exact"]
         cells = [
             name,
             f"{row['rows_scored']:,}",
@@ -212,7 +225,9 @@ def table(results: dict[str, Any]) -> str:
             f"{100 * row['recall_of_coefficients']:.1f} %",
             f"{row['nmse']:.4f}",
             f"{row['cross_entropy_rise']:+.4f}",
-            f"{100 * (row['cross_entropy_rise'] / exact['cross_entropy_rise'] - 1):+.1f} %",
+            f"{row['rise_over_exact']:+.4f} ± {(high - low) / 2:.4f}",
+            f"{row['kl']:.4f}",
+            f"{100 * (row['kl'] / exact['kl'] - 1):+.1f} %",
             f"{exact['seconds']['gate'] / row['seconds']['gate']:.1f} ×",
             f"{exact['seconds']['layer'] / row['seconds']['layer']:.1f} ×",
         ]
