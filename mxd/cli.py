@@ -11,7 +11,13 @@ from .tables import visible
 
 INTERRUPTED = 130
 MAX_MESSAGE = 2000
-KEPT = "checkpoints that were complete are kept: put it right, then run again with --resume"
+_CHECKPOINTS = "; checkpoints that were complete are kept: put it right, then run again with --resume"
+# What is left of a command that could not write.
+KEPT = {
+    "decompose": _CHECKPOINTS,
+    "finetune": _CHECKPOINTS,
+    "frontier": "; what is finished is kept: put it right, then run the same command to go on",
+}
 
 app = typer.Typer(
     add_completion=False,
@@ -46,17 +52,17 @@ def main() -> None:
         if debug:
             raise
         code = INTERRUPTED if type(error).__name__ == "Interrupted" else 1
-        _fail(_explain(error), code)
+        _fail(_explain(error, KEPT.get(sys.argv[1] if len(sys.argv) > 1 else "", "")), code)
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, kept: str = "") -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{os.strerror(error.errno)}{where}; {KEPT}"
+        return f"{os.strerror(error.errno)}{where}{kept}"
     name = type(error).__name__
     # torch.save says of a full disk only that its position in the file is not the expected one.
     if name == "SafetensorError" or any(sign in str(error) for sign in ("No space left", "inline_container")):
-        return f"a file could not be written, the disk may be full ({error}); {KEPT}"
+        return f"a file could not be written, the disk may be full ({error}){kept}"
     if isinstance(error, ValueError | OSError) or name == "Interrupted":
         return str(error)
     return f"{name}: {error} (run with --debug for the traceback)"

@@ -145,6 +145,7 @@ def decompose(
 
     if encoder_start is None:
         encoder_start = EncoderStart.random if intermediate_size else EncoderStart.pretrained
+    chosen = method.value.replace("-", "_")
     options = DecompositionOptions(
         model=model or embedded.MODEL_NAME,
         revision=revision,
@@ -152,7 +153,7 @@ def decompose(
         layers=parse_layers(layers),
         stack=stack,
         site=site,
-        method=method.value.replace("-", "_"),
+        method=chosen,
         num_experts_per_tok=k,
         num_experts=experts,
         match_transcoder=match_transcoder,
@@ -167,7 +168,7 @@ def decompose(
         resume=resume,
         text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
         training={
-            "learning_rate": learning_rate or LEARNING_RATES[method.value.replace("-", "_")],
+            "learning_rate": LEARNING_RATES[chosen] if learning_rate is None else learning_rate,
             "expert_share": expert_share,
             "gate_initialization": gate_start.value,
             "encoder_initialization": encoder_start.value,

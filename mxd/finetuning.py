@@ -1,6 +1,5 @@
 """Fine-tuning a decomposition end to end: from a folder or the Hub to another folder, measured before and after."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from trainers import FinetuningArguments, FinetuningTrainer, last_complete_check
 
 from .base_model import resolve_name
 from .runs import (
-    START_NAME,
     RunOptions,
     asked_for,
     check_output,
@@ -24,6 +22,7 @@ from .runs import (
     load_documents,
     made_how,
     prepare_output,
+    resumed_start,
     run_training,
     save_results,
     step_arguments,
@@ -67,7 +66,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     losses = {"loss": options.loss, "nmse_weight": options.nmse_weight}
     arguments = FinetuningArguments(**{**losses, **step_arguments(options, folder)})
     checkpoint = last_complete_checkpoint(folder) if options.resume else None
-    start = _resumed_start(folder, options) if checkpoint else {}
+    start = resumed_start(folder, options) if checkpoint else {}
     decomposition = load_decomposition(options.decomposition)
     settings = made_how(options.decomposition)
     documents, heldout_documents = load_documents(options.text, _split_seed(settings, options))
@@ -86,11 +85,16 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     if checkpoint is None:
         trainer.measure_experts()  # on the tokens of the later measurement, or the shares of both do not compare
         measured = measure({})
-        start = {**_identity(options), "before": {name: measured[name] for name in MEASURED}}
-        prepare_output(folder, options.resume)  # only now, when nothing is left to be refused
-        (folder / START_NAME).write_text(json.dumps(start) + "\n")
+        start = {"before": {name: measured[name] for name in MEASURED}}
+        prepare_output(folder, options, **start)  # only now, when nothing is left to be refused
     how = run_training(trainer, tokenizer, options, checkpoint)
-    settings["finetuning"] = [*settings.get("finetuning", []), {**asked_for(options), **how, **start}]
+    made = {
+        **asked_for(options),
+        "decomposition": resolve_name(options.decomposition),
+        **how,
+        "before": start["before"],
+    }
+    settings["finetuning"] = [*settings.get("finetuning", []), made]
     settings["evaluation"] = evaluation_settings(options)
     return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
 
@@ -101,10 +105,6 @@ def _split_seed(settings: dict[str, Any], options: FinetuningOptions) -> int:
     return seed if isinstance(seed, int) and seed >= 0 else options.seed
 
 
-def _identity(options: FinetuningOptions) -> dict[str, Any]:
-    return {"decomposition": resolve_name(options.decomposition), "loss": options.loss}
-
-
 def _check_apart(output: Path, source: Path) -> None:
     """Refuse an output that would change the decomposition that is started from."""
     output, source = output.resolve(), source.resolve()
@@ -113,18 +113,3 @@ def _check_apart(output: Path, source: Path) -> None:
             f"the output {output} and the decomposition {source} must be two folders, neither inside the other: the "
             "decomposition is left as it is"
         )
-
-
-def _resumed_start(folder: Path, options: FinetuningOptions) -> dict[str, Any]:
-    """What was written before the first step: what is trained, and the figures from before."""
-    path = folder / START_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no interrupted fine-tuning: it has no {START_NAME}")
-    start: dict[str, Any] = json.loads(path.read_text())
-    for name, value in _identity(options).items():
-        if start.get(name) != value:
-            raise ValueError(
-                f"the fine-tuning in {folder} has {name} {start.get(name)!r}, not {value!r}: resume with the options "
-                "of that run"
-            )
-    return start

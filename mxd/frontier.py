@@ -44,7 +44,7 @@ from .frontier_point import (
 )
 from .frontier_processes import run_points
 from .pipeline import LEARNING_RATES, DecompositionOptions, build_config
-from .runs import RunOptions, evaluation_batches, load_documents, versions
+from .runs import RunOptions, evaluation_batches, load_documents, step_arguments, versions
 
 FRONTIER_NAME, FIGURE_NAME = "frontier.json", "frontier.png"
 _ABOUT = "about.json"
@@ -126,6 +126,8 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
         for method in options.methods
         for k in options.num_experts_per_tok
     ]
+    for chosen in asked:  # refuses bad arguments before the model runs
+        DistillationArguments(**step_arguments(chosen, Path(chosen.output)))
     common = {
         "weights": weights_digest(model),
         "text": rows_digest(training),
@@ -141,6 +143,8 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
             _record(options, root, model, commit, untrained[0].config, training, progress)
         _measure_untouched(root, model, missing[0].config, heldout, progress)
         del model  # the processes load their own
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         after_each = partial(_write, options, root, points)
         how: dict[str, Any] = {"jobs": options.jobs, "save": options.save, "progress": progress}
         finished = [point for point in points if point.name in there]

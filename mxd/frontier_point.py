@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from evaluation_mxd import UntouchedLosses, faithfulness
+from evaluation_mxd import UntouchedLosses, faithfulness, save_evaluation
 from evaluation_mxd.files import replace_text
 from modeling_mxd import MxDConfig, MxDModel
 from trainers import DistillationArguments, RecordedTeacher, ReplayTrainer
@@ -117,6 +117,11 @@ def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, 
     """Train a point, unless its decomposition is there, measure it, and write its result last."""
     set_seed(options.seed)
     folder = Path(options.output)
+
+    def finish(results: dict[str, Any] | None) -> None:
+        found = {"settings": settings, "results": results}
+        replace_text(folder.with_name(f"{folder.name}.json"), json.dumps(found, indent=1) + "\n")
+
     model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
     if folder.is_dir():  # `clear` has left what was trained so
         decomposition, made = load_decomposition(str(folder)), made_how(str(folder))
@@ -127,12 +132,13 @@ def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, 
         trainer = ReplayTrainer(decomposition, model, arguments, RecordedTeacher(root / RECORDING))
         trainer.add_callback(ProgressFile(folder.with_name(f"{folder.name}.progress")))
         made = {"training": run_settings(options, trainer, run_training(trainer, tokenizer, options, None))}
+        made["training"]["tokens_trained"] = int(settings["tokens"] * options.training["num_train_epochs"])
+        save_evaluation({"settings": made}, folder)
+        finish(None)  # trained: it is not trained again where measuring it fails
     known = UntouchedLosses.load(root / HELDOUT / UNTOUCHED_NAME)
     heldout = heldout_batches(root / HELDOUT)
     results = faithfulness(model, decomposition, heldout, settings=made, untouched=known)
-    results = save_results(results, decomposition, folder)
-    found = {"settings": settings, "results": results}
-    replace_text(folder.with_name(f"{folder.name}.json"), json.dumps(found, indent=1) + "\n")
+    finish(save_results(results, decomposition, folder))
 
 
 def clear(point: Point) -> None:

@@ -42,6 +42,7 @@ from .runs import (
     load_documents,
     made_how,
     prepare_output,
+    resumed_start,
     run_training,
     save_results,
     step_arguments,
@@ -179,13 +180,15 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
     config = build_config(model, commit, options)
     checkpoint = check_resumable(folder, config) if options.resume else None
+    if options.resume:
+        resumed_start(folder, options)
     context = options.text.context_length
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     decomposition = MxDModel(config)
     arguments = DistillationArguments(**step_arguments(options, folder))
     trainer = DistillationTrainer(decomposition, model, arguments, train_dataset=rows)
-    prepare_output(folder, options.resume)  # only now, when nothing is left to be refused
+    prepare_output(folder, options)  # only now, when nothing is left to be refused
     how = run_training(trainer, tokenizer, options, checkpoint)
     settings = {"training": run_settings(options, trainer, how)}
     results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)

@@ -25,10 +25,12 @@ from trainers import CausalCollator, load_text, materialize, pack, split_documen
 from trainers.decomposition_trainer import DecompositionTrainer
 
 from . import embedded
-from .base_model import load_base_model
+from .base_model import load_base_model, resolve_name
 
 LOG_NAME = "training_log.json"
-START_NAME = "finetuning_start.json"  # in the output folder of a fine-tuning that is not finished
+START_NAME = "run_start.json"  # in the output folder of a run that is not finished: what it was asked for
+# What a run that is resumed may be asked for otherwise.
+_MAY_CHANGE = ("evaluation_tokens", "report_to", "logging_steps", "save_steps", "disable_tqdm")
 
 Documents: TypeAlias = Dataset | IterableDataset
 
@@ -44,7 +46,7 @@ class TextOptions:
     Attributes:
         dataset: Hub name, or files, folders and globs; empty for the embedded sample.
         heldout_dataset: text to evaluate on; by default documents held out of `dataset`.
-        config_name, split, text_column, revision: of the dataset.
+        config_name, split, text_column: of the dataset.
         streaming: read a Hub dataset as it comes instead of downloading it first.
         context_length: tokens a row, BOS included.
     """
@@ -219,11 +221,46 @@ def step_arguments(options: RunOptions, folder: Path) -> dict[str, Any]:
     return {**defaults, **options.training}
 
 
-def prepare_output(folder: Path, resume: bool) -> None:
-    """Make the output folder, without what was in it unless training is resumed."""
-    if folder.is_dir() and not resume:
+def prepare_output(folder: Path, options: RunOptions, **kept: Any) -> None:
+    """Make the output folder, without what was in it, and keep there what the run was asked for, and `kept`; nothing
+    where a run is resumed, of which `resumed_start` gives that."""
+    if options.resume:
+        return
+    if folder.is_dir():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
+    (folder / START_NAME).write_text(json.dumps({"asked": _settled(options), **kept}) + "\n")
+
+
+def resumed_start(folder: Path, options: RunOptions) -> dict[str, Any]:
+    """What `prepare_output` kept when the run began that is to be resumed.
+
+    Raises:
+        ValueError: it was asked for something else, or nothing was kept.
+    """
+    path = folder / START_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no interrupted run: it has no {START_NAME}")
+    start = read_json(path)
+    before, now = start.get("asked"), _settled(options)
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} does not say what the run was asked for: begin it anew with --overwrite")
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"the run in {folder} had {name} {before.get(name)!r}, not {now.get(name)!r}: resume with the options "
+                "of that run"
+            )
+    return start
+
+
+def _settled(options: RunOptions) -> dict[str, Any]:
+    """What a run stays with from its first step to its last, by JSON values."""
+    asked = json.loads(json.dumps(asked_for(options)))
+    for name in {"model", "decomposition"}.intersection(asked):
+        asked[name] = resolve_name(asked[name])
+    flat = {**asked.pop("text"), **asked.pop("training"), **asked}
+    return {name: value for name, value in flat.items() if name not in _MAY_CHANGE}
 
 
 def run_training(
@@ -232,7 +269,7 @@ def run_training(
     """Train, and save decomposition, tokenizer and log in the output folder.
 
     Returns:
-        How it was run, for evaluation.json.
+        How it was run, for evaluation.json; without its seconds where it was resumed.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint was saved.
@@ -244,7 +281,7 @@ def run_training(
             f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is kept in "
             f"{folder}: run the same command with --resume to go on"
         )
-    seconds = time.monotonic() - started
+    seconds = {} if checkpoint else {"seconds": round(time.monotonic() - started, 1)}
     trainer.save_model()
     tokenizer.save_pretrained(folder)  # so that pipelines find it beside the decomposition
     (folder / LOG_NAME).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
@@ -254,7 +291,7 @@ def run_training(
     return {
         **{name: getattr(arguments, name) for name in (*names, "bf16")},
         "tokens_trained": trainer.state.max_steps * rows * options.text.context_length,
-        "seconds": round(seconds, 1),
+        **seconds,
         "threads": torch.get_num_threads(),
         "device": str(arguments.device),
         "versions": versions(),

@@ -65,7 +65,7 @@ class DecompositionArguments(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rank_logging_steps < 0:
             raise ValueError(f"rank_logging_steps must be at least 0, got {self.rank_logging_steps}")
-        for name in ("gate_learning_rate_factor", "modulation_learning_rate_factor"):
+        for name in ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor"):
             self.check_finite(name)
         if not 0 <= self.minimum_relative_norm <= 1:
             raise ValueError(f"minimum_relative_norm must be from 0 to 1, got {self.minimum_relative_norm}")

@@ -3,6 +3,7 @@ checkpoints that are decompositions, an interrupt that keeps one, measured exper
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from evaluation_mxd import token_mask
@@ -107,6 +109,12 @@ class DecompositionTrainer(HubPushes):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             self.scales = _read_scales(Path(str(resume_from_checkpoint)))
+            state = TrainerState.load_from_json(str(Path(str(resume_from_checkpoint)) / TRAINER_STATE_NAME))
+            if 0 < self.args.max_steps <= state.global_step:  # stock takes one step more
+                self._load_from_checkpoint(str(resume_from_checkpoint))
+                self.state = state
+                self.measure_experts()
+                return TrainOutput(state.global_step, math.nan, {})
         else:
             self._start()
         self._use_token_progress()

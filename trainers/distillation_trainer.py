@@ -20,7 +20,7 @@ from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
 
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
-from .initialization import initialize_decomposition
+from .initialization import check_encoder_start, initialize_decomposition
 from .router import fit_router, router_loss
 from .row_adamw import RowAdamW
 
@@ -42,6 +42,7 @@ class DistillationTrainer(DecompositionTrainer):
 
     Raises:
         SurgeryError: when the teacher has no such layer, or one of other widths.
+        ValueError: an encoder shall start from the pretrained MLP's and has another form or width.
 
     Example:
         >>> trainer = DistillationTrainer(mxd, teacher, args, train_dataset=rows)  # doctest: +SKIP
@@ -67,6 +68,9 @@ class DistillationTrainer(DecompositionTrainer):
         self.sites = [site_of(found, layer) for layer in model.config.layers]
         for site in self.sites:
             site.check_fits(model.config.layer(site.layer))
+            starts = args.encoder_initialization == "pretrained" and args.gate_initialization != "keep"
+            if starts and model.config.method == "mxd":
+                check_encoder_start(model.config.layer(site.layer), site)
             if model.config.layer(site.layer).num_expert_groups is not None and args.world_size > 1:
                 raise ValueError(
                     f"layer {site.layer} has a router, which trains in one process, not in {args.world_size}"
@@ -84,7 +88,7 @@ class DistillationTrainer(DecompositionTrainer):
         )
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
         self._layer_losses = dict.fromkeys(model.config.layers, torch.zeros((), device=args.device))
-        self._layer_losses_since = 0
+        self._layer_losses_since: int | None = None  # a step; of a training that is resumed not the first
 
     def _set_signature_columns_if_needed(self) -> None:
         columns = list(inspect.signature(self.teacher.forward).parameters)
@@ -188,6 +192,8 @@ class DistillationTrainer(DecompositionTrainer):
         inputs = self._prepare_inputs(inputs)
         tokens = self.counted(inputs).sum() if num_items_in_batch is None else num_items_in_batch
         captured = self.capture(inputs)
+        if self._layer_losses_since is None:
+            self._layer_losses_since = self.state.global_step
         total = torch.zeros((), device=self.args.device)
         layers = list(captured)
         for layer in layers:
@@ -232,6 +238,7 @@ class DistillationTrainer(DecompositionTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `DecompositionTrainer.train`."""
         layers = [self.model.layer(layer) for layer in self.model.config.layers]
+        self._layer_losses_since = None
         for layer in layers:
             layer.sparse_gradients = self.args.sparse_optimizer
         try:
@@ -242,13 +249,14 @@ class DistillationTrainer(DecompositionTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds every layer's own loss where there are several, as `layer_8/loss`."""
-        steps = self.state.global_step - self._layer_losses_since
+        step = self.state.global_step
+        steps = 0 if self._layer_losses_since is None else step - self._layer_losses_since
         if "loss" in logs and len(self._layer_losses) > 1 and steps > 0:
             for layer, total in self._layer_losses.items():
                 logs[f"layer_{layer}/loss"] = float(total) / steps
         if "loss" in logs:
             self._layer_losses = dict.fromkeys(self._layer_losses, torch.zeros((), device=self.args.device))
-            self._layer_losses_since = self.state.global_step
+            self._layer_losses_since = step
         super().log(logs, *args, **kwargs)
 
     def prediction_step(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation_mxd.masks import activation_mask
-from modeling_mxd import Capture, MLPSite, MxDLayer, MxDModel, SparseLayer, find_mlp
+from modeling_mxd import Capture, MLPSite, MxDLayer, MxDLayerConfig, MxDModel, SparseLayer, find_mlp
 
 GATE_STARTS = ("data", "random", "keep")
 ENCODER_STARTS = ("pretrained", "random")
@@ -149,6 +149,24 @@ def _gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) 
         layer.gate.bias.copy_(-(weight @ calibration.input_mean))
 
 
+def check_encoder_start(config: MxDLayerConfig, site: MLPSite) -> None:
+    """Refuse an encoder that cannot start from the pretrained MLP, by its sizes alone.
+
+    Raises:
+        ValueError: it has another form or width; of routed experts it may be narrower.
+    """
+    if site.widths is None:
+        return  # `MLPSite.weights` says why there are none
+    units, narrower = site.widths[1], site.kind == "mixture-of-experts"
+    fits = config.intermediate_size == units or (narrower and config.intermediate_size < units)
+    if config.encoder_type != site.encoder_type or not fits:
+        raise ValueError(
+            f"layer {site.layer}: an encoder of form {config.encoder_type} and intermediate_size "
+            f"{config.intermediate_size} cannot start from the pretrained MLP, which has form {site.encoder_type} and "
+            f"{units}: use those, or the random start"
+        )
+
+
 @torch.no_grad()
 def start_encoder_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool = False) -> None:
     """Copy the pretrained MLP's encoder (and up projection) into E and U, with `decoder` its decoder into D and b:
@@ -157,18 +175,13 @@ def start_encoder_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool 
     Raises:
         ValueError: when its encoder has another form or width than the MLP's.
     """
+    check_encoder_start(layer.config, site)
     weights = site.weights()
-    if site.kind == "mixture-of-experts" and layer.config.intermediate_size < len(weights.encoder):
+    if layer.config.intermediate_size < len(weights.encoder):
         weights = weights.strongest(layer.config.intermediate_size)
     pairs = [(layer.encoder, weights.encoder, weights.encoder_bias)]
     if layer.encoder_up is not None and weights.up is not None:
         pairs.append((layer.encoder_up, weights.up, weights.up_bias))
-    if (layer.encoder_up is None) != (weights.up is None) or layer.encoder.weight.shape != weights.encoder.shape:
-        raise ValueError(
-            f"layer {site.layer}: an encoder of form {layer.config.encoder_type} and intermediate_size "
-            f"{layer.config.intermediate_size} cannot start from the pretrained MLP, which has form "
-            f"{site.encoder_type} and {weights.encoder.shape[0]}: use those, or the random start"
-        )
     for linear, weight, bias in pairs:
         linear.weight.copy_(weight)
         _copy_bias(linear.bias, bias)

@@ -117,7 +117,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, interr
     assert (tmp_path / "halved" / "checkpoint-2").is_dir()
     for changed in ({"loss": "cross_entropy"}, {"decomposition": str(tmp_path / "another")}):
         name = next(iter(changed))
-        with pytest.raises(ValueError, match=f"has {name} .*resume with the options of that run"):
+        with pytest.raises(ValueError, match=f"had {name} .*resume with the options of that run"):
             finetune(options("halved", resume=True, **changed))
     resumed, whole = finetune(options("halved", resume=True)), finetune(options("whole"))
     files = {folder: contents(tmp_path / folder) for folder in ("halved", "whole")}
