@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+_IGNORED = -100  # of a label, where it is padding
+
 
 def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_first: bool = True) -> Tensor:
     """True where a position counts: everything that is not padding, on whichever side the padding is.
@@ -55,7 +57,10 @@ def activation_mask(
     """
     ids, padding = inputs.get("input_ids"), inputs.get("attention_mask")
     if decoder and ("decoder_input_ids" in inputs or "labels" in inputs):
-        ids, padding = inputs.get("decoder_input_ids", inputs.get("labels")), inputs.get("decoder_attention_mask")
+        labels = inputs.get("labels")
+        ids, padding = inputs.get("decoder_input_ids", labels), inputs.get("decoder_attention_mask")
+        if padding is None and labels is not None and ids is not None and labels.shape == ids.shape:
+            padding = labels != _IGNORED  # as collators pad labels, beside which they make no mask
     if ids is None or ids.shape[1] != x.shape[1] or len(x) % len(ids):
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     return token_mask(ids, padding, include_first).repeat(len(x) // len(ids), 1).to(x.device)

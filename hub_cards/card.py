@@ -54,6 +54,7 @@ _OPTIONS = {
     "--experts": ("num_experts",),
     "--match-transcoder": ("match_transcoder",),
     "--intermediate-size": ("intermediate_size",),
+    "--groups-per-token": ("num_groups_per_tok",),
     "--tokens": ("tokens",),
     "--context-length": ("text", "context_length"),
     "--batch-tokens": ("batch_tokens",),

@@ -16,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 
 import modeling_mxd
 from modeling_mxd import MxDConfig
+from modeling_mxd.configuration_mxd import AUTO_MAP
 from modeling_mxd.sharing import REPLACED, check_base_id, save_tokenizer, with_known_class
 
 from .card import build_card
@@ -276,9 +277,10 @@ def _content(folder: Path, base: str, base_commit: str | None) -> dict[str, byte
     content: dict[str, bytes | Path] = {path.relative_to(folder).as_posix(): path for path in files}
     if settings := content.get("tokenizer_config.json"):
         content["tokenizer_config.json"] = with_known_class(Path(str(settings)).read_bytes())
-    config = read_json(folder / "config.json") | {"base_model_name_or_path": base, "base_model_revision": base_commit}
+    # The code that loads it is today's, not that of the day when the folder was written, nor what its config names.
+    ours = {"base_model_name_or_path": base, "base_model_revision": base_commit, "auto_map": AUTO_MAP}
+    config = read_json(folder / "config.json") | ours
     content["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    # The code that loads it is today's, not that of the day when the folder was written.
     for path in sorted(Path(modeling_mxd.__file__).parent.glob("*.py")):
         if path.name != "__init__.py":
             content[path.name] = path

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, logging
 
 # Every sibling is imported here, also the unused: a Hub repo carries only what its entry file names.
 from .architectures import layer_chains  # noqa: F401
@@ -42,7 +42,7 @@ from .sites import SurgeryError, find_mlps
 from .spliced_language_model import make_spliced
 from .surgery import ReplacedMLP, replace_mlps, spliced_mlps
 from .verification import verify_sites  # noqa: F401
-from .weight_files import check_headers, expected_shapes, load_layers, weight_files
+from .weight_files import check_headers, check_one_set, expected_shapes, load_layers, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -117,6 +117,7 @@ class MxDModel(PreTrainedModel):
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         name = pretrained_model_name_or_path
         if name is not None:
+            check_one_set(name)
             files = weight_files(name, config.layers, access)
             if files.paths:  # else transformers says what is missing
                 check_headers(files.paths, config)
@@ -147,7 +148,13 @@ class MxDModel(PreTrainedModel):
         largest = max(sum(t.nbytes for t in layer.state_dict().values()) for layer in self.layers.values())
         if kwargs.get("max_shard_size", "50GB") == "50GB":  # the stock default, which push_to_hub spells out
             kwargs["max_shard_size"] = largest
+        # Of an earlier saving transformers leaves the files that this one does not replace, and loads them.
+        index, single = (Path(save_directory) / name for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+        if is_main_process:
+            index.unlink(missing_ok=True)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process and index.exists():
+            single.unlink(missing_ok=True)
         if push:
             self.push_to_hub(how.pop("repo_id", Path(save_directory).name), **how)
 

@@ -50,6 +50,19 @@ def weight_files(name: Any, layers: list[int] | None, access: dict[str, Any]) ->
     return WeightFiles(list(map(Path, paths or [])), wanted == set(weight_map.values()))
 
 
+def check_one_set(name: Any) -> None:
+    """Refuse a folder with weights in one file and in shards, of which one set is of an earlier saving.
+
+    Raises:
+        ValueError: naming both.
+    """
+    both = [path for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if (path := Path(name) / file).is_file()]
+    if len(both) > 1:
+        raise ValueError(
+            f"{name} holds {both[0].name} and {both[1].name}; one of them is left from an earlier saving: delete it"
+        )
+
+
 def read_index(path: Path, name: Any) -> dict[str, str]:
     """Weight → file, from the index of a sharded repo.
 

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from modeling_mxd import MxDConfig
 from modeling_mxd.downloads import tried
 from modeling_mxd.loading import check_language_model
 
@@ -27,7 +34,11 @@ def resolve_name(name: str) -> str:
 
 
 def load_base_model(
-    name: str, revision: str | None = None, dtype: str = "float32", pickles: bool = True
+    name: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    pickles: bool = True,
+    context_length: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
     """Load a causal language model and its tokenizer, in eval mode, on the CPU.
 
@@ -37,29 +48,46 @@ def load_base_model(
         dtype: a key of `DTYPES`.
         pickles: whether weights may be read from a pickle, where there are no safetensors; False where a stranger
             chose the model.
+        context_length: tokens a row that it shall read.
 
     Returns:
         Model, tokenizer, and the Hub commit that was loaded (None for a folder).
 
     Raises:
-        BaseModelError: when it is neither a folder nor can be had from the Hub.
+        BaseModelError: when it is neither a folder nor can be had from the Hub, is a decomposition, or has fewer
+            positions than `context_length`.
     """
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
     how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
+        values, _ = tried(partial(PreTrainedConfig.get_config_dict, source, revision=revision), name)
+        if values.get("model_type") == MxDConfig.model_type:
+            raise BaseModelError(_decomposition(name, values.get("base_model_name_or_path")))
         if not pickles:
             check_language_model(source, {"revision": revision})
         tokenizer = tried(partial(AutoTokenizer.from_pretrained, source, **how), name)
         how |= {"dtype": DTYPES[dtype]} if pickles else {"dtype": DTYPES[dtype], "use_safetensors": True}
         model = tried(partial(AutoModelForCausalLM.from_pretrained, source, **how), name)
+    except BaseModelError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         if not pickles and "use_safetensors" in reason:
             reason = "it has no safetensors, and of a model that a decomposition names no pickle is read"
         raise BaseModelError(f"cannot load the model {name!r}: it is no folder with a model, and: {reason}") from error
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context_length is not None and isinstance(positions, int) and 0 < positions < context_length:
+        raise BaseModelError(
+            f"the model {name!r} has {positions} positions, fewer than a row of {context_length} tokens: take a "
+            "context length (--context-length) that it can read"
+        )
     return model.eval(), tokenizer, _loaded_commit(source, revision)
+
+
+def _decomposition(name: str, base: object) -> str:
+    return f"{name!r} is a decomposition itself: name the model that it is of, {base!r}"
 
 
 def _loaded_commit(source: str, revision: str | None) -> str | None:

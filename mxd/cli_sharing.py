@@ -37,7 +37,9 @@ def push(
         message=message,
     )
     typer.echo(f"Pushed to {pushed.pr_url or pushed.repo_url} (commit {pushed.oid[:8]})")
-    typer.echo(f'Next:  AutoModelForCausalLM.from_pretrained("{pushed.repo_url.repo_id}", trust_remote_code=True)')
+    where = pushed.pr_revision or revision
+    at = f', revision="{where}"' if where else ""
+    typer.echo(f'Next:  AutoModelForCausalLM.from_pretrained("{pushed.repo_url.repo_id}"{at}, trust_remote_code=True)')
 
 
 def search(

@@ -5,12 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from rich.console import Console
 from rich.table import Table
 
 from evaluation_mxd import count_expert_use, domain_use, plot_domain_use
-from trainers import load_text
+from trainers import DataError, load_text
 
 from .runs import TextOptions, evaluation_batches, load_base_of, load_decomposition
 from .tables import MAX_ROWS, cell
@@ -39,9 +39,11 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
     )
     assert isinstance(documents, Dataset)
     rows: dict[str, list[int]] = {}
+    feature = documents.features[column]
     for index, domain in enumerate(documents[column]):
         if domain not in (None, ""):
-            rows.setdefault(str(domain), []).append(index)
+            named = feature.int2str(domain) if isinstance(feature, ClassLabel) else str(domain)
+            rows.setdefault(named, []).append(index)
     if not 2 <= len(rows) <= MAX_DOMAINS:
         raise ValueError(f"the column {column!r} must have 2 to {MAX_DOMAINS} different values, it has {len(rows)}")
     return {domain: documents.select(rows[domain]) for domain in sorted(rows)}
@@ -70,11 +72,14 @@ def measure_domain_use(
         raise ValueError(f"{folder} is no folder: name that of a decomposition")
     decomposition = load_decomposition(folder)
     documents = documents_by_domain(text, column)
-    model, tokenizer = load_base_of(decomposition, dtype)
-    uses = {
-        domain: count_expert_use(model, decomposition, evaluation_batches(part, tokenizer, text.context_length, tokens))
-        for domain, part in documents.items()
-    }
+    model, tokenizer = load_base_of(decomposition, dtype, text.context_length)
+    batches = {}
+    for domain, part in documents.items():
+        try:
+            batches[domain] = evaluation_batches(part, tokenizer, text.context_length, tokens)
+        except DataError as error:
+            raise ValueError(f"domain {domain!r}: {error}") from error
+    uses = {domain: count_expert_use(model, decomposition, of_domain) for domain, of_domain in batches.items()}
     layers = {
         layer: domain_use({domain: use[layer] for domain, use in uses.items()}) for layer in decomposition.config.layers
     }

@@ -70,8 +70,8 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     decomposition = load_decomposition(options.decomposition)
     settings = made_how(options.decomposition)
     documents, heldout_documents = load_documents(options.text, _split_seed(settings, options))
-    base, tokenizer = load_base_of(decomposition, options.dtype)
     context = options.text.context_length
+    base, tokenizer = load_base_of(decomposition, options.dtype, context)
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     model = make_spliced(base, decomposition, options.decomposition, cast=False)

@@ -119,7 +119,9 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
         Interrupted: Ctrl-C; points that are finished are kept, those at work are lost.
     """
     root = _check_root(options)
-    model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
+    model, tokenizer, commit = load_base_model(
+        options.model, options.revision, options.dtype, context_length=options.text.context_length
+    )
     training, heldout = _texts(options, tokenizer)
     asked = [
         _decomposition_options(options, root, commit, method, k)

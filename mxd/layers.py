@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hub_cards.card import layer_ranges
-from modeling_mxd import MLPSite, find_all_mlps
+from modeling_mxd import MLPSite, MxDConfig, find_all_mlps
 
 from . import embedded
 from .base_model import BaseModelError
@@ -57,12 +57,14 @@ def load_skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
     """
     source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        if isinstance(config, MxDConfig):
+            raise ValueError(f"it is a decomposition, of {config.base_model_name_or_path!r}: name that")
         auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
         if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
             auto = AutoModelForSeq2SeqLM
         with torch.device("meta"):
-            model = auto.from_config(config)
+            model = auto.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise BaseModelError(f"cannot build the model {name!r}: {reason}") from error

@@ -15,6 +15,8 @@ from evaluation_mxd import (
     plot_singular_values,
     save_evaluation,
 )
+from evaluation_mxd.faithfulness import EVALUATION_NAME
+from hub_cards.reading import read_json
 from modeling_mxd import (
     MLPSite,
     MxDConfig,
@@ -177,12 +179,12 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     set_seed(options.seed)
     folder = check_output(options.output, options.overwrite, options.resume)
     documents, heldout_documents = load_documents(options.text, options.seed)
-    model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
+    context = options.text.context_length
+    model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype, context_length=context)
     config = build_config(model, commit, options)
     checkpoint = check_resumable(folder, config) if options.resume else None
     if options.resume:
         resumed_start(folder, options)
-    context = options.text.context_length
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     decomposition = MxDModel(config)
@@ -239,10 +241,14 @@ def evaluate(
         text_column=text.text_column,
         streaming=text.streaming,
     )
-    model, tokenizer = load_base_of(decomposition, dtype)
+    methods = {decomposition.config.layer(layer).method for layer in decomposition.config.layers}
+    if ranks and methods != {"mxd"}:
+        raise ValueError("only an MxD's experts have a rank: leave --ranks out for a transcoder")
+    model, tokenizer = load_base_of(decomposition, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
     settings = {"evaluation": {**asdict(text), "model_dtype": dtype}, **made_how(folder)}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
+    results = _earlier(folder, results) | results
     save_evaluation(results, folder)  # already now: what follows may take longer than this did
     figures = Path(folder) / "figures"
     if ablation is not None or ranks:
@@ -258,3 +264,17 @@ def evaluate(
         plot_singular_values(smallest, figures / "smallest_singular_values.png")
     save_evaluation(results, folder)
     return load_evaluation(folder)
+
+
+def _earlier(folder: str, results: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier evaluation of these weights measured and still holds: ranks, and on the same tokens the ablation.
+    The figure of an ablation that does not is removed."""
+    path = Path(folder) / EVALUATION_NAME
+    before = read_json(path) if path.is_file() else {}
+    settings = before.get("settings")
+    same = isinstance(settings, dict) and all(
+        settings.get(name) == results["settings"][name] for name in ("evaluation", "tokens", "dtype")
+    )
+    if not same:
+        (Path(folder) / "figures" / "ablation.png").unlink(missing_ok=True)
+    return {name: before[name] for name in ("ranks", *(["ablation"] if same else [])) if name in before}

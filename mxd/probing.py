@@ -19,6 +19,7 @@ from evaluation_mxd import (
     pool_features,
     probe_features,
 )
+from evaluation_mxd.files import replace_text
 from evaluation_mxd.pooling import POOLINGS
 from evaluation_mxd.probing import CANDIDATES, FOLDS, SPARSITIES, check_scikit_learn
 from modeling_mxd import MLPSite, MxDModel, SurgeryError, find_mlp
@@ -107,7 +108,7 @@ def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
     # Here already, since too few documents are found out soon; the texts that are cut from them decide.
     grouped_folds(documents.labels, documents.groups, options.folds, options.seed)
     first = next(iter(decompositions.values()))
-    model, tokenizer = load_base_of(first, options.dtype)
+    model, tokenizer = load_base_of(first, options.dtype, options.context_length)
     where = first.config.where
     representations = make_representations(find_mlp(model, layer, **where), decompositions, options.against)
     texts = cut_texts(
@@ -118,6 +119,7 @@ def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
         seed=options.seed,
     )
     folds = grouped_folds(texts.labels, texts.groups, options.folds, options.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     features = pool_features(
         model, layer, texts.ids, representations, pooling=options.pooling, include_first=options.include_first,
         progress=progress, **where,
@@ -142,8 +144,7 @@ def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
             "versions": probing_versions(),
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    replace_text(folder / RESULTS_NAME, json.dumps(results, indent=1) + "\n")
     name = options.label_column
     plot_probing({name: results["representations"]}, folder / FIGURE_NAME, {name: chance})
     return results

@@ -133,17 +133,19 @@ def load_decomposition(name: str) -> MxDModel:
             reason = str(error).strip().split("\n", 1)[0]
             raise ValueError(f"{name!r} is no folder with a decomposition, and: {reason}") from error
     config = read_config(path, name)
+    if file_if_any(name, "adapter_config.json", {}) is not None:
+        raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
     if path.parent == Path(name):  # a folder
-        if (path.parent / "adapter_config.json").exists():
-            raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
         check_weights(path.parent, config)
     decomposition = MxDModel.from_pretrained(name)
     assert isinstance(decomposition, MxDModel)
     return decomposition
 
 
-def load_base_of(decomposition: MxDModel, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that a decomposition's config names, and its tokenizer.
+def load_base_of(
+    decomposition: MxDModel, dtype: str, context_length: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that a decomposition's config names, and its tokenizer; see `load_base_model`.
 
     Raises:
         ValueError: it names none (`BaseModelError`: or one that cannot be loaded).
@@ -152,7 +154,7 @@ def load_base_of(decomposition: MxDModel, dtype: str) -> tuple[PreTrainedModel, 
     if not config.base_model_name_or_path:
         raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
     name, revision = config.base_model_name_or_path, config.base_model_revision
-    model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False)
+    model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False, context_length=context_length)
     return model, tokenizer
 
 

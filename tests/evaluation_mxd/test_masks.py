@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from evaluation_mxd import token_mask
+from evaluation_mxd import activation_mask, token_mask
 
 IDS = torch.tensor([[0, 5, 6, 7], [0, 5, 0, 0], [0, 0, 0, 5], [0, 0, 0, 0]])
 PADDING = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]])
@@ -30,3 +30,11 @@ def test_masks_of_any_dtype(dtype):
 def test_a_mask_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids \(4, 4\), got"):
         token_mask(IDS, torch.ones(shape))
+
+
+def test_labels_say_which_positions_of_a_decoder_are_padding():
+    labels, x = IDS.where(PADDING.bool(), -100), torch.zeros(4, 4, 3)
+    for inputs in ({"labels": labels}, {"labels": labels, "decoder_input_ids": IDS}):
+        assert torch.equal(activation_mask({"input_ids": IDS, **inputs}, x, decoder=True), PADDING.bool())
+    own = {"labels": labels, "decoder_attention_mask": torch.ones_like(IDS)}
+    assert activation_mask(own, x, decoder=True).all()

@@ -57,6 +57,7 @@ EVALUATION = {
                 "streaming": True,
                 "context_length": 128,
             },
+            "num_groups_per_tok": 8,
             "learning_rate": 0.003,
             "gate_learning_rate_factor": 0.3,
             "modulation_learning_rate_factor": 3.0,
@@ -355,6 +356,7 @@ def test_the_command_is_one_that_the_program_takes(tmp_path):
     assert options["streaming"]
     assert options["bf16"]
     assert options["dataset_config"] == "sample-10BT"
+    assert options["groups_per_token"] == 8
 
 
 def test_a_fine_tuning_is_told_after_the_training(tmp_path):

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from hub_cards import HubError, list_decompositions, push_decomposition, show_decomposition
 from modeling_mxd import MxDModel
+from modeling_mxd.configuration_mxd import AUTO_MAP
 from modeling_mxd.sharing import OLDEST_TRANSFORMERS
 
 REPO = "user/mxd-tiny"
@@ -43,6 +44,14 @@ def test_everything_in_one_commit(hub, folder, base):
     config = json.loads(hub.files(REPO)["config.json"])
     assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("user/base", base)
     assert hub.token not in "".join(str(data) for data in hub.files(REPO).values())
+
+
+def test_the_code_that_loads_it_is_ours_whatever_the_folder_names(hub, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "another/repo--modeling_mxd.MxDModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    push_decomposition(folder, REPO)
+    assert json.loads(hub.files(REPO)["config.json"])["auto_map"] == AUTO_MAP
 
 
 def test_a_second_push_replaces_and_keeps_what_was_written_by_hand(hub, folder, tmp_path):

@@ -121,6 +121,22 @@ def test_a_second_round_trip_changes_nothing(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("sizes", [("5GB", None), (None, "5GB"), ("5GB", "5GB"), (None, None)])
+@pytest.mark.parametrize("layers", [((0, 2), (0, 2)), ((2,), (0, 2)), ((0, 2), (2,))])
+def test_what_is_saved_last_into_a_folder_is_loaded(tmp_path, sizes, layers):
+    for size, some in zip(sizes, layers, strict=True):
+        model = random_model(layers=some)
+        model.save_pretrained(tmp_path, **({} if size is None else {"max_shard_size": size}))
+    assert_bit_equal(load(tmp_path), model)
+
+
+def test_weights_of_two_savings_are_refused(tmp_path):
+    random_model(layers=(0, 2)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds model.safetensors and model.safetensors.index.json"):
+        MxDModel.from_pretrained(tmp_path)
+
+
 def test_layers_of_different_form(tmp_path):
     overrides = {"3": {"method": "transcoder", "num_experts": 30}, "5": {"encoder_type": "glu", "output_bias": False}}
     model = random_model(layers=(0, 3, 5), layer_overrides=overrides)

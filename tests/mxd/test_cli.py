@@ -15,6 +15,7 @@ from commands import refused, run
 from modeling_mxd import MxDModel
 from mxd import embedded
 from mxd.cli_options import parse_count, parse_layers, split_arguments
+from mxd.pipeline import TextOptions, evaluate
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,13 @@ def test_evaluate_with_ablation_and_ranks(finished, tmp_path):
     assert results["ranks"]["2"]["experts"] == 64 and 0 < results["ranks"]["2"]["normalised_rank"] <= 1
     figures = {path.name for path in (folder / "figures").iterdir()}
     assert {"ablation.png", "smallest_singular_values.png"} <= figures
+    # On the same tokens both are kept; on others only what depends on no text.
+    again = evaluate(str(folder), TextOptions(), tokens=1024)
+    assert again["ablation"] == curve and again["ranks"] == results["ranks"]
+    other = evaluate(str(folder), TextOptions(), tokens=512)
+    assert "ablation" not in other and other["ranks"] == results["ranks"]
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert "ablation.png" not in figures and "smallest_singular_values.png" in figures
 
 
 def test_embedded_model_beats_unigrams_by_far():
@@ -144,6 +152,7 @@ def test_embedded_model_beats_unigrams_by_far():
         (["--dataset", "missing.parquet"], "missing.parquet"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--layers", "1,1"], "more than once"),
+        (["--context-length", "257"], "has 256 positions, fewer than a row of 257 tokens"),
     ],
 )
 def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, arguments, message):
@@ -173,10 +182,20 @@ def test_output_that_is_not_empty(monkeypatch, capsys, tmp_path, finished):
     assert (finished[0] / "model.safetensors").is_file()
 
 
-def test_evaluate_of_what_is_no_decomposition(monkeypatch, capsys, tmp_path):
+def test_a_decomposition_is_no_model_to_decompose(monkeypatch, capsys, tmp_path, finished):
+    error = refused(monkeypatch, capsys, "decompose", finished[0], "--output", tmp_path / "out")
+    assert "is a decomposition itself: name the model that it is of" in error
+    assert "fewer than a row" in refused(monkeypatch, capsys, "evaluate", finished[0], "--context-length", "512")
+
+
+def test_evaluate_of_what_is_no_decomposition(monkeypatch, capsys, tmp_path, finished):
     assert "holds no decomposition" in refused(monkeypatch, capsys, "evaluate", tmp_path)
     error = refused(monkeypatch, capsys, "evaluate", embedded.model_path())
     assert "no decomposition" in error
+    config = MxDModel.from_pretrained(finished[0]).config
+    config.method = "transcoder"
+    MxDModel(config).save_pretrained(tmp_path / "transcoder")
+    assert "leave --ranks out" in refused(monkeypatch, capsys, "evaluate", tmp_path / "transcoder", "--ranks")
 
 
 def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):

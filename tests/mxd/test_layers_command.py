@@ -1,8 +1,11 @@
+import json
+
 import pytest
 from tiny_models import tiny_config
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
+from modeling_mxd import MxDConfig
 from mxd.base_model import BaseModelError
 from mxd.cli import app
 from mxd.layers import describe_layers, layer_groups, load_skeleton
@@ -54,3 +57,21 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 def test_ranges_of_layers():
     assert describe_layers([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_a_decomposition_is_told_from_a_model(tmp_path):
+    MxDConfig(layers=[2], base_model_name_or_path="user/base").save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match=r"is a decomposition, of 'user/base'"):
+        load_skeleton(str(tmp_path))
+
+
+def test_code_of_the_repo_is_neither_run_nor_offered(tmp_path, monkeypatch):
+    tiny_config("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(BaseModelError, match="cannot build the model"):
+        load_skeleton(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

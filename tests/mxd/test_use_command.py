@@ -3,6 +3,10 @@ import shutil
 
 import pytest
 from commands import refused, run
+from datasets import ClassLabel, Dataset, Features, Value
+
+from mxd.domains import documents_by_domain
+from mxd.runs import TextOptions
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 CODE = "def f(x):\n    return x + 1\n\nfor i in range(10):\n    print(f(i))\n"
@@ -36,7 +40,18 @@ def test_text_that_cannot_be_divided(finished, labelled, monkeypatch, capsys):
     assert "no column 'domain'" in refused(monkeypatch, capsys, "use", folder, "--dataset", labelled)
     assert "holds the text" in refused(monkeypatch, capsys, "use", folder, "--dataset", labelled, "--by", "text")
     assert "pass --dataset" in refused(monkeypatch, capsys, "use", folder)
+    short = labelled.with_name("short.jsonl")
+    short.write_text(labelled.read_text() + json.dumps({"text": "too short", "kind": "note"}) + "\n")
+    error = refused(monkeypatch, capsys, "use", folder, "--dataset", short, "--by", "kind")
+    assert "domain 'note': the text is too short" in error
     assert "is no folder" in refused(monkeypatch, capsys, "use", "nowhere", "--dataset", labelled)
     one = labelled.with_name("one.jsonl")
     one.write_text(json.dumps({"text": PROSE, "domain": "prose"}) + "\n")
     assert "it has 1" in refused(monkeypatch, capsys, "use", folder, "--dataset", one)
+
+
+def test_labels_are_called_by_their_names(tmp_path):
+    features = Features({"text": Value("string"), "kind": ClassLabel(names=["code", "prose"])})
+    path = tmp_path / "labels.parquet"
+    Dataset.from_dict({"text": [CODE, PROSE], "kind": [0, 1]}, features=features).to_parquet(path)
+    assert list(documents_by_domain(TextOptions([str(path)]), "kind")) == ["code", "prose"]
