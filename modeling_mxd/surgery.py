@@ -186,7 +186,10 @@ def spliced_mlps(
 def _check_replaceable(found: Mapping[int, MLPSite], layer: int, module: nn.Module) -> MLPSite:
     site = site_of(found, layer)
     if any(isinstance(part, SparseLayer | StandIn) for part in site.modules):
-        raise SurgeryError(f"the MLP of layer {layer} is already replaced by a decomposition: restore it first")
+        raise SurgeryError(
+            f"the MLP of layer {layer} is already replaced by a decomposition: restore it first, or of a model with a "
+            "decomposition inside take what `unsplice()` gives"
+        )
     if isinstance(module, SparseLayer):
         site.check_fits(module.config)
     return site
