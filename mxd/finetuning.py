@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import set_seed
 
@@ -46,6 +46,9 @@ class FinetuningOptions(RunOptions):
     loss: str = "kl"
     nmse_weight: float = FinetuningArguments.nmse_weight
     output: str = "mxd-finetuned"
+
+    # Not what it is measured on: what was measured before the first step is kept.
+    may_change: ClassVar[tuple[str, ...]] = ("report_to", "disable_tqdm")
 
 
 def finetune(options: FinetuningOptions) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import transformers
@@ -29,8 +29,6 @@ from .base_model import load_base_model, resolve_name
 
 LOG_NAME = "training_log.json"
 START_NAME = "run_start.json"  # in the output folder of a run that is not finished: what it was asked for
-# What a run that is resumed may be asked for otherwise.
-_MAY_CHANGE = ("evaluation_tokens", "report_to", "logging_steps", "save_steps", "disable_tqdm")
 
 Documents: TypeAlias = Dataset | IterableDataset
 
@@ -86,6 +84,9 @@ class RunOptions:
     resume: bool = False
     text: TextOptions = field(default_factory=TextOptions)
     training: dict[str, Any] = field(default_factory=dict)
+
+    # What a run that is resumed may be asked for otherwise. Not when to log or to save: a checkpoint's own counts.
+    may_change: ClassVar[tuple[str, ...]] = ("evaluation_tokens", "report_to", "disable_tqdm")
 
 
 def asked_for(options: RunOptions) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def _settled(options: RunOptions) -> dict[str, Any]:
     for name in {"model", "decomposition"}.intersection(asked):
         asked[name] = resolve_name(asked[name])
     flat = {**asked.pop("text"), **asked.pop("training"), **asked}
-    return {name: value for name, value in flat.items() if name not in _MAY_CHANGE}
+    return {name: value for name, value in flat.items() if name not in options.may_change}
 
 
 def run_training(

@@ -113,6 +113,7 @@ class DecompositionTrainer(HubPushes):
             if 0 < self.args.max_steps <= state.global_step:  # stock takes one step more
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 self.state = state
+                self._interrupt.interrupted = False
                 self.measure_experts()
                 return TrainOutput(state.global_step, math.nan, {})
         else:

@@ -52,6 +52,7 @@ class DistillationTrainer(DecompositionTrainer):
     args: DistillationArguments
     model: MxDModel
     progress_name = "distil"
+    _layer_losses_since: int | None
 
     def __init__(
         self,
@@ -87,8 +88,7 @@ class DistillationTrainer(DecompositionTrainer):
             **kwargs,
         )
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
-        self._layer_losses = dict.fromkeys(model.config.layers, torch.zeros((), device=args.device))
-        self._layer_losses_since: int | None = None  # a step; of a training that is resumed not the first
+        self._restart_layer_losses()
 
     def _set_signature_columns_if_needed(self) -> None:
         columns = list(inspect.signature(self.teacher.forward).parameters)
@@ -238,7 +238,7 @@ class DistillationTrainer(DecompositionTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `DecompositionTrainer.train`."""
         layers = [self.model.layer(layer) for layer in self.model.config.layers]
-        self._layer_losses_since = None
+        self._restart_layer_losses()
         for layer in layers:
             layer.sparse_gradients = self.args.sparse_optimizer
         try:
@@ -255,9 +255,13 @@ class DistillationTrainer(DecompositionTrainer):
             for layer, total in self._layer_losses.items():
                 logs[f"layer_{layer}/loss"] = float(total) / steps
         if "loss" in logs:
-            self._layer_losses = dict.fromkeys(self._layer_losses, torch.zeros((), device=self.args.device))
-            self._layer_losses_since = step
+            self._restart_layer_losses(step)
         super().log(logs, *args, **kwargs)
+
+    def _restart_layer_losses(self, step: int | None = None) -> None:
+        """Sum every layer's losses from this step; by default the next one, in a resumed training not the first."""
+        self._layer_losses = dict.fromkeys(self.model.config.layers, torch.zeros((), device=self.args.device))
+        self._layer_losses_since = step
 
     def prediction_step(
         self,

@@ -1,10 +1,13 @@
 """The command, run as its users run it."""
 
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+from transformers import TrainerCallback
 
 from mxd import cli
 
@@ -17,6 +20,19 @@ def run(*arguments, **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300, **kwargs)
     return done.returncode, done.stdout, done.stderr
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(trainer):
+    """A class of trainers, whose trainings are interrupted in their second step."""
+    return partial(trainer, callbacks=[Interrupt()])
 
 
 def refused(monkeypatch, capsys, *arguments):

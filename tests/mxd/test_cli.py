@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import typer
 from commands import refused, run
 
 from modeling_mxd import MxDModel
-from mxd import embedded
+from mxd import cli, embedded, pipeline
 from mxd.cli_options import parse_count, parse_layers, split_arguments
 from mxd.pipeline import TextOptions, evaluate
 
@@ -245,6 +246,47 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr and "kept" in done.stderr
     assert list(folder.glob("checkpoint-*/trainer_state.json"))
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        ("decompose", "run again with --resume"),
+        ("finetune", "run again with --resume"),
+        ("frontier", "run the same command to go on"),
+        ("evaluate", None),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full", "a.bin"), RuntimeError("PytorchStreamWriter: inline_container.cc:664")]
+)
+def test_of_a_disk_that_is_full_it_says_what_is_kept(monkeypatch, capsys, command, kept, error):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    message = refused(monkeypatch, capsys, command)
+    assert ("No space left on device (a.bin)" if isinstance(error, OSError) else "the disk may be full") in message
+    said = {words for words in ("run again with --resume", "run the same command to go on") if words in message}
+    assert said == ({kept} if kept else set())
+    assert ("kept" in message) == bool(kept)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rate"),
+    [
+        (["--learning-rate", "0"], 0.0),
+        (["--learning-rate", "0", "--method", "skip-transcoder"], 0.0),
+        ([], 1e-3),
+        (["--method", "skip-transcoder"], 3e-3),
+    ],
+)
+def test_the_learning_rate_is_the_one_that_is_asked_for(monkeypatch, capsys, arguments, rate):
+    def decompose(options):
+        raise ValueError(f"it is {options.training['learning_rate']}")
+
+    monkeypatch.setattr(pipeline, "decompose", decompose)
+    assert f"it is {rate}\n" in refused(monkeypatch, capsys, "decompose", *arguments)
 
 
 def test_help_needs_no_torch():

@@ -1,10 +1,9 @@
 import json
-import os
-import signal
+import shutil
 
 import pytest
-from commands import refused, run
-from transformers import AutoModelForCausalLM, TrainerCallback
+from commands import interrupted, refused, run
+from transformers import AutoModelForCausalLM
 
 from modeling_mxd import MxDModel
 from mxd import FinetuningOptions, embedded, finetune
@@ -92,17 +91,8 @@ def test_a_second_fine_tuning_follows_the_first(finetuned, tmp_path):
 @pytest.fixture
 def interrupts(monkeypatch):
     """Makes the next fine-tuning be interrupted in its second step."""
-
-    class Interrupt(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    def interrupted(*args, **kwargs):
-        return FinetuningTrainer(*args, **kwargs, callbacks=[Interrupt()])
-
     with monkeypatch.context() as patched:
-        patched.setattr(command, "FinetuningTrainer", interrupted)
+        patched.setattr(command, "FinetuningTrainer", interrupted(FinetuningTrainer))
         yield patched
 
 
@@ -115,7 +105,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, interr
         finetune(options("halved"))
     interrupts.undo()
     assert (tmp_path / "halved" / "checkpoint-2").is_dir()
-    for changed in ({"loss": "cross_entropy"}, {"decomposition": str(tmp_path / "another")}):
+    for changed in (
+        {"loss": "cross_entropy"},
+        {"decomposition": str(tmp_path / "another")},
+        {"evaluation_tokens": 2048},  # the figures from before are of 1,024
+    ):
         name = next(iter(changed))
         with pytest.raises(ValueError, match=f"had {name} .*resume with the options of that run"):
             finetune(options("halved", resume=True, **changed))
@@ -127,6 +121,29 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, interr
     assert not list(tmp_path.glob("*/checkpoint-*"))
     assert resumed["layers"] == whole["layers"]
     assert resumed["settings"]["finetuning"][0]["before"] == whole["settings"]["finetuning"][0]["before"]
+
+
+class Seen(Exception):
+    """Stands for all that follows what a test looks at."""
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"), [({"seed": 5}, 5), ({}, 7), (None, 7), ({"seed": -5}, 7), ({"seed": "5"}, 7)]
+)
+def test_documents_are_split_as_where_the_decomposition_was_trained(
+    finished, tmp_path, monkeypatch, training, expected
+):
+    def load(text, seed):
+        raise Seen(seed)
+
+    source = shutil.copytree(finished[0], tmp_path / "source")
+    evaluation = json.loads((source / "evaluation.json").read_text())
+    evaluation["settings"] = {} if training is None else {"training": training}
+    (source / "evaluation.json").write_text(json.dumps(evaluation))
+    monkeypatch.setattr(command, "load_documents", load)
+    with pytest.raises(Seen) as seen:
+        finetune(FinetuningOptions(decomposition=str(source), output=str(tmp_path / "out"), seed=7, **FEW))
+    assert seen.value.args == (expected,)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,43 @@ def test_a_point_that_fails_keeps_no_other_from_being_made(tmp_path, started):
     assert started == ["mxd-k2", "mxd-k4", "mxd-k2"]
 
 
+class Unmeasured(Inline):
+    """A point that trains and then fails."""
+
+    def poll(self):
+        def fails(*args, **kwargs):
+            raise MemoryError
+
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(frontier_point, "faithfulness", fails)
+            super().poll()
+        self.returncode = 1
+        self.point.file(".log").write_text("MemoryError\n")
+        return 1
+
+
+def test_what_is_trained_and_could_not_be_measured_is_only_measured_again(tmp_path, started, monkeypatch):
+    started.instead = {"mxd-k2": Unmeasured}
+    with pytest.raises(FrontierError, match=r"mxd-k2 .*MemoryError"):
+        measured(tmp_path / "out", num_experts_per_tok=[2])
+    point = started.processes[0].point
+    assert json.loads(point.file(".json").read_text()) == {"settings": point.settings, "results": None}
+    assert point.trained() and point.finished() is None
+    started.instead = {}
+    monkeypatch.setattr(frontier_point, "ReplayTrainer", lambda *args: pytest.fail("it was trained again"))
+    (row,) = measured(tmp_path / "out", num_experts_per_tok=[2])["points"]
+    assert started == ["mxd-k2", "mxd-k2"]
+    assert row["tokens_trained"] == 4096 and row["learning_rate"] == 1e-3 and row["cross_entropy"]["rise"]
+
+
+def test_the_tokens_of_a_short_last_batch_are_not_counted_as_a_whole_one(tmp_path, started):
+    changes = {"tokens": 4096 + 512, "num_train_epochs": 2, "num_experts_per_tok": [2]}
+    (row,) = measured(tmp_path / "out", **changes)["points"]
+    assert row["tokens_trained"] == 2 * (4096 + 512)
+    evaluation = load_evaluation(tmp_path / "out" / "points" / "mxd-k2")
+    assert evaluation["settings"]["training"]["tokens_trained"] == row["tokens_trained"]
+
+
 class Interrupting(Inline):
     def poll(self):
         raise KeyboardInterrupt
@@ -239,6 +276,7 @@ def test_another_text_is_refused_unless_it_shall_replace(tmp_path, started):
         (["--layers", "99"], "layer 99 is out of range"),
         (["--learning-rates", "sae=1"], "learning_rates is by method"),
         (["--learning-rates", "mxd"], "is no list of learning rates"),
+        (["--learning-rates", "mxd=-1"], "learning_rate must be a finite number from 0, got -1.0"),
         (["--teacher-dtype", "int8"], "teacher_dtype must be one of"),
     ],
 )

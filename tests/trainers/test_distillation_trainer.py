@@ -125,6 +125,27 @@ def test_logs_every_layer(tiny_llama, tmp_path):
     assert entry["loss"] == pytest.approx((entry["layer_0/loss"] + entry["layer_2/loss"]) / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_after_a_resume_it_logs_every_layer_over_the_steps_since(tiny_llama, tmp_path, same):
+    settings = {"logging_steps": 5, "save_strategy": "steps", "save_steps": 7}
+    trainers = [
+        DistillationTrainer(
+            decomposition(layers=(0, 2)),
+            tiny_llama,
+            arguments(tmp_path, max_steps=12, **settings),
+            train_dataset=rows(),
+        )
+        for _ in range(2)
+    ]
+    trainers[0].train()
+    resumed = trainers[0 if same else 1]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    entries = [entry for entry in resumed.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [5, 10]
+    for entry in entries:
+        assert entry["loss"] == pytest.approx((entry["layer_0/loss"] + entry["layer_2/loss"]) / 2, rel=1e-3)
+
+
 def test_layerwise_backward_equals_the_whole_loss(tiny_llama, tmp_path):
     model = decomposition(layers=(0, 2))
     trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path), train_dataset=rows())
@@ -188,12 +209,15 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_interrupt_keeps_a_checkpoint(tiny_llama, tmp_path):
-    class Interrupt(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the fourth step."""
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupt_keeps_a_checkpoint(tiny_llama, tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     trainer = DistillationTrainer(
         decomposition(),
@@ -207,6 +231,27 @@ def test_interrupt_keeps_a_checkpoint(tiny_llama, tmp_path):
     assert trainer.state.global_step == 4
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_training_at_its_last_step_takes_no_further_one(tiny_llama, tmp_path, same):
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 100, "lr_scheduler_type": "constant"}
+    trainers = [
+        DistillationTrainer(
+            decomposition(), tiny_llama, arguments(tmp_path, **changes), train_dataset=rows(), callbacks=callbacks
+        )
+        for callbacks in ([Interrupt()], [])
+    ]
+    trainers[0].train()
+    assert trainers[0].interrupted  # in its last step: what follows it is still to be done
+    saved = MxDModel.from_pretrained(last_complete_checkpoint(tmp_path))
+    assert not saved.layer(1).expert_frequency.any()
+    resumed = trainers[0 if same else 1]
+    assert resumed.train(resume_from_checkpoint=True).global_step == resumed.state.global_step == 4
+    assert not resumed.interrupted
+    weights = dict(resumed.model.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in saved.named_parameters())
+    assert resumed.model.layer(1).expert_frequency.any()
 
 
 def test_checkpoint_holds_no_arguments_to_unpickle_and_no_teacher(tiny_llama, tmp_path):
@@ -261,6 +306,9 @@ def test_evaluate_gives_nmse_over_all_rows(tiny_llama, tmp_path):
         ("gate_learning_rate_factor", -0.1),
         ("modulation_learning_rate_factor", math.inf),
         ("modulation_learning_rate_factor", math.nan),
+        ("learning_rate", -1e-3),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
     ],
 )
 def test_arguments_refuse_nonsense(tmp_path, field, value):
@@ -367,6 +415,27 @@ def test_a_layer_with_a_router_in_several_processes_is_refused(tiny_llama, tmp_p
 def test_unknown_layer_is_refused_before_training(tiny_llama, tmp_path):
     with pytest.raises(SurgeryError, match="layer 7 is out of range"):
         DistillationTrainer(decomposition(layers=(7,)), tiny_llama, arguments(tmp_path), train_dataset=rows())
+
+
+@pytest.mark.parametrize(
+    ("config", "start", "refused"),
+    [
+        ({"intermediate_size": 39}, {}, True),
+        ({"encoder_type": "mlp"}, {}, True),
+        ({"intermediate_size": 39}, {"encoder_initialization": "random", "decoder_initialization": "zero"}, False),
+        ({"intermediate_size": 39}, {"gate_initialization": "keep"}, False),
+        ({"intermediate_size": 39, "method": "transcoder"}, {}, False),
+    ],
+)
+def test_an_encoder_that_cannot_start_from_the_mlps_is_refused_before_training(
+    tiny_llama, tmp_path, config, start, refused
+):
+    model, settings = decomposition(**config), arguments(tmp_path, max_steps=1, **start)
+    if refused:
+        with pytest.raises(ValueError, match=r"layer 1: .* cannot start from the pretrained MLP.*form glu and 40"):
+            DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
+    else:
+        DistillationTrainer(model, tiny_llama, settings, train_dataset=rows()).train()
 
 
 def test_no_tracker_by_default(tmp_path):

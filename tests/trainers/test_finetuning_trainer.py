@@ -212,6 +212,18 @@ def test_frozen_parts_of_the_decomposition_stay_as_they_are(tiny_llama, tmp_path
     assert torch.equal(gate.weight, before)
 
 
+def test_a_training_at_its_last_step_takes_no_further_one(tiny_llama, tmp_path):
+    model = spliced(tiny_llama)
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    FinetuningTrainer(model, arguments(tmp_path, **settings), train_dataset=rows()).train()
+    trained = {name: value.clone() for name, value in model.decomposition.named_parameters()}
+    again = spliced(model.unsplice())
+    trainer = FinetuningTrainer(again, arguments(tmp_path, **settings), train_dataset=rows())
+    assert trainer.train(resume_from_checkpoint=True).global_step == 3
+    assert all(torch.equal(value, trained[name]) for name, value in again.decomposition.named_parameters())
+    assert all(again.decomposition.layer(layer).expert_frequency.any() for layer in LAYERS)
+
+
 def test_a_model_without_a_decomposition_is_refused(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="no decomposition is spliced into this LlamaForCausalLM"):
         FinetuningTrainer(tiny_llama, arguments(tmp_path), train_dataset=rows())
@@ -219,7 +231,15 @@ def test_a_model_without_a_decomposition_is_refused(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("loss", "mse"), ("nmse_weight", -1.0), ("calibration_tokens", 0), ("gate_learning_rate_factor", math.nan)],
+    [
+        ("loss", "mse"),
+        ("nmse_weight", -1.0),
+        ("calibration_tokens", 0),
+        ("gate_learning_rate_factor", math.nan),
+        ("learning_rate", -1e-3),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+    ],
 )
 def test_arguments_refuse_nonsense(tmp_path, field, value):
     with pytest.raises(ValueError, match=field):

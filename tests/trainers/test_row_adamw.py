@@ -112,3 +112,14 @@ def test_its_state_goes_on_from_where_it_was_saved():
     step(twin, resumed)
     for ours, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_state_that_was_loaded_to_the_cpu_moves_to_its_parameters():
+    rowwise, dense = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(3))
+    optimizer = RowAdamW([rowwise, dense])
+    rowwise.grad, dense.grad = sparse([1, 4], torch.randn(2, 4), 6), torch.randn(3)
+    optimizer.step()
+    elsewhere = RowAdamW([nn.Parameter(parameter.to("meta")) for parameter in (rowwise, dense)])
+    elsewhere.load_state_dict(optimizer.state_dict())
+    devices = [{name: value.device.type for name, value in state.items()} for state in elsewhere.state.values()]
+    assert devices == [dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), "meta")] * 2

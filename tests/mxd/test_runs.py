@@ -1,0 +1,94 @@
+"""A run's folder: what is resumed, what is refused, and what is lost then, which is nothing."""
+
+import json
+import re
+import shutil
+
+import pytest
+from commands import interrupted
+
+from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
+from mxd.runs import START_NAME, Interrupted
+
+TRAINING = {"learning_rate": 0.01, "disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
+
+
+def options(folder, **changes):
+    values = {"num_experts": 16, "num_experts_per_tok": 2, "tokens": 4096, "batch_tokens": 1024}
+    values |= {"evaluation_tokens": 1024, "training": TRAINING, "output": str(folder)}
+    return DecompositionOptions(**{**values, **changes})
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    """A decomposition that was interrupted at its second step of four."""
+    folder = tmp_path_factory.mktemp("runs") / "halved"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pipeline, "DistillationTrainer", interrupted(DistillationTrainer))
+        with pytest.raises(Interrupted, match=r"interrupted at step 2 of 4.*--resume"):
+            decompose(options(folder))
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", START_NAME}
+    return folder
+
+
+SAMPLE = str(embedded.text_path("train"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens": 8192}, "tokens 4096, not 8192"),
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"training": {**TRAINING, "learning_rate": 0.5}}, "learning_rate 0.01, not 0.5"),
+        ({"training": {**TRAINING, "weight_decay": 0.1}}, "weight_decay None, not 0.1"),
+        ({"training": {**TRAINING, "logging_steps": 1}}, "logging_steps None, not 1"),
+        ({"training": {"disable_tqdm": True}}, "learning_rate 0.01, not None"),
+        ({"text": TextOptions([SAMPLE])}, f"dataset [], not [{SAMPLE!r}]"),
+        ({"text": TextOptions(context_length=64)}, "context_length 128, not 64"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_options(halved, changes, said):
+    before = contents(halved)
+    with pytest.raises(ValueError, match=re.escape(f"had {said}: resume with the options of that run")):
+        decompose(options(halved, resume=True, **changes))
+    assert contents(halved) == before
+
+
+def test_a_run_that_does_not_say_what_it_was_asked_for_is_not_resumed(halved, tmp_path):
+    folder = shutil.copytree(halved, tmp_path / "copy")
+    (folder / START_NAME).write_text("{}")
+    with pytest.raises(ValueError, match=r"does not say what the run was asked for: .*--overwrite"):
+        decompose(options(folder, resume=True))
+    (folder / START_NAME).unlink()
+    with pytest.raises(ValueError, match=f"holds no interrupted run: it has no {START_NAME}"):
+        decompose(options(folder, resume=True))
+    assert (folder / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_a_run_is_resumed_elsewhere_and_with_other_evaluation(halved, tmp_path):
+    folder = shutil.copytree(halved, tmp_path / "copy")
+    training = {**TRAINING, "disable_tqdm": False}
+    results = decompose(options(folder, resume=True, evaluation_tokens=2048, training=training))
+    assert results["settings"]["tokens"] == 2048
+    made = json.loads((folder / "evaluation.json").read_text())["settings"]["training"]
+    assert made["tokens_trained"] == 4096
+    assert "seconds" not in made  # of the steps before the interrupt nobody knows them
+    assert not (folder / START_NAME).exists() and not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {**TRAINING, "learning_rate": -1.0}}, "learning_rate must be a finite number from 0, got -1.0"),
+        ({"intermediate_size": 100}, "intermediate_size 100 cannot start from the pretrained MLP"),
+    ],
+)
+def test_what_is_refused_overwrites_nothing(halved, changes, message):
+    before = contents(halved)
+    with pytest.raises(ValueError, match=message):
+        decompose(options(halved, overwrite=True, **{"training": TRAINING, **changes}))
+    assert contents(halved) == before
