@@ -262,7 +262,9 @@ def _settled(options: RunOptions) -> dict[str, Any]:
     asked = json.loads(json.dumps(asked_for(options)))
     for name in {"model", "decomposition"}.intersection(asked):
         asked[name] = resolve_name(asked[name])
-    flat = {**asked.pop("text"), **asked.pop("training"), **asked}
+    training = asked.pop("training")
+    flat = {**asked.pop("text"), **asked}
+    flat |= {f"training's {name}" if name in flat else name: value for name, value in training.items()}
     return {name: value for name, value in flat.items() if name not in options.may_change}
 
 

@@ -45,6 +45,7 @@ SAMPLE = str(embedded.text_path("train"))
         ({"seed": 1}, "seed 0, not 1"),
         ({"training": {**TRAINING, "learning_rate": 0.5}}, "learning_rate 0.01, not 0.5"),
         ({"training": {**TRAINING, "weight_decay": 0.1}}, "weight_decay None, not 0.1"),
+        ({"training": {**TRAINING, "seed": 7}}, "training's seed None, not 7"),
         ({"training": {**TRAINING, "logging_steps": 1}}, "logging_steps None, not 1"),
         ({"training": {"disable_tqdm": True}}, "learning_rate 0.01, not None"),
         ({"text": TextOptions([SAMPLE])}, f"dataset [], not [{SAMPLE!r}]"),
