@@ -13,14 +13,13 @@ docs/recipe.md (the first of them in the README), docs/recipe.png, docs/recipe-e
 """
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,18 @@ import torch
 from datasets import Dataset
 from methods import CONTEXT, ROWS_PER_STEP, distil, record
 from pages import machine, write_between
+from recipe_points import (
+    CORPUS,
+    EVERY_K,
+    EVERY_K_NOT_TRAINED_ON,
+    KS,
+    PYTHON,
+    RECORDINGS,
+    TABLES,
+    distinct,
+    folder_name,
+    text_of,
+)
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
@@ -40,11 +51,7 @@ from modeling_mxd import MxDModel
 from mxd.base_model import load_base_model
 from mxd.cli_options import parse_count
 from mxd.pipeline import DecompositionOptions, evaluation_batches
-from trainers import (
-    RecordedTeacher,
-    load_text,
-    split_documents,
-)
+from trainers import RecordedTeacher, load_text, split_documents
 from trainers.documents import python_library_documents
 
 HERE = Path(__file__).parent
@@ -53,120 +60,7 @@ PAGE, FIGURE = HERE.parent / "docs" / "recipe.md", HERE.parent / "docs" / "recip
 FIGURE_OF_EVERY_K = HERE.parent / "docs" / "recipe-every-k.png"
 MARK = "benchmarks/recipe.py"
 README, OF_README = HERE.parent / "README.md", 3
-PASSES = (3, 10)
 COMPARED = 4  # KL is taken of one batch in so many
-SHARES = (0.0, 0.25, 0.6)
-# Of every layer, the recording that it is in and its share of `--tokens`; one teacher pass makes each.
-RECORDINGS = {15: ("recording", 1.0), 5: ("others", 0.5), 25: ("others", 0.5)}
-CORPUS, PYTHON = "corpus", "python"
-NOT_TRAINED_ON = "Another kind of text than that of the training, Python sources"
-EVERY_K, EVERY_K_NOT_TRAINED_ON = "Every K, one pass", "Every K, one pass, Python sources"
-KS = (16, 32, 64, 128, 256)
-BASELINE = {"learning_rate": 3e-3}  # what the command line gives a transcoder
-
-
-@dataclass(frozen=True)
-class Point:
-    """A recipe: what is trained and how.
-
-    Attributes:
-        method, layer, num_experts_per_tok: of the decomposition; it has a transcoder's parameters (m = 32).
-        passes: over the recorded tokens.
-        training: arguments that differ from the defaults.
-    """
-
-    method: str = "mxd"
-    layer: int = 15
-    num_experts_per_tok: int = 32
-    passes: float = 1
-    seed: int = 0
-    training: dict[str, Any] = field(default_factory=dict)
-
-
-def _points() -> dict[str, dict[str, Point]]:
-    """By table: name and point."""
-    skip, transcoder = Point("skip_transcoder", training=BASELINE), Point("transcoder", training=BASELINE)
-    both = {"MxD": Point(), "skip transcoder": skip}
-    sparser = {name: replace(point, num_experts_per_tok=16) for name, point in both.items()}
-    longer = {
-        f"K = 32, {passes} passes": {name: replace(point, passes=passes) for name, point in both.items()}
-        for passes in PASSES
-    }
-    shares = {f"MxD, {share}": Point(training={"expert_share": share}) for share in SHARES}
-    removed: dict[str, dict[str, Any]] = {
-        "the default": {},
-        "no expert_share": {"expert_share": 0.0},
-        "gate from nn.Linear": {"gate_initialization": "random"},
-        "encoder from nn.Linear": {"encoder_initialization": "random"},
-        "decoder from 0": {"decoder_initialization": "zero"},
-        "Cᵀa from around 0": {"modulation_initialization": "random"},
-        "slow gate, fast C": {"gate_learning_rate_factor": 0.3, "modulation_learning_rate_factor": 3.0},
-        "no scaling": {"scale_activations": False},
-        "no least norm": {"minimum_relative_norm": 0.0},
-    }
-    every_k = {
-        f"{name}, K = {k}": replace(point, num_experts_per_tok=k)
-        for name, point in (("transcoder", transcoder), *reversed(both.items()))
-        for k in KS
-    }
-    seeds = {}
-    for seed in (0, 1, 2):
-        seeds[f"MxD, seed {seed}"] = Point(seed=seed)
-        seeds[f"skip transcoder, seed {seed}"] = replace(skip, seed=seed)
-    layers = {}
-    for layer in RECORDINGS:
-        passes = 0.5 / RECORDINGS[layer][1]
-        layers[f"MxD, layer {layer}"] = Point(layer=layer, passes=passes)
-        layers[f"skip transcoder, layer {layer}"] = replace(skip, layer=layer, passes=passes)
-    return {
-        "K = 32, one pass": both,
-        "K = 16, one pass": sparser,
-        NOT_TRAINED_ON: {
-            f"{name}, K = {point.num_experts_per_tok}": point for few in (both, sparser) for name, point in few.items()
-        },
-        **longer,
-        "Shares, one pass": {
-            "transcoder": transcoder,
-            "skip transcoder": skip,
-            "MxD, 0.45 (default)": Point(),
-            **shares,
-        },
-        "Rates, one pass": {
-            f"MxD, 0.4, gate × {gate}, C × {modulation}": Point(
-                training={
-                    "expert_share": 0.4,
-                    "gate_learning_rate_factor": gate,
-                    "modulation_learning_rate_factor": modulation,
-                }
-            )
-            for gate, modulation in ((1.0, 1.0), (0.3, 3.0))
-        },
-        "Without a part, half a pass": {
-            name: Point(passes=0.5, training=training) for name, training in removed.items()
-        },
-        "Seeds, one pass": seeds,
-        "Layers, half a million tokens": layers,
-        EVERY_K: every_k,
-        EVERY_K_NOT_TRAINED_ON: every_k,
-    }
-
-
-TABLES = _points()
-
-
-def distinct() -> dict[str, Point]:
-    """Every point once, by the folder that it is in: tables share points."""
-    return {folder_name(point): point for table in TABLES.values() for point in table.values()}
-
-
-def folder_name(point: Point) -> str:
-    """Of a point's settings."""
-    return hashlib.sha256(json.dumps(asdict(point), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def text_of(title: str) -> str:
-    """What a table's points are measured on."""
-    return PYTHON if title in (NOT_TRAINED_ON, EVERY_K_NOT_TRAINED_ON) else CORPUS
 
 
 def text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
