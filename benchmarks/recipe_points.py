@@ -71,10 +71,11 @@ def _points() -> dict[str, dict[str, Point]]:
         layers[f"skip transcoder, layer {layer}"] = replace(skip, layer=layer, passes=passes)
     return {
         "K = 32, one pass": both,
-        "K = 16, one pass": sparser,
         NOT_TRAINED_ON: {
             f"{name}, K = {point.num_experts_per_tok}": point for few in (both, sparser) for name, point in few.items()
         },
+        "Layers, half a million tokens": layers,
+        "K = 16, one pass": sparser,
         **longer,
         "Shares, one pass": {
             "transcoder": transcoder,
@@ -95,8 +96,10 @@ def _points() -> dict[str, dict[str, Point]]:
         "Without a part, half a pass": {
             name: Point(passes=0.5, training=training) for name, training in removed.items()
         },
+        "Without a part, one pass": {
+            name: Point(training=removed[name]) for name in ("the default", "Cᵀa from around 0", "no scaling")
+        },
         "Seeds, one pass": seeds,
-        "Layers, half a million tokens": layers,
         EVERY_K: every_k,
         EVERY_K_NOT_TRAINED_ON: every_k,
     }

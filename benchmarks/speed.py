@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,10 @@ def table(results: dict[str, Any]) -> str:
                 f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
             ]
             if training:
-                more = [bare["optimiser"], bare["optimiser"] + bare["chosen rows"]] if limit and exact else []
+                parts = [bare[part] for part in ("optimiser", "chosen rows") if part in bare] if limit and exact else []
+                more = list(accumulate(parts))
                 shares = [f"{100 * (limit + seconds) / row['seconds']:.0f} %" for seconds in more]
-                cells[5:5] = shares or ["", ""]
+                cells[5:5] = [*shares, "", ""][:2]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     curves = swept(results)
