@@ -283,26 +283,37 @@ def draw(results: dict[str, Any]) -> None:
                 and row["num_experts_per_tok"] == 32
             ):
                 drawn.setdefault(row["folder"], (name, row))
+    colors = dict(zip(sorted({row["tokens"] for _, row in drawn.values()}), ("C7", "C0", "C3", "C4"), strict=False))
     for axis, quantity in zip(axes, ("rise", "kl"), strict=True):
+        places = []
         for name, row in drawn.values():
             share, value = row["metrics"]["clipped_specialised_share"], row[quantity]
             half = half_width(row) if quantity == "rise" else 0
             marker = {"mxd": "o", "skip_transcoder": "s", "transcoder": "^"}[row["method"]]
-            color = "C0" if row["passes"] == 1 else "C3"
-            axis.errorbar(share, value, half or None, fmt=marker, color=color)
-            where = {"xytext": (4, 3), "textcoords": "offset points"}
-            axis.annotate(name.removeprefix("MxD, "), (share, value), fontsize=7, **where)
+            axis.errorbar(share, value, half or None, fmt=marker, color=colors[row["tokens"]])
+            places.append((name.removeprefix("MxD, "), (share, value)))
         label = "rise of cross-entropy" if quantity == "rise" else "KL"
         axis.set(xlabel="share of specialised experts (clipped)", ylabel=f"{label}, nats per token")
         axis.grid(alpha=0.3)
-    tokens = sorted({row["tokens"] for _, row in drawn.values()})
-    figure.suptitle(
-        "SmolLM2-135M layer 15, K = 32; blue: one pass, red: several; training tokens: "
-        + ", ".join(f"{count:,}" for count in tokens)
-    )
+        _annotate(axis, places)
+    for tokens, color in colors.items():
+        axes[1].plot([], [], "o", color=color, label=f"{tokens / 1e6:.1f} M training tokens")
+    axes[1].legend(loc="center left")
+    figure.suptitle("SmolLM2-135M layer 15, K = 32; round: MxD, square: skip transcoder, triangle: transcoder")
     figure.tight_layout()
     figure.savefig(FIGURE, dpi=120)
     pyplot.close(figure)
+
+
+def _annotate(axis: Any, places: list[tuple[str, tuple[float, float]]]) -> None:
+    """Names beside points, but where another name stands already; the table has all."""
+    named: list[tuple[float, float]] = []
+    axis.get_xlim()  # scales the axes, which is put off until someone asks
+    for name, place in places:
+        x, y = axis.transData.transform(place)
+        if all(abs(x - other_x) > 60 or abs(y - other_y) > 9 for other_x, other_y in named):
+            axis.annotate(name, place, fontsize=7, xytext=(4, 3), textcoords="offset points")
+            named.append((x, y))
 
 
 def draw_every_k(results: dict[str, Any]) -> None:
