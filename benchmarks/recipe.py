@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from methods import CONTEXT, ROWS_PER_STEP, distil, record
 from pages import machine, write_between
 from recipe_points import (
@@ -45,7 +46,7 @@ from transformers import PreTrainedModel, set_seed
 
 from evaluation_mxd.faithfulness import LayerEvaluation
 from evaluation_mxd.metrics import LogitSums
-from evaluation_mxd.paired import PairedDifference
+from evaluation_mxd.paired import PairedDifference, half_width
 from evaluation_mxd.rank import decomposition_ranks
 from modeling_mxd import MxDModel
 from mxd.base_model import load_base_model
@@ -250,7 +251,7 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
                 name,
                 f"{row['tokens'] / 1e6:.1f} M",
                 f"{row['held_out_tokens'] / 1e3:.0f} k",
-                f"{row['rise']:+.4f} ± {half_width(row):.4f}",
+                f"{row['rise']:+.4f} ± {half_width(row['rise_interval']):.4f}",
                 f"{row['kl']:.4f}",
                 f"{layer['nmse']:.3f}",
                 f"{100 * layer['specialised_share']:.0f} %",
@@ -267,12 +268,8 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
 
 def draw(results: dict[str, Any]) -> None:
     """Cross-entropy lost, and KL, against the specialised share: the points of layer 15 with K = 32, each once."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharex=True)
+    figure = Figure(figsize=(13, 5))
+    axes = figure.subplots(1, 2, sharex=True)
     drawn: dict[str, tuple[str, dict[str, Any]]] = {}
     for title, rows in results["tables"].items():
         for name, row in rows.items():
@@ -288,7 +285,7 @@ def draw(results: dict[str, Any]) -> None:
         places = []
         for name, row in drawn.values():
             share, value = row["metrics"]["clipped_specialised_share"], row[quantity]
-            half = half_width(row) if quantity == "rise" else 0
+            half = half_width(row["rise_interval"]) if quantity == "rise" else 0
             marker = {"mxd": "o", "skip_transcoder": "s", "transcoder": "^"}[row["method"]]
             axis.errorbar(share, value, half or None, fmt=marker, color=colors[row["tokens"]])
             places.append((name.removeprefix("MxD, "), (share, value)))
@@ -302,7 +299,6 @@ def draw(results: dict[str, Any]) -> None:
     figure.suptitle("SmolLM2-135M layer 15, K = 32; round: MxD, square: skip transcoder, triangle: transcoder")
     figure.tight_layout()
     figure.savefig(FIGURE, dpi=120)
-    pyplot.close(figure)
 
 
 def _annotate(axis: Any, places: list[tuple[str, tuple[float, float]]]) -> None:
@@ -318,23 +314,19 @@ def _annotate(axis: Any, places: list[tuple[str, tuple[float, float]]]) -> None:
 
 def draw_every_k(results: dict[str, Any]) -> None:
     """Over K, what each method costs; like the paper's Fig. 3, with the untouched model as the line at 0."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = (
         (EVERY_K_NOT_TRAINED_ON, "rise", "rise of cross-entropy on Python sources"),
         (EVERY_K, "kl", "KL on held-out documents"),
         (EVERY_K, "nmse", "NMSE on held-out documents"),
     )
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for axis, (title, quantity, label) in zip(axes, panels, strict=True):
         rows = list(results["tables"].get(title, {}).values())
         for method, marker in (("transcoder", "^"), ("skip_transcoder", "s"), ("mxd", "o")):
             of_method = [row for row in rows if row["method"] == method]
             values = [row["metrics"]["nmse"] if quantity == "nmse" else row[quantity] for row in of_method]
-            halves = [half_width(row) for row in of_method] if quantity == "rise" else None
+            halves = [half_width(row["rise_interval"]) for row in of_method] if quantity == "rise" else None
             ks = [row["num_experts_per_tok"] for row in of_method]
             axis.errorbar(ks, values, halves, marker=marker, capsize=2, label=method.replace("_", " "))
         axis.axhline(0, color="black", linestyle="--", linewidth=1)
@@ -344,13 +336,6 @@ def draw_every_k(results: dict[str, Any]) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(FIGURE_OF_EVERY_K, dpi=120)
-    pyplot.close(figure)
-
-
-def half_width(row: dict[str, Any]) -> float:
-    """Of the interval of the rise."""
-    low, high = row["rise_interval"]
-    return float(high - low) / 2
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, set_seed
 from evaluation_mxd.faithfulness import ZeroMLP
 from evaluation_mxd.forward import capture_with_logits, evaluating, next_token_logits
 from evaluation_mxd.metrics import ErrorSums, LogitSums
-from evaluation_mxd.paired import PairedDifference
+from evaluation_mxd.paired import PairedDifference, half_width
 from modeling_mxd import MxDConfig, MxDLayer, MxDModel, SparseLayer, capture_mlps, spliced_mlps
 from mxd.base_model import load_base_model
 from mxd.pipeline import TextOptions, evaluation_batches, load_documents
@@ -217,7 +217,6 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in results["layers"].items():
-        low, high = row["interval_over_exact"]
         cells = [
             name,
             f"{row['rows_scored']:,}",
@@ -225,7 +224,7 @@ def table(results: dict[str, Any]) -> str:
             f"{100 * row['recall_of_coefficients']:.1f} %",
             f"{row['nmse']:.4f}",
             f"{row['cross_entropy_rise']:+.4f}",
-            f"{row['rise_over_exact']:+.4f} ± {(high - low) / 2:.4f}",
+            f"{row['rise_over_exact']:+.4f} ± {half_width(row['interval_over_exact']):.4f}",
             f"{row['kl']:.4f}",
             f"{100 * (row['kl'] / exact['kl'] - 1):+.1f} %",
             f"{exact['seconds']['gate'] / row['seconds']['gate']:.1f} ×",

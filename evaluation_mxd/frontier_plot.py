@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from .paired import half_width
 from .plots import _COLOURS
 
 _METHODS = {
@@ -39,7 +40,8 @@ def plot_frontier(results: Mapping[str, Any], path: str | os.PathLike[str]) -> N
         style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "marker": marker, "markersize": 5}
         ks = [point["num_experts_per_tok"] for point in points]
         losses = [_number(point["cross_entropy"]["spliced"]) for point in points]
-        halves = [_half_width(point["cross_entropy"]) for point in points]
+        # Where there is no interval, 0 draws no bar.
+        halves = [half_width(point["cross_entropy"].get("rise_interval")) or 0.0 for point in points]
         # A little beside one another, or their bars would hide each other.
         beside = 2 ** (_BESIDE * (index - (len(methods) - 1) / 2))
         loss_axes.errorbar([k * beside for k in ks], losses, yerr=halves, capsize=2, elinewidth=1, **style)
@@ -67,12 +69,6 @@ def _joined(*axes: Axes) -> tuple[list[Any], list[str]]:
     """Handles and labels of the legends of several axes."""
     both = [one.get_legend_handles_labels() for one in axes]
     return [handle for handles, _ in both for handle in handles], [label for _, labels in both for label in labels]
-
-
-def _half_width(loss: Mapping[str, Any]) -> float:
-    """Of the interval; 0, which draws no bar, where there is none."""
-    low, high = loss.get("rise_interval") or (None, None)
-    return 0.0 if low is None or high is None else (high - low) / 2
 
 
 def _mean_error(point: Mapping[str, Any]) -> float:

@@ -1,12 +1,19 @@
 """Two models' cross-entropies compared token by token: their difference, with an interval."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 _QUANTILE = NormalDist().inv_cdf(0.975)
+
+
+def half_width(interval: Sequence[float | None] | None) -> float | None:
+    """What stands behind a ±; None where the interval is not defined, or an earlier evaluation has none."""
+    low, high = interval or (None, None)
+    return None if low is None or high is None else (high - low) / 2
 
 
 class PairedDifference:

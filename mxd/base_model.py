@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -62,11 +63,9 @@ def load_base_model(
     source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
     how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        values, _ = tried(partial(PreTrainedConfig.get_config_dict, source, revision=revision), name)
-        if values.get("model_type") == MxDConfig.model_type:
-            raise BaseModelError(_decomposition(name, values.get("base_model_name_or_path")))
         if not pickles:
             check_language_model(source, {"revision": revision})
+        _check_config(tried(partial(AutoConfig.from_pretrained, source, **how), name), name, context_length)
         tokenizer = tried(partial(AutoTokenizer.from_pretrained, source, **how), name)
         how |= {"dtype": DTYPES[dtype]} if pickles else {"dtype": DTYPES[dtype], "use_safetensors": True}
         model = tried(partial(AutoModelForCausalLM.from_pretrained, source, **how), name)
@@ -77,17 +76,21 @@ def load_base_model(
         if not pickles and "use_safetensors" in reason:
             reason = "it has no safetensors, and of a model that a decomposition names no pickle is read"
         raise BaseModelError(f"cannot load the model {name!r}: it is no folder with a model, and: {reason}") from error
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return model.eval(), tokenizer, _loaded_commit(source, revision)
+
+
+def _check_config(config: PreTrainedConfig, name: str, context_length: int | None) -> None:
+    """Refuse, before any weight is read, what is no language model, or reads no row of so many tokens."""
+    if isinstance(config, MxDConfig):
+        raise BaseModelError(
+            f"{name!r} is a decomposition itself: name the model that it is of, {config.base_model_name_or_path!r}"
+        )
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context_length is not None and isinstance(positions, int) and 0 < positions < context_length:
         raise BaseModelError(
             f"the model {name!r} has {positions} positions, fewer than a row of {context_length} tokens: take a "
             "context length (--context-length) that it can read"
         )
-    return model.eval(), tokenizer, _loaded_commit(source, revision)
-
-
-def _decomposition(name: str, base: object) -> str:
-    return f"{name!r} is a decomposition itself: name the model that it is of, {base!r}"
 
 
 def _loaded_commit(source: str, revision: str | None) -> str | None:

@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
 from evaluation_mxd import count_expert_use, domain_use, plot_domain_use
 from trainers import DataError, load_text
+from trainers.labelled_text import label_names
 
 from .runs import TextOptions, evaluation_batches, load_base_of, load_decomposition
 from .tables import MAX_ROWS, cell
@@ -39,11 +40,9 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
     )
     assert isinstance(documents, Dataset)
     rows: dict[str, list[int]] = {}
-    feature = documents.features[column]
-    for index, domain in enumerate(documents[column]):
-        if domain not in (None, ""):
-            named = feature.int2str(domain) if isinstance(feature, ClassLabel) else str(domain)
-            rows.setdefault(named, []).append(index)
+    for index, domain in enumerate(label_names(documents, column)):
+        if domain is not None:
+            rows.setdefault(domain, []).append(index)
     if not 2 <= len(rows) <= MAX_DOMAINS:
         raise ValueError(f"the column {column!r} must have 2 to {MAX_DOMAINS} different values, it has {len(rows)}")
     return {domain: documents.select(rows[domain]) for domain in sorted(rows)}

@@ -67,9 +67,9 @@ class DistillationTrainer(DecompositionTrainer):
         model.record_base(teacher)
         found = find_mlps(teacher, **model.config.where)
         self.sites = [site_of(found, layer) for layer in model.config.layers]
+        starts = args.encoder_initialization == "pretrained" and args.gate_initialization != "keep"
         for site in self.sites:
             site.check_fits(model.config.layer(site.layer))
-            starts = args.encoder_initialization == "pretrained" and args.gate_initialization != "keep"
             if starts and model.config.method == "mxd":
                 check_encoder_start(model.config.layer(site.layer), site)
             if model.config.layer(site.layer).num_expert_groups is not None and args.world_size > 1:

@@ -108,10 +108,15 @@ def load_labelled_text(
 
 def _labels(found: Dataset, column: str) -> list[str | None]:
     """The class of each row, None where it has none."""
-    feature, values = found.features[column], list(found[column])
-    strange = next((value for value in values if not isinstance(value, str | int | None)), None)
+    strange = next((value for value in found[column] if not isinstance(value, str | int | None)), None)
     if strange is not None:
         raise DataError(f"column {column!r} holds {type(strange).__name__}: classes are words or whole numbers")
+    return label_names(found, column)
+
+
+def label_names(found: Dataset, column: str) -> list[str | None]:
+    """What every row has in a column, as text, of a `ClassLabel` its name; None where it has nothing."""
+    feature, values = found.features[column], list(found[column])
     if isinstance(feature, ClassLabel):
         return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
     return [None if value is None or value == "" else str(value) for value in values]

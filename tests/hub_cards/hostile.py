@@ -17,7 +17,7 @@ from faults import COMPLETE, REFUSED, REPO, Outcome, Scene, by_command, by_door
 from hostile_cases import CODE, EVALUATE, EVIL, LM, MODEL, PICKLE, PUSH, REMOTE, SEARCH, SHOW, UNTRUSTED
 from transformers import AutoModel, AutoModelForCausalLM
 
-SECONDS, BYTES = 30, 2**30  # seconds: no hang, also on a busy machine
+SECONDS, BYTES = 10, 2**30
 
 
 class HostileScene(Scene):
