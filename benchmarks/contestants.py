@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainers.allocation import freed_memory_kept
+from evaluation_mxd.allocation import freed_memory_kept
 
 Job = dict[str, Any]
 GROUPS_OPENED = 8

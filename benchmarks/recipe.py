@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from methods import CONTEXT, ROWS_PER_STEP, distil, record
+from methods import BFLOAT16, CONTEXT, ROWS_PER_STEP, distil, record
 from pages import machine, write_between
 from recipe_points import (
     CORPUS,
@@ -96,14 +96,14 @@ class HeldOut:
         layers, norm = self.decoder.layers, self.decoder.norm
         self.decoder.layers, self.decoder.norm = layers[:layer], nn.Identity()
         parts = tqdm(ids.split(ROWS_PER_STEP), desc="held-out text", unit="batch")
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             self.hidden = torch.cat([self.decoder(input_ids=part).last_hidden_state.float() for part in parts])
         self.decoder.layers, self.decoder.norm = layers[layer:], norm
         self.block = self.decoder.layers[0]
 
     def logits(self, part: slice) -> Tensor:
         """Of some rows."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             return self.model(inputs_embeds=self.hidden[part], use_cache=False).logits
 
     def measure(self, decompositions: dict[str, MxDModel], layer: int) -> dict[str, dict[str, Any]]:

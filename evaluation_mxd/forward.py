@@ -1,7 +1,7 @@
 """Forward passes as evaluation needs them: without dropout, without padding on the left, each run once."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,18 +9,23 @@ from torch import Tensor, nn
 
 from modeling_mxd import MxDConfig, capture_mlps, spliced_mlps
 
+from .allocation import freed_memory_kept
+
 Batch = tuple[Tensor, Tensor | None]
 """`input_ids` and `attention_mask`, both (batch, tokens)."""
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards, also after an exception, every module's own mode."""
+    """Eval mode inside the block, where on a CPU freed memory is kept for the next batch; afterwards, also after an
+    exception, every module's own mode."""
     before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
+    on_cpu = any(parameter.device.type == "cpu" for model in models for parameter in model.parameters())
     try:
-        yield
+        with freed_memory_kept() if on_cpu else nullcontext():
+            yield
     finally:
         for module, training in before:
             module.training = training

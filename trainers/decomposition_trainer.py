@@ -19,10 +19,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from evaluation_mxd import token_mask
+from evaluation_mxd.allocation import freed_memory_kept
 from evaluation_mxd.expert_use import measure_expert_statistics
 from modeling_mxd import MxDModel
 
-from .allocation import freed_memory_kept
 from .callbacks import InterruptCallback, RankCallback, TokenProgressCallback
 from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
