@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, concatenate_datasets
 from pages import write_between
 from transformers import PreTrainedModel, set_seed
@@ -38,6 +37,7 @@ from trainers import (
     split_documents,
     take_tokens,
 )
+from trainers.decomposition_arguments import bfloat16_is_emulated
 from trainers.documents import python_library_documents
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
@@ -46,7 +46,7 @@ MARK = "benchmarks/methods.py"
 CONTEXT = 256
 ROWS_PER_STEP = 8
 EVALUATION_TOKENS = 16384
-BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+BFLOAT16 = not bfloat16_is_emulated()
 """Whether products are in bfloat16, which a processor without such instructions emulates at a third of the speed."""
 
 EARLIER = {"modulation_initialization": "random", "decoder_initialization": "zero", "expert_share": 0.0}

@@ -1,5 +1,6 @@
 """Loading the language model that a decomposition belongs to."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from modeling_mxd.downloads import tried
 from modeling_mxd.loading import check_language_model
 
 from . import embedded
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,6 +63,11 @@ def load_base_model(
     """
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "bfloat16":
+        from trainers.decomposition_arguments import bfloat16_is_emulated
+
+        if bfloat16_is_emulated():
+            logger.warning("this processor emulates bfloat16: the model is faster with float32")
     source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
     how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:

@@ -442,6 +442,24 @@ def test_no_tracker_by_default(tmp_path):
     assert DistillationArguments(output_dir=str(tmp_path)).report_to in ([], "none")
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "emulated"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "aarch64", "bf16": True}, False),
+        ({}, False),
+    ],
+)
+def test_bf16_is_warned_of_where_it_is_emulated(tmp_path, monkeypatch, caplog, capabilities, emulated):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    arguments(tmp_path, bf16=True, use_cpu=True)
+    assert ("emulates bfloat16" in caplog.text) == emulated
+    caplog.clear()
+    arguments(tmp_path)
+    assert "emulates" not in caplog.text
+
+
 def test_bf16_products_keep_float32_weights(tiny_llama, tmp_path):
     model = decomposition()
     trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, bf16=True), train_dataset=rows())
