@@ -122,6 +122,12 @@ def decompose(
     expert_share: Annotated[
         float, typer.Option(help="Error that an MxD must have without the choice of experts; 0: no such term.")
     ] = 0.45,
+    sparse_code_weight: Annotated[
+        float,
+        typer.Option(
+            help="Of an MxD's second error, by which experts stand for something, as a transcoder's latents do."
+        ),
+    ] = 0.0,
     bf16: Bf16 = False,
     dtype: Dtype = "float32",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
@@ -170,6 +176,7 @@ def decompose(
         training={
             "learning_rate": LEARNING_RATES[chosen] if learning_rate is None else learning_rate,
             "expert_share": expert_share,
+            "sparse_code_weight": sparse_code_weight,
             "gate_initialization": gate_start.value,
             "encoder_initialization": encoder_start.value,
             "modulation_initialization": modulation_start.value,

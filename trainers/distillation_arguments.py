@@ -6,6 +6,8 @@ from .decomposition_arguments import DecompositionArguments
 from .initialization import DECODER_STARTS, ENCODER_STARTS, GATE_STARTS, MODULATION_STARTS
 
 LOSS_NORMALIZATIONS = ("squared_norm", "norm")
+# Transcoders do best at three times an MxD's rate.
+_SPARSE_CODE_RATE = 3.0
 
 
 @dataclass(repr=False)
@@ -54,6 +56,13 @@ class DistillationArguments(DecompositionArguments):
         default=1.0,
         metadata={"help": "Weight of what is missing to `expert_share` in the loss; 0 for none (the authors)."},
     )
+    sparse_code_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a second error of an MxD: that of a skip transcoder's decoder, trained along and then "
+            "dropped, on its coefficients. Experts then stand for something, as a transcoder's latents do; 0 for none."
+        },
+    )
     loss_normalization: str = field(
         default="squared_norm",
         metadata={"help": "'squared_norm': |y^ - y|^2 / |y|^2 per token; 'norm': |y^ - y|^2 / |y|, the authors' code."},
@@ -76,11 +85,15 @@ class DistillationArguments(DecompositionArguments):
         self.check_choice("decoder_initialization", DECODER_STARTS)
         self.check_choice("loss_normalization", LOSS_NORMALIZATIONS)
         self.check_finite("expert_share_weight")
+        self.check_finite("sparse_code_weight")
         if not 0 <= self.expert_share < 1:
             raise ValueError(f"expert_share must be from 0 to below 1, got {self.expert_share}")
         super().__post_init__()
         if self.sparse_optimizer:
             self._check_sparse_optimizer()
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        return _SPARSE_CODE_RATE if parameter.startswith("sparse_code.") else super().learning_rate_factor(parameter)
 
     def _check_sparse_optimizer(self) -> None:
         if self.max_grad_norm:

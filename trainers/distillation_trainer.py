@@ -8,6 +8,8 @@ wrapped, optimised, saved.
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +18,14 @@ from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from evaluation_mxd import activation_mask, token_mask
-from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
+from modeling_mxd import ExpertCoefficients, MxDModel, capture_mlps, find_mlps, site_of
 
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
 from .initialization import check_encoder_start, initialize_decomposition
 from .router import fit_router, router_loss
 from .row_adamw import RowAdamW
+from .sparse_code import SparseCodes
 
 # A router learns from one token in so many, for which every expert is scored.
 ROUTER_TOKENS = 16
@@ -72,10 +75,14 @@ class DistillationTrainer(DecompositionTrainer):
             site.check_fits(model.config.layer(site.layer))
             if starts and model.config.method == "mxd":
                 check_encoder_start(model.config.layer(site.layer), site)
-            if model.config.layer(site.layer).num_expert_groups is not None and args.world_size > 1:
-                raise ValueError(
-                    f"layer {site.layer} has a router, which trains in one process, not in {args.world_size}"
-                )
+            for what, there in {
+                "a router": model.config.layer(site.layer).num_expert_groups is not None,
+                "a sparse code": args.sparse_code_weight > 0,
+            }.items():
+                if there and args.world_size > 1:
+                    raise ValueError(
+                        f"layer {site.layer} has {what}, which trains in one process, not in {args.world_size}"
+                    )
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
         super().__init__(
@@ -87,6 +94,7 @@ class DistillationTrainer(DecompositionTrainer):
             compute_metrics=compute_metrics or normalised_errors,
             **kwargs,
         )
+        self.codes = SparseCodes(model) if args.sparse_code_weight else None
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
         self._restart_layer_losses()
 
@@ -147,8 +155,18 @@ class DistillationTrainer(DecompositionTrainer):
 
     def layer_loss(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         """Sum of one layer's losses over the batch's tokens; `model` is the (wrapped) decomposition."""
-        loss, _ = self._losses(model, layer, x, y, mask)
-        return loss
+        return self._losses(model, layer, x, y, mask)[0]
+
+    def _all_losses(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`_losses`, with the error of the layer's sparse code, if it has one, times its weight in the second."""
+        if self.codes is None or layer not in self.codes:
+            return self._losses(model, layer, x, y, mask)
+        module, kept = self.model.layer(layer), list[ExpertCoefficients]()
+        with module.register_coefficient_hook(lambda _, x, coefficients: kept.append(coefficients)):
+            loss, rest = self._losses(model, layer, x, y, mask)
+        coded = self.codes[layer](kept[0], x, module.sparse_gradients)
+        error = self.distillation_loss(coded, y, mask, self.args.loss_normalization, self.least_norm(layer))
+        return loss, rest + self.args.sparse_code_weight * error
 
     def _losses(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the batch's tokens of the distillation loss, and of what is missing to the experts' share:
@@ -201,7 +219,7 @@ class DistillationTrainer(DecompositionTrainer):
             mask = self._mask(inputs, x)
             # DDP averages gradients over processes; the sum over all tokens is wanted.
             with self.compute_loss_context_manager():
-                sums = self._losses(model, layer, x, y, mask)
+                sums = self._all_losses(model, layer, x, y, mask)
                 loss, missing = (part / tokens * self.args.world_size for part in sums)
             self.accelerator.backward((loss + missing + self._router_loss(layer, x, mask)) / len(layers))
             self._layer_losses[layer] = self._layer_losses[layer] + loss.detach()
@@ -242,10 +260,30 @@ class DistillationTrainer(DecompositionTrainer):
         for layer in layers:
             layer.sparse_gradients = self.args.sparse_optimizer
         try:
-            return super().train(*args, **kwargs)
+            with nullcontext() if self.codes is None else self.codes.attached():
+                return super().train(*args, **kwargs)
         finally:
             for layer in layers:
                 layer.sparse_gradients = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with nullcontext() if self.codes is None else self.codes.attached(False):
+            super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.codes is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.codes.save(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.codes is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with self.codes.attached(False):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.codes.load(Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds every layer's own loss where there are several, as `layer_8/loss`."""

@@ -218,7 +218,7 @@ def parameter_scales(layer: SparseLayer, scales: ActivationScales) -> dict[str, 
         "decoder": scales.output_scale,
         "output_bias": scales.output_scale,
     }
-    return {name: by_name.get(name, 1.0) for name, _ in layer.named_parameters()}
+    return {name: by_name.get(name.removeprefix("sparse_code."), 1.0) for name, _ in layer.named_parameters()}
 
 
 def initialize_decomposition(

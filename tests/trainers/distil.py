@@ -2,7 +2,8 @@
 plain: SGD, rows in their order, and a step of 8 rows in one process or in two.
 
 KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `sparse` (rows, and
-the optimiser that follows the experts that fired), `routed` (rows, hierarchical routing), or `finetuning`.
+the optimiser that follows the experts that fired), `routed` (rows, hierarchical routing), `coded` (rows, a sparse code
+trained along), or `finetuning`.
 """
 
 import os
@@ -77,9 +78,8 @@ def main(output, kind, *options):
         model = make_spliced(teacher, started(config), "decomposition")
         trainer = FinetuningTrainer(model, FinetuningArguments(**arguments), **common)
     else:
-        trainer = DistillationTrainer(
-            MxDModel(config), teacher, DistillationArguments(**arguments, sparse_optimizer=kind == "sparse"), **common
-        )
+        arguments |= {"sparse_optimizer": kind == "sparse", "sparse_code_weight": float(kind == "coded")}
+        trainer = DistillationTrainer(MxDModel(config), teacher, DistillationArguments(**arguments), **common)
     trainer.train(resume_from_checkpoint="resume" in options)
     trainer.save_model(output + "/final")
 

@@ -187,7 +187,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream", "sparse", "routed", "finetuning"])
+@pytest.mark.parametrize("kind", ["rows", "stream", "sparse", "routed", "coded", "finetuning"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
     def run(folder, *options):
         command = [sys.executable, str(SCRIPT), str(tmp_path / folder), kind, *options]
@@ -306,6 +306,7 @@ def test_evaluate_gives_nmse_over_all_rows(tiny_llama, tmp_path):
         ("gate_learning_rate_factor", -0.1),
         ("modulation_learning_rate_factor", math.inf),
         ("modulation_learning_rate_factor", math.nan),
+        ("sparse_code_weight", -1.0),
         ("learning_rate", -1e-3),
         ("learning_rate", math.nan),
         ("learning_rate", math.inf),
@@ -405,11 +406,14 @@ def test_the_reported_loss_is_the_distillation_loss_alone(tiny_llama, tmp_path):
     assert model.layer(1).router.weight.grad.any()
 
 
-def test_a_layer_with_a_router_in_several_processes_is_refused(tiny_llama, tmp_path, monkeypatch):
-    settings = arguments(tmp_path)
+@pytest.mark.parametrize(
+    ("sizes", "changes", "what"), [(ROUTED, {}, "a router"), ({}, {"sparse_code_weight": 1.0}, "a sparse code")]
+)
+def test_what_trains_in_one_process_is_refused_in_several(tiny_llama, tmp_path, monkeypatch, sizes, changes, what):
+    settings = arguments(tmp_path, **changes)
     monkeypatch.setattr(type(settings), "world_size", 2)
-    with pytest.raises(ValueError, match="layer 1 has a router, which trains in one process, not in 2"):
-        DistillationTrainer(decomposition(**ROUTED), tiny_llama, settings, train_dataset=rows())
+    with pytest.raises(ValueError, match=f"layer 1 has {what}, which trains in one process, not in 2"):
+        DistillationTrainer(decomposition(**sizes), tiny_llama, settings, train_dataset=rows())
 
 
 def test_unknown_layer_is_refused_before_training(tiny_llama, tmp_path):

@@ -1,0 +1,97 @@
+"""The sparse code that an MxD's coefficients may be, too: its error, what it does to the experts, where it is kept."""
+
+import json
+
+import pytest
+import torch
+from test_distillation_trainer import arguments, decomposition
+from trainer_cases import rows
+
+from modeling_mxd import MxDModel, capture_mlps
+from trainers import DistillationTrainer, last_complete_checkpoint
+from trainers.sparse_code import FILE_NAME
+
+
+def test_its_error_is_that_of_a_skip_transcoder_on_the_gate(tiny_llama, tmp_path):
+    model = decomposition()
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, sparse_code_weight=0.5), train_dataset=rows())
+    layer, code = model.layer(1), trainer.codes[1]
+    for parameter in (*layer.parameters(), *code.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, y, mask = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    (loss, rest), (first, second) = (part(model, 1, x, y, mask) for part in (trainer._losses, trainer._all_losses))
+    values, indices = layer.encode(x)
+    dense = torch.zeros(2, 5, 48).scatter(-1, indices, values)
+    coded = dense @ code.decoder + x @ code.skip.weight.T + code.output_bias
+    error = ((coded - y).square().sum(-1) / y.square().sum(-1))[mask].sum()
+    torch.testing.assert_close(first, loss)
+    torch.testing.assert_close(second, rest + 0.5 * error)
+
+
+def test_the_gate_learns_to_code_the_output(tiny_llama, tmp_path):
+    """With the gate that was trained with it, a decoder explains more than with the gate of a plain training."""
+    errors = []
+    for weight in (0.0, 3.0):
+        torch.manual_seed(0)
+        model, data = decomposition(), rows()
+        settings = arguments(tmp_path, max_steps=150, learning_rate=3e-3, sparse_code_weight=weight)
+        DistillationTrainer(model, tiny_llama, settings, train_dataset=data).train()
+        x, y = capture_mlps(tiny_llama, [1], torch.tensor(data["input_ids"]))[1]
+        values, indices = model.layer(1).encode(x)
+        features = torch.zeros(*x.shape[:2], 48).scatter(-1, indices, values)
+        known = torch.cat([features, x, torch.ones_like(x[..., :1])], -1).flatten(0, 1).detach()
+        target = y.flatten(0, 1)
+        found = torch.linalg.lstsq(known, target, driver="gelsd").solution
+        errors.append(float((known @ found - target).square().sum() / target.square().sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_it_learns_at_a_transcoders_rate_and_scales(tiny_llama, tmp_path):
+    model = decomposition()
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, sparse_code_weight=1.0), train_dataset=rows())
+    trainer._start()
+    with trainer.codes.attached():
+        optimizer = trainer.create_optimizer()
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    code, scales = trainer.codes[1], trainer.scales[1]
+    assert rates[id(code.decoder)] == rates[id(code.output_bias)] == pytest.approx(3e-2 * scales.output_scale)
+    assert rates[id(code.skip.weight)] == pytest.approx(3e-2 * scales.output_scale / scales.input_scale)
+
+
+def test_only_checkpoints_keep_it_and_in_a_file_beside(tiny_llama, tmp_path):
+    model = decomposition()
+    settings = arguments(tmp_path, sparse_code_weight=1.0, save_strategy="steps", save_steps=10)
+    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
+    names = set(model.state_dict())
+    trainer.train()
+    assert trainer.codes[1].decoder.any()
+    assert set(model.state_dict()) == names
+    trainer.save_model(tmp_path / "final")
+    for folder in (tmp_path / "checkpoint-10", tmp_path / "final"):
+        _, info = MxDModel.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (tmp_path / "checkpoint-10" / FILE_NAME).exists()
+    assert not (tmp_path / "final" / FILE_NAME).exists()
+    assert json.loads((tmp_path / "final" / "training_arguments.json").read_text())["sparse_code_weight"] == 1.0
+
+
+@pytest.mark.parametrize("damage", ["missing", "other"])
+def test_a_checkpoint_without_it_is_not_resumed_from(tiny_llama, tmp_path, damage):
+    saved = {"save_strategy": "steps", "save_steps": 5}
+    layers = (1,) if damage == "missing" else (0, 1)
+    weight = 0.0 if damage == "missing" else 1.0
+    settings = arguments(tmp_path, sparse_code_weight=weight, **saved)
+    DistillationTrainer(decomposition(layers), tiny_llama, settings, train_dataset=rows()).train()
+    if damage == "other":
+        settings = arguments(tmp_path / "one", sparse_code_weight=1.0, **saved)
+        DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=rows()).train()
+        (tmp_path / "checkpoint-10" / FILE_NAME).replace(tmp_path / "one" / "checkpoint-10" / FILE_NAME)
+    folder = tmp_path / "one" if damage == "other" else tmp_path
+    trainer = DistillationTrainer(
+        decomposition(), tiny_llama, arguments(folder, sparse_code_weight=1.0), train_dataset=rows()
+    )
+    message = "it was trained without sparse_code_weight" if damage == "missing" else "other layers or sizes"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    assert not hasattr(trainer.model.layer(1), "sparse_code")
