@@ -127,7 +127,7 @@ def decompose(
         typer.Option(
             help="Of an MxD's second error, by which experts stand for something, as a transcoder's latents do."
         ),
-    ] = 0.0,
+    ] = 1.0,
     bf16: Bf16 = False,
     dtype: Dtype = "float32",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,

@@ -57,7 +57,7 @@ class DistillationArguments(DecompositionArguments):
         metadata={"help": "Weight of what is missing to `expert_share` in the loss; 0 for none (the authors)."},
     )
     sparse_code_weight: float = field(
-        default=0.0,
+        default=1.0,
         metadata={
             "help": "Weight of a second error of an MxD: that of a skip transcoder's decoder, trained along and then "
             "dropped, on its coefficients. Experts then stand for something, as a transcoder's latents do; 0 for none."
