@@ -11,9 +11,11 @@ SHARES = (0.0, 0.25, 0.6)
 RECORDINGS = {15: ("recording", 1.0), 5: ("others", 0.5), 25: ("others", 0.5)}
 CORPUS, PYTHON = "corpus", "python"
 NOT_TRAINED_ON = "Another kind of text than that of the training, Python sources"
-EVERY_K, EVERY_K_NOT_TRAINED_ON = "Every K, one pass", "Every K, one pass, Python sources"
+EVERY_K = "Every K, one pass, no sparse code"
+EVERY_K_NOT_TRAINED_ON = "Every K, one pass, no sparse code, Python sources"
 KS = (16, 32, 64, 128, 256)
 BASELINE = {"learning_rate": 3e-3}  # what the command line gives a transcoder
+NO_CODE = {"sparse_code_weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,18 @@ class Point:
 def _points() -> dict[str, dict[str, Point]]:
     """By table: name and point."""
     skip, transcoder = Point("skip_transcoder", training=BASELINE), Point("transcoder", training=BASELINE)
+    plain = Point(training=NO_CODE)
     both = {"MxD": Point(), "skip transcoder": skip}
     sparser = {name: replace(point, num_experts_per_tok=16) for name, point in both.items()}
     longer = {
-        f"K = 32, {passes} passes": {name: replace(point, passes=passes) for name, point in both.items()}
+        f"K = 32, {passes} passes": {
+            name: replace(point, passes=passes) for name, point in {**both, "MxD, no sparse code": plain}.items()
+        }
         for passes in PASSES
     }
-    shares = {f"MxD, {share}": Point(training={"expert_share": share}) for share in SHARES}
+    shares = {f"MxD, {share}": Point(training={"expert_share": share} | NO_CODE) for share in SHARES}
     removed: dict[str, dict[str, Any]] = {
-        "the default": {},
+        "nothing removed": {},
         "no expert_share": {"expert_share": 0.0},
         "gate from nn.Linear": {"gate_initialization": "random"},
         "encoder from nn.Linear": {"encoder_initialization": "random"},
@@ -57,35 +62,41 @@ def _points() -> dict[str, dict[str, Point]]:
     }
     every_k = {
         f"{name}, K = {k}": replace(point, num_experts_per_tok=k)
-        for name, point in (("transcoder", transcoder), *reversed(both.items()))
+        for name, point in (("transcoder", transcoder), ("skip transcoder", skip), ("MxD", plain))
         for k in KS
     }
     seeds = {}
     for seed in (0, 1, 2):
-        seeds[f"MxD, seed {seed}"] = Point(seed=seed)
+        seeds[f"MxD, seed {seed}"] = replace(plain, seed=seed)
         seeds[f"skip transcoder, seed {seed}"] = replace(skip, seed=seed)
     layers = {}
     for layer in RECORDINGS:
         passes = 0.5 / RECORDINGS[layer][1]
-        layers[f"MxD, layer {layer}"] = Point(layer=layer, passes=passes)
+        layers[f"MxD, layer {layer}"] = replace(plain, layer=layer, passes=passes)
         layers[f"skip transcoder, layer {layer}"] = replace(skip, layer=layer, passes=passes)
     return {
         "K = 32, one pass": both,
         NOT_TRAINED_ON: {
             f"{name}, K = {point.num_experts_per_tok}": point for few in (both, sparser) for name, point in few.items()
         },
-        "Layers, half a million tokens": layers,
+        "Layers, half a million tokens, no sparse code": layers,
         "K = 16, one pass": sparser,
         **longer,
-        "Shares, one pass": {
+        "Sparse code": {
+            f"MxD, {amount}, {what} sparse code": replace(point, passes=passes)
+            for passes, amount in ((0.5, "half a pass"), (1, "one pass"))
+            for what, point in (("with its", Point()), ("no", plain))
+        },
+        "Shares, one pass, no sparse code": {
             "transcoder": transcoder,
             "skip transcoder": skip,
-            "MxD, 0.45 (default)": Point(),
+            "MxD, 0.45 (default)": plain,
             **shares,
         },
-        "Rates, one pass": {
+        "Rates, one pass, no sparse code": {
             f"MxD, 0.4, gate × {gate}, C × {modulation}": Point(
-                training={
+                training=NO_CODE
+                | {
                     "expert_share": 0.4,
                     "gate_learning_rate_factor": gate,
                     "modulation_learning_rate_factor": modulation,
@@ -93,13 +104,14 @@ def _points() -> dict[str, dict[str, Point]]:
             )
             for gate, modulation in ((1.0, 1.0), (0.3, 3.0))
         },
-        "Without a part, half a pass": {
-            name: Point(passes=0.5, training=training) for name, training in removed.items()
+        "Without a part, half a pass, no sparse code": {
+            name: Point(passes=0.5, training=training | NO_CODE) for name, training in removed.items()
         },
-        "Without a part, one pass": {
-            name: Point(training=removed[name]) for name in ("the default", "Cᵀa from around 0", "no scaling")
+        "Without a part, one pass, no sparse code": {
+            name: Point(training=removed[name] | NO_CODE)
+            for name in ("nothing removed", "Cᵀa from around 0", "no scaling")
         },
-        "Seeds, one pass": seeds,
+        "Seeds, one pass, no sparse code": seeds,
         EVERY_K: every_k,
         EVERY_K_NOT_TRAINED_ON: every_k,
     }

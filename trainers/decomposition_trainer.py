@@ -175,6 +175,10 @@ class DecompositionTrainer(HubPushes):
         accumulated = self.args.gradient_accumulation_steps * self.args.world_size
         self.add_callback(TokenProgressCallback(self.counted(first).numel() * accumulated, self.progress_name))
 
+    def trained_modules(self, layer: int) -> dict[str, nn.Module]:
+        """What is trained for a layer, by what its parameters' names begin with: the layer itself."""
+        return {"": self.decomposition.layer(layer)}
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per learning rate: see `initialization.parameter_scales` and the arguments' factors for gate and
         modulations. Weight decay as in `args`."""
@@ -183,13 +187,13 @@ class DecompositionTrainer(HubPushes):
             # The plain group first, since its rate is the one that is logged.
             groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): []}
             for layer in self.decomposition.config.layers:
-                module = self.decomposition.layer(layer)
                 measured = self.scales.get(layer) if self.args.scale_activations else None
-                scales = parameter_scales(module, measured or ActivationScales())
-                for name, parameter in module.named_parameters():
-                    if parameter.requires_grad:
-                        factor = self.args.learning_rate_factor(name)
-                        groups.setdefault((scales[name], factor), []).append(parameter)
+                for prefix, module in self.trained_modules(layer).items():
+                    scales = parameter_scales(module, measured or ActivationScales())
+                    for name, parameter in module.named_parameters():
+                        if parameter.requires_grad:
+                            factor = self.args.learning_rate_factor(prefix + name)
+                            groups.setdefault((scales[name], factor), []).append(parameter)
             self.optimizer = optimizer_class(
                 [_parameter_group(parameters, *key, kwargs) for key, parameters in groups.items() if parameters],
                 weight_decay=self.args.weight_decay,

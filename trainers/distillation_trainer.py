@@ -8,7 +8,6 @@ wrapped, optimised, saved.
 
 import inspect
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .distillation_arguments import DistillationArguments
 from .initialization import check_encoder_start, initialize_decomposition
 from .router import fit_router, router_loss
 from .row_adamw import RowAdamW
-from .sparse_code import SparseCodes
+from .sparse_code import FreshGradients, SparseCodes
 
 # A router learns from one token in so many, for which every expert is scored.
 ROUTER_TOKENS = 16
@@ -75,14 +74,10 @@ class DistillationTrainer(DecompositionTrainer):
             site.check_fits(model.config.layer(site.layer))
             if starts and model.config.method == "mxd":
                 check_encoder_start(model.config.layer(site.layer), site)
-            for what, there in {
-                "a router": model.config.layer(site.layer).num_expert_groups is not None,
-                "a sparse code": args.sparse_code_weight > 0,
-            }.items():
-                if there and args.world_size > 1:
-                    raise ValueError(
-                        f"layer {site.layer} has {what}, which trains in one process, not in {args.world_size}"
-                    )
+            if model.config.layer(site.layer).num_expert_groups is not None and args.world_size > 1:
+                raise ValueError(
+                    f"layer {site.layer} has a router, which trains in one process, not in {args.world_size}"
+                )
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
         super().__init__(
@@ -94,7 +89,9 @@ class DistillationTrainer(DecompositionTrainer):
             compute_metrics=compute_metrics or normalised_errors,
             **kwargs,
         )
-        self.codes = SparseCodes(model) if args.sparse_code_weight else None
+        self.codes = SparseCodes(model).to(args.device) if args.sparse_code_weight else None
+        if self.codes is not None:
+            self.add_callback(FreshGradients(self.codes))
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
         self._restart_layer_losses()
 
@@ -159,12 +156,13 @@ class DistillationTrainer(DecompositionTrainer):
 
     def _all_losses(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`_losses`, with the error of the layer's sparse code, if it has one, times its weight in the second."""
-        if self.codes is None or layer not in self.codes:
+        code = None if self.codes is None else self.codes.of_layer(layer)
+        if code is None:
             return self._losses(model, layer, x, y, mask)
         module, kept = self.model.layer(layer), list[ExpertCoefficients]()
-        with module.register_coefficient_hook(lambda _, x, coefficients: kept.append(coefficients)):
+        with module.register_coefficient_hook(lambda _layer, _x, coefficients: kept.append(coefficients)):
             loss, rest = self._losses(model, layer, x, y, mask)
-        coded = self.codes[layer](kept[0], x, module.sparse_gradients)
+        coded = code(kept[0], x, module.sparse_gradients)
         error = self.distillation_loss(coded, y, mask, self.args.loss_normalization, self.least_norm(layer))
         return loss, rest + self.args.sparse_code_weight * error
 
@@ -260,15 +258,23 @@ class DistillationTrainer(DecompositionTrainer):
         for layer in layers:
             layer.sparse_gradients = self.args.sparse_optimizer
         try:
-            with nullcontext() if self.codes is None else self.codes.attached():
-                return super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             for layer in layers:
                 layer.sparse_gradients = False
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with nullcontext() if self.codes is None else self.codes.attached(False):
-            super()._save(output_dir, state_dict)
+    def trained_modules(self, layer: int) -> dict[str, nn.Module]:
+        """The layer itself, and its sparse code."""
+        code = None if self.codes is None else self.codes.of_layer(layer)
+        return super().trained_modules(layer) | ({} if code is None else {"sparse_code.": code})
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `DecompositionTrainer.create_optimizer`."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self.codes is not None:
+            self.codes.train_with(optimizer, self.args.world_size)
+        return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.codes is not None and self.args.should_save:
@@ -278,12 +284,9 @@ class DistillationTrainer(DecompositionTrainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.codes is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with self.codes.attached(False):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.codes.load(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.codes is not None:
+            self.codes.load(Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds every layer's own loss where there are several, as `layer_8/loss`."""

@@ -204,7 +204,7 @@ def start_modulation_at_unit(layer: MxDLayer, calibration: Calibration) -> None:
     nn.init.uniform_(layer.modulation, 0.0, float(2 / total))
 
 
-def parameter_scales(layer: SparseLayer, scales: ActivationScales) -> dict[str, float]:
+def parameter_scales(module: nn.Module, scales: ActivationScales) -> dict[str, float]:
     """Factor on the learning rate of every parameter that makes Adam on raw activations take the steps that it
     would take on x / s_x and (y − μ) / s_y: by parameter name, e.g. {"gate.weight": 1 / s_x, "decoder.weight": s_y}.
     """
@@ -218,7 +218,7 @@ def parameter_scales(layer: SparseLayer, scales: ActivationScales) -> dict[str, 
         "decoder": scales.output_scale,
         "output_bias": scales.output_scale,
     }
-    return {name: by_name.get(name.removeprefix("sparse_code."), 1.0) for name, _ in layer.named_parameters()}
+    return {name: by_name.get(name, 1.0) for name, _ in module.named_parameters()}
 
 
 def initialize_decomposition(

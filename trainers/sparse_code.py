@@ -6,22 +6,21 @@ what the output is. So while an MxD trains, a skip transcoder's decoder reads it
 
     ŷ = Vᵀa + Sᵀx + v,   a = TopK(ReLU(Gx + g)) the MxD's own,
 
-and its error is added to the loss. It is in no decomposition that is saved; checkpoints keep it in a file beside.
+and its error is added to the loss. It is no part of the model: checkpoints keep it in a file beside.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel
 from modeling_mxd.functional import expert_sum
 
 FILE_NAME = "sparse_code.safetensors"
-_MODULE = "sparse_code"
 
 
 class SparseCode(nn.Module):
@@ -36,11 +35,10 @@ class SparseCode(nn.Module):
     def __init__(self, config: MxDLayerConfig):
         super().__init__()
         self.decoder = nn.Parameter(torch.zeros(config.num_experts, config.output_size))
-        self.skip = nn.utils.skip_init(
-            nn.Linear, config.hidden_size, config.output_size, bias=False
-        )  # no random numbers
-        self.output_bias = nn.Parameter(torch.zeros(config.output_size))
+        # No random numbers are taken: with and without it a seed gives the decomposition the same start.
+        self.skip = nn.utils.skip_init(nn.Linear, config.hidden_size, config.output_size, bias=False)
         nn.init.zeros_(self.skip.weight)
+        self.output_bias = nn.Parameter(torch.zeros(config.output_size))
 
     def forward(self, coefficients: ExpertCoefficients, x: Tensor, sparse_gradients: bool = False) -> Tensor:
         """ŷ (..., O) for coefficients (..., K) and the MLP's input x (..., I)."""
@@ -49,49 +47,24 @@ class SparseCode(nn.Module):
         return coded + self.skip(x.to(self.decoder.dtype)) + self.output_bias
 
 
-class SparseCodes:
-    """The sparse codes of a decomposition's MxD layers, which are their submodules only inside `attached`, so that they
-    train with them and are not saved with them."""
+class SparseCodes(nn.ModuleDict):
+    """The `SparseCode` of every MxD layer of a decomposition, by index in words."""
 
     def __init__(self, decomposition: MxDModel):
-        layers = {index: decomposition.layer(index) for index in decomposition.config.layers}
-        self._layers = {index: layer for index, layer in layers.items() if layer.config.method == "mxd"}
-        self._codes = {index: SparseCode(layer.config) for index, layer in self._layers.items()}
+        configs = {index: decomposition.config.layer(index) for index in decomposition.config.layers}
+        super().__init__({str(index): SparseCode(c) for index, c in configs.items() if c.method == "mxd"})
 
-    def __contains__(self, layer: int) -> bool:
-        return layer in self._codes
-
-    def __getitem__(self, layer: int) -> SparseCode:
-        return self._codes[layer]
-
-    @contextmanager
-    def attached(self, attached: bool = True) -> Iterator[None]:
-        """Submodules of the layers inside the block, each on its layer's device; or, with False, not."""
-        before = {index: hasattr(layer, _MODULE) for index, layer in self._layers.items()}
-        self._set(dict.fromkeys(before, attached))
-        try:
-            yield
-        finally:
-            self._set(before)
-
-    def _set(self, attached: Mapping[int, bool]) -> None:
-        for index, layer in self._layers.items():
-            if attached[index]:
-                layer.add_module(_MODULE, self._codes[index].to(layer.gate.weight.device))
-            elif hasattr(layer, _MODULE):
-                delattr(layer, _MODULE)
-
-    @property
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{index}.{name}": tensor
-            for index, code in self._codes.items()
-            for name, tensor in code.state_dict().items()
-        }
+    def of_layer(self, layer: int) -> SparseCode | None:
+        """That of a layer, if it has one."""
+        if str(layer) not in self:
+            return None
+        code = self[str(layer)]
+        assert isinstance(code, SparseCode)
+        return code
 
     def save(self, checkpoint: Path) -> None:
         """Write them into a checkpoint's folder."""
-        save_file(self._tensors, checkpoint / FILE_NAME)
+        save_file(self.state_dict(), checkpoint / FILE_NAME)
 
     def load(self, checkpoint: Path) -> None:
         """Read them back.
@@ -101,12 +74,32 @@ class SparseCodes:
         """
         path = checkpoint / FILE_NAME
         if not path.is_file():
-            raise ValueError(
-                f"{checkpoint} has no {FILE_NAME}: it was trained without sparse_code_weight, resume it so"
-            )
-        found, own = load_file(path), self._tensors
+            raise ValueError(f"{checkpoint} has no {FILE_NAME}: it was trained with sparse_code_weight 0, resume it so")
+        found, own = load_file(path), self.state_dict()
         if {name: tensor.shape for name, tensor in found.items()} != {name: t.shape for name, t in own.items()}:
             raise ValueError(f"{path} is of a decomposition with other layers or sizes")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(found[name])
+        self.load_state_dict(found)
+
+    def train_with(self, optimizer: torch.optim.Optimizer, processes: int) -> None:
+        """Before every step, take the mean of the processes' gradients: nothing else does, these are in no wrapped
+        model."""
+
+        def average(*_: Any) -> None:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= processes
+
+        if processes > 1:
+            optimizer.register_step_pre_hook(average)
+
+
+class FreshGradients(TrainerCallback):
+    """Gradients of what is not in the trainer's model start anew with every step."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Drop them."""
+        self.module.zero_grad()

@@ -15,7 +15,7 @@ from trainers.sparse_code import FILE_NAME
 def test_its_error_is_that_of_a_skip_transcoder_on_the_gate(tiny_llama, tmp_path):
     model = decomposition()
     trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, sparse_code_weight=0.5), train_dataset=rows())
-    layer, code = model.layer(1), trainer.codes[1]
+    layer, code = model.layer(1), trainer.codes.of_layer(1)
     for parameter in (*layer.parameters(), *code.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
     x, y, mask = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
@@ -51,10 +51,9 @@ def test_it_learns_at_a_transcoders_rate_and_scales(tiny_llama, tmp_path):
     model = decomposition()
     trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, sparse_code_weight=1.0), train_dataset=rows())
     trainer._start()
-    with trainer.codes.attached():
-        optimizer = trainer.create_optimizer()
+    optimizer = trainer.create_optimizer()
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-    code, scales = trainer.codes[1], trainer.scales[1]
+    code, scales = trainer.codes.of_layer(1), trainer.scales[1]
     assert rates[id(code.decoder)] == rates[id(code.output_bias)] == pytest.approx(3e-2 * scales.output_scale)
     assert rates[id(code.skip.weight)] == pytest.approx(3e-2 * scales.output_scale / scales.input_scale)
 
@@ -65,7 +64,7 @@ def test_only_checkpoints_keep_it_and_in_a_file_beside(tiny_llama, tmp_path):
     trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
     names = set(model.state_dict())
     trainer.train()
-    assert trainer.codes[1].decoder.any()
+    assert trainer.codes.of_layer(1).decoder.any()
     assert set(model.state_dict()) == names
     trainer.save_model(tmp_path / "final")
     for folder in (tmp_path / "checkpoint-10", tmp_path / "final"):
@@ -91,7 +90,6 @@ def test_a_checkpoint_without_it_is_not_resumed_from(tiny_llama, tmp_path, damag
     trainer = DistillationTrainer(
         decomposition(), tiny_llama, arguments(folder, sparse_code_weight=1.0), train_dataset=rows()
     )
-    message = "it was trained without sparse_code_weight" if damage == "missing" else "other layers or sizes"
+    message = "it was trained with sparse_code_weight 0" if damage == "missing" else "other layers or sizes"
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    assert not hasattr(trainer.model.layer(1), "sparse_code")

@@ -1,25 +1,25 @@
-"""Fine-tuning in two processes (torchrun, gloo) is fine-tuning in one on the same steps."""
+"""Training in two processes (torchrun, gloo) is training in one on the same steps."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 SCRIPT = str(Path(__file__).with_name("distil.py"))
 
 
-def trained(folder, *launcher):
-    subprocess.run(
-        [*launcher, SCRIPT, str(folder), "finetuning", "plain"], check=True, capture_output=True, timeout=300
-    )
+def trained(folder, kind, *launcher):
+    subprocess.run([*launcher, SCRIPT, str(folder), kind, "plain"], check=True, capture_output=True, timeout=300)
     return {name: value for file in (folder / "final").glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
-    one = trained(tmp_path / "one", sys.executable)
-    two = trained(tmp_path / "two", sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+@pytest.mark.parametrize("kind", ["finetuning", "coded"])
+def test_two_processes_learn_what_one_does(tmp_path, kind):
+    one = trained(tmp_path / "one", kind, sys.executable)
+    two = trained(tmp_path / "two", kind, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
     assert one.keys() == two.keys()
     for name, value in one.items():
         if "expert_" not in name:  # measured by each process on its own rows, as the activations' scales are
