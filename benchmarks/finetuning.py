@@ -98,6 +98,7 @@ def distilled(options: argparse.Namespace, source: Path) -> dict[str, Any]:
         **step_arguments(common, options.work / "distilled"),
         "learning_rate": FinetuningArguments.learning_rate,
         "gate_initialization": "keep",
+        "sparse_code_weight": 0.0,
         "save_strategy": "no",
     }
     trainer = DistillationTrainer(decomposition, base, DistillationArguments(**values), train_dataset=rows)

@@ -49,7 +49,12 @@ EVALUATION_TOKENS = 16384
 BFLOAT16 = not bfloat16_is_emulated()
 """Whether products are in bfloat16, which a processor without such instructions emulates at a third of the speed."""
 
-EARLIER = {"modulation_initialization": "random", "decoder_initialization": "zero", "expert_share": 0.0}
+EARLIER = {
+    "modulation_initialization": "random",
+    "decoder_initialization": "zero",
+    "expert_share": 0.0,
+    "sparse_code_weight": 0.0,
+}
 NAIVE = {**EARLIER, "learning_rate": 1e-3}
 DATA = {**NAIVE, "encoder_initialization": "random"}
 SCALED = {**DATA, "gate_initialization": "random"}

@@ -4,9 +4,9 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# <malloc.h>, and glibc's own values of the two.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
+# <malloc.h>. glibc raises its thresholds to at most these as large blocks are freed, and never again once one is set.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_DEFAULTS = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25, _MMAP_MAX: 65536}
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 _open: list[ctypes.CDLL] = []  # of every block that is open, one within another
 

@@ -379,6 +379,8 @@ def _training(config: MxDConfig, base: _Base, training: Any) -> dict[str, Any] |
     if not isinstance(training, Mapping):
         return None
     method = config.layer(config.layers[0]).method
+    if method == "mxd":  # what was made before there were sparse codes says nothing of them
+        training = {"sparse_code_weight": 0.0, **training}
     start = [f"mxd decompose {_quoted(base.argument)}" if base.argument else "mxd decompose"]
     chosen = [f"--layers {layer_ranges(config.layers)}", f"--method {method.replace('_', '-')}"]
     command = _command(start, chosen, training)

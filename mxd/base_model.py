@@ -63,7 +63,7 @@ def load_base_model(
     """
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and not torch.accelerator.is_available():
         from trainers.decomposition_arguments import bfloat16_is_emulated
 
         if bfloat16_is_emulated():

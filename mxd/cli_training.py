@@ -124,9 +124,7 @@ def decompose(
     ] = 0.45,
     sparse_code_weight: Annotated[
         float,
-        typer.Option(
-            help="Of an MxD's second error, by which experts stand for something, as a transcoder's latents do."
-        ),
+        typer.Option(help="Weight of an MxD's second error, by which experts stand for something; 0: none."),
     ] = 1.0,
     bf16: Bf16 = False,
     dtype: Dtype = "float32",

@@ -201,10 +201,10 @@ def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, ho
     """How a decomposition was made, for evaluation.json; `how` is what `run_training` gave."""
     arguments = trainer.args
     starts = [f"{part}_initialization" for part in ("gate", "encoder", "decoder", "modulation")]
-    shares = ("expert_share", "expert_share_weight", "sparse_code_weight")
+    terms = ("expert_share", "expert_share_weight", "sparse_code_weight")
     return {
         **asked_for(options),
-        **{name: getattr(arguments, name) for name in (*starts, *shares)},
+        **{name: getattr(arguments, name) for name in (*starts, *terms)},
         **how,
         "model": trainer.model.config.base_model_name_or_path,
         "layers": trainer.model.config.layers,

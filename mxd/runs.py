@@ -248,6 +248,8 @@ def resumed_start(folder: Path, options: RunOptions) -> dict[str, Any]:
     before, now = start.get("asked"), _settled(options)
     if not isinstance(before, dict):
         raise ValueError(f"{path} does not say what the run was asked for: begin it anew with --overwrite")
+    if "sparse_code_weight" in now:  # which runs had none of that began before there was one
+        before.setdefault("sparse_code_weight", 0.0)
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             raise ValueError(

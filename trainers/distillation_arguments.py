@@ -59,8 +59,9 @@ class DistillationArguments(DecompositionArguments):
     sparse_code_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of a second error of an MxD: that of a skip transcoder's decoder, trained along and then "
-            "dropped, on its coefficients. Experts then stand for something, as a transcoder's latents do; 0 for none."
+            "help": "Weight of a second error of an MxD: that of a skip transcoder's decoder on its coefficients, "
+            "trained along and then dropped (N * O parameters). Experts then stand for something; 0 for none (the "
+            "authors)."
         },
     )
     loss_normalization: str = field(
@@ -93,6 +94,7 @@ class DistillationArguments(DecompositionArguments):
             self._check_sparse_optimizer()
 
     def learning_rate_factor(self, parameter: str) -> float:
+        """As `DecompositionArguments.learning_rate_factor`; a layer's sparse code's parameters begin with its name."""
         return _SPARSE_CODE_RATE if parameter.startswith("sparse_code.") else super().learning_rate_factor(parameter)
 
     def _check_sparse_optimizer(self) -> None:

@@ -8,6 +8,7 @@ wrapped, optimised, saved.
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from evaluation_mxd import activation_mask, token_mask
-from modeling_mxd import ExpertCoefficients, MxDModel, capture_mlps, find_mlps, site_of
+from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
 
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
 from .initialization import check_encoder_start, initialize_decomposition
 from .router import fit_router, router_loss
 from .row_adamw import RowAdamW
+from .sparse_code import FILE_NAME as SPARSE_CODE_NAME
 from .sparse_code import FreshGradients, SparseCodes
 
 # A router learns from one token in so many, for which every expert is scored.
@@ -89,11 +91,18 @@ class DistillationTrainer(DecompositionTrainer):
             compute_metrics=compute_metrics or normalised_errors,
             **kwargs,
         )
-        self.codes = SparseCodes(model).to(args.device) if args.sparse_code_weight else None
-        if self.codes is not None:
-            self.add_callback(FreshGradients(self.codes))
+        self.codes = self._make_codes()
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
         self._restart_layer_losses()
+
+    def _make_codes(self) -> SparseCodes | None:
+        codes = SparseCodes(self.model)
+        if not self.args.sparse_code_weight or not len(codes):
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("neither FSDP nor DeepSpeed trains a sparse code: set sparse_code_weight to 0")
+        self.add_callback(FreshGradients(codes))
+        return codes.to(self.args.device)
 
     def _set_signature_columns_if_needed(self) -> None:
         columns = list(inspect.signature(self.teacher.forward).parameters)
@@ -154,15 +163,17 @@ class DistillationTrainer(DecompositionTrainer):
         """Sum of one layer's losses over the batch's tokens; `model` is the (wrapped) decomposition."""
         return self._losses(model, layer, x, y, mask)[0]
 
-    def _all_losses(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses_with_code(
+        self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`_losses`, with the error of the layer's sparse code, if it has one, times its weight in the second."""
         code = None if self.codes is None else self.codes.of_layer(layer)
-        if code is None:
+        if self.codes is None or code is None:
             return self._losses(model, layer, x, y, mask)
-        module, kept = self.model.layer(layer), list[ExpertCoefficients]()
-        with module.register_coefficient_hook(lambda _layer, _x, coefficients: kept.append(coefficients)):
+        with self.codes.reading(self.model):
             loss, rest = self._losses(model, layer, x, y, mask)
-        coded = code(kept[0], x, module.sparse_gradients)
+            coefficients = self.codes.coefficients.pop(layer)
+        coded = code(coefficients, x, self.model.layer(layer).sparse_gradients)
         error = self.distillation_loss(coded, y, mask, self.args.loss_normalization, self.least_norm(layer))
         return loss, rest + self.args.sparse_code_weight * error
 
@@ -217,11 +228,13 @@ class DistillationTrainer(DecompositionTrainer):
             mask = self._mask(inputs, x)
             # DDP averages gradients over processes; the sum over all tokens is wanted.
             with self.compute_loss_context_manager():
-                sums = self._all_losses(model, layer, x, y, mask)
-                loss, missing = (part / tokens * self.args.world_size for part in sums)
-            self.accelerator.backward((loss + missing + self._router_loss(layer, x, mask)) / len(layers))
+                sums = self._losses_with_code(model, layer, x, y, mask)
+                loss, rest = (part / tokens * self.args.world_size for part in sums)
+            self.accelerator.backward((loss + rest + self._router_loss(layer, x, mask)) / len(layers))
             self._layer_losses[layer] = self._layer_losses[layer] + loss.detach()
             total += loss.detach() / len(layers)
+        if self.codes is not None and self.args.world_size > 1 and self.accelerator.sync_gradients:
+            self.codes.average_gradients(self.args.world_size)
         return total
 
     def _router_loss(self, layer: int, x: Tensor, mask: Tensor) -> Tensor | float:
@@ -258,7 +271,9 @@ class DistillationTrainer(DecompositionTrainer):
         for layer in layers:
             layer.sparse_gradients = self.args.sparse_optimizer
         try:
-            return super().train(*args, **kwargs)
+            # For all steps at once: with another hook at every step a compiled layer would be compiled anew.
+            with nullcontext() if self.codes is None else self.codes.reading(self.model):
+                return super().train(*args, **kwargs)
         finally:
             for layer in layers:
                 layer.sparse_gradients = False
@@ -267,14 +282,6 @@ class DistillationTrainer(DecompositionTrainer):
         """The layer itself, and its sparse code."""
         code = None if self.codes is None else self.codes.of_layer(layer)
         return super().trained_modules(layer) | ({} if code is None else {"sparse_code.": code})
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `DecompositionTrainer.create_optimizer`."""
-        made = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if made and self.codes is not None:
-            self.codes.train_with(optimizer, self.args.world_size)
-        return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.codes is not None and self.args.should_save:
@@ -287,6 +294,10 @@ class DistillationTrainer(DecompositionTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.codes is not None:
             self.codes.load(Path(resume_from_checkpoint))
+        elif (Path(resume_from_checkpoint) / SPARSE_CODE_NAME).is_file():
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained with a sparse code: resume it with its sparse_code_weight"
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds every layer's own loss where there are several, as `layer_8/loss`."""
@@ -342,6 +353,8 @@ class DistillationTrainer(DecompositionTrainer):
                 self.args.scale_activations,
                 self.args.decoder_initialization,
             )
+            if self.codes is not None:
+                self.codes.restart()
             for layer in self.model.config.layers:
                 if self.model.layer(layer).router is not None:
                     fit_router(self.model.layer(layer), calibrations[layer].inputs, seed=self.args.seed)

@@ -9,6 +9,9 @@ what the output is. So while an MxD trains, a skip transcoder's decoder reads it
 and its error is added to the loss. It is no part of the model: checkpoints keep it in a file beside.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +51,17 @@ class SparseCode(nn.Module):
 
 
 class SparseCodes(nn.ModuleDict):
-    """The `SparseCode` of every MxD layer of a decomposition, by index in words."""
+    """The `SparseCode` of every MxD layer of a decomposition, by index in words; transcoders have none.
+
+    Attributes:
+        coefficients: {layer: coefficients}, see `reading`.
+    """
 
     def __init__(self, decomposition: MxDModel):
         configs = {index: decomposition.config.layer(index) for index in decomposition.config.layers}
         super().__init__({str(index): SparseCode(c) for index, c in configs.items() if c.method == "mxd"})
+        self.coefficients: dict[int, ExpertCoefficients] = {}
+        self._reading = False
 
     def of_layer(self, layer: int) -> SparseCode | None:
         """That of a layer, if it has one."""
@@ -80,26 +89,51 @@ class SparseCodes(nn.ModuleDict):
             raise ValueError(f"{path} is of a decomposition with other layers or sizes")
         self.load_state_dict(found)
 
-    def train_with(self, optimizer: torch.optim.Optimizer, processes: int) -> None:
-        """Before every step, take the mean of the processes' gradients: nothing else does, these are in no wrapped
-        model."""
+    def restart(self) -> None:
+        """Put all at 0."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
-        def average(*_: Any) -> None:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= processes
+    def average_gradients(self, processes: int) -> None:
+        """Their mean over the processes: nothing else takes it, these are in no wrapped model."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= processes
 
-        if processes > 1:
-            optimizer.register_step_pre_hook(average)
+    @contextmanager
+    def reading(self, decomposition: MxDModel) -> Iterator[None]:
+        """Inside the block `coefficients` has what each layer's gate gave last, with its graph. Inside another such
+        block it does nothing."""
+        if self._reading:
+            yield
+            return
+
+        def keep(index: int, _: nn.Module, __: Tensor, coefficients: ExpertCoefficients) -> None:
+            self.coefficients[index] = coefficients
+
+        layers = {int(index): decomposition.layer(int(index)) for index in self}
+        handles = [layer.register_coefficient_hook(partial(keep, index)) for index, layer in layers.items()]
+        self._reading = True
+        try:
+            yield
+        finally:
+            self._reading = False
+            for handle in handles:
+                handle.remove()
+            self.coefficients.clear()
 
 
 class FreshGradients(TrainerCallback):
-    """Gradients of what is not in the trainer's model start anew with every step."""
+    """What is not in the trainer's model has its gradients dropped with every step, too."""
 
     def __init__(self, module: nn.Module):
         self.module = module
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Drop them."""
+        """A step that was not taken (an overflow in float16) leaves some."""
+        self.module.zero_grad()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """They take no memory in what follows."""
         self.module.zero_grad()

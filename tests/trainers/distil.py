@@ -78,7 +78,10 @@ def main(output, kind, *options):
         model = make_spliced(teacher, started(config), "decomposition")
         trainer = FinetuningTrainer(model, FinetuningArguments(**arguments), **common)
     else:
-        arguments |= {"sparse_optimizer": kind == "sparse", "sparse_code_weight": float(kind == "coded")}
+        arguments |= {
+            "sparse_optimizer": kind == "sparse",
+            "sparse_code_weight": float(kind in ("coded", "sparse", "routed")),
+        }
         model = MxDModel(config)
         if "plain" in options:  # each process would start it from its own rows, and scale it by them
             model = started(config)

@@ -320,7 +320,11 @@ def test_arguments_refuse_nonsense(tmp_path, field, value):
 def test_gate_and_modulations_learn_at_their_own_rates(tiny_llama, tmp_path):
     model = decomposition()
     settings = arguments(
-        tmp_path, scale_activations=False, gate_learning_rate_factor=0.0, modulation_learning_rate_factor=4.0
+        tmp_path,
+        scale_activations=False,
+        sparse_code_weight=0.0,
+        gate_learning_rate_factor=0.0,
+        modulation_learning_rate_factor=4.0,
     )
     trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
     optimizer = trainer.create_optimizer()

@@ -20,7 +20,9 @@ def test_its_error_is_that_of_a_skip_transcoder_on_the_gate(tiny_llama, tmp_path
         torch.nn.init.normal_(parameter, std=0.3)
     x, y, mask = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
     mask[1, 3:] = False
-    (loss, rest), (first, second) = (part(model, 1, x, y, mask) for part in (trainer._losses, trainer._all_losses))
+    (loss, rest), (first, second) = (
+        part(model, 1, x, y, mask) for part in (trainer._losses, trainer._losses_with_code)
+    )
     values, indices = layer.encode(x)
     dense = torch.zeros(2, 5, 48).scatter(-1, indices, values)
     coded = dense @ code.decoder + x @ code.skip.weight.T + code.output_bias
@@ -73,6 +75,40 @@ def test_only_checkpoints_keep_it_and_in_a_file_beside(tiny_llama, tmp_path):
     assert (tmp_path / "checkpoint-10" / FILE_NAME).exists()
     assert not (tmp_path / "final" / FILE_NAME).exists()
     assert json.loads((tmp_path / "final" / "training_arguments.json").read_text())["sparse_code_weight"] == 1.0
+
+
+def test_a_second_training_starts_it_anew(tiny_llama, tmp_path):
+    settings = arguments(tmp_path, sparse_code_weight=1.0, max_steps=2)
+    trainer = DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=rows())
+    trainer.train()
+    assert trainer.codes.of_layer(1).decoder.any()
+    trainer._start()
+    assert not any(parameter.any() for parameter in trainer.codes.parameters())
+
+
+def test_transcoders_have_none(tiny_llama, tmp_path):
+    settings = arguments(tmp_path, sparse_code_weight=1.0, save_strategy="steps", save_steps=10)
+    trainer = DistillationTrainer(decomposition(method="transcoder"), tiny_llama, settings, train_dataset=rows())
+    trainer.train()
+    assert trainer.codes is None
+    assert not (tmp_path / "checkpoint-10" / FILE_NAME).exists()
+
+
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_training_is_refused(tiny_llama, tmp_path, sharding):
+    trainer = DistillationTrainer(decomposition(), tiny_llama, arguments(tmp_path), train_dataset=rows())
+    setattr(trainer, sharding, True)
+    with pytest.raises(ValueError, match="neither FSDP nor DeepSpeed trains a sparse code"):
+        trainer._make_codes()
+
+
+def test_a_checkpoint_with_it_is_not_resumed_without(tiny_llama, tmp_path):
+    changes = {"save_strategy": "steps", "save_steps": 5}
+    DistillationTrainer(decomposition(), tiny_llama, arguments(tmp_path, **changes), train_dataset=rows()).train()
+    settings = arguments(tmp_path, sparse_code_weight=0.0, max_steps=20)
+    trainer = DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=rows())
+    with pytest.raises(ValueError, match="was trained with a sparse code"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
 @pytest.mark.parametrize("damage", ["missing", "other"])

@@ -14,7 +14,12 @@ ARGUMENTS = {
     "use_cpu": True,
 }
 # A start far from the MLP and nothing but the error to learn: what a training then has to do is known.
-PLAIN = {"decoder_initialization": "zero", "modulation_initialization": "random", "expert_share": 0.0}
+PLAIN = {
+    "decoder_initialization": "zero",
+    "modulation_initialization": "random",
+    "expert_share": 0.0,
+    "sparse_code_weight": 0.0,
+}
 
 
 def rows(count=64, length=12, ragged=False):
