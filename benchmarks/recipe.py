@@ -7,9 +7,10 @@ layers' MLPs on `--tokens` of text; every point trains on the recording, in the 
 says, one thread each, `--jobs` at a time. Then all are measured on the same rows: of held-out documents of the corpus,
 or of the running interpreter's standard library, which is a kind of text that none was trained on. Differences of
 cross-entropy are paired per token, with 95 % intervals clustered by row of 256 tokens. What comes before the layer is
-computed once, and products are in bfloat16 for all, the untouched model included. Points already in the work folder are
-not trained again, nor measured again on as many tokens. Writes benchmarks/results/recipe.json, the tables in
-docs/recipe.md (the first of them in the README), docs/recipe.png, docs/recipe-every-k.png.
+computed once, and products are in bfloat16 for all, the untouched model included, where the processor has it. Points
+already in the work folder are not trained again, nor measured again on as many tokens. Writes
+benchmarks/results/recipe.json, the tables in docs/recipe.md (the first of them in the README), docs/recipe.png,
+docs/recipe-every-k.png.
 """
 
 import argparse
@@ -83,7 +84,8 @@ def train(options: argparse.Namespace, name: str) -> None:
     folder = options.work / "points" / name
     decomposition.save_pretrained(folder)
     tokens = int(point.passes * RecordedTeacher(recording).rows.numel())
-    made = {"seconds": seconds, "tokens": tokens, **asdict(point)}
+    where = {"machine": machine(1, "cpu"), "bf16": BFLOAT16}
+    made = {"seconds": seconds, "tokens": tokens, **where, **asdict(point)}
     (folder / "point.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
@@ -223,7 +225,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         if rows <= shown:
             del tables[title]  # nothing of its own was made
         shown |= rows
-    return {"machine": machine(options.threads, "cpu"), "tables": tables}
+    return {"tables": tables}
 
 
 def table(results: dict[str, Any], first: int | None = None) -> str:
@@ -242,7 +244,8 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
         "entropy",
         "rank",
     ]
-    lines: list[str] = [f"{results['machine']}.", ""]
+    machines = {row["machine"] for rows in results["tables"].values() for row in rows.values()}
+    lines: list[str] = [f"{'; '.join(sorted(machines))}.", ""]
     for title, rows in list(results["tables"].items())[:first]:
         lines += [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, row in rows.items():

@@ -15,7 +15,7 @@ EVERY_K = "Every K, one pass, no sparse code"
 EVERY_K_NOT_TRAINED_ON = "Every K, one pass, no sparse code, Python sources"
 KS = (16, 32, 64, 128, 256)
 BASELINE = {"learning_rate": 3e-3}  # what the command line gives a transcoder
-NO_CODE = {"sparse_code_weight": 0.0}
+CODE, NO_CODE = {"sparse_code_weight": 1.0}, {"sparse_code_weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Point:
 def _points() -> dict[str, dict[str, Point]]:
     """By table: name and point."""
     skip, transcoder = Point("skip_transcoder", training=BASELINE), Point("transcoder", training=BASELINE)
-    plain = Point(training=NO_CODE)
-    both = {"MxD": Point(), "skip transcoder": skip}
+    default, plain = Point(training=CODE), Point(training=NO_CODE)
+    both = {"MxD": default, "skip transcoder": skip}
     sparser = {name: replace(point, num_experts_per_tok=16) for name, point in both.items()}
     longer = {
         f"K = 32, {passes} passes": {
@@ -85,7 +85,7 @@ def _points() -> dict[str, dict[str, Point]]:
         "Sparse code": {
             f"MxD, {amount}, {what} sparse code": replace(point, passes=passes)
             for passes, amount in ((0.5, "half a pass"), (1, "one pass"))
-            for what, point in (("with its", Point()), ("no", plain))
+            for what, point in (("with its", default), ("no", plain))
         },
         "Shares, one pass, no sparse code": {
             "transcoder": transcoder,
