@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test quality format clean
 
-demo: .venv/installed  ## decompose the embedded model with the embedded text (under 4 minutes on 2 cores)
+demo: .venv/installed  ## decompose the embedded model with the embedded text (4 to 5 minutes on 2 cores)
 	$(BIN)/mxd decompose --output demo-output --overwrite
 
 test: .venv/installed-dev  ## the whole test suite

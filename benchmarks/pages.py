@@ -12,7 +12,8 @@ def machine(threads: int, device: str) -> str:
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     processor = names[0].partition(":")[2].strip() if names else platform.processor()
     name = torch.cuda.get_device_name() if device == "cuda" else processor
-    return f"{name}, {threads} thread{'s' if threads != 1 else ''}, PyTorch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
+    return f"{name}, {threads} thread{'s' if threads != 1 else ''}, {versions}"
 
 
 def between_marks(mark: str, text: str) -> str:
