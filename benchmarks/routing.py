@@ -30,8 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
-from evaluation_mxd.faithfulness import ZeroMLP
-from evaluation_mxd.forward import capture_with_logits, evaluating, next_token_logits
+from evaluation_mxd.forward import ZeroMLP, capture_with_logits, evaluating, next_token_logits
 from evaluation_mxd.metrics import ErrorSums, LogitSums
 from evaluation_mxd.paired import PairedDifference, half_width
 from modeling_mxd import MxDConfig, MxDLayer, MxDModel, SparseLayer, capture_mlps, spliced_mlps
