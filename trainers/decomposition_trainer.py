@@ -216,9 +216,13 @@ class DecompositionTrainer(HubPushes):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            scales = {str(layer): vars(value) for layer, value in self.scales.items()}
-            (folder / SCALES_NAME).write_text(json.dumps(scales, indent=2) + "\n")
+            self.save_beside(folder)
         super()._save_checkpoint(model, trial)
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """Write into a checkpoint's folder what a resumed training needs that stock does not keep."""
+        scales = {str(layer): vars(value) for layer, value in self.scales.items()}
+        (checkpoint / SCALES_NAME).write_text(json.dumps(scales, indent=2) + "\n")
 
 
 def _parameter_group(

@@ -96,8 +96,10 @@ class DistillationTrainer(DecompositionTrainer):
         self._restart_layer_losses()
 
     def _make_codes(self) -> SparseCodes | None:
+        if not self.args.sparse_code_weight:
+            return None
         codes = SparseCodes(self.model)
-        if not self.args.sparse_code_weight or not len(codes):
+        if not len(codes):
             return None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("neither FSDP nor DeepSpeed trains a sparse code: set sparse_code_weight to 0")
@@ -283,12 +285,11 @@ class DistillationTrainer(DecompositionTrainer):
         code = None if self.codes is None else self.codes.of_layer(layer)
         return super().trained_modules(layer) | ({} if code is None else {"sparse_code.": code})
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.codes is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.codes.save(folder)
-        super()._save_checkpoint(model, trial)
+    def save_beside(self, checkpoint: Path) -> None:
+        """As `DecompositionTrainer.save_beside`, and the sparse codes."""
+        super().save_beside(checkpoint)
+        if self.codes is not None:
+            self.codes.save(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
