@@ -38,7 +38,8 @@ def test_changes_equal_those_of_the_dense_vector(layer, changes, expected):
         y = layer(x)
     dense = expected(before, one_hot)
     torch.testing.assert_close(recorded[0].to_dense(12), dense)
-    torch.testing.assert_close(y, output_of_dense(layer, dense, x))
+    # Outputs are sums of products in the tens, which processors round differently.
+    torch.testing.assert_close(y, output_of_dense(layer, dense, x), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(layer(x), plain)
 
 
