@@ -10,7 +10,7 @@ cross-entropy are paired per token, with 95 % intervals clustered by row of 256 
 computed once, and products are in bfloat16 for all, the untouched model included, where the processor has it. Points
 already in the work folder are not trained again, nor measured again on as many tokens. Writes
 benchmarks/results/recipe.json, the tables in docs/recipe.md (the first of them in the README), docs/recipe.png,
-docs/recipe-every-k.png.
+docs/recipe-every-k.png. Rows of points that the work folder does not have stay as they were.
 """
 
 import argparse
@@ -206,26 +206,33 @@ def _measured_on(path: Path, tokens: int) -> bool:
     return path.exists() and json.loads(path.read_text())["asked"] >= tokens
 
 
-def collect(options: argparse.Namespace) -> dict[str, Any]:
-    """All points that are there, by table and name."""
+def collect(options: argparse.Namespace, earlier: dict[str, Any]) -> dict[str, Any]:
+    """All points that are there, by table and name; those that the work folder does not have, of earlier results."""
+    kept = {(row["text"], row["folder"]): row for rows in earlier["tables"].values() for row in rows.values()}
     tables: dict[str, dict[str, Any]] = {}
     shown: set[tuple[str, str]] = set()
     for title, points in TABLES.items():
-        tables[title] = {}
-        for name, point in points.items():
-            folder = options.work / "points" / folder_name(point)
-            file = measured_file(folder, text_of(title))
-            if file.exists():
-                made, measured = (json.loads(path.read_text()) for path in (folder / "point.json", file))
-                row = {**made, "folder": folder.name, "metrics": measured.pop("layer"), **measured}
-                if (folder / "ranks.json").exists():
-                    row["ranks"] = json.loads((folder / "ranks.json").read_text())
-                tables[title][name] = row
-        rows = {(text_of(title), row["folder"]) for row in tables[title].values()}
-        if rows <= shown:
-            del tables[title]  # nothing of its own was made
-        shown |= rows
+        kind = text_of(title)
+        found = {
+            name: _row(options.work / "points" / folder_name(point), kind) or kept.get((kind, folder_name(point)))
+            for name, point in points.items()
+        }
+        rows = {name: row for name, row in found.items() if row}
+        names = {(kind, row["folder"]) for row in rows.values()}
+        if not names <= shown:  # something of its own was made
+            tables[title] = rows
+        shown |= names
     return {"tables": tables}
+
+
+def _row(folder: Path, kind: str) -> dict[str, Any] | None:
+    """What there is of a point, if it was measured on this kind of text."""
+    files = {part: folder / f"{part}.json" for part in ("point", "ranks")} | {"measured": measured_file(folder, kind)}
+    parts = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+    if "measured" not in parts:
+        return None
+    row = {**parts["point"], "folder": folder.name, "text": kind, "metrics": parts["measured"].pop("layer")}
+    return row | parts["measured"] | ({"ranks": parts["ranks"]} if "ranks" in parts else {})
 
 
 def table(results: dict[str, Any], first: int | None = None) -> str:
@@ -325,13 +332,18 @@ def draw_every_k(results: dict[str, Any]) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (title, quantity, label) in zip(axes, panels, strict=True):
-        rows = list(results["tables"].get(title, {}).values())
-        for method, marker in (("transcoder", "^"), ("skip_transcoder", "s"), ("mxd", "o")):
-            of_method = [row for row in rows if row["method"] == method]
-            values = [row["metrics"]["nmse"] if quantity == "nmse" else row[quantity] for row in of_method]
-            halves = [half_width(row["rise_interval"]) for row in of_method] if quantity == "rise" else None
-            ks = [row["num_experts_per_tok"] for row in of_method]
-            axis.errorbar(ks, values, halves, marker=marker, capsize=2, label=method.replace("_", " "))
+        rows = results["tables"].get(title, {})
+        for series, marker in (
+            ("transcoder", "^"),
+            ("skip transcoder", "s"),
+            ("MxD", "o"),
+            ("MxD, no sparse code", "."),
+        ):
+            of_series = [rows[name] for k in KS if (name := f"{series}, K = {k}") in rows]
+            values = [row["metrics"]["nmse"] if quantity == "nmse" else row[quantity] for row in of_series]
+            halves = [half_width(row["rise_interval"]) for row in of_series] if quantity == "rise" else None
+            ks = [row["num_experts_per_tok"] for row in of_series]
+            axis.errorbar(ks, values, halves, marker=marker, capsize=2, label=series)
         axis.axhline(0, color="black", linestyle="--", linewidth=1)
         axis.set_xscale("log", base=2)
         axis.set_xticks(KS, [str(k) for k in KS])
@@ -372,7 +384,7 @@ def main() -> None:
     for kind, names in kinds.items():
         evaluate(options, kind, names)
     measure_ranks(options, asked)
-    results = collect(options)
+    results = collect(options, json.loads(RESULTS.read_text()))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results)
     draw_every_k(results)

@@ -11,9 +11,10 @@ SHARES = (0.0, 0.25, 0.6)
 RECORDINGS = {15: ("recording", 1.0), 5: ("others", 0.5), 25: ("others", 0.5)}
 CORPUS, PYTHON = "corpus", "python"
 NOT_TRAINED_ON = "Another kind of text than that of the training, Python sources"
-EVERY_K = "Every K, one pass, no sparse code"
-EVERY_K_NOT_TRAINED_ON = "Every K, one pass, no sparse code, Python sources"
+EVERY_K = "Every K, one pass"
+EVERY_K_NOT_TRAINED_ON = "Every K, one pass, Python sources"
 KS = (16, 32, 64, 128, 256)
+SEEDS = (0, 1, 2)
 BASELINE = {"learning_rate": 3e-3}  # what the command line gives a transcoder
 CODE, NO_CODE = {"sparse_code_weight": 1.0}, {"sparse_code_weight": 0.0}
 
@@ -41,13 +42,10 @@ def _points() -> dict[str, dict[str, Point]]:
     skip, transcoder = Point("skip_transcoder", training=BASELINE), Point("transcoder", training=BASELINE)
     default, plain = Point(training=CODE), Point(training=NO_CODE)
     both = {"MxD": default, "skip transcoder": skip}
+    variants = {"MxD": default, "MxD, no sparse code": plain, "skip transcoder": skip}
     sparser = {name: replace(point, num_experts_per_tok=16) for name, point in both.items()}
-    longer = {
-        f"K = 32, {passes} passes": {
-            name: replace(point, passes=passes) for name, point in {**both, "MxD, no sparse code": plain}.items()
-        }
-        for passes in PASSES
-    }
+    longer = {passes: {name: replace(point, passes=passes) for name, point in variants.items()} for passes in PASSES}
+    longest = {f"{name}, K = 32, {PASSES[-1]} passes": point for name, point in longer[PASSES[-1]].items()}
     shares = {f"MxD, {share}": Point(training={"expert_share": share} | NO_CODE) for share in SHARES}
     removed: dict[str, dict[str, Any]] = {
         "nothing removed": {},
@@ -62,26 +60,24 @@ def _points() -> dict[str, dict[str, Point]]:
     }
     every_k = {
         f"{name}, K = {k}": replace(point, num_experts_per_tok=k)
-        for name, point in (("transcoder", transcoder), ("skip transcoder", skip), ("MxD", plain))
+        for name, point in {"transcoder": transcoder, **variants}.items()
         for k in KS
     }
-    seeds = {}
-    for seed in (0, 1, 2):
-        seeds[f"MxD, seed {seed}"] = replace(plain, seed=seed)
-        seeds[f"skip transcoder, seed {seed}"] = replace(skip, seed=seed)
-    layers = {}
-    for layer in RECORDINGS:
-        passes = 0.5 / RECORDINGS[layer][1]
-        layers[f"MxD, layer {layer}"] = replace(plain, layer=layer, passes=passes)
-        layers[f"skip transcoder, layer {layer}"] = replace(skip, layer=layer, passes=passes)
+    seeds = {f"{name}, seed {seed}": replace(point, seed=seed) for name, point in variants.items() for seed in SEEDS}
+    layers = {
+        f"{name}, layer {layer}": replace(point, layer=layer, passes=0.5 / share)
+        for layer, (_, share) in RECORDINGS.items()
+        for name, point in variants.items()
+    }
     return {
         "K = 32, one pass": both,
         NOT_TRAINED_ON: {
             f"{name}, K = {point.num_experts_per_tok}": point for few in (both, sparser) for name, point in few.items()
-        },
-        "Layers, half a million tokens, no sparse code": layers,
+        }
+        | longest,
+        "Layers, half a million tokens": layers,
         "K = 16, one pass": sparser,
-        **longer,
+        **{f"K = 32, {passes} passes": points for passes, points in longer.items()},
         "Sparse code": {
             f"MxD, {amount}, {what} sparse code": replace(point, passes=passes)
             for passes, amount in ((0.5, "half a pass"), (1, "one pass"))
@@ -111,7 +107,7 @@ def _points() -> dict[str, dict[str, Point]]:
             name: Point(training=removed[name] | NO_CODE)
             for name in ("nothing removed", "Cᵀa from around 0", "no scaling")
         },
-        "Seeds, one pass, no sparse code": seeds,
+        "Seeds, one pass": seeds,
         EVERY_K: every_k,
         EVERY_K_NOT_TRAINED_ON: every_k,
     }

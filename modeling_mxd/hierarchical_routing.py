@@ -44,22 +44,19 @@ def _group_scores(x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor
     tokens, per_token = opened.shape
     groups = opened.reshape(-1)
     order = torch.argsort(groups, stable=True)
-    found, counts = torch.unique_consecutive(groups[order], return_counts=True)
+    found, counts = (part.tolist() for part in torch.unique_consecutive(groups[order], return_counts=True))
     by_group = x.new_empty(tokens * per_token, size)
-    start = 0
-    for group, count in zip(found.tolist(), counts.tolist(), strict=True):
-        rows, places = slice(group * size, (group + 1) * size), slice(start, start + count)
-        inputs, matrix = x.index_select(0, order[places] // per_token), weight[rows]
-        scores = by_group[places, : len(matrix)]
-        if bias is None:
+    matrices, biases = weight.split(size), None if bias is None else bias.split(size)
+    for group, rows, places in zip(found, (order // per_token).split(counts), by_group.split(counts), strict=True):
+        inputs, matrix = x.index_select(0, rows), matrices[group]
+        scores = places[:, : len(matrix)]
+        if len(matrix) < size:
+            places[:, len(matrix) :] = -torch.inf
+        if biases is None:
             torch.mm(inputs, matrix.T, out=scores)
         else:
-            torch.addmm(bias[rows], inputs, matrix.T, out=scores)
-        by_group[places, len(matrix) :] = -torch.inf
-        start += count
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    return by_group.index_select(0, place).view(tokens, per_token * size)
+            torch.addmm(biases[group], inputs, matrix.T, out=scores)
+    return torch.empty_like(by_group).index_copy_(0, order, by_group).view(tokens, per_token * size)
 
 
 @_routed_gate.register_fake

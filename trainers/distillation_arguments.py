@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from .decomposition_arguments import DecompositionArguments
 from .initialization import DECODER_STARTS, ENCODER_STARTS, GATE_STARTS, MODULATION_STARTS
+from .sparse_code import PARAMETERS as SPARSE_CODE_PARAMETERS
 
 LOSS_NORMALIZATIONS = ("squared_norm", "norm")
 # Transcoders do best at three times an MxD's rate.
@@ -95,7 +96,9 @@ class DistillationArguments(DecompositionArguments):
 
     def learning_rate_factor(self, parameter: str) -> float:
         """As `DecompositionArguments.learning_rate_factor`; a layer's sparse code's parameters begin with its name."""
-        return _SPARSE_CODE_RATE if parameter.startswith("sparse_code.") else super().learning_rate_factor(parameter)
+        if parameter.startswith(SPARSE_CODE_PARAMETERS):
+            return _SPARSE_CODE_RATE
+        return super().learning_rate_factor(parameter)
 
     def _check_sparse_optimizer(self) -> None:
         if self.max_grad_norm:

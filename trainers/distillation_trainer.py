@@ -8,7 +8,6 @@ wrapped, optimised, saved.
 
 import inspect
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .distillation_arguments import DistillationArguments
 from .initialization import check_encoder_start, initialize_decomposition
 from .router import fit_router, router_loss
 from .row_adamw import RowAdamW
-from .sparse_code import FILE_NAME as SPARSE_CODE_NAME
+from .sparse_code import PARAMETERS as SPARSE_CODE_PARAMETERS
 from .sparse_code import FreshGradients, SparseCodes
 
 # A router learns from one token in so many, for which every expert is scored.
@@ -95,13 +94,9 @@ class DistillationTrainer(DecompositionTrainer):
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
         self._restart_layer_losses()
 
-    def _make_codes(self) -> SparseCodes | None:
-        if not self.args.sparse_code_weight:
-            return None
-        codes = SparseCodes(self.model)
-        if not len(codes):
-            return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+    def _make_codes(self) -> SparseCodes:
+        codes = SparseCodes(self.model, wanted=self.args.sparse_code_weight > 0)
+        if len(codes) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("neither FSDP nor DeepSpeed trains a sparse code: set sparse_code_weight to 0")
         self.add_callback(FreshGradients(codes))
         return codes.to(self.args.device)
@@ -169,8 +164,8 @@ class DistillationTrainer(DecompositionTrainer):
         self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`_losses`, with the error of the layer's sparse code, if it has one, times its weight in the second."""
-        code = None if self.codes is None else self.codes.of_layer(layer)
-        if self.codes is None or code is None:
+        code = self.codes.of_layer(layer)
+        if code is None:
             return self._losses(model, layer, x, y, mask)
         with self.codes.reading(self.model):
             loss, rest = self._losses(model, layer, x, y, mask)
@@ -235,7 +230,7 @@ class DistillationTrainer(DecompositionTrainer):
             self.accelerator.backward((loss + rest + self._router_loss(layer, x, mask)) / len(layers))
             self._layer_losses[layer] = self._layer_losses[layer] + loss.detach()
             total += loss.detach() / len(layers)
-        if self.codes is not None and self.args.world_size > 1 and self.accelerator.sync_gradients:
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
             self.codes.average_gradients(self.args.world_size)
         return total
 
@@ -274,7 +269,7 @@ class DistillationTrainer(DecompositionTrainer):
             layer.sparse_gradients = self.args.sparse_optimizer
         try:
             # For all steps at once: with another hook at every step a compiled layer would be compiled anew.
-            with nullcontext() if self.codes is None else self.codes.reading(self.model):
+            with self.codes.reading(self.model):
                 return super().train(*args, **kwargs)
         finally:
             for layer in layers:
@@ -282,23 +277,17 @@ class DistillationTrainer(DecompositionTrainer):
 
     def trained_modules(self, layer: int) -> dict[str, nn.Module]:
         """The layer itself, and its sparse code."""
-        code = None if self.codes is None else self.codes.of_layer(layer)
-        return super().trained_modules(layer) | ({} if code is None else {"sparse_code.": code})
+        code = self.codes.of_layer(layer)
+        return super().trained_modules(layer) | ({} if code is None else {SPARSE_CODE_PARAMETERS: code})
 
     def save_beside(self, checkpoint: Path) -> None:
         """As `DecompositionTrainer.save_beside`, and the sparse codes."""
         super().save_beside(checkpoint)
-        if self.codes is not None:
-            self.codes.save(checkpoint)
+        self.codes.save(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.codes is not None:
-            self.codes.load(Path(resume_from_checkpoint))
-        elif (Path(resume_from_checkpoint) / SPARSE_CODE_NAME).is_file():
-            raise ValueError(
-                f"{resume_from_checkpoint} was trained with a sparse code: resume it with its sparse_code_weight"
-            )
+        self.codes.load(Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds every layer's own loss where there are several, as `layer_8/loss`."""
@@ -354,8 +343,7 @@ class DistillationTrainer(DecompositionTrainer):
                 self.args.scale_activations,
                 self.args.decoder_initialization,
             )
-            if self.codes is not None:
-                self.codes.restart()
+            self.codes.restart()
             for layer in self.model.config.layers:
                 if self.model.layer(layer).router is not None:
                     fit_router(self.model.layer(layer), calibrations[layer].inputs, seed=self.args.seed)

@@ -24,6 +24,8 @@ from modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel
 from modeling_mxd.functional import expert_sum
 
 FILE_NAME = "sparse_code.safetensors"
+PARAMETERS = "sparse_code."
+"""What the names of a layer's sparse code's parameters begin with among the trained ones."""
 
 
 class SparseCode(nn.Module):
@@ -53,12 +55,17 @@ class SparseCode(nn.Module):
 class SparseCodes(nn.ModuleDict):
     """The `SparseCode` of every MxD layer of a decomposition, by index in words; transcoders have none.
 
+    Args:
+        decomposition: whose gates they read.
+        wanted: if not, no layer has one.
+
     Attributes:
         coefficients: {layer: coefficients}, see `reading`.
     """
 
-    def __init__(self, decomposition: MxDModel):
-        configs = {index: decomposition.config.layer(index) for index in decomposition.config.layers}
+    def __init__(self, decomposition: MxDModel, wanted: bool = True):
+        layers = decomposition.config.layers if wanted else ()
+        configs = {index: decomposition.config.layer(index) for index in layers}
         super().__init__({str(index): SparseCode(c) for index, c in configs.items() if c.method == "mxd"})
         self.coefficients: dict[int, ExpertCoefficients] = {}
         self._reading = False
@@ -72,16 +79,22 @@ class SparseCodes(nn.ModuleDict):
         return code
 
     def save(self, checkpoint: Path) -> None:
-        """Write them into a checkpoint's folder."""
-        save_file(self.state_dict(), checkpoint / FILE_NAME)
+        """Write them into a checkpoint's folder, if there are any."""
+        if len(self):
+            save_file(self.state_dict(), checkpoint / FILE_NAME)
 
     def load(self, checkpoint: Path) -> None:
         """Read them back.
 
         Raises:
-            ValueError: when the checkpoint has none, or those of another decomposition.
+            ValueError: when the checkpoint has none where there are some, or the other way, or those of another
+                decomposition.
         """
         path = checkpoint / FILE_NAME
+        if path.is_file() and not len(self):
+            raise ValueError(f"{checkpoint} was trained with a sparse code: resume it with its sparse_code_weight")
+        if not len(self):
+            return
         if not path.is_file():
             raise ValueError(f"{checkpoint} has no {FILE_NAME}: it was trained with sparse_code_weight 0, resume it so")
         found, own = load_file(path), self.state_dict()
