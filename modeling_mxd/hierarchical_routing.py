@@ -43,20 +43,29 @@ def _group_scores(x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor
     """Pre-activations of the experts in every token's open groups, (T, M·size)."""
     tokens, per_token = opened.shape
     groups = opened.reshape(-1)
+    by_group = x.new_empty(tokens * per_token, size)
+    if tokens == 1:  # a step of generation: nothing is to be sorted or gathered
+        for group, places in zip(groups.tolist(), by_group.split(1), strict=True):
+            _score_group(x, weight, bias, group, places)
+        return by_group.view(1, per_token * size)
     order = torch.argsort(groups, stable=True)
     found, counts = (part.tolist() for part in torch.unique_consecutive(groups[order], return_counts=True))
-    by_group = x.new_empty(tokens * per_token, size)
-    matrices, biases = weight.split(size), None if bias is None else bias.split(size)
     for group, rows, places in zip(found, (order // per_token).split(counts), by_group.split(counts), strict=True):
-        inputs, matrix = x.index_select(0, rows), matrices[group]
-        scores = places[:, : len(matrix)]
-        if len(matrix) < size:
-            places[:, len(matrix) :] = -torch.inf
-        if biases is None:
-            torch.mm(inputs, matrix.T, out=scores)
-        else:
-            torch.addmm(biases[group], inputs, matrix.T, out=scores)
+        _score_group(x.index_select(0, rows), weight, bias, group, places)
     return torch.empty_like(by_group).index_copy_(0, order, by_group).view(tokens, per_token * size)
+
+
+def _score_group(x: Tensor, weight: Tensor, bias: Tensor | None, group: int, out: Tensor) -> None:
+    """Pre-activations of a group's experts into `out` (T, size), −∞ where the last group has none."""
+    experts = slice(group * out.shape[1], (group + 1) * out.shape[1])
+    matrix = weight[experts]
+    scores = out[:, : len(matrix)]
+    if bias is None:
+        torch.mm(x, matrix.T, out=scores)
+    else:
+        torch.addmm(bias[experts], x, matrix.T, out=scores)
+    if len(matrix) < out.shape[1]:
+        out[:, len(matrix) :] = -torch.inf
 
 
 @_routed_gate.register_fake

@@ -63,6 +63,13 @@ def test_any_leading_dimensions(shape):
     assert layer.open_groups(x).shape == (*shape, 2)
 
 
+def test_one_token_is_computed_as_among_others():
+    layer, x = routed_layer(), torch.randn(40, 16)
+    last = layer.config.num_expert_groups - 1  # is shorter
+    assert 0 < (layer.open_groups(x) == last).any(-1).sum() < 40
+    torch.testing.assert_close(torch.cat([layer(token[None]) for token in x]), layer(x))
+
+
 def test_chunks_change_nothing(monkeypatch):
     layer, x = routed_layer(), torch.randn(17, 16)
     whole = layer(x)
