@@ -134,9 +134,10 @@ def summary(results: dict[str, dict[str, Any]], times: dict[str, float]) -> str:
     def working(types: Any) -> str:
         return f"{sum(results[name]['works'] for name in types)} of {len(list(types))}"
 
+    others = [name for name in OTHER_TYPES if name not in CAUSAL_TYPES]  # those of both are built as causal ones
     return (
         f"transformers {transformers.__version__}: {working(CAUSAL_TYPES)} causal language models, "
-        f"{working(OTHER_TYPES)} other types and {working(VARIANTS)} variants work; {len(UNBUILDABLE)} causal types "
+        f"{working(others)} other types and {working(VARIANTS)} variants work; {len(UNBUILDABLE)} causal types "
         f"are not built.\n\nFinding the MLPs of a 32-layer model takes {times['find_mlps_milliseconds']:.1f} ms. "
         f"Verifying a splice takes "
         f"{times['verification_of_last_layer_in_forward_passes']:.2f} forward passes of {TOKENS} tokens for the last "

@@ -200,11 +200,15 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
 def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, how: dict[str, Any]) -> dict[str, Any]:
     """How a decomposition was made, for evaluation.json; `how` is what `run_training` gave."""
     arguments = trainer.args
-    starts = [f"{part}_initialization" for part in ("gate", "encoder", "decoder", "modulation")]
+    of_mxd = ("encoder_initialization", "decoder_initialization", "modulation_initialization")
     terms = ("expert_share", "expert_share_weight", "sparse_code_weight")
+    names = ("gate_initialization", *(of_mxd + terms if options.method == "mxd" else ()))
+    chosen = {name: getattr(arguments, name) for name in names}
+    if chosen.get("encoder_initialization") == "random":
+        chosen["decoder_initialization"] = "zero"  # the pretrained one reads the pretrained encoder's units
     return {
         **asked_for(options),
-        **{name: getattr(arguments, name) for name in (*starts, *terms)},
+        **chosen,
         **how,
         "model": trainer.model.config.base_model_name_or_path,
         "layers": trainer.model.config.layers,

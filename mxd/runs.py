@@ -116,7 +116,7 @@ def _ours(folder: Path) -> bool:
     config = folder / "config.json"
     if config.is_file():
         return bool(read_json(config).get("model_type") == MxDConfig.model_type)
-    return all(entry.name.startswith("checkpoint-") or entry.name == START_NAME for entry in folder.iterdir())
+    return (folder / START_NAME).is_file() or all(entry.name.startswith("checkpoint-") for entry in folder.iterdir())
 
 
 def load_decomposition(name: str) -> MxDModel:

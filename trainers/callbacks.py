@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -74,12 +75,13 @@ class InterruptCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.interrupted = False
+        self._signalled = False  # this process itself
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals inside the block; afterwards the handlers are as they were. Only the main thread
         can: elsewhere signals are left alone."""
-        self.interrupted = False
+        self.interrupted = self._signalled = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -91,13 +93,17 @@ class InterruptCallback(TrainerCallback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+        if self._signalled:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.interrupted = self._signalled = True
         logger.warning("interrupted: finishing this step and saving a checkpoint (interrupt again to stop at once)")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a checkpoint and for the end once a signal has come."""
+        """Ask for a checkpoint and for the end once a signal has come, to whichever process."""
+        if args.world_size > 1:
+            signalled = torch.tensor(float(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(signalled, torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(signalled)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
@@ -132,4 +138,6 @@ class RankCallback(TrainerCallback):
             logs[f"layer_{layer}/smallest_singular_value"] = float(ranks.smallest.mean())
             logs[f"layer_{layer}/zeros"] = ranks.share_of_zeros
         if logs:
+            due = control.should_log
             self.log(logs)
+            control.should_log = due  # logging has put it at False, and with it the loss that is due with this step

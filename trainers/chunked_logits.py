@@ -32,6 +32,7 @@ class LanguageModelHead:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.output: nn.Module | None = model.get_output_embeddings()
+        self.body: nn.Module = model.get_decoder()  # OPT calls this part of its base model, not the base model
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.vocabulary = 0
         self._probe()
@@ -42,7 +43,8 @@ class LanguageModelHead:
         whole = self.model(input_ids=ids, use_cache=False).logits
         self.vocabulary = whole.shape[-1]
         if self.output is not None:
-            made = self.logits(self.hidden(self.model, ids, None))
+            kept = self._kept(self.model, {"input_ids": ids, "use_cache": False})
+            made = self.logits(kept[0]) if kept else whole[:0]
             if made.shape != whole.shape or not torch.allclose(made.float(), whole.float(), rtol=1e-2, atol=1e-2):
                 self.output = None
 
@@ -54,19 +56,23 @@ class LanguageModelHead:
             input_ids: (batch, tokens).
             attention_mask: (batch, tokens), or None.
         """
-        kept: list[Tensor] = []
-
-        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            kept.append(output[0])
-
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.output is None:
             logits = run(**inputs).logits
             assert isinstance(logits, Tensor)
             return logits
-        with self.model.base_model.register_forward_hook(keep):
+        return self._kept(run, inputs)[0]
+
+    def _kept(self, run: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+        """What the body gave in a forward pass; nothing where the model goes past it."""
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            kept.append(output[0])
+
+        with self.body.register_forward_hook(keep):
             run(**inputs, logits_to_keep=1)
-        return kept[0]
+        return kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (…, vocabulary) of hidden states (…, hidden)."""

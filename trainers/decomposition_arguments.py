@@ -68,6 +68,10 @@ class DecompositionArguments(TrainingArguments):
             "GPT-2's sizes, for some 100 MB more of resident memory."
         },
     )
+    greater_is_better: bool | None = field(
+        default=False,
+        metadata={"help": "Of `metric_for_best_model`: no, all that the trainers report is an error or a loss."},
+    )
     hub_base_model: str | None = field(
         default=None, metadata={"help": "With push_to_hub: Hub id of the base model, if it was loaded from a folder."}
     )

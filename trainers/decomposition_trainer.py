@@ -64,6 +64,7 @@ class DecompositionTrainer(HubPushes):
             raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
         self.decomposition = decomposition
         super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
+        self._optimizer_was_given = self.optimizer is not None
         self.scales: dict[int, ActivationScales] = {}
         # `compute_loss` divides by `num_items_in_batch`, the tokens of all micro-batches of a step.
         self.model_accepts_loss_kwargs = True
@@ -93,6 +94,11 @@ class DecompositionTrainer(HubPushes):
         count = torch.stack([self.counted(batch).sum().to(device) for batch in batch_samples]).sum()
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
+    def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
+        # Stock counts the elements of the model's own main input, which is in no batch here.
+        if self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(self.counted(inputs).sum()).sum())
+
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
@@ -117,6 +123,8 @@ class DecompositionTrainer(HubPushes):
                 self.measure_experts()
                 return TrainOutput(state.global_step, math.nan, {})
         else:
+            if not self._optimizer_was_given:
+                self.optimizer = self.lr_scheduler = None  # those of an earlier training
             self._start()
         self._use_token_progress()
         keep = self.args.keep_freed_memory and self.args.device.type == "cpu"
@@ -181,9 +189,12 @@ class DecompositionTrainer(HubPushes):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per learning rate: see `initialization.parameter_scales` and the arguments' factors for gate and
-        modulations. Weight decay as in `args`."""
+        modulations. Weight decay as in `args`, of all parameters."""
         if self.optimizer is None:
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.decomposition)
+            optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, self.decomposition
+            )
+            kwargs = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay, **kwargs}
             # The plain group first, since its rate is the one that is logged.
             groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): []}
             for layer in self.decomposition.config.layers:
@@ -196,7 +207,6 @@ class DecompositionTrainer(HubPushes):
                             groups.setdefault((scales[name], factor), []).append(parameter)
             self.optimizer = optimizer_class(
                 [_parameter_group(parameters, *key, kwargs) for key, parameters in groups.items() if parameters],
-                weight_decay=self.args.weight_decay,
                 **kwargs,
             )
         return self.optimizer
@@ -205,6 +215,8 @@ class DecompositionTrainer(HubPushes):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Stock pickles its arguments beside the weights; a decomposition's folder holds nothing to unpickle.
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
@@ -229,6 +241,7 @@ def _parameter_group(
     parameters: list[nn.Parameter], scale: float, factor: float, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     group: dict[str, Any] = {"params": parameters, "lr": kwargs["lr"] * scale * factor}
+    group["weight_decay"] = kwargs["weight_decay"] / scale  # it is multiplied by the rate
     if "eps" in kwargs:
         group["eps"] = kwargs["eps"] / scale
     return group

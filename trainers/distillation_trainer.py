@@ -22,7 +22,7 @@ from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
 from .initialization import check_encoder_start, initialize_decomposition
-from .router import fit_router, router_loss
+from .router import router_loss
 from .row_adamw import RowAdamW
 from .sparse_code import PARAMETERS as SPARSE_CODE_PARAMETERS
 from .sparse_code import FreshGradients, SparseCodes
@@ -91,7 +91,11 @@ class DistillationTrainer(DecompositionTrainer):
             **kwargs,
         )
         self.codes = self._make_codes()
-        self.teacher = teacher.eval().requires_grad_(False).to(args.device)
+        if len(self.codes) and self._optimizer_was_given:
+            raise ValueError("an optimizer of your own does not step the sparse codes: set sparse_code_weight to 0")
+        self.teacher = teacher.eval().requires_grad_(False)
+        if getattr(teacher, "hf_device_map", None) is None:  # else accelerate has placed it
+            self.teacher.to(args.device)
         self._restart_layer_losses()
 
     def _make_codes(self) -> SparseCodes:
@@ -111,7 +115,9 @@ class DistillationTrainer(DecompositionTrainer):
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """{layer: (x, y)} of the teacher's MLPs for a batch; x (batch, tokens, I), y (batch, tokens, O)."""
         given: dict[str, Any] = {**inputs, **self.model.config.where}
-        return capture_mlps(self.teacher, self.model.config.layers, **given)
+        captured = capture_mlps(self.teacher, self.model.config.layers, **given)
+        device = self.args.device
+        return {layer: (x.to(device), y.to(device)) for layer, (x, y) in captured.items()}
 
     def counted(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Which positions the loss is of, (batch, tokens) bool. What is no text, and what a layer meets several times,
@@ -295,7 +301,7 @@ class DistillationTrainer(DecompositionTrainer):
         steps = 0 if self._layer_losses_since is None else step - self._layer_losses_since
         if "loss" in logs and len(self._layer_losses) > 1 and steps > 0:
             for layer, total in self._layer_losses.items():
-                logs[f"layer_{layer}/loss"] = float(total) / steps
+                logs[f"layer_{layer}/loss"] = float(self.accelerator.reduce(total, "mean")) / steps
         if "loss" in logs:
             self._restart_layer_losses(step)
         super().log(logs, *args, **kwargs)
@@ -342,11 +348,9 @@ class DistillationTrainer(DecompositionTrainer):
                 self.args.modulation_initialization,
                 self.args.scale_activations,
                 self.args.decoder_initialization,
+                self.args.seed,
             )
             self.codes.restart()
-            for layer in self.model.config.layers:
-                if self.model.layer(layer).router is not None:
-                    fit_router(self.model.layer(layer), calibrations[layer].inputs, seed=self.args.seed)
 
 
 def _at_least(squared_norm: Tensor, minimum: float) -> Tensor:
@@ -354,7 +358,9 @@ def _at_least(squared_norm: Tensor, minimum: float) -> Tensor:
 
 
 def normalised_errors(prediction: EvalPrediction) -> dict[str, float]:
-    """NMSE of every layer over all rows: sums divided once. From `prediction_step`'s rows."""
+    """NMSE of every layer over all rows: sums divided once; their mean is the loss too, by which stock chooses the
+    best checkpoint. From `prediction_step`'s rows."""
     sums, tokens = torch.as_tensor(prediction.predictions).double(), torch.as_tensor(prediction.label_ids).double()
     errors = sums.reshape(len(tokens), -1).sum(0) / tokens.sum()
-    return {f"nmse_{column}": float(error) for column, error in enumerate(errors)} | {"nmse": float(errors.mean())}
+    mean = float(errors.mean())
+    return {f"nmse_{column}": float(error) for column, error in enumerate(errors)} | {"nmse": mean, "loss": mean}

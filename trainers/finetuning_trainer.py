@@ -7,6 +7,7 @@ that they do not gain on the prediction what they lose on the MLPs that they sta
 spliced language model, of which only the decomposition is trained and saved.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from .chunked_logits import LanguageModelHead, chunked_sum
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_trainer import DistillationTrainer
 from .finetuning_arguments import FinetuningArguments
+
+logger = logging.getLogger(__name__)
 
 
 class FinetuningTrainer(DecompositionTrainer):
@@ -69,6 +72,8 @@ class FinetuningTrainer(DecompositionTrainer):
             if id(parameter) not in trained:
                 parameter.requires_grad_(False)
         decomposition.float()
+        if any(decomposition.layer(layer).router is not None for layer in decomposition.config.layers):
+            logger.warning("a router is not trained here, and lags behind its gate: fit it anew with fit_routers")
         super().__init__(
             model, decomposition, args, compute_metrics=compute_metrics or self.prediction_losses, **kwargs
         )
@@ -190,8 +195,12 @@ class FinetuningTrainer(DecompositionTrainer):
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """Eval mode, but for the layers that checkpoint their activations, which they do in training mode alone."""
+    """Eval mode, but for the layers that checkpoint their activations, which they do in training mode alone. The rates
+    that those read themselves (OPT: `F.dropout(x, self.dropout, self.training)`) are set to 0."""
     model.eval()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from evaluation_mxd.masks import activation_mask
 from modeling_mxd import Capture, MLPSite, MxDLayer, MxDLayerConfig, MxDModel, SparseLayer, find_mlp
 
+from .router import fit_router
+
 GATE_STARTS = ("data", "random", "keep")
 ENCODER_STARTS = ("pretrained", "random")
 DECODER_STARTS = ("pretrained", "zero")
@@ -230,13 +232,17 @@ def initialize_decomposition(
     modulation_start: str = "random",
     scale_activations: bool = True,
     decoder_start: str = "zero",
+    seed: int = 0,
 ) -> None:
-    """Start every layer: see `initialize_layer`, `start_encoder_from_pretrained` and `start_modulation_at_unit`.
+    """Start every layer: see `initialize_layer`, `fit_router`, which draws with `seed`,
+    `start_encoder_from_pretrained` and `start_modulation_at_unit`.
     Transcoders have neither encoder nor modulations and ignore those; a decoder starts from the pretrained one only
     where the encoder does, whose units it reads."""
     for index in decomposition.config.layers:
         layer = decomposition.layer(index)
         initialize_layer(layer, calibrations[index], gate_start, scale_activations)
+        if layer.router is not None:
+            fit_router(layer, calibrations[index].inputs, seed=seed)  # it decides which experts are active
         if not isinstance(layer, MxDLayer):
             continue
         if encoder_start == "pretrained":

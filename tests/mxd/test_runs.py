@@ -8,7 +8,7 @@ import pytest
 from commands import interrupted
 
 from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
-from mxd.runs import START_NAME, Interrupted
+from mxd.runs import START_NAME, Interrupted, check_output
 
 TRAINING = {"learning_rate": 0.01, "disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
 
@@ -79,6 +79,30 @@ def test_a_run_is_resumed_elsewhere_and_with_other_evaluation(halved, tmp_path):
     assert made["tokens_trained"] == 4096
     assert "seconds" not in made  # of the steps before the interrupt nobody knows them
     assert not (folder / START_NAME).exists() and not list(folder.glob("checkpoint-*"))
+
+
+def test_an_interrupted_run_is_overwritten_with_what_trackers_wrote_beside(halved, tmp_path):
+    folder = shutil.copytree(halved, tmp_path / "run")
+    (folder / "runs").mkdir()
+    assert check_output(str(folder), overwrite=True, resume=False) == folder
+    (folder / START_NAME).unlink()
+    with pytest.raises(ValueError, match="holds no decomposition"):
+        check_output(str(folder), overwrite=True, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "decoder"),
+    [
+        ({}, "pretrained"),
+        ({"training": {**TRAINING, "encoder_initialization": "random"}}, "zero"),
+        ({"method": "transcoder"}, None),
+    ],
+)
+def test_what_is_said_of_the_start_is_what_happened(tmp_path, changes, decoder):
+    results = decompose(options(tmp_path / "made", tokens=1024, **changes))
+    said = results["settings"]["training"]
+    assert said.get("decoder_initialization") == decoder
+    assert ("sparse_code_weight" in said) == ("encoder_initialization" in said) == (decoder is not None)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
-"""A real training on a tiny model in a process of its own: `python distil.py OUTPUT KIND [kill=STEP] [resume] [plain]`;
-plain: SGD, rows in their order, and a step of 8 rows in one process or in two.
+"""A real training on a tiny model in a process of its own:
+`python distil.py OUTPUT KIND [kill=STEP] [interrupt=STEP] [resume] [plain]`.
+
+kill, interrupt: the last of the processes; plain: SGD, rows in their order, and a step of 8 rows in one process or in
+two.
 
 KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `sparse` (rows, and
 the optimiser that follows the experts that fired), `routed` (rows, hierarchical routing), `coded` (rows, a sparse code
@@ -18,13 +21,14 @@ from modeling_mxd import MxDConfig, MxDModel, make_spliced
 from trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer
 
 
-class Kill(TrainerCallback):
-    def __init__(self, step):
+class Signal(TrainerCallback):
+    def __init__(self, number, step):
+        self.number = number
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == self.step and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), self.number)
 
 
 def started(config):
@@ -72,7 +76,9 @@ def main(output, kind, *options):
             "optim": "sgd",
             "train_sampling_strategy": "sequential",
         }
-    callbacks = [Kill(int(option.removeprefix("kill="))) for option in options if option.startswith("kill=")]
+    signals = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}
+    asked = [option.split("=") for option in options if "=" in option]
+    callbacks = [Signal(signals[what], int(step)) for what, step in asked]
     common = {"train_dataset": rows, "callbacks": callbacks}
     if kind == "finetuning":
         model = make_spliced(teacher, started(config), "decomposition")

@@ -8,6 +8,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from trainers import FinetuningTrainer
@@ -109,12 +111,18 @@ def gemma2():
     return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=1.5)), True
 
 
+def opt():
+    """It calls the decoder of its base model, not the base model."""
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2}
+    return OPTForCausalLM(OPTConfig(vocab_size=48, num_attention_heads=2, init_std=0.5, **sizes)), True
+
+
 def granite():
     """Its logits are divided by a constant, which the head does not know of."""
     return GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)), False
 
 
-@pytest.mark.parametrize("make", [gpt2, gemma2, granite])
+@pytest.mark.parametrize("make", [gpt2, gemma2, opt, granite])
 def test_logits_of_the_hidden_states_are_the_models(make):
     model, splits = make()
     model = model.eval().requires_grad_(False)
@@ -126,4 +134,4 @@ def test_logits_of_the_hidden_states_are_the_models(make):
     torch.testing.assert_close(head.logits(hidden), model(input_ids=ids, attention_mask=mask).logits)
     assert hidden.shape[-1] == (16 if splits else 48)
     assert head.vocabulary == 48
-    assert not model._forward_hooks and not model.base_model._forward_hooks
+    assert not any(module._forward_hooks for module in model.modules())

@@ -3,6 +3,7 @@ import torch
 
 from modeling_mxd import MxDConfig, MxDModel, capture_mlps, find_mlp, make_layer
 from modeling_mxd.configuration_mxd import MxDLayerConfig
+from trainers.decomposition_trainer import _parameter_group
 from trainers.initialization import (
     ActivationScales,
     calibrate,
@@ -125,11 +126,13 @@ def test_unit_modulation_starts_around_one(tiny_llama, calibrations):
     assert summed.mean().item() == pytest.approx(1, rel=0.1)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("method", ["mxd", "transcoder", "skip_transcoder"])
-def test_scaled_learning_rates_equal_training_on_scaled_activations(method):
+def test_scaled_learning_rates_equal_training_on_scaled_activations(method, decay):
     """Adam on (x, y) with scaled rates is Adam on (x / s_x, (y − μ) / s_y) with s_x, s_y and μ folded in after."""
     sizes = MxDLayerConfig(6, 5, 9, 12, 3, "silu", "glu", method)
     scales, mean = ActivationScales(input_scale=0.2, output_scale=30.0), torch.randn(5, dtype=torch.float64)
+    mean *= not decay  # what is folded into b decays with it
     plain, raw = make_layer(sizes).double(), make_layer(sizes).double()
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter)
@@ -141,12 +144,12 @@ def test_scaled_learning_rates_equal_training_on_scaled_activations(method):
     x, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 5, dtype=torch.float64)
     x_raw, y_raw = x * scales.input_scale, y * scales.output_scale + mean
     groups = [
-        {"params": [parameter], "lr": 1e-2 * factors[name], "eps": 1e-8 / factors[name]}
+        _parameter_group([parameter], factors[name], 1.0, {"lr": 1e-2, "eps": 1e-8, "weight_decay": decay})
         for name, parameter in raw.named_parameters()
     ]
     for layer, optimizer, inputs, targets, unit in (
-        (plain, torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-8, weight_decay=0), x, y, 1.0),
-        (raw, torch.optim.AdamW(groups, weight_decay=0), x_raw, y_raw, scales.output_scale),
+        (plain, torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-8, weight_decay=decay), x, y, 1.0),
+        (raw, torch.optim.AdamW(groups), x_raw, y_raw, scales.output_scale),
     ):
         for _ in range(20):
             optimizer.zero_grad()

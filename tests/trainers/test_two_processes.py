@@ -8,7 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainers import last_complete_checkpoint
+
 SCRIPT = str(Path(__file__).with_name("distil.py"))
+
+
+TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
 
 
 def trained(folder, kind, *launcher):
@@ -20,9 +25,16 @@ def trained(folder, kind, *launcher):
 @pytest.mark.parametrize("kind", ["finetuning", "coded"])
 def test_two_processes_learn_what_one_does(tmp_path, kind):
     one = trained(tmp_path / "one", kind, sys.executable)
-    two = trained(tmp_path / "two", kind, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    two = trained(tmp_path / "two", kind, *TWO)
     assert one.keys() == two.keys()
     assert (kind == "coded") == ("0.decoder" in one)
     for name, value in one.items():
         if "expert_" not in name:  # measured by each process on its own rows, as the activations' scales are
             torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_an_interrupt_of_one_process_ends_both_after_the_same_step(tmp_path):
+    command = [*TWO, SCRIPT, str(tmp_path), "rows", "plain", "interrupt=3"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")

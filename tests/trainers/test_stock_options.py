@@ -1,0 +1,134 @@
+"""What options of the stock Trainer do in ours."""
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from test_distillation_trainer import arguments, decomposition
+from trainer_cases import rows
+from transformers import OPTConfig, OPTForCausalLM, TrainingArguments
+
+from modeling_mxd import MxDConfig, MxDModel, make_spliced
+from trainers import DistillationTrainer, FinetuningArguments, FinetuningTrainer
+
+
+def trainer_of(model, teacher, folder, optimizers=(None, None), optimizer_cls_and_kwargs=None, **changes):
+    return DistillationTrainer(
+        model,
+        teacher,
+        arguments(folder, **changes),
+        train_dataset=rows(),
+        eval_dataset=rows(16),
+        optimizers=optimizers,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+    )
+
+
+@pytest.mark.parametrize("metric", [None, "nmse"])
+def test_the_best_checkpoint_is_the_one_of_least_error(tiny_llama, tmp_path, metric):
+    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.5}
+    trainer = trainer_of(
+        decomposition(layers=(0, 1)),
+        tiny_llama,
+        tmp_path,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        **steps,
+    )
+    trainer.train()
+    errors = [entry["eval_nmse"] for entry in trainer.state.log_history if "eval_nmse" in entry]
+    assert len(set(errors)) == 5
+    assert trainer.state.best_metric == min(errors)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(errors))
+
+
+def test_only_the_process_that_saves_writes(tiny_llama, tmp_path, monkeypatch):
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path)
+    monkeypatch.setattr(TrainingArguments, "should_save", False)
+    trainer.save_model(str(tmp_path / "other"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_logged_ranks_leave_the_loss_in_the_log(tiny_llama, tmp_path):
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, rank_logging_steps=2, logging_steps=2)
+    trainer.train()
+    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [2, 4, 6, 8, 10]
+
+
+def test_a_routed_layer_starts_at_unit_modulation_with_its_fitted_router(tiny_llama, tmp_path):
+    model = decomposition(num_experts=240, num_expert_groups=24, num_groups_per_tok=2)
+    trainer = trainer_of(model, tiny_llama, tmp_path, calibration_tokens=800)
+    trainer._start()
+    layer = model.layer(1)
+    x = torch.cat([trainer.capture(batch)[1][0].flatten(0, 1) for batch in trainer._training_batches()])
+    assert layer.sum_experts(layer.encode(x)).mean().item() == pytest.approx(1, rel=0.1)
+
+
+def test_tokens_seen_are_counted(tiny_llama, tmp_path):
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, include_num_input_tokens_seen="all", max_steps=3)
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == 3 * 8 * 12
+
+
+def test_a_second_training_has_an_optimizer_of_its_own(tiny_llama, tmp_path):
+    model = decomposition()
+    trainer = trainer_of(model, tiny_llama, tmp_path, save_strategy="no")
+    trainer.train()
+    trainer.train()
+    parameters = {parameter for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert {int(trainer.optimizer.state[parameter]["step"]) for parameter in parameters} == {10}
+
+
+def test_a_chosen_optimizer_trains(tiny_llama, tmp_path):
+    model = decomposition()
+    chosen = (torch.optim.SGD, {"momentum": 0.5})
+    trainer = trainer_of(model, tiny_llama, tmp_path, optimizer_cls_and_kwargs=chosen, learning_rate=0.01)
+    trainer.train()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+    assert len(optimizer.state) == len(list(model.parameters())) + len(list(trainer.codes.parameters()))
+
+
+def test_a_given_optimizer_is_refused_where_a_sparse_code_would_not_learn(tiny_llama, tmp_path):
+    model = decomposition()
+    given = (torch.optim.SGD(model.parameters(), lr=0.01), None)
+    with pytest.raises(ValueError, match="sparse_code_weight"):
+        trainer_of(model, tiny_llama, tmp_path, optimizers=given)
+    trainer = trainer_of(model, tiny_llama, tmp_path, optimizers=given, sparse_code_weight=0.0)
+    trainer.train()
+    assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is given[0]
+
+
+def test_a_teacher_that_accelerate_has_placed(tiny_llama, tmp_path):
+    batch = {"input_ids": torch.randint(0, 64, (2, 12))}
+    expected = trainer_of(decomposition(), tiny_llama, tmp_path).capture(batch)[1]
+    names = [name for name, _ in tiny_llama.model.named_children() if name != "layers"]
+    places = {f"model.{name}": "cpu" for name in names} | {"lm_head": "cpu"}
+    places |= {f"model.layers.{layer}": "disk" for layer in range(len(tiny_llama.model.layers))}
+    dispatch_model(tiny_llama, places, main_device="cpu", offload_dir=str(tmp_path / "offloaded"))
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, encoder_initialization="random", max_steps=2)
+    for found, wanted in zip(trainer.capture(batch)[1], expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    trainer.train()
+
+
+def test_checkpointed_layers_have_no_dropout(tmp_path):
+    base = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64, hidden_size=16, ffn_dim=40, num_hidden_layers=3, num_attention_heads=2,
+            word_embed_proj_dim=16, max_position_embeddings=32, dropout=0.5, attention_dropout=0.5,
+        )
+    )  # fmt: skip
+    config = MxDConfig(
+        layers=[1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4, hidden_act="relu"
+    )
+    model = make_spliced(base, MxDModel(config), "decomposition")
+    settings = FinetuningArguments(
+        output_dir=str(tmp_path), gradient_checkpointing=True, use_cpu=True, nmse_weight=0.0, max_steps=1
+    )
+    trainer = FinetuningTrainer(model, settings, train_dataset=rows(8))
+    model.gradient_checkpointing_enable()
+    batch = {"input_ids": torch.randint(0, 64, (2, 12))}
+    first, second = (trainer.compute_loss(model, batch) for _ in range(2))
+    assert first.requires_grad and torch.equal(first, second)
