@@ -28,9 +28,12 @@ from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
 from .packing import CausalCollator
+from .router import router_loss
 
 logger = logging.getLogger(__name__)
 
+# A router learns from one token in so many, for which every expert is scored.
+ROUTER_TOKENS = 16
 SCALES_NAME = "activation_scales.json"
 ARGUMENTS_NAME = "training_arguments.json"
 # Folders of this machine, and what only it needs: the file is pushed along with `push_to_hub=True`.
@@ -62,6 +65,9 @@ class DecompositionTrainer(HubPushes):
     ):
         if args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
+        for layer in decomposition.config.layers:
+            if decomposition.layer(layer).router is not None and args.world_size > 1:
+                raise ValueError(f"layer {layer} has a router, which trains in one process, not in {args.world_size}")
         self.decomposition = decomposition
         super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
         self._optimizer_was_given = self.optimizer is not None
@@ -210,6 +216,14 @@ class DecompositionTrainer(HubPushes):
                 **kwargs,
             )
         return self.optimizer
+
+    def router_loss(self, layer: int, x: Tensor, mask: Tensor) -> Tensor | float:
+        """`router.router_loss` of a part of the tokens that count, since it takes the exact gate; 0 for a layer without
+        a router. Nothing else learns from it."""
+        module = self.decomposition.layer(layer)
+        if module.router is None:
+            return 0.0
+        return router_loss(module, x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
 
     # Saving
 

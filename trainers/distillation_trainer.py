@@ -22,13 +22,9 @@ from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
 from .initialization import check_encoder_start, initialize_decomposition
-from .router import router_loss
 from .row_adamw import RowAdamW
 from .sparse_code import PARAMETERS as SPARSE_CODE_PARAMETERS
 from .sparse_code import FreshGradients, SparseCodes
-
-# A router learns from one token in so many, for which every expert is scored.
-ROUTER_TOKENS = 16
 
 
 class DistillationTrainer(DecompositionTrainer):
@@ -75,10 +71,6 @@ class DistillationTrainer(DecompositionTrainer):
             site.check_fits(model.config.layer(site.layer))
             if starts and model.config.method == "mxd":
                 check_encoder_start(model.config.layer(site.layer), site)
-            if model.config.layer(site.layer).num_expert_groups is not None and args.world_size > 1:
-                raise ValueError(
-                    f"layer {site.layer} has a router, which trains in one process, not in {args.world_size}"
-                )
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
         super().__init__(
@@ -233,20 +225,12 @@ class DistillationTrainer(DecompositionTrainer):
             with self.compute_loss_context_manager():
                 sums = self._losses_with_code(model, layer, x, y, mask)
                 loss, rest = (part / tokens * self.args.world_size for part in sums)
-            self.accelerator.backward((loss + rest + self._router_loss(layer, x, mask)) / len(layers))
+            self.accelerator.backward((loss + rest + self.router_loss(layer, x, mask)) / len(layers))
             self._layer_losses[layer] = self._layer_losses[layer] + loss.detach()
             total += loss.detach() / len(layers)
         if self.args.world_size > 1 and self.accelerator.sync_gradients:
             self.codes.average_gradients(self.args.world_size)
         return total
-
-    def _router_loss(self, layer: int, x: Tensor, mask: Tensor) -> Tensor | float:
-        """`router.router_loss` of a part of the tokens that count, since it takes the exact gate; nothing else learns
-        from it."""
-        module = self.model.layer(layer)
-        if module.router is None:
-            return 0.0
-        return router_loss(module, x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         # Stock clips to infinity for it, which reads and writes every gradient at every step.

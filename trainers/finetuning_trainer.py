@@ -7,7 +7,6 @@ that they do not gain on the prediction what they lose on the MLPs that they sta
 spliced language model, of which only the decomposition is trained and saved.
 """
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +24,6 @@ from .chunked_logits import LanguageModelHead, chunked_sum
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_trainer import DistillationTrainer
 from .finetuning_arguments import FinetuningArguments
-
-logger = logging.getLogger(__name__)
 
 
 class FinetuningTrainer(DecompositionTrainer):
@@ -72,8 +69,6 @@ class FinetuningTrainer(DecompositionTrainer):
             if id(parameter) not in trained:
                 parameter.requires_grad_(False)
         decomposition.float()
-        if any(decomposition.layer(layer).router is not None for layer in decomposition.config.layers):
-            logger.warning("a router is not trained here, and lags behind its gate: fit it anew with fit_routers")
         super().__init__(
             model, decomposition, args, compute_metrics=compute_metrics or self.prediction_losses, **kwargs
         )
@@ -125,7 +120,8 @@ class FinetuningTrainer(DecompositionTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean over the counted predictions of the loss, plus `nmse_weight` times the layers' mean error."""
+        """Mean over the counted predictions of the loss, plus `nmse_weight` times the layers' mean error, plus the loss
+        of routers where there are some."""
         _without_dropout(self.model)
         ids, attention_mask = batch = right_padded(inputs, self.args.device)
         counted = next_token_mask(token_mask(ids, attention_mask))
@@ -136,10 +132,12 @@ class FinetuningTrainer(DecompositionTrainer):
             loss = chunked_sum(self._kl_of_hidden, self.head.chunk, hidden, reference)
         else:
             loss = chunked_sum(self._cross_entropy_of_hidden, self.head.chunk, hidden, ids[:, 1:][counted])
-        if self.args.nmse_weight:
-            loss = loss + self.args.nmse_weight * self._layer_errors(batch, counted)
+        routers: Tensor | float = 0.0
+        if self.args.nmse_weight or self._has_routers:
+            errors, routers = self._layer_losses(batch, counted)
+            loss = loss + self.args.nmse_weight * errors
         # DDP averages gradients over processes; the sum over all tokens is wanted.
-        loss = loss / predictions * self.args.world_size
+        loss = loss / predictions * self.args.world_size + routers
         return (loss, {}) if return_outputs else loss
 
     @torch.no_grad()
@@ -148,19 +146,26 @@ class FinetuningTrainer(DecompositionTrainer):
         with self.model.untouched():
             return self.head.hidden(self.model, *batch)[:, :-1]
 
-    def _layer_errors(self, batch: Batch, counted: Tensor) -> Tensor:
+    @property
+    def _has_routers(self) -> bool:
+        config = self.decomposition.config
+        return any(config.layer(layer).num_expert_groups is not None for layer in config.layers)
+
+    def _layer_losses(self, batch: Batch, counted: Tensor) -> tuple[Tensor, Tensor | float]:
         """Mean over layers of the sum of the counted positions' ‖ŷ − y‖² / ‖y‖², on the untouched model's activations,
-        as faithfulness is measured."""
+        as faithfulness is measured; and of the routers' losses, which keep them up with their gates."""
         ids, attention_mask = batch
         inputs = {"input_ids": ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
         mask = F.pad(counted, (0, 1))  # (batch, tokens): no prediction counts at the last position
+        captured = self.capture(inputs)
         errors = [
             DistillationTrainer.distillation_loss(
                 self.decomposition.layer(layer)(x), y, mask, minimum_squared_norm=self.least_norm(layer)
             )
-            for layer, (x, y) in self.capture(inputs).items()
+            for layer, (x, y) in captured.items()
         ]
-        return torch.stack(errors).mean()
+        routers = sum(self.router_loss(layer, x, mask) for layer, (x, _) in captured.items()) / len(captured)
+        return torch.stack(errors).mean(), routers
 
     def _kl_of_hidden(self, hidden: Tensor, reference: Tensor) -> Tensor:
         return self.kl_loss(self.head.logits(hidden), self.head.logits(reference))

@@ -379,7 +379,8 @@ ROUTED = {"num_expert_groups": 6, "num_groups_per_tok": 2}
 def test_a_router_trains_jointly_and_only_from_its_own_loss(tiny_llama, tmp_path):
     model = decomposition(**ROUTED)
     data = rows()
-    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, max_steps=60), train_dataset=data)
+    settings = arguments(tmp_path, max_steps=60, **PLAIN)
+    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=data)
     start, layer = {}, model.layer(1)
 
     class Watch(TrainerCallback):

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from evaluation_mxd import LogitSums, token_mask
 from modeling_mxd import MxDConfig, MxDModel, capture_mlps, make_spliced
-from trainers import FinetuningArguments, FinetuningTrainer
+from trainers import FinetuningArguments, FinetuningTrainer, fit_router, routing_recall
 
 LAYERS = (0, 2)
 SIZES = {"hidden_size": 16, "intermediate_size": 40, "num_experts": 24, "num_experts_per_tok": 4}
@@ -164,6 +164,21 @@ def test_the_base_runs_without_dropout(tmp_path):
     first = trainer.compute_loss(model, batch)
     assert torch.equal(first, trainer.compute_loss(model, batch))
     torch.testing.assert_close(first, naive_loss(model.eval(), batch, "kl"))
+
+
+def test_a_router_keeps_up_with_its_gate(tiny_llama, tmp_path):
+    model = spliced(tiny_llama, layers=(0,), num_experts=48, num_expert_groups=6, num_groups_per_tok=2)
+    data = rows()
+    settings = arguments(tmp_path, max_steps=60, learning_rate=0.03)
+    trainer = FinetuningTrainer(model, settings, train_dataset=data)
+    layer = model.decomposition.layer(0)
+    x = trainer.capture({"input_ids": torch.tensor(data["input_ids"])})[0][0]
+    fit_router(layer, x.flatten(0, 1))
+    before = {name: value.clone() for name, value in layer.router.state_dict().items()}
+    trainer.train()
+    trained = routing_recall(layer, x)
+    layer.router.load_state_dict(before)
+    assert trained.experts > routing_recall(layer, x).experts + 0.02
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_llama, tmp_path):
