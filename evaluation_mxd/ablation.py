@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from modeling_mxd import ExpertCoefficients, MxDLayer, MxDModel, SparseLayer, spliced_mlps
+from modeling_mxd.verification import running_device
 
 from .expert_use import SPECIALISED_FREQUENCY
 from .faithfulness import Statistics, expert_statistics
-from .forward import Batch, ZeroMLP, capture_with_logits, evaluating, next_token_logits, right_padded
+from .forward import Batch, ZeroMLP, capture_with_logits, check_causal, evaluating, next_token_logits, right_padded
 from .masks import token_mask
 from .metrics import ErrorSums, LogitSums
 
@@ -183,6 +184,7 @@ def ablation_curve(
             have to be twice.
         SurgeryError: when the model does not fit the decomposition, before anything is measured.
     """
+    check_causal(model)
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     config = decomposition.config
@@ -197,7 +199,7 @@ def ablation_curve(
         # Nothing removed is what the shares are of, asked for or not.
         curve = _Curve(model, decomposition, sorted({0, *counts}), order, statistics, specialised_frequency)
         for batch in tqdm(batches, desc="ablate", unit="batch", disable=not progress, dynamic_ncols=True):
-            curve.update(right_padded(batch, next(model.parameters()).device))
+            curve.update(right_padded(batch, running_device(model)))
     if not curve.tokens:
         raise ValueError("no tokens to measure an ablation curve on: batches is empty, or all of it is padding")
     return {

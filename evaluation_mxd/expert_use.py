@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_mxd import Capture, ExpertCoefficients, MxDModel, capture_mlps
+from modeling_mxd.verification import running_device
 
 from .forward import evaluating, right_padded
 from .masks import activation_mask
@@ -109,7 +110,7 @@ def _captured(
     """{layer: (x, y)} of a batch, and {layer: mask of the positions that count}."""
     config = decomposition.config
     if isinstance(model, nn.Module):
-        ids, attention_mask = right_padded(batch, next(model.parameters()).device)
+        ids, attention_mask = right_padded(batch, running_device(model))
         captured = capture_mlps(model, config.layers, ids, attention_mask, **config.where)
         batch = {"input_ids": ids} if attention_mask is None else {"input_ids": ids, "attention_mask": attention_mask}
     else:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer
+from modeling_mxd.verification import running_device
 
 from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, count_expert_use
 from .files import replace_text
-from .forward import capture_with_logits, evaluating, next_token_logits, right_padded, zero_ablated
+from .forward import capture_with_logits, check_causal, evaluating, next_token_logits, right_padded, zero_ablated
 from .masks import next_token_mask, token_mask
 from .metrics import ErrorSums, LogitSums, explained_share, recovered_share
 from .paired import PairedDifference
@@ -114,7 +115,7 @@ class ModelEvaluation:
 
     def update(self, batch: Mapping[str, Tensor]) -> None:
         """Add a batch: three forward passes, two where the zero-ablated cross-entropy is known."""
-        ids, attention_mask = rows = right_padded(batch, next(self.model.parameters()).device)
+        ids, attention_mask = rows = right_padded(batch, running_device(self.model))
         mask, without_first = token_mask(ids, attention_mask), token_mask(ids, attention_mask, include_first=False)
         self.rows += len(ids)
         self.tokens += int(mask.sum())
@@ -226,10 +227,11 @@ def faithfulness(
         [low, high], "recovered"}, "kl", "top1_agreement", "settings"}; cross-entropies and KL in nats per token.
 
     Raises:
-        ValueError: when there are no tokens, `batches` can be passed over only once and has to be twice, or
-            `untouched` is of other batches or of another model.
+        ValueError: when the model is no causal one, there are no tokens, `batches` can be passed over only once and has
+            to be twice, or `untouched` is of other batches or of another model.
         SurgeryError: when the model does not fit the decomposition, before anything is measured.
     """
+    check_causal(model)
     with decomposition.spliced(model, cast=False):
         pass  # refuses what does not fit, and moves every layer to where its MLP is
     with evaluating(model, decomposition):

@@ -52,6 +52,18 @@ def right_padded(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     return ids.gather(-1, order), mask.gather(-1, order)
 
 
+def check_causal(model: nn.Module) -> None:
+    """Refuse an encoder–decoder model: it shifts its inputs for its decoder, and its logits are of other tokens.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder–decoder model: cross-entropies are of causal language models only"
+        )
+
+
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (batch, tokens, vocabulary) of a causal language model."""
     ids, attention_mask = batch

@@ -62,10 +62,10 @@ def explained_share(error: float, ablated_error: float) -> float:
 def recovered_share(untouched: float, spliced: float, zero_ablated: float) -> float:
     """(CE_zero − CE_spliced) / (CE_zero − CE_untouched): 1 as good as the original MLP, 0 as bad as none.
 
-    NaN when zeros do no harm.
+    NaN when zeros do no harm, or even help.
     """
     gap = zero_ablated - untouched
-    return (zero_ablated - spliced) / gap if gap else math.nan
+    return (zero_ablated - spliced) / gap if gap > 0 else math.nan
 
 
 def normalised_entropy(counts: Tensor) -> float:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.activations import ACT2FN
 
 from modeling_mxd import ExpertCoefficients, MLPSite, PretrainedWeights, SparseLayer, capture_mlps
+from modeling_mxd.verification import running_device
 
 from .forward import evaluating
 from .masks import token_mask
@@ -159,7 +160,7 @@ def pool_features(
     from scipy.sparse import csr_array
 
     _check_texts(texts, representations, pooling, include_first, max_bytes)
-    device = next(model.parameters()).device
+    device = running_device(model)
     dense = {
         name: np.empty((len(texts), item.width), dtype=np.float32)
         for name, item in representations.items()
@@ -174,7 +175,7 @@ def pool_features(
                 raise ValueError(
                     f"layer {layer} has not one activation for each token: it runs several times in a pass"
                 )
-            counted = token_mask(ids, mask, include_first)
+            counted = token_mask(ids, mask, include_first).to(x.device)
             rows = counted.nonzero()[:, 0].cpu()
             x, y = x[counted], y[counted]
             for name, item in representations.items():

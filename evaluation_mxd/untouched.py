@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from modeling_mxd import MxDConfig, MxDModel
+from modeling_mxd.verification import running_device
 
-from .forward import evaluating, next_token_logits, right_padded, zero_ablated
+from .forward import check_causal, evaluating, next_token_logits, right_padded, zero_ablated
 from .masks import next_token_mask, token_mask
 from .metrics import LogitSums
 from .paired import PairedDifference
@@ -46,6 +47,7 @@ class UntouchedLosses:
         ablated: MxDConfig | None = None,
         progress: bool = False,
     ):
+        check_causal(model)
         self._losses: list[Tensor] = []
         self._digests: list[str] = []
         self._ablated = None if ablated is None else _ablation_of(ablated)
@@ -171,7 +173,7 @@ class UntouchedLosses:
 
 def _losses(model: nn.Module, batch: Mapping[str, Tensor], sums: LogitSums) -> tuple[Tensor, Tensor]:
     """Losses of a batch, added to `sums`, and which of them count, both (batch, tokens − 1)."""
-    ids, attention_mask = rows = right_padded(batch, next(model.parameters()).device)
+    ids, attention_mask = rows = right_padded(batch, running_device(model))
     mask = token_mask(ids, attention_mask)
     losses = sums.update(next_token_logits(model, rows), ids, mask)
     return losses, next_token_mask(mask).to(losses.device)

@@ -370,6 +370,7 @@ def _results(config: MxDConfig, evaluation: Mapping[str, Any]) -> dict[str, Any]
         "tokens": _shown(_at(settings, "tokens"), ",.0f"),
         "dtype": _at(settings, "dtype"),
         "text": ", ".join(_evaluated_on(evaluation)[1]) or None,
+        "held_out": _at(settings, "evaluation", "held_out") is not False,
         "specialised_frequency": _shown(0.25 if frequency is None else frequency, ".0f", 100, " %"),
     }
 
@@ -458,7 +459,11 @@ def _yes_or_no(value: Any) -> str | None:
 
 
 def _command(start: list[str], chosen: list[str], run: Mapping[str, Any]) -> list[str]:
-    """The lines of the command that would make it again; local data by the last parts of their paths."""
+    """The lines of the command that would make it again, local data by the last parts of their paths; none where a
+    command would be another: too many files to print, or several passes over recorded tokens (`mxd frontier`)."""
+    files = [*texts(_at(run, "text", "dataset")), *texts(_at(run, "text", "heldout_dataset"))]
+    if len(files) > MAX_NAMES or _number(_at(run, "training", "num_train_epochs")) not in (None, 1):
+        return []
     lines = list(start)
     for option, key in (("--dataset", "dataset"), ("--heldout-dataset", "heldout_dataset")):
         names = texts(_at(run, "text", key))[:MAX_NAMES]

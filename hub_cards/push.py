@@ -291,7 +291,10 @@ def _content(folder: Path, base: str, base_commit: str | None) -> dict[str, byte
     return content
 
 
-_LOCAL = re.compile(r"/|~|\.\.?/|[A-Za-z]:\\")
+# Beginnings that only paths have; more than one slash, or one and a data file's ending, which no Hub id has.
+_LOCAL = re.compile(
+    r"/|~|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\|file:|[^\s:]*[/\\][^\s:]*[/\\]|[^\s:]+[/\\][^\s:]+\.(parquet|jsonl?|csv|txt)$"
+)
 
 
 def without_folders(value: Any) -> Any:

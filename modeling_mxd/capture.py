@@ -96,6 +96,7 @@ class _Recorder:
         def keep_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             self.outputs.append(output[0] if isinstance(output, tuple) else output)
             done()
+            self.outputs[-1] = self.outputs[-1].clone()  # where the pass goes on, some models add to it (Falcon)
 
         return [
             self.site.input_module.register_forward_pre_hook(keep_input, with_kwargs=True),

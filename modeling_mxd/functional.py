@@ -30,9 +30,16 @@ _BLOCK = 64
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def operator(name: str) -> Any:
-    """Decorator that makes a function an operator of torch's library, under this copy's own name."""
-    return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())
+def operator(name: str, synchronises: bool = False) -> Any:
+    """Decorator that makes a function an operator of torch's library, under this copy's own name.
+
+    Args:
+        name: of the operator.
+        synchronises: whether it waits for the device, which no CUDA graph can hold: compiled code is cut there.
+    """
+    known = hasattr(torch.Tag, "cudagraph_unsafe")  # not in older torch
+    tags: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if synchronises and known else {}
+    return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=(), **tags)
 
 
 def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
@@ -104,7 +111,7 @@ def _(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     return rows.new_empty(indices.shape)
 
 
-@operator("scatter_rows")
+@operator("scatter_rows", synchronises=True)
 def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
     """out[n] = Σ_{t,k: indices[t,k] = n} weights[t, k] · rows[t]; (T, K), (T, K), (T, D) → (N, D)."""
     order, counts = _by_expert(indices, num_experts)
@@ -118,7 +125,7 @@ def _(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tenso
     return rows.new_empty(num_experts, rows.shape[1])
 
 
-@operator("scatter_numbers")
+@operator("scatter_numbers", synchronises=True)
 def scatter_numbers(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
     """out[n] = Σ_{t,k: indices[t,k] = n} numbers[t, k], added in float64; (T, K), (T, K) → (N)."""
     order, counts = _by_expert(indices, num_experts)
@@ -261,6 +268,8 @@ _expert_sum.register_autograd(_sum_gradients, setup_context=_save_sum)
 def product_dtype(x: Tensor) -> torch.dtype:
     """In which dtype a large product of x is made: x's own, or autocast's."""
     kind = x.device.type
+    if kind == "meta":  # of which autocast knows nothing
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 

@@ -24,7 +24,7 @@ def default_num_expert_groups(num_experts: int) -> int:
     return -(-num_experts // max(1, round(math.sqrt(num_experts))))
 
 
-@operator("routed_gate")
+@operator("routed_gate", synchronises=True)
 def _routed_gate(
     x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int, sparse: bool
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ Source: Oldfield et al., "Towards Interpretability Without Sacrifice", https://a
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class SparseLayer(nn.Module):
 
         Interventions are not applied here: this is what the gate says.
         """
-        x = x.to(self.gate.weight.dtype)
+        x = x.to(self.expert_table.dtype)
         k, opened = self.config.num_experts_per_tok, self.open_groups(x)
         if _is_plain_linear(self.gate):
             weight, bias, sparse = self.gate.weight, self.gate.bias, self.sparse_gradients
@@ -103,7 +103,7 @@ class SparseLayer(nn.Module):
         opened = self.config.num_groups_per_tok
         if self.router is None or opened is None or opened == self.config.num_expert_groups:
             return None
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return self.router(x.to(self.router.weight.dtype)).topk(opened, dim=-1, sorted=False).indices
 
     def in_groups(self, groups: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class SparseLayer(nn.Module):
 
     def decode(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
         """Output y (..., O), in the dtype of x, for given coefficients; the input is needed too."""
-        return self.combine(self.sum_experts(coefficients), x.to(self.gate.weight.dtype)).to(x.dtype)
+        return self.combine(self.sum_experts(coefficients), x.to(self.expert_table.dtype)).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
@@ -142,7 +142,7 @@ class SparseLayer(nn.Module):
         are active. Both (..., O) for x (..., I), with registered interventions."""
         summed = self.sum_experts(self._changed(self.encode(x), x))
         both = torch.stack([summed, summed[mask].mean(0).expand_as(summed)])
-        outputs = self.combine(both, x.to(self.gate.weight.dtype)).to(x.dtype)
+        outputs = self.combine(both, x.to(self.expert_table.dtype)).to(x.dtype)
         return outputs[0], outputs[1]
 
     def register_coefficient_hook(self, hook: CoefficientHook) -> RemovableHandle:
@@ -223,7 +223,7 @@ class MxDLayer(SparseLayer):
 
     def hidden(self, x: Tensor) -> Tensor:
         """z (..., H), the dense encoder's units for x (..., I)."""
-        x = x.to(self.gate.weight.dtype)
+        x = x.to(self.expert_table.dtype)
         z = self.act_fn(self.encoder(x))
         return z if self.encoder_up is None else z * self.encoder_up(x)
 

@@ -325,8 +325,10 @@ def _matrix(inside: object, name: str, layout: WeightLayout) -> tuple[Tensor, Te
     assert weight is not None
     if weight.is_meta:
         raise ValueError(f"the weight of {name} is offloaded or was never loaded: it cannot be read")
-    if not weight.is_floating_point() or (tuple(weight.shape) != _stored_shape(part) and isinstance(part, nn.Linear)):
-        assert isinstance(part, nn.Module)
+    quantised = not weight.is_floating_point() or weight.dtype.itemsize < 2
+    if quantised or (tuple(weight.shape) != _stored_shape(part) and isinstance(part, nn.Linear)):
+        if not isinstance(part, nn.Module):
+            raise ValueError(f"the quantised weight of {name} is in no module that could undo it: it cannot be read")
         return _dequantised(part, name)
     weight = weight.detach()
     if isinstance(part, nn.Conv1d | nn.Conv2d):

@@ -28,7 +28,6 @@ from .pretrained_weights import (
 MAIN = "mlp"
 """Name of a layer's main MLP, whatever the model calls it."""
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "moe_top_k")
-KINDS = ("module", "inline", "residual-inside", "mixture-of-experts", "none")
 
 
 class SurgeryError(ValueError):

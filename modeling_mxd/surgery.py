@@ -8,6 +8,7 @@ load what is in their places.
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -213,11 +214,12 @@ def _device(module: nn.Module, parameter: Tensor) -> torch.device | str | int:
 
 
 def _move_to(site: MLPSite, model: nn.Module, module: nn.Module, cast: bool) -> None:
-    like = next(site.output_module.parameters(), None)
+    # GPTQ's and AWQ's linears have buffers alone.
+    like = next(chain(site.output_module.parameters(), site.output_module.buffers()), None)
     if like is None:
         return
     dtype = like.dtype
-    if not dtype.is_floating_point:  # a quantised MLP's weights are integers
+    if not dtype.is_floating_point or dtype.itemsize < 2:  # a quantised MLP's weights are integers, or float8
         assert isinstance(model, PreTrainedModel)
         dtype = model.dtype
     module.to(device=_device(site.output_module, like), dtype=dtype if cast else None)

@@ -241,7 +241,7 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
 
 def make_example_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Inputs on which a model runs: 8 tokens, an image, or a sound, as its `main_input_name` says."""
-    config, device = model.config, _running_device(model)
+    config, device = model.config, running_device(model)
     accepted = inspect.signature(model.forward).parameters
     name = model.main_input_name
     inputs: dict[str, Any] = {}
@@ -270,10 +270,11 @@ def execution_device(module: nn.Module) -> Any:
     return next((device for device in devices if device is not None), None)
 
 
-def _running_device(model: PreTrainedModel) -> Any:
-    """Where inputs belong."""
-    if model.device.type != "meta":
-        return model.device
+def running_device(model: nn.Module) -> Any:
+    """Where a model's inputs belong, also when its weights are offloaded."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
     device = execution_device(model)  # the model is offloaded whole
     return "cpu" if device is None else device
 
@@ -282,7 +283,7 @@ def _token_ids(model: PreTrainedModel) -> Tensor:
     text = model.config.get_text_config(decoder=True)
     vocabulary = getattr(text, "vocab_size", None) or 32
     # In the middle of the vocabulary: special tokens, which may stand for images, are at its ends.
-    return (torch.arange(TOKENS, device=_running_device(model)) + vocabulary // 2)[None] % vocabulary
+    return (torch.arange(TOKENS, device=running_device(model)) + vocabulary // 2)[None] % vocabulary
 
 
 def _image_shape(model: PreTrainedModel) -> tuple[int, ...]:

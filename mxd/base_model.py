@@ -83,7 +83,8 @@ def load_base_model(
         reason = str(error).strip().split("\n", 1)[0]
         if not pickles and "use_safetensors" in reason:
             reason = "it has no safetensors, and of a model that a decomposition names no pickle is read"
-        raise BaseModelError(f"cannot load the model {name!r}: it is no folder with a model, and: {reason}") from error
+        where = "" if Path(source).is_dir() else "it is no folder with a model, and: "
+        raise BaseModelError(f"cannot load the model {name!r}: {where}{reason}") from error
     return model.eval(), tokenizer, _loaded_commit(source, revision)
 
 
@@ -107,3 +108,23 @@ def _loaded_commit(source: str, revision: str | None) -> str | None:
     # The cache keeps every file under its commit: .../snapshots/<commit>/config.json
     path = try_to_load_from_cache(source, "config.json", revision=revision)
     return Path(path).parent.name if isinstance(path, str) else revision
+
+
+def check_safetensors(name: str, commit: str | None) -> None:
+    """Refuse a loaded model whose weights are in a pickle only: no decomposition of it could be put to use, since of a
+    model that a decomposition names no pickle is read.
+
+    Raises:
+        BaseModelError: saying what to do.
+    """
+    source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if Path(source).is_dir():
+        found = any(Path(source).glob("*.safetensors"))
+    else:
+        found = any(isinstance(try_to_load_from_cache(source, file, revision=commit), str) for file in names)
+    if not found:
+        raise BaseModelError(
+            f"the weights of {name!r} are in a pickle, which a decomposition's base is never read from: load it, write "
+            "it anew with save_pretrained, and name that folder or repo"
+        )

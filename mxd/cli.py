@@ -11,12 +11,12 @@ from .tables import visible
 
 INTERRUPTED = 130
 MAX_MESSAGE = 2000
-_CHECKPOINTS = "; checkpoints that were complete are kept: put it right, then run again with --resume"
-# What is left of a command that could not write.
+_CHECKPOINTS = ("checkpoints that were complete are kept", "run again with --resume")
+# What is left of a command that was ended or could not write, and how it goes on.
 KEPT = {
     "decompose": _CHECKPOINTS,
     "finetune": _CHECKPOINTS,
-    "frontier": "; what is finished is kept: put it right, then run the same command to go on",
+    "frontier": ("what is finished is kept", "run the same command to go on"),
 }
 
 app = typer.Typer(
@@ -44,15 +44,18 @@ def main() -> None:
     """Run the command: what a user can put right is one message and exit code 1, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     debug = "--debug" in sys.argv
+    kept, how = KEPT.get(sys.argv[1] if len(sys.argv) > 1 else "", ("", ""))
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            _fail(f"interrupted; {kept}: {how}" if kept else "interrupted", INTERRUPTED)
+        raise
     except Exception as error:
         if debug:
             raise
         code = INTERRUPTED if type(error).__name__ == "Interrupted" else 1
-        _fail(_explain(error, KEPT.get(sys.argv[1] if len(sys.argv) > 1 else "", "")), code)
+        _fail(_explain(error, f"; {kept}: put it right, then {how}" if kept else ""), code)
 
 
 def _explain(error: Exception, kept: str = "") -> str:

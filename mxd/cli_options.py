@@ -56,14 +56,22 @@ def parse_rates(text: str | None) -> dict[str, float]:
     return rates
 
 
-def split_arguments(arguments: list[str], dataset: list[str]) -> tuple[str | None, list[str]]:
-    """Tell the model from the files that a shell made of `--dataset *.parquet`."""
+def split_arguments(
+    arguments: list[str], dataset: list[str], heldout: list[str] | None = None
+) -> tuple[str | None, list[str]]:
+    """Tell the model from the files that a shell made of `--dataset *.parquet`.
+
+    Raises:
+        typer.BadParameter: several models, or files that are not known to be of `--dataset`.
+    """
     files = [name for name in arguments if Path(name).suffix in DATA_ENDINGS]
     models = [name for name in arguments if Path(name).suffix not in DATA_ENDINGS]
     if len(models) > 1:
         raise typer.BadParameter(f"one model is expected, got {' and '.join(models)}")
     if files and not dataset:
         raise typer.BadParameter(f"{files[0]} is a data file: pass it with --dataset")
+    if files and heldout:
+        raise typer.BadParameter(f"is {files[0]} to be trained on, or held out? quote the globs of both options")
     return (models[0] if models else None), dataset + files
 
 

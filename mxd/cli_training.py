@@ -142,7 +142,7 @@ def decompose(
 
     Without arguments: the embedded model and text.
     """
-    model, sources = split_arguments(arguments or [], dataset or [])
+    model, sources = split_arguments(arguments or [], dataset or [], heldout_dataset)
     from .pipeline import LEARNING_RATES, DecompositionOptions, TextOptions, decompose, embedded
 
     quiet()
@@ -227,7 +227,9 @@ def frontier(
     save: Annotated[bool, typer.Option(help="Keep every point's decomposition.")] = True,
     seed: Annotated[int, typer.Option(help="Of data order and initialisation.")] = 0,
     output: Output = "mxd-frontier",
-    overwrite: Annotated[bool, typer.Option(help="Replace a recording of another model, text or layer.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a recording of another model or text, and points of other settings.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print frontier.json instead of the table.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -235,7 +237,7 @@ def frontier(
 
     The same command goes on where it was interrupted.
     """
-    model, sources = split_arguments(arguments or [], dataset or [])
+    model, sources = split_arguments(arguments or [], dataset or [], heldout_dataset)
     from .frontier import FrontierOptions, measure_frontier
     from .pipeline import TextOptions, embedded
 
@@ -301,7 +303,7 @@ def finetune(
     debug: Debug = False,
 ) -> None:
     """Train a decomposition on, end to end in its language model, and show what that changed."""
-    source, sources = split_arguments([folder, *(files or [])], dataset or [])
+    source, sources = split_arguments([folder, *(files or [])], dataset or [], heldout_dataset)
     from .finetuning import FinetuningOptions, finetune
     from .pipeline import TextOptions
 

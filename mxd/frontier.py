@@ -30,7 +30,7 @@ from trainers import DistillationArguments, RecordedTeacher, materialize, pack
 from trainers.recording import check_free_space, recording_bytes, rows_digest, weights_digest
 
 from . import embedded
-from .base_model import DTYPES, BaseModelError, load_base_model
+from .base_model import DTYPES, BaseModelError, check_safetensors, load_base_model
 from .frontier_point import (
     HELDOUT,
     POINTS,
@@ -122,6 +122,7 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
     model, tokenizer, commit = load_base_model(
         options.model, options.revision, options.dtype, context_length=options.text.context_length
     )
+    check_safetensors(options.model, commit)
     training, heldout = _texts(options, tokenizer)
     asked = [
         _decomposition_options(options, root, commit, method, k)
@@ -140,6 +141,9 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
     points = [_point(root, chosen, build_config(model, commit, chosen), common) for chosen in asked]
     there = {point.name for point in points if point.finished() is not None}
     if missing := [point for point in points if point.name not in there]:
+        if not options.overwrite:
+            for point in missing:
+                point.check_kept()
         if untrained := [point for point in missing if not point.trained()]:
             _check_space(options, root, untrained, training)
             _record(options, root, model, commit, untrained[0].config, training, progress)
@@ -159,7 +163,7 @@ def _check_root(options: FrontierOptions) -> Path:
     ours = {FRONTIER_NAME, FIGURE_NAME, RECORDING, HELDOUT, POINTS}
     if root.exists() and not root.is_dir():
         raise ValueError(f"the output {root} is a file: name a folder with --output")
-    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    names = sorted(path.name for path in root.iterdir() if path.name[0] != ".") if root.is_dir() else []
     if others := [name for name in names if name not in ours and not name.startswith(f"{FRONTIER_NAME}.")]:
         raise ValueError(f"the output folder {root} holds {others[0]!r}, which is of no frontier: name another")
     return root

@@ -71,6 +71,23 @@ class Point:
         same = {**found, "heldout": None} == {**self.settings, "heldout": None}
         return same and any(Path(self.options.output).glob("*.safetensors"))
 
+    def check_kept(self) -> None:
+        """Refuse to make anew what is finished with other settings.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        found, now = self._found(), self.settings
+        if found["results"] is None or found["settings"] == now or self.trained():
+            return
+        before, now = ({**settings, **settings.get("training", {})} for settings in (found["settings"], now))
+        name = next(name for name in {**now, **before} if name != "training" and before.get(name) != now.get(name))
+        digest = name in ("weights", "text", "heldout")
+        other = f"another {name}" if digest else f"{name} {before.get(name)!r}, not {now.get(name)!r}"
+        raise ValueError(
+            f"{self.file('.json')} is finished, with {other}: --overwrite makes it anew, another output keeps it"
+        )
+
     def _found(self) -> dict[str, Any]:
         try:
             found = json.loads(self.file(".json").read_text())
@@ -108,9 +125,9 @@ def heldout_batches(folder: Path) -> list[dict[str, Tensor]]:
 
 
 def device() -> torch.device:
-    """Where models run: an accelerator if there is one."""
+    """Where models run: an accelerator if there is one that knows float64, as Apple's do not."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
 
 
 def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The main job: from a pretrained model and text to a faithful decomposition in a folder."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from modeling_mxd.hierarchical_routing import default_num_expert_groups
 from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint, load_text, pack
 
 from . import embedded
-from .base_model import load_base_model, resolve_name
+from .base_model import check_safetensors, load_base_model, resolve_name
 from .runs import (
     RunOptions,
     TextOptions,
@@ -44,11 +45,15 @@ from .runs import (
     load_documents,
     made_how,
     prepare_output,
+    resolved,
     resumed_start,
     run_training,
     save_results,
     step_arguments,
+    trained_on,
 )
+
+logger = logging.getLogger(__name__)
 
 LEARNING_RATES = {"mxd": 1e-3, "transcoder": 3e-3, "skip_transcoder": 3e-3}
 """Of a million tokens or so, by method."""
@@ -181,6 +186,7 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     documents, heldout_documents = load_documents(options.text, options.seed)
     context = options.text.context_length
     model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype, context_length=context)
+    check_safetensors(options.model, commit)
     config = build_config(model, commit, options)
     checkpoint = check_resumable(folder, config) if options.resume else None
     if options.resume:
@@ -250,7 +256,11 @@ def evaluate(
         raise ValueError("only an MxD's experts have a rank: leave --ranks out for a transcoder")
     model, tokenizer = load_base_of(decomposition, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
-    settings = {"evaluation": {**asdict(text), "model_dtype": dtype}, **made_how(folder)}
+    made = made_how(folder)
+    of_training = trained_on(made) & {resolved(name) for name in text.dataset}
+    if of_training:
+        logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(sorted(of_training)))
+    settings = {"evaluation": {**asdict(text), "model_dtype": dtype, "held_out": not of_training}, **made}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
     results = _earlier(folder, results) | results
     save_evaluation(results, folder)  # already now: what follows may take longer than this did

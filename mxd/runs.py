@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -104,7 +105,7 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output {folder} is a file: name a folder with --output")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
+    if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()) and not resume:
         if not overwrite:
             raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
         if not _ours(folder):
@@ -116,7 +117,10 @@ def _ours(folder: Path) -> bool:
     config = folder / "config.json"
     if config.is_file():
         return bool(read_json(config).get("model_type") == MxDConfig.model_type)
-    return (folder / START_NAME).is_file() or all(entry.name.startswith("checkpoint-") for entry in folder.iterdir())
+    return (folder / START_NAME).is_file() or all(
+        entry.name.startswith("checkpoint-") and (entry / "config.json").is_file() and _ours(entry)
+        for entry in folder.iterdir()
+    )
 
 
 def load_decomposition(name: str) -> MxDModel:
@@ -170,6 +174,19 @@ def made_how(name: str) -> dict[str, Any]:
     return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
 
 
+def trained_on(made: Mapping[str, Any]) -> set[str]:
+    """Of what `made_how` gives, the data sets that were trained on, files and folders as `resolved`."""
+    settings = [made.get("training"), *made.get("finetuning", [])]
+    texts = [part["text"] for part in settings if isinstance(part, dict) and isinstance(part.get("text"), dict)]
+    names = [name for text in texts if isinstance(text.get("dataset"), list) for name in text["dataset"]]
+    return {resolved(name) for name in names if isinstance(name, str)}
+
+
+def resolved(source: str) -> str:
+    """A file's or folder's whole path; what is none, as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
 def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
     """Training documents and held-out documents.
 
@@ -202,7 +219,7 @@ def evaluation_settings(options: RunOptions) -> dict[str, Any]:
     """On which text a trained decomposition was measured, for evaluation.json."""
     text = asdict(options.text)
     if options.text.heldout_dataset:
-        text |= {"dataset": options.text.heldout_dataset, "heldout_dataset": []}
+        text |= {"dataset": options.text.heldout_dataset, "heldout_dataset": [], "config_name": None, "split": "train"}
     return {**text, "model_dtype": options.dtype}
 
 
@@ -229,9 +246,9 @@ def prepare_output(folder: Path, options: RunOptions, **kept: Any) -> None:
     where a run is resumed, of which `resumed_start` gives that."""
     if options.resume:
         return
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():  # the folder itself may be where something is mounted, or the one that we are in
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     (folder / START_NAME).write_text(json.dumps({"asked": _settled(options), **kept}) + "\n")
 
 

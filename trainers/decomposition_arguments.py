@@ -88,6 +88,8 @@ class DecompositionArguments(TrainingArguments):
             raise ValueError(f"minimum_relative_norm must be from 0 to 1, got {self.minimum_relative_norm}")
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # Trainer refuses bfloat16 on a machine without a GPU unless the CPU is asked for
+        if torch.backends.mps.is_available():
+            self.use_cpu = True  # Apple GPUs have no float64, which gradients of biases and all measures are summed in
         super().__post_init__()
         if self.bf16 and self.device.type == "cpu" and bfloat16_is_emulated():
             logger.warning("this processor emulates bfloat16: training is faster without bf16")

@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from evaluation_mxd import token_mask
 from evaluation_mxd.allocation import freed_memory_kept
 from evaluation_mxd.expert_use import measure_expert_statistics
+from evaluation_mxd.faithfulness import EVALUATION_NAME
 from modeling_mxd import MxDModel
 
 from .callbacks import InterruptCallback, RankCallback, TokenProgressCallback
@@ -234,6 +235,7 @@ class DecompositionTrainer(HubPushes):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        (folder / EVALUATION_NAME).unlink(missing_ok=True)  # it is of the weights that were there
         arguments = self.args.to_sanitized_dict()
         arguments = {name: value for name, value in arguments.items() if name not in _LOCAL_ARGUMENTS}
         (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import shutil
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -119,10 +120,13 @@ class HubPushes(Trainer):
 
     def _push_output(self, **how: Any) -> CommitInfo:
         folder, base = str(self.args.output_dir), self.args.hub_base_model
+        revision = how.get("revision") or self.args.hub_revision
         try:
             return self._push(Path(folder), **how)
         except HubError as error:
-            command = f"mxd push {folder} {self.hub_model_id}" + (f" --base-model {base}" if base else "")
+            command = f"mxd push {shlex.quote(folder)} {self.hub_model_id}"
+            command += f" --base-model {base}" if base else ""
+            command += f" --revision {revision}" if revision else ""
             raise HubError(f"{error}\nIt is kept in {folder}; to push it later: {command}") from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -91,3 +91,12 @@ def nmse_with(layer, x, y, mean, replaced, most=math.inf):
         error = layer.combine(summed, x[token]) - y[token]
         total += min(most, (error.square().sum() / y[token].square().sum()).item())
     return total / len(x)
+
+
+def numbers(results):
+    """All metrics of an evaluation in one dict, but for the recovered share, which the others give: of a random model
+    zeros are often better than an MLP, and there is none."""
+    flat = {f"{layer}/{name}": value for layer, row in results["layers"].items() for name, value in row.items()}
+    loss = {name: value for name, value in results["cross_entropy"].items() if name != "recovered"}
+    loss["rise_from"], loss["rise_to"] = loss.pop("rise_interval")
+    return {**flat, **loss, "kl": results["kl"], "top1_agreement": results["top1_agreement"]}

@@ -4,17 +4,10 @@ import math
 
 import pytest
 import torch
-from evaluation_cases import activations, approximate, batches, decomposition, exact, pad
+from evaluation_cases import activations, approximate, batches, decomposition, exact, numbers, pad
 
 from evaluation_mxd import faithfulness, measure_expert_statistics, normalised_entropy
 from modeling_mxd.reference import dense_coefficients
-
-
-def numbers(results):
-    flat = {f"{layer}/{name}": value for layer, row in results["layers"].items() for name, value in row.items()}
-    loss = dict(results["cross_entropy"])
-    loss["rise_from"], loss["rise_to"] = loss.pop("rise_interval")
-    return {**flat, **loss, "kl": results["kl"], "top1_agreement": results["top1_agreement"]}
 
 
 def layer_numbers(results):

@@ -2,11 +2,19 @@ import math
 
 import pytest
 import torch
-from evaluation_cases import activations, approximate, batches, decomposition, exact, nmse_with, pad
+from accelerate import cpu_offload
+from evaluation_cases import activations, approximate, batches, decomposition, exact, nmse_with, numbers, pad
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
-from evaluation_mxd import ZeroMLP, faithfulness, measure_expert_statistics
+from evaluation_mxd import (
+    UntouchedLosses,
+    ZeroMLP,
+    ablation_curve,
+    faithfulness,
+    measure_expert_statistics,
+    recovered_share,
+)
 from modeling_mxd import MxDConfig, MxDModel, SurgeryError
 from modeling_mxd.reference import dense_coefficients
 
@@ -16,14 +24,6 @@ LAYER_KEYS = {
     "clipped_expert_share", "clipped_specialised_share",
 }  # fmt: skip
 LOSS_KEYS = {"untouched", "spliced", "zero_ablated", "rise", "rise_interval", "recovered"}
-
-
-def numbers(results):
-    """All metrics of an evaluation in one dict."""
-    flat = {f"{layer}/{name}": value for layer, row in results["layers"].items() for name, value in row.items()}
-    loss = dict(results["cross_entropy"])
-    loss["rise_from"], loss["rise_to"] = loss.pop("rise_interval")
-    return {**flat, **loss, "kl": results["kl"], "top1_agreement": results["top1_agreement"]}
 
 
 def measured(model, layers=(1,)):
@@ -49,6 +49,27 @@ def test_an_exact_replacement(tiny_llama):
     assert loss["recovered"] == pytest.approx(1, abs=1e-4)
     assert results["kl"] == pytest.approx(0, abs=1e-6)
     assert results["top1_agreement"] == 1
+
+
+def test_encoder_decoder_models_are_refused():
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    model = BartForConditionalGeneration(
+        BartConfig(vocab_size=64, encoder_attention_heads=2, decoder_attention_heads=2, **sizes)
+    )
+    mxd = MxDModel(MxDConfig(layers=[1], stack="decoder", hidden_size=16, num_experts=24, num_experts_per_tok=4))
+    for measure in (faithfulness, ablation_curve):
+        with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder–decoder model"):
+            measure(model, mxd, batches())
+    with pytest.raises(ValueError, match="encoder–decoder"):
+        UntouchedLosses(model, batches())
+
+
+def test_a_model_whose_weights_are_all_offloaded(tiny_llama):
+    rows, mxd = batches(), exact(tiny_llama, layers=(1,))
+    expected = numbers(faithfulness(tiny_llama, mxd, rows))
+    cpu_offload(tiny_llama, execution_device="cpu")
+    assert next(tiny_llama.parameters()).is_meta
+    assert numbers(faithfulness(tiny_llama, mxd, rows)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_layer_of_zeros(tiny_llama):
@@ -81,10 +102,10 @@ def test_model_metrics_are_those_of_plain_forwards(tiny_llama):
 
     results = faithfulness(tiny_llama, mxd, [batch])
     expected = {"untouched": untouched, "spliced": spliced, "zero_ablated": ablated}
-    expected |= {"rise": spliced - untouched, "recovered": (ablated - spliced) / (ablated - untouched)}
+    expected |= {"rise": spliced - untouched, "recovered": recovered_share(untouched, spliced, ablated)}
     low, high = results["cross_entropy"].pop("rise_interval")
     assert low < results["cross_entropy"]["rise"] < high
-    assert results["cross_entropy"] == pytest.approx(expected, rel=1e-4)
+    assert results["cross_entropy"] == pytest.approx(expected, rel=1e-4, nan_ok=True)
     assert results["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
     agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
     assert results["top1_agreement"] == pytest.approx(agreement) and 0 < agreement < 1

@@ -168,6 +168,7 @@ def test_shares_by_hand():
     assert recovered_share(3.0, 3.0, 4.0) == 1 and recovered_share(3.0, 4.0, 4.0) == 0
     assert recovered_share(3.0, 5.0, 4.0) == -1  # worse than none
     assert math.isnan(recovered_share(3.0, 3.0, 3.0))
+    assert math.isnan(recovered_share(3.1, 3.2, 3.0))  # zeros do better than the MLP
     assert explained_share(0.2, 0.6) == pytest.approx(0.5)
     assert explained_share(0.2, 1.0) == pytest.approx(1)
     assert math.isnan(explained_share(1.0, 1.0))

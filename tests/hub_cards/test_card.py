@@ -11,6 +11,7 @@ from markdown_it import MarkdownIt
 from typer.main import get_command
 
 from hub_cards import build_card, update_card
+from hub_cards.push import without_folders
 from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
 from modeling_mxd.sharing import BEGIN, END
 
@@ -317,6 +318,39 @@ def test_no_path_of_the_machine_appears(tmp_path, base):
         assert part not in str(card)
     assert " MLPs of llama, a model that is not on the Hub" in card.text
     assert "HuggingFaceFW/fineweb-edu, &#42;.parquet, part.jsonl" in card.text
+
+
+LOCAL = ["/a/b.txt", "~/a/b.txt", "../a/b.txt", "a/c/b.txt", "a/b.txt", "C:/a/b.txt", "C:\\a\\b.txt", "..\\b.txt"]
+
+
+@pytest.mark.parametrize("path", [*LOCAL, "\\\\server\\a\\b.txt", "file:///home/b.txt"])
+def test_of_paths_in_settings_only_the_last_part_is_kept(path):
+    assert without_folders({"text": [path]}) == {"text": ["b.txt"]}
+
+
+@pytest.mark.parametrize("text", ["HuggingFaceFW/fineweb-edu", "mlp.experts", "training tokens; for layers 1/2: a/b"])
+def test_what_is_no_path_is_kept_whole(text):
+    assert without_folders(text) == text
+
+
+@pytest.mark.parametrize("change", [{"training": {"num_train_epochs": 3}}, {"text": {"dataset": ["a.txt"] * 21}}])
+def test_no_command_where_it_would_be_another(tmp_path, change):
+    folder = write_folder(tmp_path / "mine")
+    assert "mxd decompose" in build_card(folder).text
+    results = json.loads((folder / "evaluation.json").read_text())
+    results["settings"]["training"] |= change
+    (folder / "evaluation.json").write_text(json.dumps(results))
+    assert "mxd decompose" not in build_card(folder).text
+
+
+def test_text_that_was_trained_on_is_not_called_held_out(tmp_path):
+    folder = write_folder(tmp_path / "mine")
+    assert "held-out tokens" in build_card(folder).text
+    results = json.loads((folder / "evaluation.json").read_text())
+    results["settings"]["evaluation"] = {"held_out": False}
+    (folder / "evaluation.json").write_text(json.dumps(results))
+    card = build_card(folder).text
+    assert "held-out" not in card and "it was trained on this text" in card
 
 
 def test_a_folder_of_the_base_is_no_hub_id_even_where_it_looks_like_one(tmp_path, monkeypatch):

@@ -119,6 +119,8 @@ def test_a_hub_that_fails_at_the_end_leaves_the_folder_and_says_how_to_push_it(h
     with pytest.raises(HubError) as refusal:
         trainer.push_to_hub()
     assert str(refusal.value).endswith(f"to push it later: mxd push {tmp_path / 'run'} {REPO}")
+    with pytest.raises(HubError, match=r"to push it later: mxd push .* --revision try$"):
+        trainer.push_to_hub(revision="try")
     assert set(hub.files(REPO)) == {".gitattributes"}
     hub.faults.clear()
     MxDModel.from_pretrained(tmp_path / "run")

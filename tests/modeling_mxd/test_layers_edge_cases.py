@@ -268,3 +268,24 @@ def test_the_start_has_the_spread_of_a_linear(form):
         bound = fan_in**-0.5
         assert 0.8 * bound < tensor.abs().max() <= bound
         assert tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.3 if tensor.numel() < 100 else 0.1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("groups", [{}, {"num_expert_groups": 4, "num_groups_per_tok": 2}])
+def test_runs_on_the_meta_device(form, groups):
+    layer = random_layer(form, **groups).to("meta")
+    assert layer(torch.empty(2, 3, layer.config.hidden_size, device="meta")).shape == (2, 3, layer.config.output_size)
+
+
+def test_a_gate_whose_weight_is_quantised_does_not_set_the_dtype():
+    layer = random_layer("transcoder")
+    gate = layer.gate
+
+    class Quantised(nn.Linear):
+        def forward(self, x):
+            assert x.dtype == torch.float32
+            return gate(x)
+
+    layer.gate = Quantised(gate.in_features, gate.out_features)
+    layer.gate.weight = nn.Parameter(torch.zeros_like(gate.weight, dtype=torch.int8), requires_grad=False)
+    assert layer(torch.randn(3, gate.in_features)).dtype == torch.float32

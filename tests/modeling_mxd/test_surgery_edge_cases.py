@@ -5,8 +5,10 @@ import torch
 from mxd_cases import random_layer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import FalconConfig, FalconForCausalLM
 
 from modeling_mxd import SurgeryError, capture_mlps, find_mlp, find_mlps, replace_mlps, spliced_mlps
+from modeling_mxd.surgery import _move_to
 
 
 def test_capture_of_a_layer_named_twice_stops_early(tiny_llama):
@@ -69,3 +71,30 @@ def test_activation_checkpointing_gives_the_same_gradients(tiny_llama):
         grads.append({name: parameter.grad.clone() for name, parameter in layer.named_parameters()})
     assert all(grad.any() for grad in grads[0].values())
     torch.testing.assert_close(*grads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stop", [True, False])
+def test_outputs_are_captured_before_the_model_adds_to_them(stop):
+    config = FalconConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, initializer_range=0.3
+    )
+    model = FalconForCausalLM(config).eval()  # parallel attention: mlp_output += attention_output
+    captured = capture_mlps(model, [0, 1], torch.arange(8)[None], stop_after_last=stop)
+    for layer, (x, y) in captured.items():
+        torch.testing.assert_close(y, model.transformer.h[layer].mlp(x))
+
+
+@pytest.mark.parametrize("kept_as", ["float8", "buffers"])
+def test_a_layer_takes_the_models_dtype_where_the_mlp_is_quantised(tiny_llama, kept_as):
+    site, layer = find_mlp(tiny_llama.bfloat16(), 1), random_layer()
+    for linear in site.output_module.children():
+        if isinstance(linear, nn.Linear):
+            weight = linear.weight.detach()
+            del linear.weight
+            if kept_as == "float8":
+                linear.weight = nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
+            else:  # as GPTQ's
+                linear.register_buffer("qweight", weight.to(torch.int8))
+    _move_to(site, tiny_llama, layer, cast=True)
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}

@@ -52,6 +52,8 @@ def test_files_that_the_shell_made_of_a_glob():
         split_arguments(["gpt2", "gpt3"], [])
     with pytest.raises(typer.BadParameter, match="--dataset"):
         split_arguments(["a.parquet"], [])
+    with pytest.raises(typer.BadParameter, match=r"is b\.parquet to be trained on, or held out\? quote"):
+        split_arguments(["model", "b.parquet"], ["train.parquet"], ["a.parquet"])
 
 
 def test_decompose_leaves_a_folder_that_loads(finished):
@@ -104,6 +106,19 @@ def test_evaluate_again_gives_the_same_numbers(finished):
     assert intervals[1] == pytest.approx(intervals[0], rel=1e-4, abs=1e-6)
     assert after["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-5, abs=1e-6)
     assert after["settings"]["training"] == before["settings"]["training"]
+
+
+def test_evaluate_on_the_text_of_the_training_says_so(finished, tmp_path, caplog, monkeypatch):
+    folder, text = shutil.copytree(finished[0], tmp_path / "copy"), tmp_path / "own.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    monkeypatch.chdir(tmp_path)
+    results = json.loads((folder / "evaluation.json").read_text())
+    results["settings"]["training"]["text"]["dataset"] = ["own.txt"]
+    (folder / "evaluation.json").write_text(json.dumps(results))
+    found = pipeline.evaluate(str(folder), TextOptions([str(text)], context_length=64), tokens=256)
+    assert "was trained on" in caplog.text and found["settings"]["evaluation"]["held_out"] is False
+    found = pipeline.evaluate(str(folder), TextOptions(context_length=64), tokens=256)
+    assert found["settings"]["evaluation"]["held_out"] is True
 
 
 def test_evaluate_on_other_text(finished, tmp_path):
@@ -268,6 +283,18 @@ def test_of_a_disk_that_is_full_it_says_what_is_kept(monkeypatch, capsys, comman
     said = {words for words in ("run again with --resume", "run the same command to go on") if words in message}
     assert said == ({kept} if kept else set())
     assert ("kept" in message) == bool(kept)
+
+
+@pytest.mark.parametrize(("command", "said"), [("decompose", "run again with --resume"), ("push", "interrupted\n")])
+def test_of_an_interrupt_it_says_how_to_go_on(monkeypatch, capsys, command, said):
+    def interrupts():
+        raise SystemExit(cli.INTERRUPTED)
+
+    monkeypatch.setattr(cli, "app", interrupts)
+    monkeypatch.setattr(sys, "argv", ["mxd", command])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.INTERRUPTED and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

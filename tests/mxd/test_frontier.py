@@ -131,7 +131,9 @@ def test_what_is_finished_is_not_done_again(tmp_path, started, monkeypatch):
     settings = json.loads((tmp_path / "out" / "points" / "mxd-k2.json").read_text())["settings"]
     assert {"expert_share", "gate_initialization", "learning_rate"} <= settings["training"].keys()
     # Other settings of the training: these points anew, from the same recording.
-    more = measured(tmp_path / "out", num_train_epochs=2, num_experts_per_tok=[2])
+    with pytest.raises(ValueError, match=r"mxd-k2\.json is finished, with num_train_epochs 1, not 2: --overwrite"):
+        measured(tmp_path / "out", num_train_epochs=2, num_experts_per_tok=[2])
+    more = measured(tmp_path / "out", num_train_epochs=2, num_experts_per_tok=[2], overwrite=True)
     assert started[2:] == ["mxd-k2"] and more["points"][0]["tokens_trained"] == 8192
     assert more["points"][0]["layers"] != first["points"][0]["layers"]
     assert recorded == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "recording").iterdir()}
@@ -259,7 +261,7 @@ def test_another_text_is_refused_unless_it_shall_replace(tmp_path, started):
     heldout.write_text("It is a truth universally acknowledged. " * 200)
     measured(tmp_path / "out", num_experts_per_tok=[2])
     changes = {"num_experts_per_tok": [2], "text": TextOptions([str(text)], [str(heldout)])}
-    with pytest.raises(ValueError, match=r"the recording in .* is another, by the text"):
+    with pytest.raises(ValueError, match=r"mxd-k2\.json is finished, with another text: --overwrite"):
         measured(tmp_path / "out", **changes)
     assert (tmp_path / "out" / "points" / "mxd-k2.json").is_file()
     measured(tmp_path / "out", overwrite=True, **changes)

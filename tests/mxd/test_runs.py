@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from commands import interrupted
+from safetensors.torch import load_file
 
 from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
-from mxd.runs import START_NAME, Interrupted, check_output
+from mxd.runs import START_NAME, Interrupted, check_output, evaluation_settings, prepare_output
 
 TRAINING = {"learning_rate": 0.01, "disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
 
@@ -90,6 +93,34 @@ def test_an_interrupted_run_is_overwritten_with_what_trackers_wrote_beside(halve
         check_output(str(folder), overwrite=True, resume=False)
 
 
+def test_checkpoints_of_other_models_are_not_overwritten(halved, tmp_path):
+    folder = shutil.copytree(halved, tmp_path / "run")
+    (folder / START_NAME).unlink()
+    assert check_output(str(folder), overwrite=True, resume=False) == folder
+    (folder / "checkpoint-2" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="holds no decomposition"):
+        check_output(str(folder), overwrite=True, resume=False)
+
+
+def test_the_output_folder_itself_stays(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "figure.png").touch()
+    monkeypatch.chdir(tmp_path)
+    prepare_output(Path(), options("."))
+    assert [path.name for path in tmp_path.iterdir()] == [START_NAME]
+
+
+def test_a_pickled_base_is_refused_before_anything_is_trained(tmp_path):
+    source = embedded.model_path()
+    folder = shutil.copytree(source, tmp_path / "base")
+    for file in folder.glob("*.safetensors"):
+        torch.save(load_file(file), folder / "pytorch_model.bin")
+        file.unlink()
+    with pytest.raises(ValueError, match=r"are in a pickle.*save_pretrained"):
+        decompose(options(tmp_path / "out", model=str(folder)))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "decoder"),
     [
@@ -117,3 +148,9 @@ def test_what_is_refused_overwrites_nothing(halved, changes, message):
     with pytest.raises(ValueError, match=message):
         decompose(options(halved, overwrite=True, **{"training": TRAINING, **changes}))
     assert contents(halved) == before
+
+
+def test_held_out_text_of_its_own_has_no_configuration():
+    text = TextOptions(["wikitext"], config_name="wikitext-2", split="validation", heldout_dataset=["ann/plays"])
+    said = evaluation_settings(DecompositionOptions(text=text))
+    assert (said["dataset"], said["config_name"], said["split"]) == (["ann/plays"], None, "train")

@@ -48,6 +48,12 @@ def test_only_the_process_that_saves_writes(tiny_llama, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_weights_are_not_saved_beside_the_figures_of_others(tiny_llama, tmp_path):
+    (tmp_path / "evaluation.json").write_text("{}")
+    trainer_of(decomposition(), tiny_llama, tmp_path).save_model()
+    assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "evaluation.json").exists()
+
+
 def test_logged_ranks_leave_the_loss_in_the_log(tiny_llama, tmp_path):
     trainer = trainer_of(decomposition(), tiny_llama, tmp_path, rank_logging_steps=2, logging_steps=2)
     trainer.train()
@@ -132,3 +138,8 @@ def test_checkpointed_layers_have_no_dropout(tmp_path):
     batch = {"input_ids": torch.randint(0, 64, (2, 12))}
     first, second = (trainer.compute_loss(model, batch) for _ in range(2))
     assert first.requires_grad and torch.equal(first, second)
+
+
+def test_on_apple_gpus_the_cpu_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert arguments(tmp_path, use_cpu=False).device.type == "cpu"
