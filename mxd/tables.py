@@ -66,7 +66,7 @@ def _layer_table(title: str) -> Table:
 
 def print_evaluation(results: dict[str, Any]) -> None:
     """What `evaluation_mxd.faithfulness` measured: a row a layer, and the model with all of them spliced in."""
-    held_out = results["settings"].get("evaluation", {}).get("held_out") is not False
+    held_out = results.get("settings", {}).get("evaluation", {}).get("held_out") is not False
     layers = _layer_table("Layers, on held-out text" if held_out else "Layers, on text that was trained on")
     for layer, row in list(results["layers"].items())[:MAX_ROWS]:
         layers.add_row(cell(layer), *(show(row) for show in _LAYER.values()))
