@@ -461,12 +461,14 @@ def _yes_or_no(value: Any) -> str | None:
 def _command(start: list[str], chosen: list[str], run: Mapping[str, Any]) -> list[str]:
     """The lines of the command that would make it again, local data by the last parts of their paths; none where a
     command would be another: too many files to print, or several passes over recorded tokens (`mxd frontier`)."""
-    files = [*texts(_at(run, "text", "dataset")), *texts(_at(run, "text", "heldout_dataset"))]
-    if len(files) > MAX_NAMES or _number(_at(run, "training", "num_train_epochs")) not in (None, 1):
+    files = {
+        option: texts(_at(run, "text", key))
+        for option, key in (("--dataset", "dataset"), ("--heldout-dataset", "heldout_dataset"))
+    }
+    if sum(map(len, files.values())) > MAX_NAMES or _number(_at(run, "training", "num_train_epochs")) not in (None, 1):
         return []
     lines = list(start)
-    for option, key in (("--dataset", "dataset"), ("--heldout-dataset", "heldout_dataset")):
-        names = texts(_at(run, "text", key))[:MAX_NAMES]
+    for option, names in files.items():
         lines += [f"{option} {_quoted(_dataset_id(name) or _last_part(name))}" for name in names]
     if _at(run, "text", "streaming") is True:
         lines.append("--streaming")

@@ -317,6 +317,11 @@ def _split(tensor: Tensor, dim: int, fused: str) -> tuple[Tensor, Tensor]:
     return (other, one) if fused == "swapped halves" else (one, other)
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight's numbers are codes, integers or float8, that only its module can read."""
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2
+
+
 def _matrix(inside: object, name: str, layout: WeightLayout) -> tuple[Tensor, Tensor | None]:
     """Weight as ([experts,] out, in) and bias ([experts,] out) of what is called `name`."""
     part = _get(inside, name)
@@ -325,8 +330,7 @@ def _matrix(inside: object, name: str, layout: WeightLayout) -> tuple[Tensor, Te
     assert weight is not None
     if weight.is_meta:
         raise ValueError(f"the weight of {name} is offloaded or was never loaded: it cannot be read")
-    quantised = not weight.is_floating_point() or weight.dtype.itemsize < 2
-    if quantised or (tuple(weight.shape) != _stored_shape(part) and isinstance(part, nn.Linear)):
+    if is_quantised(weight) or (tuple(weight.shape) != _stored_shape(part) and isinstance(part, nn.Linear)):
         if not isinstance(part, nn.Module):
             raise ValueError(f"the quantised weight of {name} is in no module that could undo it: it cannot be read")
         return _dequantised(part, name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .layers import SparseLayer
+from .pretrained_weights import is_quantised
 from .sites import MAIN, MLPSite, SurgeryError, find_mlps, site_of
 from .verification import StandIn, execution_device, needs_stand_in, second_output, verify_sites
 
@@ -219,7 +220,7 @@ def _move_to(site: MLPSite, model: nn.Module, module: nn.Module, cast: bool) -> 
     if like is None:
         return
     dtype = like.dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:  # a quantised MLP's weights are integers, or float8
+    if is_quantised(like):
         assert isinstance(model, PreTrainedModel)
         dtype = model.dtype
     module.to(device=_device(site.output_module, like), dtype=dtype if cast else None)

@@ -37,6 +37,11 @@ def resolve_name(name: str) -> str:
     return str(Path(name).resolve()) if name != embedded.MODEL_NAME and Path(name).is_dir() else name
 
 
+def model_source(name: str) -> str:
+    """Where a model of this name is loaded from: the embedded one's folder, else as given."""
+    return str(embedded.model_path()) if name == embedded.MODEL_NAME else name
+
+
 def load_base_model(
     name: str,
     revision: str | None = None,
@@ -68,7 +73,7 @@ def load_base_model(
 
         if bfloat16_is_emulated():
             logger.warning("this processor emulates bfloat16: the model is faster with float32")
-    source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
+    source = model_source(name)
     how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         if not pickles:
@@ -117,7 +122,7 @@ def check_safetensors(name: str, commit: str | None) -> None:
     Raises:
         BaseModelError: saying what to do.
     """
-    source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
+    source = model_source(name)
     names = ("model.safetensors", "model.safetensors.index.json")
     if Path(source).is_dir():
         found = any(Path(source).glob("*.safetensors"))

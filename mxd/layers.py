@@ -18,8 +18,7 @@ from transformers import (
 from hub_cards.card import layer_ranges
 from modeling_mxd import MLPSite, MxDConfig, find_all_mlps
 
-from . import embedded
-from .base_model import BaseModelError
+from .base_model import BaseModelError, model_source
 from .tables import cell
 
 
@@ -55,7 +54,7 @@ def load_skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
     Raises:
         BaseModelError: there is no such config, or transformers has no code for it.
     """
-    source = str(embedded.model_path()) if name == embedded.MODEL_NAME else name
+    source = model_source(name)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if isinstance(config, MxDConfig):

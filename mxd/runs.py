@@ -105,12 +105,17 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output {folder} is a file: name a folder with --output")
-    if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()) and not resume:
+    if folder.is_dir() and any(_shown(folder)) and not resume:
         if not overwrite:
             raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
         if not _ours(folder):
             raise ValueError(f"the output folder {folder} holds no decomposition: --overwrite will not delete it")
     return folder
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What is in a folder but for hidden files (.git, .DS_Store), which neither make it full nor are deleted."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
 
 def _ours(folder: Path) -> bool:
@@ -247,8 +252,11 @@ def prepare_output(folder: Path, options: RunOptions, **kept: Any) -> None:
     if options.resume:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for entry in folder.iterdir():  # the folder itself may be where something is mounted, or the one that we are in
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for entry in _shown(folder):  # the folder itself may be where something is mounted, or the one that we are in
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
     (folder / START_NAME).write_text(json.dumps({"asked": _settled(options), **kept}) + "\n")
 
 

@@ -66,10 +66,13 @@ class DecompositionTrainer(HubPushes):
     ):
         if args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
-        for layer in decomposition.config.layers:
-            if decomposition.layer(layer).router is not None and args.world_size > 1:
-                raise ValueError(f"layer {layer} has a router, which trains in one process, not in {args.world_size}")
         self.decomposition = decomposition
+        layers = decomposition.config.layers
+        self.routed_layers = [layer for layer in layers if decomposition.layer(layer).router is not None]
+        if self.routed_layers and args.world_size > 1:
+            raise ValueError(
+                f"layer {self.routed_layers[0]} has a router, which trains in one process, not in {args.world_size}"
+            )
         super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
         self._optimizer_was_given = self.optimizer is not None
         self.scales: dict[int, ActivationScales] = {}

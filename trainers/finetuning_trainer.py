@@ -133,7 +133,7 @@ class FinetuningTrainer(DecompositionTrainer):
         else:
             loss = chunked_sum(self._cross_entropy_of_hidden, self.head.chunk, hidden, ids[:, 1:][counted])
         routers: Tensor | float = 0.0
-        if self.args.nmse_weight or self._has_routers:
+        if self.args.nmse_weight or self.routed_layers:
             errors, routers = self._layer_losses(batch, counted)
             loss = loss + self.args.nmse_weight * errors
         # DDP averages gradients over processes; the sum over all tokens is wanted.
@@ -145,11 +145,6 @@ class FinetuningTrainer(DecompositionTrainer):
         """The untouched model's last hidden states that predictions are made of, (batch, tokens − 1, hidden)."""
         with self.model.untouched():
             return self.head.hidden(self.model, *batch)[:, :-1]
-
-    @property
-    def _has_routers(self) -> bool:
-        config = self.decomposition.config
-        return any(config.layer(layer).num_expert_groups is not None for layer in config.layers)
 
     def _layer_losses(self, batch: Batch, counted: Tensor) -> tuple[Tensor, Tensor | float]:
         """Mean over layers of the sum of the counted positions' ‖ŷ − y‖² / ‖y‖², on the untouched model's activations,

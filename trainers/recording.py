@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from evaluation_mxd.files import replace_text
 from evaluation_mxd.forward import evaluating
 from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
+from modeling_mxd.verification import running_device
 
 from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer
@@ -238,7 +239,7 @@ def _fingerprint(model: nn.Module, layers: Sequence[int], rows: Tensor, stack: s
             "only layers that run once for the token ids of a batch can be recorded: train with a DistillationTrainer"
         )
     with evaluating(model):
-        probe = capture_mlps(model, list(layers), rows[:1, :2].to(_device(model)), stack=stack, site=site)
+        probe = capture_mlps(model, list(layers), rows[:1, :2].to(running_device(model)), stack=stack, site=site)
     return {
         "model": weights_digest(model),
         "layers": list(layers),
@@ -271,10 +272,6 @@ def _file_name(layer: int | str, side: str) -> str:
 def _row_key(row: Any) -> bytes:
     """Of the ids of one row, an int32 array."""
     return hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -337,7 +334,7 @@ def _run(folder: Path, model: nn.Module, rows: Tensor, rows_per_step: int, progr
     length = rows.shape[1]
     if done == len(rows):
         return
-    files, device = _open(folder, fingerprint, "r+"), _device(model)
+    files, device = _open(folder, fingerprint, "r+"), running_device(model)
     files[_ROWS_NAME][:] = rows.to("cpu", torch.int32).numpy()
     started = saved = time.monotonic()
 

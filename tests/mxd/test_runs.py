@@ -105,9 +105,10 @@ def test_checkpoints_of_other_models_are_not_overwritten(halved, tmp_path):
 def test_the_output_folder_itself_stays(tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "figure.png").touch()
+    (tmp_path / ".git").mkdir()
     monkeypatch.chdir(tmp_path)
     prepare_output(Path(), options("."))
-    assert [path.name for path in tmp_path.iterdir()] == [START_NAME]
+    assert {path.name for path in tmp_path.iterdir()} == {".git", START_NAME}
 
 
 def test_a_pickled_base_is_refused_before_anything_is_trained(tmp_path):

@@ -8,32 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_cases import ARGUMENTS, PLAIN, rows
+from trainer_cases import PLAIN, arguments, decomposition, rows
 from transformers import TrainerCallback
 
 from evaluation_mxd import expert_ranks, faithfulness, token_mask
-from modeling_mxd import MxDConfig, MxDModel, SurgeryError, capture_mlps
+from modeling_mxd import MxDModel, SurgeryError, capture_mlps
 from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
 from trainers.router import routing_recall
 
 SCRIPT = Path(__file__).parent / "distil.py"
-
-
-def decomposition(layers=(1,), method="mxd", **changes):
-    values = {
-        "hidden_size": 16,
-        "intermediate_size": 40,
-        "num_experts": 48,
-        "num_experts_per_tok": 4,
-        "hidden_act": "silu",
-        "encoder_type": "glu",
-        "method": method,
-    }
-    return MxDModel(MxDConfig(layers=list(layers), **{**values, **changes}))
-
-
-def arguments(folder, **changes):
-    return DistillationArguments(**{"output_dir": str(folder), **ARGUMENTS, **changes})
 
 
 @pytest.mark.parametrize(

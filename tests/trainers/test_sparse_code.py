@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from test_distillation_trainer import arguments, decomposition
-from trainer_cases import rows
+from trainer_cases import arguments, decomposition, rows
 
 from modeling_mxd import MxDModel, capture_mlps
 from trainers import DistillationTrainer, last_complete_checkpoint

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from accelerate import dispatch_model
-from test_distillation_trainer import arguments, decomposition
-from trainer_cases import rows
+from trainer_cases import arguments, decomposition, rows
 from transformers import OPTConfig, OPTForCausalLM, TrainingArguments
 
 from modeling_mxd import MxDConfig, MxDModel, make_spliced

@@ -3,6 +3,9 @@
 import torch
 from datasets import Dataset
 
+from modeling_mxd import MxDConfig, MxDModel
+from trainers import DistillationArguments
+
 ARGUMENTS = {
     "per_device_train_batch_size": 8,
     "max_steps": 10,
@@ -28,3 +31,20 @@ def rows(count=64, length=12, ragged=False):
     if ragged:
         ids = [row[: 3 + index % (length - 3)] for index, row in enumerate(ids)]
     return Dataset.from_dict({"input_ids": ids})
+
+
+def decomposition(layers=(1,), method="mxd", **changes):
+    values = {
+        "hidden_size": 16,
+        "intermediate_size": 40,
+        "num_experts": 48,
+        "num_experts_per_tok": 4,
+        "hidden_act": "silu",
+        "encoder_type": "glu",
+        "method": method,
+    }
+    return MxDModel(MxDConfig(layers=list(layers), **{**values, **changes}))
+
+
+def arguments(folder, **changes):
+    return DistillationArguments(**{"output_dir": str(folder), **ARGUMENTS, **changes})
