@@ -5,9 +5,8 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from modeling_mxd.sharing import REPLACED, check_base_id, save_tokenizer, with_k
 from .card import build_card
 from .hub import ATTEMPTS, HubError, HubRepo, explained, logger, look_up, passes, retried, status_of
 from .reading import check_weights, read_config, read_json
-from .updating import generated_figures, update_card
+from .updating import LICENSE, generated_figures, license_of, update_card
 
 # Only what belongs to a decomposition is uploaded: no checkpoints, no training arguments (they name local paths).
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt")
@@ -87,8 +86,14 @@ def push_decomposition(
     base, inherited = _base(config, base_model, token)
     content = _content(folder, base.repo_id, base.commit) | dict(also or {})
     spare = {} if _has_tokenizer(content) else _tokenizer_of(base, token)
-    build = partial(build_card, folder, license=license or inherited, base_model=base.repo_id, base_commit=base.commit)
-    build(repo_id)  # what cannot be described is refused before a repo is made
+
+    def card(named: Mapping[str, str]) -> ModelCard:
+        licence = {"license": license} if license else named if "license" in named else inherited
+        built = build_card(folder, repo_id, **licence, base_model=base.repo_id, base_commit=base.commit)
+        built.data["tags"] = list(dict.fromkeys([*built.data["tags"], *(tags or [])]))
+        return built
+
+    card({})  # what cannot be described is refused before a repo is made
     repo = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making the repo {repo_id}")
     repo_id = repo.repo_id  # with the user's name
     branch = revision or "main"
@@ -96,8 +101,6 @@ def push_decomposition(
         retried(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), f"making the branch {branch}")
     if tag:
         _check_free(repo_id, tag, token)
-    card = build(repo_id)
-    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(tags or [])]))
     folders = {name.split("/")[0] for name in also or ()}
     mine = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else None
     commit = _Commit(api, repo_id, branch, create_pr, message, description, mine)
@@ -128,14 +131,14 @@ class _Content:
     Attributes:
         files: path in the repo → what is there.
         spare: tokenizer for a repo that has none.
-        card: a new one.
-        keep_license: whether one that a person wrote into an earlier card goes over the inherited one.
+        card: a new one with what an earlier one says of its licence, or else with the inherited one.
+        keep_license: whether that of an earlier card stays.
         folders: of the repo, that are replaced as a whole.
     """
 
     files: dict[str, bytes | Path]
     spare: dict[str, bytes | Path]
-    card: ModelCard
+    card: Callable[[Mapping[str, str]], ModelCard]
     keep_license: bool
     folders: set[str]
 
@@ -143,7 +146,7 @@ class _Content:
         self, earlier: HubRepo, earlier_card: str | None
     ) -> list[CommitOperationAdd | CommitOperationDelete]:
         """Made anew for each attempt: the client changes them."""
-        card = self.card
+        card = self.card(license_of(earlier_card) if earlier_card is not None and self.keep_license else {})
         if earlier_card is not None:
             card = update_card(earlier_card, card, keep_license=self.keep_license)
         files = {**({} if _has_tokenizer(earlier.files) else self.spare), **self.files, "README.md": str(card).encode()}
@@ -229,8 +232,8 @@ class _Commit:
         return retried(load, f"reading the card of {self.repo_id}")
 
 
-def _base(config: MxDConfig, base_model: str | None, token: str | bool | None) -> tuple[HubRepo, str | None]:
-    """The base on the Hub at the commit that the config names, and its licence."""
+def _base(config: MxDConfig, base_model: str | None, token: str | bool | None) -> tuple[HubRepo, dict[str, str]]:
+    """The base on the Hub at the commit that the config names, and what its card says of its licence."""
     name = base_model or config.base_model_name_or_path
     assert name
     commit = config.base_model_revision if name == config.base_model_name_or_path else None
@@ -245,8 +248,13 @@ def _base(config: MxDConfig, base_model: str | None, token: str | bool | None) -
         raise
     if base.card.get("library_name") == "mxd":
         raise ValueError(f"the base model {name} is a decomposition itself: name the language model")
-    inherited = base.card.get("license")
-    return base, inherited if isinstance(inherited, str) else None
+    said = {name: base.card.get(name) for name in LICENSE}
+    inherited = {name: value for name, value in said.items() if isinstance(value, str)}
+    if inherited.get("license") != "other":
+        inherited = {name: value for name, value in inherited.items() if name == "license"}
+    elif "://" not in (link := inherited.get("license_link", "")) and link:  # a file of the base's repo
+        inherited["license_link"] = f"https://huggingface.co/{base.repo_id}/blob/main/{link}"
+    return base, inherited
 
 
 def _has_tokenizer(names: Mapping[str, Any]) -> bool:
@@ -265,7 +273,7 @@ def _tokenizer_of(base: HubRepo, token: str | bool | None) -> dict[str, bytes | 
             )
         except HubError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             logger.warning("pushed without a tokenizer, that of %s cannot be loaded (%s)", base.repo_id, error)
             return {}
         return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}

@@ -9,7 +9,9 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from modeling_mxd.sharing import BEGIN, END
 
+from .card import METHOD_TAGS
 from .reading import first_line, texts
+from .safe_text import at
 
 MAX_CARD = 1_000_000  # characters
 MAX_METADATA = 100_000
@@ -20,6 +22,7 @@ _GENERATED = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.esc
 _FIGURE = re.compile(r"!\[[^\]\n]*\]\((figures/[\w-]+\.png)\)")
 _LAYER_TAG = re.compile(r"mxd-layer-\d+")
 # Metadata that is ours even where this card has none: numbers of an earlier evaluation must not outlive it.
+LICENSE = ("license", "license_name", "license_link")
 _OWN_METADATA = ("model_name", "model-index", "mxd")
 
 
@@ -28,41 +31,71 @@ def update_card(existing: str, card: ModelCard, keep_license: bool = False) -> M
 
     Of the earlier text, only what lies between the marks `BEGIN` and `END` is replaced; without marks all of it is
     kept and ours follows. Of the earlier metadata, what this card has is replaced (save the licence, with
-    `keep_license`), tags are united (but tags of layers that are no more are dropped), and everything else is kept.
-    Comments in the metadata are lost.
+    `keep_license`), tags are united (but those of the earlier layers and method are dropped), and everything else is
+    kept. Comments in the metadata are lost.
 
     Raises:
         ValueError: the earlier card is too large, its metadata is no YAML mapping that a card can have, or `card` is
             none of `build_card`'s.
     """
-    if len(existing) > MAX_CARD:
-        raise ValueError(f"the README that is there has over {MAX_CARD:,} characters: it is not updated")
-    existing = existing.removeprefix("\ufeff")
+    metadata, text = _parts(existing)
     newline = "\r\n" if "\r\n" in existing else "\n"
     generated = _GENERATED.search(card.text)
     if generated is None:
         raise ValueError("the new card has no marks: it must be one that build_card made")
     block = generated.group().replace("\r\n", "\n").replace("\n", newline)
-    match = REGEX_YAML_BLOCK.search(existing)
-    metadata, text = (_front_matter(match.group(2)), existing[match.end() :]) if match else ({}, existing)
-    if _GENERATED.search(text):
+    earlier = _GENERATED.search(text)
+    merged = _merged(metadata, card.data.to_dict(), earlier.group() if earlier else "", keep_license)
+    if earlier:
         text = _GENERATED.sub(lambda _: block, text, count=1)
     else:
         text = f"{text.rstrip()}{newline * 2}{block}{newline}" if text.strip() else f"{newline}{block}{newline}"
-    own = card.data.to_dict()
-    if keep_license and metadata.get("license"):
-        own.pop("license", None)
-    tags = [tag for tag in texts(metadata.get("tags")) if not _LAYER_TAG.fullmatch(tag)]
-    merged = {key: value for key, value in metadata.items() if key not in _OWN_METADATA} | own
-    merged["tags"] = list(dict.fromkeys([*tags, *own["tags"]]))
     front = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, line_break=newline)
     return ModelCard(f"---{newline}{front.strip()}{newline}---{newline}{text}")
+
+
+def _merged(metadata: dict[str, Any], own: dict[str, Any], generated: str, keep_license: bool) -> dict[str, Any]:
+    """The earlier metadata under ours. What of it was ours is told by our earlier metadata and text."""
+    stale = set(_OWN_METADATA)
+    if keep_license and metadata.get("license"):
+        own = {name: value for name, value in own.items() if name not in LICENSE}
+    elif own.get("license") not in (None, metadata.get("license")):
+        stale.update(LICENSE)
+    merged = {name: value for name, value in metadata.items() if name not in stale} | own
+    method = METHOD_TAGS.get(str(at(metadata, "mxd", "method")))
+    gone = {method, *own["tags"]}
+    tags = [tag for tag in texts(metadata.get("tags")) if tag not in gone and not _LAYER_TAG.fullmatch(tag)]
+    merged["tags"] = list(dict.fromkeys(tags)) + own["tags"]
+    if "datasets" in metadata and "datasets" not in own:
+        merged["datasets"] = [name for name in texts(metadata["datasets"]) if name not in generated]
+        if not merged["datasets"]:
+            del merged["datasets"]
+    return merged
+
+
+def license_of(card: str) -> dict[str, str]:
+    """What a card says of its licence, of `LICENSE`.
+
+    Raises:
+        ValueError: as `update_card`.
+    """
+    metadata, _ = _parts(card)
+    return {name: metadata[name] for name in LICENSE if isinstance(metadata.get(name), str)}
 
 
 def generated_figures(card: str) -> set[str]:
     """Figures that the generated part of a card shows."""
     generated = _GENERATED.search(card[:MAX_CARD])
     return set(_FIGURE.findall(generated.group())) if generated else set()
+
+
+def _parts(card: str) -> tuple[dict[str, Any], str]:
+    """Metadata and text of a card that is there."""
+    if len(card) > MAX_CARD:
+        raise ValueError(f"the README that is there has over {MAX_CARD:,} characters: it is not updated")
+    card = card.removeprefix("\ufeff")
+    match = REGEX_YAML_BLOCK.search(card)
+    return (_front_matter(match.group(2)), card[match.end() :]) if match else ({}, card)
 
 
 def _front_matter(text: str) -> dict[str, Any]:

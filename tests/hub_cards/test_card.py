@@ -217,7 +217,7 @@ def test_transcoders_are_called_so(tmp_path):
 
 def test_without_evaluation_nothing_was_measured(tmp_path):
     card = build_card(write_folder(tmp_path, evaluation=None))
-    assert "Nothing was measured" in section(card, "Results")
+    assert "No evaluation comes with these weights" in section(card, "Results")
     assert "not recorded" in section(card, "How it was made")
     assert "held-out" not in card.text
     assert "model-index" not in card.data.to_dict()
@@ -488,11 +488,17 @@ def test_numbers_of_an_earlier_evaluation_do_not_outlive_it(tmp_path):
     earlier = str(build_card(folder))
     (folder / "evaluation.json").unlink()
     card = build_card(folder)
-    assert update_card(earlier, card).data.to_dict() == {
-        **card.data.to_dict(),
-        "datasets": ["HuggingFaceFW/fineweb-edu", "ann/plays"],
-    }
+    assert update_card(earlier, card).data.to_dict() == card.data.to_dict()
+    by_hand = earlier.replace("datasets:\n", "datasets:\n- by/hand\n")
+    assert update_card(by_hand, card).data.datasets == ["by/hand"]
     assert "0.211" not in str(update_card(earlier, card))
+
+
+def test_the_tag_of_an_earlier_method_goes_and_one_by_hand_stays(tmp_path):
+    card = build_card(write_folder(tmp_path))
+    metadata = {"tags": ["mxd", "transcoder", "mxd-layer-7", "skip-transcoder"], "mxd": {"method": "transcoder"}}
+    updated = update_card(f"---\n{yaml.safe_dump(metadata)}---\n", card)
+    assert updated.data.tags == ["skip-transcoder", *card.data.tags]
 
 
 @pytest.mark.parametrize(

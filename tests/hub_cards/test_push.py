@@ -70,6 +70,7 @@ def test_a_second_push_replaces_and_keeps_what_was_written_by_hand(hub, folder, 
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert "expert 7 likes commas" in card.text
     assert card.data.license == "cc0-1.0"
+    assert "cc0-1.0. Trained" in card.text  # and not the inherited one
     push_decomposition(one, REPO, license="mit")
     assert ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "mit"
 
