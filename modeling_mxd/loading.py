@@ -7,14 +7,16 @@ import copy
 import inspect
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig  # by the name that transformers 4 knows too
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, extract_commit_hash
 
-from .configuration_mxd import MAX_LAYERS, MAX_SIZE, MxDConfig
+from .configuration_mxd import MAX_LAYERS, MAX_SIZE, MxDConfig, shown
 from .downloads import file_if_any, tried
 from .weight_files import layer_of, weight_files
 
@@ -35,6 +37,11 @@ def pinned(name: Any, access: dict[str, Any]) -> dict[str, Any]:
     config = file_if_any(name, CONFIG_NAME, access)
     commit = extract_commit_hash(config, None)
     return access if commit is None else {**access, "revision": commit}
+
+
+def once(access: dict[str, Any]) -> dict[str, Any]:
+    """`access` for files that are downloaded by now, by force if that was asked for."""
+    return {**access, "force_download": False} if access.get("force_download") else access
 
 
 def load_config(
@@ -126,6 +133,7 @@ def base_source(
     try:
         source = pinned(name, {**access, "revision": revision})
         check_language_model(name, source)
+        source = once(source)
     except OSError as error:
         raise OSError(
             f"the decomposition's base model {name!r} cannot be had; if it is elsewhere, pass "
@@ -143,8 +151,14 @@ def check_language_model(name: str, access: dict[str, Any]) -> None:
         OSError: it is not there.
     """
     values, _ = tried(partial(PretrainedConfig.get_config_dict, name, **access), name)
-    if values.get("model_type") == MxDConfig.model_type:
+    kind = values.get("model_type")
+    if kind == MxDConfig.model_type:
         raise ValueError(f"the base model {name!r} is a decomposition itself: name the language model")
+    if not is_causal(kind):
+        raise ValueError(
+            f"the base model {name!r} is of type {shown(kind)}, which AutoModelForCausalLM does not load: load it with "
+            "its own class, and the decomposition with AutoModel, whose spliced(model) puts it in"
+        )
     text = values.get("text_config")
     sizes = [_largest(text if isinstance(text, dict) else values, names) for names in _BASE_SIZES]
     if max(sizes) > MAX_SIZE or sizes[0] > MAX_LAYERS:
@@ -154,6 +168,11 @@ def check_language_model(name: str, access: dict[str, Any]) -> None:
     described = width * (vocabulary + layers * units)
     if held and described > 16 * held:  # more parameters in a byte than any quantisation puts there
         raise ValueError(f"the base model {name!r} has {held:,} bytes of weights, its config.json is of {described:,}")
+
+
+def is_causal(model_type: Any) -> bool:
+    """Whether `AutoModelForCausalLM` loads models of a type; true where no type is known."""
+    return not isinstance(model_type, str) or model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 # Names of the number of layers, of the width, of the MLPs' units, of the vocabulary in configs of language models.
@@ -177,7 +196,10 @@ def commit_of(config: Any) -> tuple[str | None, bool]:
         return commit, True
     # Newer transformers don't keep it. Nearly always it is the commit that the cache has as `main`.
     path = try_to_load_from_cache(name, CONFIG_NAME)
-    return extract_commit_hash(path, None) if isinstance(path, str) else None, False
+    if not isinstance(path, str):
+        return None, False
+    others = sum(1 for _ in Path(path).parent.parent.iterdir()) - 1  # of other commits
+    return extract_commit_hash(path, None), not others
 
 
 def check_loaded(info: dict[str, Any], layers: list[int]) -> None:

@@ -32,6 +32,7 @@ from .loading import (
     check_loaded,
     commit_of,
     load_config,
+    once,
     pinned,
 )
 from .parameter_budget import transcoder_parameters  # noqa: F401
@@ -47,7 +48,7 @@ from .weight_files import check_headers, check_one_set, expected_shapes, load_la
 logger = logging.get_logger(__name__)
 
 # What says where `save_pretrained(push_to_hub=True)` pushes to.
-_PUSH = ("repo_id", "commit_message", "private", "revision", "create_pr")
+_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 @dataclass
@@ -121,6 +122,7 @@ class MxDModel(PreTrainedModel):
             files = weight_files(name, config.layers, access)
             if files.paths:  # else transformers says what is missing
                 check_headers(files.paths, config)
+                access = once(access)
             if not files.whole:
                 kwargs["state_dict"], name, access = load_layers(files.paths, config.layers), None, {}
         load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
@@ -155,7 +157,7 @@ class MxDModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process and index.exists():
             single.unlink(missing_ok=True)
-        if push:
+        if push and is_main_process:
             self.push_to_hub(how.pop("repo_id", Path(save_directory).name), **how)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -227,7 +229,13 @@ class MxDModel(PreTrainedModel):
         # Swin has a number of heads for every stage.
         found = {name: value for name, value in found.items() if isinstance(value, int | str)}
         if self.config.base_model_name_or_path in (None, found.get("base_model_name_or_path")):
-            found["base_model_revision"] = commit_of(model.config)[0]
+            commit, certain = commit_of(model.config)
+            found["base_model_revision"] = commit
+            if not certain and self.config.base_model_revision is None:
+                logger.warning(
+                    f"{'no commit' if commit is None else f'commit {commit}'} of {model.config._name_or_path} is "
+                    "recorded: if the model was loaded with revision=, set config.base_model_revision"
+                )
         if model.config.is_encoder_decoder:
             found["stack"] = "decoder"  # which None means there; said, so that nobody has to know
         for name, value in found.items():
@@ -314,7 +322,7 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         """
         access = {name: kwargs.pop(name) for name in ACCESS if name in kwargs}
         own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
-        adapter = kwargs.pop("adapter_kwargs", None)
+        adapter, adapter_name = kwargs.pop("adapter_kwargs", None), kwargs.pop("adapter_name", None)
         for name in ("trust_remote_code", "code_revision", "_commit_hash", "_from_auto", "use_safetensors"):
             kwargs.pop(name, None)
         here = pinned(pretrained_model_name_or_path, {**access, **own})
@@ -334,7 +342,8 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         )
         model = make_spliced(base, mxd.eval(), str(pretrained_model_name_or_path))
         if adapter is not None and adapter.get("_adapter_model_path"):
-            model.load_adapter(adapter.pop("_adapter_model_path"), adapter_kwargs=adapter)
+            path = adapter.pop("_adapter_model_path")
+            model.load_adapter(path, adapter_name=adapter_name, adapter_kwargs={**access, **adapter})
         return (model, info) if output_loading_info else model
 
 

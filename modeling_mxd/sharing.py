@@ -16,13 +16,14 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from .configuration_mxd import MxDConfig
+from .loading import is_causal
 
 logger = logging.get_logger(__name__)
 
 # What lies between these marks of a card is ours: a later push replaces it.
 BEGIN, END = "<!-- mxd: begin -->", "<!-- mxd: end -->"
 # What an earlier push left and a later one has not would be loaded along with it.
-REPLACED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|evaluation\.json|[^/]+\.py")
+REPLACED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|evaluation\.json")
 MAX_ID = 200
 # That loads a pushed repo; benchmarks/compatibility.py shows it.
 OLDEST_TRANSFORMERS = "4.56"
@@ -30,8 +31,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 _CARD = """---
 library_name: mxd
-pipeline_tag: text-generation
-base_model: {base}
+{pipeline}base_model: {base}
 base_model_relation: adapter
 tags:
 {tags}
@@ -49,16 +49,23 @@ Layers {layers}: {experts} experts each, of which at most {k} are active per tok
 [arXiv 2505.21364](https://arxiv.org/abs/2505.21364).
 
 ```python
-from transformers import AutoModel, AutoModelForCausalLM
+{imports}
 
 decomposition = AutoModel.from_pretrained("{repo}", trust_remote_code=True)  # the sparse layers alone
-model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)  # the base with them spliced in
+{spliced}
 ```
 
 How faithful it is, is not recorded. Only the MLPs of these layers are replaced; the weights of the base model are not
 in this repo, and its biases and terms of use are inherited.
 {end}
 """
+
+
+_SPLICED = (
+    'model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)  # the base with them spliced in'
+)
+_IN_CLASS_OF_BASE = """with decomposition.spliced(model):  # the base, loaded with its own class
+    ..."""
 
 
 def push_to_hub(
@@ -87,6 +94,11 @@ def push_to_hub(
             was before.
     """
     check_base_id(config.base_model_name_or_path)
+    if (Path(config._name_or_path or "") / "evaluation.json").is_file():
+        logger.warning(
+            f"{config._name_or_path} has an evaluation.json, which is not pushed, since the weights may be others by "
+            "now: `mxd push` shares a folder as it is"
+        )
     how: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -147,7 +159,7 @@ def _push_folder(
     if "tokenizer_config.json" not in earlier:
         try:
             save_tokenizer(config.base_model_name_or_path, config.base_model_revision, folder, token)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             logger.warning(f"pushed without a tokenizer, the base model's cannot be loaded: {error}")
     content: dict[str, Any] = {path.name: path for path in sorted(Path(folder).iterdir()) if path.is_file()}
     card = _card(config, repo_id, tags or [])
@@ -169,10 +181,13 @@ def _push_folder(
 
 
 def _card(config: MxDConfig, repo_id: str, tags: list[str]) -> str:
-    first = config.layer(config.layers[0])
+    first, causal = config.layer(config.layers[0]), is_causal(config.base_model_type)
     tags = ["mxd", "interpretability", *(f"mxd-layer-{layer}" for layer in config.layers), *tags]
     return _CARD.format(
         repo=repo_id,
+        pipeline="pipeline_tag: text-generation\n" if causal else "",
+        imports="from transformers import AutoModel" + (", AutoModelForCausalLM" if causal else ""),
+        spliced=(_SPLICED if causal else _IN_CLASS_OF_BASE).format(repo=repo_id),
         base=config.base_model_name_or_path,
         tags="\n".join(f"- {json.dumps(tag)}" for tag in tags),
         layers=config.layers,
@@ -187,8 +202,12 @@ def _card(config: MxDConfig, repo_id: str, tags: list[str]) -> str:
 def _over(earlier: str, card: str) -> str:
     """An earlier card whose generated part, and metadata of results, are no longer true of what is pushed."""
     old, new = ModelCard(earlier), ModelCard(card)
-    for name in ("eval_results", "library_name", "base_model", "base_model_relation", "mxd"):
+    for name in ("eval_results", "library_name", "pipeline_tag", "base_model", "base_model_relation", "mxd"):
         old.data[name] = new.data.get(name)
+    tags = old.data.get("tags")
+    tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    tags = [tag for tag in tags if tag not in new.data["tags"] and not re.fullmatch(r"mxd-layer-\d+", tag)]
+    old.data["tags"] = tags + new.data["tags"]
     block = new.text[new.text.index(BEGIN) :].rstrip()
     generated = re.search(f"{BEGIN}.*?{END}", old.text, re.DOTALL)
     text = old.text.replace(generated.group(), block, 1) if generated else f"{old.text.rstrip()}\n\n{block}\n"

@@ -40,6 +40,8 @@ def weight_files(name: Any, layers: list[int] | None, access: dict[str, Any]) ->
         ValueError: the index is no index of this repo's files.
         OSError: files are not there.
     """
+    if cached := _in_cache(name, SAFE_WEIGHTS_NAME, access):  # without the Hub, which may be out of reach
+        return WeightFiles([Path(cached)], True)
     index = file_if_any(name, SAFE_WEIGHTS_INDEX_NAME, access)
     if index is None:
         file = file_if_any(name, SAFE_WEIGHTS_NAME, access)
@@ -48,6 +50,13 @@ def weight_files(name: Any, layers: list[int] | None, access: dict[str, Any]) ->
     wanted = {file for key, file in weight_map.items() if layers is None or layer_of(key) in (None, *layers)}
     paths = tried(partial(cached_files, name, sorted(wanted), **access), name)
     return WeightFiles(list(map(Path, paths or [])), wanted == set(weight_map.values()))
+
+
+def _in_cache(name: Any, file: str, access: dict[str, Any]) -> str | None:
+    """Path of a file that needs no download, if there is one."""
+    if access.get("force_download"):
+        return None
+    return file_if_any(name, file, {**access, "local_files_only": True})
 
 
 def check_one_set(name: Any) -> None:
