@@ -22,6 +22,7 @@ from evaluation_mxd import token_mask
 from evaluation_mxd.allocation import freed_memory_kept
 from evaluation_mxd.expert_use import measure_expert_statistics
 from evaluation_mxd.faithfulness import EVALUATION_NAME
+from evaluation_mxd.forward import right_padded
 from modeling_mxd import MxDModel
 
 from .callbacks import InterruptCallback, RankCallback, TokenProgressCallback
@@ -98,6 +99,14 @@ class DecompositionTrainer(HubPushes):
         """Which positions the loss is of; bool, of any shape."""
         return token_mask(inputs["input_ids"], inputs.get("attention_mask"))
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As stock, but every row's padding is on its right, as where a decomposition is measured."""
+        inputs = super()._prepare_inputs(inputs)
+        if set(inputs) == {"input_ids", "attention_mask"}:
+            ids, mask = right_padded(inputs, inputs["input_ids"].device)
+            return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+        return inputs
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         if not batch_samples:
             return None
@@ -139,10 +148,22 @@ class DecompositionTrainer(HubPushes):
         self._use_token_progress()
         keep = self.args.keep_freed_memory and self.args.device.type == "cpu"
         with self._interrupt.listening(), freed_memory_kept() if keep else nullcontext():
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            finally:
+                _without_autocast(self.model)
         if not self.interrupted:
             self.measure_experts()
         return output
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Stock deletes all checkpoints but the best with `save_total_limit=1`: also the one of an interrupted training.
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None if self.interrupted else limit
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     @property
     def interrupted(self) -> bool:
@@ -254,6 +275,19 @@ class DecompositionTrainer(HubPushes):
         """Write into a checkpoint's folder what a resumed training needs that stock does not keep."""
         scales = {str(layer): vars(value) for layer, value in self.scales.items()}
         (checkpoint / SCALES_NAME).write_text(json.dumps(scales, indent=2) + "\n")
+
+
+def _without_autocast(model: nn.Module) -> None:
+    """Take from a model's forward the autocast that accelerate left there, in which all that is measured later would
+    run; another training puts it back."""
+    original = vars(model).pop("_original_forward", None)
+    if original is None:
+        return
+    if getattr(original, "__func__", None) is type(model).forward:
+        del model.forward
+    else:
+        model.forward = original
+    model._is_accelerate_prepared = False  # type: ignore[assignment]
 
 
 def _parameter_group(

@@ -238,6 +238,8 @@ class DistillationTrainer(DecompositionTrainer):
             return super()._get_grad_norm(model, grad_norm)
         if (self.state.global_step + 1) % self.state.logging_steps:
             return None  # nobody reads it
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in dense]))

@@ -160,6 +160,14 @@ def _expand(source: str) -> list[Path]:
     return files
 
 
+def local_files(source: str) -> list[Path]:
+    """The data files that a path, folder or glob stands for, sorted; none of what is not there, or on the Hub."""
+    try:
+        return _expand(source) if _is_local(source) else []
+    except DataError:
+        return []
+
+
 def _folder_files(folder: Path) -> list[Path]:
     """The data files anywhere below a folder, sorted, without hidden ones."""
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():

@@ -134,7 +134,7 @@ class FinetuningTrainer(DecompositionTrainer):
             loss = chunked_sum(self._cross_entropy_of_hidden, self.head.chunk, hidden, ids[:, 1:][counted])
         routers: Tensor | float = 0.0
         if self.args.nmse_weight or self.routed_layers:
-            errors, routers = self._layer_losses(batch, counted)
+            errors, routers = self._distillation_losses(batch, counted)
             loss = loss + self.args.nmse_weight * errors
         # DDP averages gradients over processes; the sum over all tokens is wanted.
         loss = loss / predictions * self.args.world_size + routers
@@ -146,7 +146,7 @@ class FinetuningTrainer(DecompositionTrainer):
         with self.model.untouched():
             return self.head.hidden(self.model, *batch)[:, :-1]
 
-    def _layer_losses(self, batch: Batch, counted: Tensor) -> tuple[Tensor, Tensor | float]:
+    def _distillation_losses(self, batch: Batch, counted: Tensor) -> tuple[Tensor, Tensor | float]:
         """Mean over layers of the sum of the counted positions' ‖ŷ − y‖² / ‖y‖², on the untouched model's activations,
         as faithfulness is measured; and of the routers' losses, which keep them up with their gates."""
         ids, attention_mask = batch

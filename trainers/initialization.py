@@ -72,35 +72,50 @@ def calibrate(
     Raises:
         ValueError: when `batches` has no token, or an activation is not finite.
     """
-    kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+    kept: dict[int, list[Tensor]] = {}
+    outputs: dict[int, _OutputSums] = {}
     seen = 0
     for batch in batches:
         for layer, (x, y) in capture(batch).items():
             mask = activation_mask(batch, x, include_first=False, decoder=decoder)
-            xs, ys = kept.setdefault(layer, ([], []))
-            xs.append(x[mask])
-            ys.append(y[mask])
-        seen = min(sum(map(len, xs)) for xs, _ in kept.values())
+            kept.setdefault(layer, []).append(x[mask])
+            outputs.setdefault(layer, _OutputSums()).update(y[mask])
+        seen = min(sum(map(len, inputs)) for inputs in kept.values())
         if seen >= tokens:
             break
     if not seen:
         raise ValueError("no tokens to calibrate on: the training data is empty")
-    return {layer: _measure(layer, torch.cat(xs), torch.cat(ys)) for layer, (xs, ys) in kept.items()}
+    return {layer: _measure(layer, torch.cat(kept.pop(layer)), outputs[layer]) for layer in list(kept)}
 
 
-def _measure(layer: int, x: Tensor, y: Tensor) -> Calibration:
-    input_mean, output_mean = x.float().mean(0), y.float().mean(0)
+class _OutputSums:
+    """Sums over tokens of y and of its squares, (O) float64: of many layers the outputs would be too much to keep."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.sums = self.squares = torch.zeros(())
+
+    def update(self, y: Tensor) -> None:
+        """Add y (tokens, O)."""
+        self.tokens += len(y)
+        y = y.double()
+        self.sums = y.sum(0) + self.sums.to(y.device)
+        self.squares = y.square().sum(0) + self.squares.to(y.device)
+
+
+def _measure(layer: int, x: Tensor, outputs: _OutputSums) -> Calibration:
+    mean, square = outputs.sums / outputs.tokens, outputs.squares / outputs.tokens
     scales = ActivationScales(
         input_scale=float(x.float().square().mean().sqrt()),
-        output_scale=float((y.float() - output_mean).square().mean().sqrt()),
-        output_norm=float(y.float().square().sum(-1).mean()),
+        output_scale=float((square - mean.square()).clamp_min(0).mean().sqrt()),
+        output_norm=float(square.sum()),
     )
     if not all(math.isfinite(value) and value > 0 for value in vars(scales).values()):
         raise ValueError(
             f"the activations of layer {layer} are constant or not finite ({scales}): is the model loaded in float16? "
             "use bfloat16 or float32"
         )
-    return Calibration(scales, input_mean, output_mean, x)
+    return Calibration(scales, x.float().mean(0), mean.float(), x)
 
 
 @torch.no_grad()

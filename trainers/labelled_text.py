@@ -4,6 +4,7 @@ documents = load_labelled_text("fancyzhx/ag_news", label_column="label")
 texts = cut_texts(documents, tokenizer, context_length=128, texts_per_class=500)
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def load_labelled_text(
 
     Args:
         dataset, text_column, config_name, split, revision: see `load_text`.
-        label_column: the column of the classes: words, whole numbers or a `ClassLabel`. Rows without one are left out.
+        label_column: the column of the classes: words, whole numbers (also as floats, which a CSV file with an empty
+            cell has) or a `ClassLabel`. Rows without one are left out.
         group_column: a column by which documents belong together, as chunks of one book do; None where each document
             stands alone.
         classes: those that are wanted; None for all.
@@ -98,19 +100,22 @@ def load_labelled_text(
             f"{MAX_CLASSES} of them as classes, or another column"
         )
     chosen = [index for index, label in enumerate(labels) if label in wanted]
-    groups = found[group_column] if group_column else range(len(found))
+    groups = label_names(found, group_column) if group_column else [str(row) for row in range(len(found))]
     return LabelledDocuments(
         texts=found.select(chosen, keep_in_memory=True)["text"],
         labels=np.array([labels[index] for index in chosen]),
-        groups=np.array([str(groups[index]) for index in chosen]),
+        # A row without a group stands alone.
+        groups=np.array([f"(row {index})" if groups[index] is None else groups[index] for index in chosen]),
     )
 
 
 def _labels(found: Dataset, column: str) -> list[str | None]:
     """The class of each row, None where it has none."""
-    strange = next((value for value in found[column] if not isinstance(value, str | int | None)), None)
-    if strange is not None:
-        raise DataError(f"column {column!r} holds {type(strange).__name__}: classes are words or whole numbers")
+    for value in found[column]:
+        whole = isinstance(value, float) and (math.isnan(value) or value.is_integer())
+        if not whole and not isinstance(value, str | int | None):
+            shown = f"{value!r}" if isinstance(value, float) else type(value).__name__
+            raise DataError(f"column {column!r} holds {shown}: classes are words or whole numbers")
     return label_names(found, column)
 
 
@@ -119,7 +124,13 @@ def label_names(found: Dataset, column: str) -> list[str | None]:
     feature, values = found.features[column], list(found[column])
     if isinstance(feature, ClassLabel):
         return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
-    return [None if value is None or value == "" else str(value) for value in values]
+    return [_name(value) for value in values]
+
+
+def _name(value: Any) -> str | None:
+    if isinstance(value, float):
+        return None if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+    return None if value is None or value == "" else str(value)
 
 
 def _some(names: Any) -> str:

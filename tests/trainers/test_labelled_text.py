@@ -72,7 +72,7 @@ def test_formats_are_joined_with_their_labels(tmp_path):
         ({"label_column": "kind", "classes": ["a"]}, "has only a"),
         ({"label_column": "same"}, "has only x"),
         ({"label_column": "list"}, "holds list: classes are words or whole numbers"),
-        ({"label_column": "share"}, "holds float: classes are words or whole numbers"),
+        ({"label_column": "share"}, "holds 0.5: classes are words or whole numbers"),
         ({"label_column": "kind", "text_column": "body"}, "no column 'body'"),
     ],
 )
