@@ -27,8 +27,10 @@ from evaluation_mxd import LogitSums, faithfulness, token_mask
 from modeling_mxd import make_spliced
 from mxd import DecompositionOptions, FinetuningOptions, TextOptions, decompose, finetune
 from mxd.cli_options import parse_count
+from mxd.decompositions import load_base_of, load_decomposition
 from mxd.finetuning import MEASURED
-from mxd.runs import evaluation_batches, load_base_of, load_decomposition, load_documents, step_arguments
+from mxd.runs import step_arguments
+from mxd.texts import evaluation_batches, load_documents
 from trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer, pack
 
 RESULTS = Path(__file__).parent / "results" / "finetuning.json"

@@ -30,8 +30,8 @@ from evaluation_mxd.pooling import Features
 from evaluation_mxd.probing import CANDIDATES, FOLDS, SPARSITIES
 from modeling_mxd import MxDModel, find_mlp
 from mxd.base_model import load_base_model
+from mxd.decompositions import load_decomposition
 from mxd.probing import common_layer, describe, make_representations, named, probing_versions
-from mxd.runs import load_decomposition
 from trainers import LabelledTexts, cut_texts
 from trainers.labelled_text import count_texts
 

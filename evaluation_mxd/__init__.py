@@ -30,6 +30,7 @@ from .pooling import (
 from .probing import always_yes_f1, grouped_folds, probe_features
 from .probing_plot import plot_probing
 from .rank import ExpertRanks, decomposition_ranks, expert_ranks
+from .top_examples import TopExamples, top_examples
 from .untouched import UntouchedLosses
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "LogitSums",
     "PairedDifference",
     "Representation",
+    "TopExamples",
     "UntouchedLosses",
     "ZeroMLP",
     "ablation_curve",
@@ -74,4 +76,5 @@ __all__ = [
     "recovered_share",
     "save_evaluation",
     "token_mask",
+    "top_examples",
 ]

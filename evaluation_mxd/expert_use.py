@@ -97,14 +97,14 @@ def count_expert_use(
     uses = {layer: ExpertUse(config.layer(layer).num_experts) for layer in config.layers}
     with evaluating(*([model, decomposition] if isinstance(model, nn.Module) else [decomposition])):
         for batch in batches:
-            captured, masks = _captured(model, decomposition, batch, include_first)
+            captured, masks = captured_activations(model, decomposition, batch, include_first)
             for layer, (x, _) in captured.items():
                 module = decomposition.layer(layer)
                 uses[layer].update(module.encode(x[masks[layer]].to(module.gate.weight.device)))
     return uses
 
 
-def _captured(
+def captured_activations(
     model: nn.Module | Capture, decomposition: MxDModel, batch: Mapping[str, Tensor], include_first: bool
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]:
     """{layer: (x, y)} of a batch, and {layer: mask of the positions that count}."""

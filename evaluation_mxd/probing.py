@@ -38,7 +38,7 @@ def check_scikit_learn() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise ImportError("probing needs scikit-learn: pip install 'mxd[probing]'") from error
+        raise ImportError("probing needs scikit-learn: pip install scikit-learn scipy") from error
 
 
 def f1_score(predicted: np.ndarray, actual: np.ndarray) -> float:
@@ -74,6 +74,27 @@ def grouped_folds(labels: np.ndarray, groups: np.ndarray, folds: int = FOLDS, se
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
+    check_groups(labels, groups, folds)
+    classes = np.unique(labels)
+    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+    found = list(splitter.split(np.zeros(len(labels)), labels, groups))
+    for train, test in found:
+        missing = set(classes) - set(labels[test]) | set(classes) - set(labels[train])
+        if missing:
+            raise ValueError(
+                f"the documents are too uneven for {folds} folds: one is left without class {min(missing)}; take "
+                "fewer folds, more documents, or another seed"
+            )
+    return found
+
+
+def check_groups(labels: np.ndarray, groups: np.ndarray, folds: int = FOLDS) -> None:
+    """Refuse what no division by groups can be had of, which is known without one: of a million documents it takes
+    minutes.
+
+    Raises:
+        ValueError: there are fewer than two classes or folds, or a class has fewer groups than there are folds.
+    """
     classes = np.unique(labels)
     if len(classes) < 2:
         raise ValueError(f"probing tells classes apart, and there is only {', '.join(map(str, classes)) or 'none'}")
@@ -87,16 +108,6 @@ def grouped_folds(labels: np.ndarray, groups: np.ndarray, folds: int = FOLDS, se
             f"{len(few)} classes have texts of fewer documents than the {folds} folds, among which a document cannot "
             f"be divided: {named}; leave them out (classes), give more documents, or take fewer folds"
         )
-    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-    found = list(splitter.split(np.zeros(len(labels)), labels, groups))
-    for train, test in found:
-        missing = set(classes) - set(labels[test]) | set(classes) - set(labels[train])
-        if missing:
-            raise ValueError(
-                f"the documents are too uneven for {folds} folds: one is left without class {min(missing)}; take "
-                "fewer folds, more documents, or another seed"
-            )
-    return found
 
 
 def probe_features(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         pool_features,
         probe_features,
         token_mask,
+        top_examples,
     )
     from hub_cards import build_card, list_decompositions, push_decomposition, show_decomposition
     from modeling_mxd import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         SurgeryError,
         TranscoderLayer,
         capture_mlps,
+        find_mlp,
         find_mlps,
         make_spliced,
         num_experts_matching_transcoder,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         spliced_mlps,
     )
     from trainers import (
+        CausalCollator,
         DataError,
         DistillationArguments,
         DistillationTrainer,
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
         ReplayTrainer,
         fit_routers,
         load_text,
+        materialize,
         pack,
         routing_recall,
         split_documents,
@@ -58,11 +62,12 @@ if TYPE_CHECKING:
 
     from .base_model import BaseModelError, load_base_model
     from .domains import measure_domain_use
+    from .experts import read_experts
     from .finetuning import FinetuningOptions, finetune
     from .frontier import FrontierOptions, measure_frontier
     from .pipeline import DecompositionOptions, decompose, evaluate
     from .probing import ProbingOptions, probe
-    from .runs import TextOptions
+    from .texts import TextOptions
 
 _HOME = {
     "evaluation_mxd": [
@@ -91,6 +96,7 @@ _HOME = {
         "SurgeryError",
         "TranscoderLayer",
         "capture_mlps",
+        "find_mlp",
         "find_mlps",
         "make_spliced",
         "num_experts_matching_transcoder",
@@ -99,6 +105,7 @@ _HOME = {
         "spliced_mlps",
     ],
     "trainers": [
+        "CausalCollator",
         "DataError",
         "DistillationArguments",
         "DistillationTrainer",
@@ -108,17 +115,19 @@ _HOME = {
         "ReplayTrainer",
         "fit_routers",
         "load_text",
+        "materialize",
         "pack",
         "routing_recall",
         "split_documents",
     ],
     "mxd.base_model": ["BaseModelError", "load_base_model"],
     "mxd.domains": ["measure_domain_use"],
+    "mxd.experts": ["read_experts"],
     "mxd.finetuning": ["FinetuningOptions", "finetune"],
     "mxd.frontier": ["FrontierOptions", "measure_frontier"],
     "mxd.pipeline": ["DecompositionOptions", "decompose", "evaluate"],
     "mxd.probing": ["ProbingOptions", "probe"],
-    "mxd.runs": ["TextOptions"],
+    "mxd.texts": ["TextOptions"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -129,3 +138,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module 'mxd' has no attribute {name!r}")
     return getattr(import_module(_MODULE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

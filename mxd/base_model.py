@@ -32,6 +32,12 @@ class BaseModelError(ValueError):
     """The base model cannot be loaded; the message says which and what to do."""
 
 
+def default_device() -> torch.device:
+    """Where models run: an accelerator if there is one that knows float64, as Apple's do not."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
+
+
 def resolve_name(name: str) -> str:
     """The name under which a config records a base model: folders as absolute paths, the rest as given."""
     return str(Path(name).resolve()) if name != embedded.MODEL_NAME and Path(name).is_dir() else name
@@ -90,7 +96,9 @@ def load_base_model(
             reason = "it has no safetensors, and of a model that a decomposition names no pickle is read"
         where = "" if Path(source).is_dir() else "it is no folder with a model, and: "
         raise BaseModelError(f"cannot load the model {name!r}: {where}{reason}") from error
-    return model.eval(), tokenizer, _loaded_commit(source, revision)
+    commit = _loaded_commit(source, revision)
+    model.config._commit_hash = commit  # newer transformers don't keep it; it is never saved
+    return model.eval(), tokenizer, commit
 
 
 def _check_config(config: PreTrainedConfig, name: str, context_length: int | None) -> None:

@@ -28,6 +28,7 @@ app = typer.Typer(
 for command in (
     cli_training.decompose,
     cli_measuring.evaluate,
+    cli_measuring.experts,
     cli_measuring.use,
     cli_measuring.probe,
     cli_training.frontier,

@@ -1,4 +1,4 @@
-"""The commands that measure: `mxd evaluate`, `mxd use`, `mxd probe` and `mxd layers`."""
+"""The commands that measure: `mxd evaluate`, `mxd experts`, `mxd use`, `mxd probe` and `mxd layers`."""
 
 import json
 from enum import Enum
@@ -13,8 +13,10 @@ from .cli_options import (
     Dataset,
     DatasetConfig,
     Debug,
+    DecompositionName,
     Dtype,
     Json,
+    ResultsFolder,
     Split,
     Streaming,
     TextColumn,
@@ -42,7 +44,7 @@ class Pooling(str, Enum):
 
 
 def evaluate(
-    folder: Annotated[str, typer.Argument(help="Folder of a decomposition.")],
+    folder: DecompositionName,
     files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     dataset: Dataset = None,
     dataset_config: DatasetConfig = None,
@@ -56,10 +58,11 @@ def evaluate(
         Order | None, typer.Option(help="Also what removing the strongest experts does; takes some five times as long.")
     ] = None,
     ranks: Annotated[bool, typer.Option("--ranks", help="Also the rank of a sample of experts.")] = False,
+    output: ResultsFolder = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a decomposition on text: a table on screen, evaluation.json in its folder."""
+    """Measure a decomposition on text: a table on screen, evaluation.json in its folder, in place of what is there."""
     model, sources = split_arguments([folder, *(files or [])], dataset or [])
     from .pipeline import TextOptions, evaluate
 
@@ -67,11 +70,57 @@ def evaluate(
 
     text = TextOptions(sources, [], dataset_config, split, text_column, streaming, context_length)
     order = None if ablation is None else ablation.value
-    report(evaluate(model or folder, text, parse_count(tokens), dtype, not as_json, order, ranks), as_json)
+    report(evaluate(model or folder, text, parse_count(tokens), dtype, not as_json, order, ranks, output), as_json)
+
+
+def experts(
+    folder: DecompositionName,
+    files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    dataset: Dataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    streaming: Streaming = False,
+    context_length: ContextLength = 128,
+    experts: Annotated[str | None, typer.Option(help="Numbers of experts: 12,99. [a random sample]")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Which layer. [all]")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Experts of each layer, at random.")] = 20,
+    examples: Annotated[int, typer.Option(min=1, help="Rows for each expert.")] = 10,
+    tokens: Annotated[str, typer.Option(help="Tokens to search.")] = "131072",
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
+    output: ResultsFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print experts.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What experts respond to: where in a text they are most active; a page to read, experts.html, in the folder."""
+    model, sources = split_arguments([folder, *(files or [])], dataset or [])
+    from .experts import print_experts, read_experts
+    from .texts import TextOptions
+
+    quiet()
+
+    results = read_experts(
+        model or folder,
+        TextOptions(sources, [], dataset_config, split, text_column, streaming, context_length),
+        experts=None if experts is None else parse_numbers(experts),
+        layer=layer,
+        sample=sample,
+        examples=examples,
+        tokens=parse_count(tokens),
+        dtype=dtype,
+        seed=seed,
+        output=output,
+    )
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    print_experts(results)
+    typer.echo(f"\nSaved in {output or folder}: experts.json, experts.html")
 
 
 def use(
-    folder: Annotated[str, typer.Argument(help="Folder of a decomposition.")],
+    folder: DecompositionName,
     files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     dataset: Dataset = None,
     by: Annotated[str, typer.Option(help="Column of the dataset that names a document's domain.")] = "domain",
@@ -81,18 +130,19 @@ def use(
     context_length: ContextLength = 128,
     tokens: Annotated[str, typer.Option(help="Tokens of each domain.")] = "32768",
     dtype: Dtype = "float32",
+    output: ResultsFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print domain_use.json instead of the table.")] = False,
     debug: Debug = False,
 ) -> None:
     """Which experts are active on which kinds of text, and which on one kind alone."""
     model, sources = split_arguments([folder, *(files or [])], dataset or [])
     from .domains import measure_domain_use, print_domain_use
-    from .pipeline import TextOptions
+    from .texts import TextOptions
 
     quiet()
 
     text = TextOptions(sources, [], dataset_config, split, text_column, False, context_length)
-    results = measure_domain_use(model or folder, text, by, parse_count(tokens), dtype)
+    results = measure_domain_use(model or folder, text, by, parse_count(tokens), dtype, output)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:

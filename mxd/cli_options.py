@@ -95,7 +95,11 @@ IntermediateSize = Annotated[int | None, typer.Option(min=1, help="Encoder width
 ContextLength = Annotated[int, typer.Option(min=2, help="Tokens a row, BOS included.")]
 Dtype = Annotated[str, typer.Option(help="In which the base model runs: float32, bfloat16, float16.")]
 HeldoutDataset = Annotated[
-    list[str] | None, typer.Option(help="Text to evaluate on. [documents held out of the dataset]")
+    list[str] | None,
+    typer.Option(help="Other text to evaluate on; of a Hub dataset its default one. [documents held out of it]"),
+]
+HeldoutSplit = Annotated[
+    str | None, typer.Option(help="Split to evaluate on: of the held-out dataset if there is one, else of the dataset.")
 ]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of one optimiser step.")]
 LearningRate = Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")]
@@ -103,6 +107,8 @@ Bf16 = Annotated[bool, typer.Option(help="Matrix products in bfloat16, weights i
 EvaluationTokens = Annotated[str, typer.Option(help="Held-out tokens.")]
 ReportTo = Annotated[str, typer.Option(help="Trackers of the Trainer, such as tensorboard.")]
 Output = Annotated[str, typer.Option(help="Folder for the result.")]
+DecompositionName = Annotated[str, typer.Argument(help="Folder or Hub id of a decomposition.")]
+ResultsFolder = Annotated[str | None, typer.Option("--output", help="Folder for the results. [the decomposition's]")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a decomposition in the output folder.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of the table.")]

@@ -16,6 +16,7 @@ from .cli_options import (
     Dtype,
     EvaluationTokens,
     HeldoutDataset,
+    HeldoutSplit,
     IntermediateSize,
     Json,
     Layers,
@@ -85,6 +86,7 @@ def decompose(
     ] = None,
     dataset: Dataset = None,
     heldout_dataset: HeldoutDataset = None,
+    heldout_split: HeldoutSplit = None,
     dataset_config: DatasetConfig = None,
     split: Split = "train",
     text_column: TextColumn = "text",
@@ -120,11 +122,12 @@ def decompose(
         typer.Option(help="unit: from C^T a = 1; random: around 0, the authors' start."),
     ] = ModulationStart.unit,
     expert_share: Annotated[
-        float, typer.Option(help="Error that an MxD must have without the choice of experts; 0: no such term.")
+        float,
+        typer.Option(help="Least error with the experts' mean for every token, against idle experts; 0: none."),
     ] = 0.45,
     sparse_code_weight: Annotated[
         float,
-        typer.Option(help="Weight of an MxD's second error, by which experts stand for something; 0: none."),
+        typer.Option(help="Weight of the error of a decoder of an MxD's coefficients, dropped at the end; 0: none."),
     ] = 1.0,
     bf16: Bf16 = False,
     dtype: Dtype = "float32",
@@ -170,7 +173,9 @@ def decompose(
         output=output,
         overwrite=overwrite,
         resume=resume,
-        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
+        text=TextOptions(
+            sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length, heldout_split
+        ),
         training={
             "learning_rate": LEARNING_RATES[chosen] if learning_rate is None else learning_rate,
             "expert_share": expert_share,
@@ -197,6 +202,7 @@ def frontier(
     ] = None,
     dataset: Dataset = None,
     heldout_dataset: HeldoutDataset = None,
+    heldout_split: HeldoutSplit = None,
     dataset_config: DatasetConfig = None,
     split: Split = "train",
     text_column: TextColumn = "text",
@@ -265,7 +271,9 @@ def frontier(
         seed=seed,
         output=output,
         overwrite=overwrite,
-        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
+        text=TextOptions(
+            sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length, heldout_split
+        ),
         training={"bf16": True} if bf16 else {},
     )
     results = measure_frontier(options)
@@ -281,6 +289,7 @@ def finetune(
     files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     dataset: Dataset = None,
     heldout_dataset: HeldoutDataset = None,
+    heldout_split: HeldoutSplit = None,
     dataset_config: DatasetConfig = None,
     split: Split = "train",
     text_column: TextColumn = "text",
@@ -321,7 +330,9 @@ def finetune(
         output=output,
         overwrite=overwrite,
         resume=resume,
-        text=TextOptions(sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length),
+        text=TextOptions(
+            sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length, heldout_split
+        ),
         training={"learning_rate": learning_rate, "bf16": bf16, "report_to": report_to},
     )
     results = finetune(options)

@@ -1,8 +1,8 @@
 """`mxd use`: which experts of a decomposition are of one domain of text."""
 
 import json
+import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -13,8 +13,11 @@ from evaluation_mxd import count_expert_use, domain_use, plot_domain_use
 from trainers import DataError, load_text
 from trainers.labelled_text import label_names
 
-from .runs import TextOptions, evaluation_batches, load_base_of, load_decomposition
+from .decompositions import load_base_of, load_decomposition, results_folder
 from .tables import MAX_ROWS, cell
+from .texts import TextOptions, evaluation_batches
+
+logger = logging.getLogger(__name__)
 
 USE_NAME = "domain_use.json"
 MAX_DOMAINS = 50
@@ -49,46 +52,58 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
 
 
 def measure_domain_use(
-    folder: str, text: TextOptions, column: str = "domain", tokens: int = 32768, dtype: str = "float32"
+    decomposition: str,
+    text: TextOptions,
+    column: str = "domain",
+    tokens: int = 32768,
+    dtype: str = "float32",
+    output: str | None = None,
 ) -> dict[str, Any]:
     """Count which experts are active on the text of which domain; written into the decomposition's folder as
     domain_use.json and figures/experts_per_domain.png.
 
     Args:
-        folder: of a decomposition.
+        decomposition: folder or Hub id.
         text: a dataset; it is not streamed, since it is divided first.
         column: of the dataset, which names the domain of every document.
         tokens: at most so many of each domain, all alike where there are as many.
         dtype: in which the base model runs.
+        output: folder to write into instead; of a decomposition on the Hub there has to be one.
 
     Returns:
         {"layers": {"15": what `domain_use` gives}, "settings"}.
 
     Raises:
-        ValueError: when the folder holds no decomposition, or the text cannot be read or has no domains.
+        ValueError: when there is no decomposition, or the text cannot be read or has no domains.
     """
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder: name that of a decomposition")
-    decomposition = load_decomposition(folder)
+    folder = results_folder(decomposition, output)
+    loaded = load_decomposition(decomposition)
     documents = documents_by_domain(text, column)
-    model, tokenizer = load_base_of(decomposition, dtype, text.context_length)
-    batches = {}
+    model, tokenizer = load_base_of(loaded, dtype, text.context_length)
+    batches, short = {}, []
     for domain, part in documents.items():
         try:
             batches[domain] = evaluation_batches(part, tokenizer, text.context_length, tokens)
         except DataError as error:
-            raise ValueError(f"domain {domain!r}: {error}") from error
-    uses = {domain: count_expert_use(model, decomposition, of_domain) for domain, of_domain in batches.items()}
-    layers = {
-        layer: domain_use({domain: use[layer] for domain, use in uses.items()}) for layer in decomposition.config.layers
-    }
+            logger.warning("domain %r is left out: %s", domain, error)
+            short.append(domain)
+    if len(batches) < 2:
+        raise ValueError(f"of the domains {', '.join(map(repr, documents))} fewer than two have enough text")
+    uses = {domain: count_expert_use(model, loaded, of_domain) for domain, of_domain in batches.items()}
+    layers = {layer: domain_use({domain: use[layer] for domain, use in uses.items()}) for layer in loaded.config.layers}
     results: dict[str, Any] = {
         "layers": {str(layer): use for layer, use in layers.items()},
-        "settings": {**asdict(text), "domain_column": column, "tokens_per_domain": tokens, "model_dtype": dtype},
+        "settings": {
+            **asdict(text),
+            "domain_column": column,
+            "tokens_per_domain": tokens,
+            "left_out": short,
+            "model_dtype": dtype,
+        },
     }
-    (Path(folder) / USE_NAME).write_text(json.dumps(results, indent=2) + "\n")
-    figures = Path(folder) / "figures"
-    figures.mkdir(exist_ok=True)
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    (folder / USE_NAME).write_text(json.dumps(results, indent=2) + "\n")
     plot_domain_use({f"layer {layer}": use for layer, use in layers.items()}, figures / "experts_per_domain.png")
     return results
 

@@ -1,5 +1,6 @@
 """Fine-tuning a decomposition end to end: from a folder or the Hub to another folder, measured before and after."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,22 +12,28 @@ from modeling_mxd import SplicedLanguageModel, make_spliced
 from trainers import FinetuningArguments, FinetuningTrainer, last_complete_checkpoint, pack
 
 from .base_model import resolve_name
+from .decompositions import load_base_of, load_decomposition, made_how, trained_on
 from .runs import (
     RunOptions,
     asked_for,
     check_output,
-    evaluation_batches,
-    evaluation_settings,
-    load_base_of,
-    load_decomposition,
-    load_documents,
-    made_how,
     prepare_output,
     resumed_start,
     run_training,
     save_results,
     step_arguments,
 )
+from .texts import (
+    TextOptions,
+    common,
+    evaluation_batches,
+    evaluation_settings,
+    heldout_parts,
+    load_documents,
+    text_parts,
+)
+
+logger = logging.getLogger(__name__)
 
 MEASURED = ("layers", "cross_entropy", "kl", "top1_agreement")
 _LOSS_NAMES = {"kl": "KL to the untouched model, nats per token", "cross_entropy": "cross-entropy, nats per token"}
@@ -34,7 +41,7 @@ _LOSS_NAMES = {"kl": "KL to the untouched model, nats per token", "cross_entropy
 
 @dataclass(kw_only=True)
 class FinetuningOptions(RunOptions):
-    """What `finetune` is asked for, beside what `RunOptions` has; the command's options by the same names.
+    """What `finetune` is asked for, beside what `RunOptions` has. The command's `tokens` are fewer.
 
     Attributes:
         decomposition: folder or Hub id of the decomposition to start from, which is left as it is.
@@ -73,6 +80,8 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     decomposition = load_decomposition(options.decomposition)
     settings = made_how(options.decomposition)
     documents, heldout_documents = load_documents(options.text, _split_seed(settings, options))
+    if seen := _seen_before(settings, options.text):
+        logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
     context = options.text.context_length
     base, tokenizer = load_base_of(decomposition, options.dtype, context)
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
@@ -98,7 +107,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         "before": start["before"],
     }
     settings["finetuning"] = [*settings.get("finetuning", []), made]
-    settings["evaluation"] = evaluation_settings(options)
+    settings["evaluation"] = {**evaluation_settings(options.text, options.dtype), "held_out": not seen}
     return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
 
 
@@ -106,6 +115,19 @@ def _split_seed(settings: dict[str, Any], options: FinetuningOptions) -> int:
     """That of the decomposition's training, which then has not seen what is held out, if the text is the same."""
     seed = settings.get("training", {}).get("seed")
     return seed if isinstance(seed, int) and seed >= 0 else options.seed
+
+
+def _seen_before(settings: dict[str, Any], text: TextOptions) -> list[str]:
+    """What of the held-out text earlier trainings of the decomposition may have seen. Where it is held out of what is
+    trained on, it is the same documents in every training on the same text, and other ones on a part of it."""
+    named = heldout_parts(text)
+    held_out = named or text_parts(text.dataset, text.config_name, text.split)
+    return sorted(
+        name
+        for before, divided in trained_on(settings)
+        if named or not divided or before != held_out
+        for name in common(held_out, before)
+    )
 
 
 def _check_apart(output: Path, source: Path) -> None:

@@ -30,21 +30,21 @@ from trainers import DistillationArguments, RecordedTeacher, materialize, pack
 from trainers.recording import check_free_space, recording_bytes, rows_digest, weights_digest
 
 from . import embedded
-from .base_model import DTYPES, BaseModelError, check_safetensors, load_base_model
+from .base_model import DTYPES, BaseModelError, check_safetensors, default_device, load_base_model
 from .frontier_point import (
     HELDOUT,
     POINTS,
     RECORDING,
     UNTOUCHED_NAME,
     Point,
-    device,
     heldout_batches,
     point_name,
     save_heldout,
 )
 from .frontier_processes import run_points
 from .pipeline import LEARNING_RATES, DecompositionOptions, build_config
-from .runs import RunOptions, evaluation_batches, load_documents, step_arguments, versions
+from .runs import RunOptions, step_arguments, versions
+from .texts import evaluation_batches, load_documents
 
 FRONTIER_NAME, FIGURE_NAME = "frontier.json", "frontier.png"
 _ABOUT = "about.json"
@@ -56,7 +56,7 @@ _DEFAULTS = {argument.name: argument.default for argument in _OWN}
 
 @dataclass(kw_only=True)
 class FrontierOptions(RunOptions):
-    """What `measure_frontier` is asked for, beside what `RunOptions` has; the command's options by the same names.
+    """What `measure_frontier` is asked for, beside what `RunOptions` has.
 
     Of those, `tokens` are recorded once, `output` keeps what is finished (`resume` has no meaning), `overwrite`
     replaces a recording of another model, text or layer, and `training` goes to every method.
@@ -229,7 +229,7 @@ def _record(
     if options.teacher_dtype not in (None, options.dtype):
         teacher, _, _ = load_base_model(options.model, commit or options.revision, str(options.teacher_dtype))
     RecordedTeacher.record(
-        root / RECORDING, teacher.to(device()), config.layers, rows,
+        root / RECORDING, teacher.to(default_device()), config.layers, rows,
         rows_per_step=max(1, options.batch_tokens // options.text.context_length),
         overwrite=options.overwrite, progress=progress, **config.where,
     )  # fmt: skip
@@ -245,7 +245,7 @@ def _measure_untouched(root: Path, model: PreTrainedModel, config: MxDConfig, ro
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     save_heldout(rows, folder)
-    known = UntouchedLosses(model.to(device()), heldout_batches(folder), ablated=config, progress=progress)
+    known = UntouchedLosses(model.to(default_device()), heldout_batches(folder), ablated=config, progress=progress)
     known.save(folder / UNTOUCHED_NAME)
     replace_text(folder / _ABOUT, json.dumps(about) + "\n")
 

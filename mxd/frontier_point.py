@@ -22,9 +22,11 @@ from evaluation_mxd.files import replace_text
 from modeling_mxd import MxDConfig, MxDModel
 from trainers import DistillationArguments, RecordedTeacher, ReplayTrainer
 
-from .base_model import load_base_model
+from .base_model import default_device, load_base_model
+from .decompositions import load_decomposition, made_how
 from .pipeline import DecompositionOptions, build_config, run_settings
-from .runs import TextOptions, load_decomposition, made_how, run_training, save_results, step_arguments
+from .runs import run_training, save_results, step_arguments
+from .texts import TextOptions
 
 RECORDING, HELDOUT, POINTS = "recording", "heldout", "points"
 UNTOUCHED_NAME, _ROWS_NAME = "untouched.safetensors", "rows.safetensors"
@@ -124,12 +126,6 @@ def heldout_batches(folder: Path) -> list[dict[str, Tensor]]:
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
 
 
-def device() -> torch.device:
-    """Where models run: an accelerator if there is one that knows float64, as Apple's do not."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
-
-
 def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, Any]) -> None:
     """Train a point, unless its decomposition is there, measure it, and write its result last."""
     set_seed(options.seed)
@@ -142,7 +138,7 @@ def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, 
     model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype)
     if folder.is_dir():  # `clear` has left what was trained so
         decomposition, made = load_decomposition(str(folder)), made_how(str(folder))
-        model.to(device())
+        model.to(default_device())
     else:
         decomposition = MxDModel(build_config(model, commit, options))
         arguments = DistillationArguments(**step_arguments(options, folder))

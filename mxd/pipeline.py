@@ -1,7 +1,7 @@
 """The main job: from a pretrained model and text to a faithful decomposition in a folder."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,18 @@ from trainers import DistillationArguments, DistillationTrainer, last_complete_c
 
 from . import embedded
 from .base_model import check_safetensors, load_base_model, resolve_name
+from .decompositions import load_base_of, load_decomposition, made_how, results_folder, trained_on
 from .runs import (
     RunOptions,
-    TextOptions,
     asked_for,
     check_output,
-    evaluation_batches,
-    load_base_of,
-    load_decomposition,
-    load_documents,
-    made_how,
     prepare_output,
-    resolved,
     resumed_start,
     run_training,
     save_results,
     step_arguments,
-    trained_on,
 )
+from .texts import TextOptions, common, evaluation_batches, evaluation_settings, load_documents, text_parts
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +55,7 @@ LEARNING_RATES = {"mxd": 1e-3, "transcoder": 3e-3, "skip_transcoder": 3e-3}
 
 @dataclass(kw_only=True)
 class DecompositionOptions(RunOptions):
-    """What `decompose` is asked for, beside what `RunOptions` has; the command's options by the same names.
+    """What `decompose` is asked for, beside what `RunOptions` has, with the command's defaults.
 
     Attributes:
         model, revision: the base model and its Hub revision.
@@ -87,6 +81,12 @@ class DecompositionOptions(RunOptions):
     match_transcoder: int = 32
     intermediate_size: int | None = None
     num_groups_per_tok: int | None = None
+
+    def __post_init__(self) -> None:
+        defaults: dict[str, Any] = {"learning_rate": LEARNING_RATES.get(self.method)}
+        if self.intermediate_size is not None:  # an encoder that the pretrained one is no start for
+            defaults["encoder_initialization"] = "random"
+        self.training = {**defaults, **self.training}
 
 
 def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig:
@@ -223,27 +223,29 @@ def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, ho
 
 
 def evaluate(
-    folder: str,
+    decomposition: str,
     text: TextOptions,
     tokens: int = 32768,
     dtype: str = "float32",
     progress: bool = False,
     ablation: str | None = None,
     ranks: bool = False,
+    output: str | None = None,
 ) -> dict[str, Any]:
     """Measure a saved decomposition on text and write evaluation.json into its folder.
 
     Args:
-        folder, text, tokens, dtype, progress: what, on what and how.
+        decomposition: folder or Hub id.
+        text, tokens, dtype, progress: on what and how.
         ablation: also an `ablation_curve` in this order, as "ablation" and figures/ablation.png.
         ranks: also the `expert_ranks` of MxD layers, as "ranks" and figures/smallest_singular_values.png.
+        output: folder to write into instead; of a decomposition on the Hub there has to be one.
 
     Raises:
-        ValueError: when the folder holds no decomposition, or the text cannot be read.
+        ValueError: when there is no decomposition, or the text cannot be read.
     """
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder: name that of a decomposition")
-    decomposition = load_decomposition(folder)
+    folder = results_folder(decomposition, output)
+    loaded = load_decomposition(decomposition)
     documents = load_text(
         text.dataset or [str(embedded.text_path("heldout"))],
         config_name=text.config_name,
@@ -251,28 +253,31 @@ def evaluate(
         text_column=text.text_column,
         streaming=text.streaming,
     )
-    methods = {decomposition.config.layer(layer).method for layer in decomposition.config.layers}
+    methods = {loaded.config.layer(layer).method for layer in loaded.config.layers}
     if ranks and methods != {"mxd"}:
         raise ValueError("only an MxD's experts have a rank: leave --ranks out for a transcoder")
-    model, tokenizer = load_base_of(decomposition, dtype, text.context_length)
+    model, tokenizer = load_base_of(loaded, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
-    made = made_how(folder)
-    of_training = trained_on(made) & {resolved(name) for name in text.dataset}
+    made = made_how(decomposition)
+    before = [part for known, _ in trained_on(made) for part in known]
+    of_training = common(text_parts(text.dataset, text.config_name, text.split), before)
     if of_training:
         logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(sorted(of_training)))
-    settings = {"evaluation": {**asdict(text), "model_dtype": dtype, "held_out": not of_training}, **made}
-    results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
-    results = _earlier(folder, results) | results
+    settings = {"evaluation": {**evaluation_settings(text, dtype), "held_out": not of_training}, **made}
+    results = faithfulness(model, loaded, batches, settings=settings, progress=progress)
+    if output is None:
+        results = _earlier(folder, results) | results
+    folder.mkdir(parents=True, exist_ok=True)
     save_evaluation(results, folder)  # already now: what follows may take longer than this did
-    figures = Path(folder) / "figures"
+    figures = folder / "figures"
     if ablation is not None or ranks:
         figures.mkdir(exist_ok=True)
     if ablation is not None:
-        curve = ablation_curve(model, decomposition, batches, order=ablation, progress=progress)
+        curve = ablation_curve(model, loaded, batches, order=ablation, progress=progress)
         results["ablation"] = curve
         plot_ablation({"all layers": curve}, figures / "ablation.png")
     if ranks:
-        measured = decomposition_ranks(decomposition)
+        measured = decomposition_ranks(loaded)
         results["ranks"] = {str(layer): rank.summary() for layer, rank in measured.items()}
         smallest = {f"layer {layer}": rank.smallest for layer, rank in measured.items()}
         plot_singular_values(smallest, figures / "smallest_singular_values.png")
@@ -280,15 +285,15 @@ def evaluate(
     return load_evaluation(folder)
 
 
-def _earlier(folder: str, results: dict[str, Any]) -> dict[str, Any]:
+def _earlier(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """What an earlier evaluation of these weights measured and still holds: ranks, and on the same tokens the ablation.
     The figure of an ablation that does not is removed."""
-    path = Path(folder) / EVALUATION_NAME
+    path = folder / EVALUATION_NAME
     before = read_json(path) if path.is_file() else {}
     settings = before.get("settings")
     same = isinstance(settings, dict) and all(
         settings.get(name) == results["settings"][name] for name in ("evaluation", "tokens", "dtype")
     )
     if not same:
-        (Path(folder) / "figures" / "ablation.png").unlink(missing_ok=True)
+        (folder / "figures" / "ablation.png").unlink(missing_ok=True)
     return {name: before[name] for name in ("ranks", *(["ablation"] if same else [])) if name in before}

@@ -21,12 +21,13 @@ from evaluation_mxd import (
 )
 from evaluation_mxd.files import replace_text
 from evaluation_mxd.pooling import POOLINGS
-from evaluation_mxd.probing import CANDIDATES, FOLDS, SPARSITIES, check_scikit_learn
+from evaluation_mxd.probing import CANDIDATES, FOLDS, SPARSITIES, check_groups, check_scikit_learn
 from modeling_mxd import MLPSite, MxDModel, SurgeryError, find_mlp
 from trainers import cut_texts, load_labelled_text
 from trainers.labelled_text import count_texts
 
-from .runs import load_base_of, load_decomposition, versions
+from .decompositions import load_base_of, load_decomposition
+from .runs import versions
 
 RESULTS_NAME, FIGURE_NAME = "probing.json", "probing.png"
 OF_THE_MLP = {
@@ -39,7 +40,7 @@ OF_THE_MLP = {
 
 @dataclass(kw_only=True)
 class ProbingOptions:
-    """What `probe` is asked for; the command's options by the same names.
+    """What `probe` is asked for.
 
     Attributes:
         decompositions: folders or Hub ids, all of one layer of one base model.
@@ -106,7 +107,7 @@ def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
         split=options.split,
     )
     # Here already, since too few documents are found out soon; the texts that are cut from them decide.
-    grouped_folds(documents.labels, documents.groups, options.folds, options.seed)
+    check_groups(documents.labels, documents.groups, options.folds)
     first = next(iter(decompositions.values()))
     model, tokenizer = load_base_of(first, options.dtype, options.context_length)
     where = first.config.where

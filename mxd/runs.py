@@ -4,64 +4,34 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 import transformers
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import PreTrainedTokenizerBase
 
 from evaluation_mxd import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
-from evaluation_mxd.faithfulness import EVALUATION_NAME
-from hub_cards.reading import check_weights, read_config, read_json
+from hub_cards.reading import read_json
 from modeling_mxd import MxDConfig, MxDModel
-from modeling_mxd.downloads import file_if_any, tried
-from trainers import CausalCollator, load_text, materialize, pack, split_documents, take_tokens
 from trainers.decomposition_trainer import DecompositionTrainer
 
-from . import embedded
-from .base_model import load_base_model, resolve_name
+from .base_model import resolve_name
+from .texts import TextOptions
 
 LOG_NAME = "training_log.json"
 START_NAME = "run_start.json"  # in the output folder of a run that is not finished: what it was asked for
-
-Documents: TypeAlias = Dataset | IterableDataset
 
 
 class Interrupted(Exception):
     """Training was interrupted after a checkpoint was saved; the message says how to go on."""
 
 
-@dataclass
-class TextOptions:
-    """Which text, and how it becomes rows of tokens.
-
-    Attributes:
-        dataset: Hub name, or files, folders and globs; empty for the embedded sample.
-        heldout_dataset: text to evaluate on; by default documents held out of `dataset`.
-        config_name, split, text_column: of the dataset.
-        streaming: read a Hub dataset as it comes instead of downloading it first.
-        context_length: tokens a row, BOS included.
-    """
-
-    dataset: list[str] = field(default_factory=list)
-    heldout_dataset: list[str] = field(default_factory=list)
-    config_name: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    streaming: bool = False
-    context_length: int = 128
-
-
 @dataclass(kw_only=True)
 class RunOptions:
-    """What every command that trains is asked for; the command's options by the same names.
+    """What every command that trains is asked for.
 
     Attributes:
         dtype: in which the base model runs.
@@ -126,106 +96,6 @@ def _ours(folder: Path) -> bool:
         entry.name.startswith("checkpoint-") and (entry / "config.json").is_file() and _ours(entry)
         for entry in folder.iterdir()
     )
-
-
-def load_decomposition(name: str) -> MxDModel:
-    """A decomposition from a folder or the Hub; no code of it is run.
-
-    Raises:
-        ValueError: it is none, or cannot be had.
-    """
-    if Path(name).is_dir():
-        path = Path(name) / "config.json"
-    else:
-        try:
-            path = Path(tried(partial(cached_file, name, "config.json"), name))
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise ValueError(f"{name!r} is no folder with a decomposition, and: {reason}") from error
-    config = read_config(path, name)
-    if file_if_any(name, "adapter_config.json", {}) is not None:
-        raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
-    if path.parent == Path(name):  # a folder
-        check_weights(path.parent, config)
-    decomposition = MxDModel.from_pretrained(name)
-    assert isinstance(decomposition, MxDModel)
-    return decomposition
-
-
-def load_base_of(
-    decomposition: MxDModel, dtype: str, context_length: int | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that a decomposition's config names, and its tokenizer; see `load_base_model`.
-
-    Raises:
-        ValueError: it names none (`BaseModelError`: or one that cannot be loaded).
-    """
-    config = decomposition.config
-    if not config.base_model_name_or_path:
-        raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
-    name, revision = config.base_model_name_or_path, config.base_model_revision
-    model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False, context_length=context_length)
-    return model, tokenizer
-
-
-def made_how(name: str) -> dict[str, Any]:
-    """What evaluation.json of a decomposition (folder or Hub id) says of how it was made: the settings of its training
-    and of its fine-tunings. Empty where it says nothing."""
-    path = file_if_any(name, EVALUATION_NAME, {})
-    settings = {} if path is None else read_json(Path(path)).get("settings")
-    if not isinstance(settings, dict):
-        return {}
-    kinds = {"training": dict, "finetuning": list}
-    return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
-
-
-def trained_on(made: Mapping[str, Any]) -> set[str]:
-    """Of what `made_how` gives, the data sets that were trained on, files and folders as `resolved`."""
-    settings = [made.get("training"), *made.get("finetuning", [])]
-    texts = [part["text"] for part in settings if isinstance(part, dict) and isinstance(part.get("text"), dict)]
-    names = [name for text in texts if isinstance(text.get("dataset"), list) for name in text["dataset"]]
-    return {resolved(name) for name in names if isinstance(name, str)}
-
-
-def resolved(source: str) -> str:
-    """A file's or folder's whole path; what is none, as it is."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
-    """Training documents and held-out documents.
-
-    Raises:
-        DataError: as `trainers.load_text`.
-    """
-    if not text.dataset and not text.heldout_dataset:
-        return load_text(str(embedded.text_path("train"))), load_text(str(embedded.text_path("heldout")))
-    loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
-    source = text.dataset or [str(embedded.text_path("train"))]
-    documents = load_text(source, config_name=text.config_name, split=text.split, **loading)
-    if text.heldout_dataset:
-        return documents, load_text(text.heldout_dataset, **loading)
-    return split_documents(documents, seed=seed)
-
-
-def evaluation_batches(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, context_length: int, tokens: int
-) -> list[dict[str, torch.Tensor]]:
-    """Held-out rows in batches of about 2,048 tokens, shuffled with a fixed seed, at most `tokens` in all."""
-    rows = materialize(take_tokens(pack(documents, tokenizer, context_length, seed=0), tokens))
-    size, collate = max(1, 2048 // context_length), CausalCollator()
-    return [
-        collate([rows[index] for index in range(start, min(start + size, len(rows)))])
-        for start in range(0, len(rows), size)
-    ]
-
-
-def evaluation_settings(options: RunOptions) -> dict[str, Any]:
-    """On which text a trained decomposition was measured, for evaluation.json."""
-    text = asdict(options.text)
-    if options.text.heldout_dataset:
-        text |= {"dataset": options.text.heldout_dataset, "heldout_dataset": [], "config_name": None, "split": "train"}
-    return {**text, "model_dtype": options.dtype}
 
 
 def step_arguments(options: RunOptions, folder: Path) -> dict[str, Any]:

@@ -24,8 +24,12 @@ def cell(value: Any) -> Text:
     return Text(visible(str(value)[:MAX_CELL]).replace("\n", " "))
 
 
+def _shown(value: float | None, style: str = ".4f") -> str:
+    return "–" if value is None else f"{value:{style}}"
+
+
 def _number(name: str) -> Show:
-    return lambda row: "–" if row[name] is None else f"{row[name]:.4f}"
+    return lambda row: _shown(row[name])
 
 
 def _percent(name: str) -> Show:
@@ -35,7 +39,7 @@ def _percent(name: str) -> Show:
 _LAYER: dict[str, Show] = {
     "NMSE": _number("nmse"),
     "FVU": _number("fvu"),
-    "L0": lambda row: f"{row['l0']:.1f}",
+    "L0": lambda row: _shown(row["l0"], ".1f"),
     "dead\nexperts": _percent("dead_experts"),
     "expert\nshare": _percent("expert_share"),
     "specialised\nshare": _percent("specialised_share"),
@@ -48,7 +52,8 @@ _MODEL: dict[str, Show] = {
 
 
 def _rise(results: dict[str, Any], model: str = "spliced") -> str:
-    return f"{results['cross_entropy'][model] - results['cross_entropy']['untouched']:+.4f}"
+    after, untouched = results["cross_entropy"][model], results["cross_entropy"]["untouched"]
+    return _shown(None if after is None or untouched is None else after - untouched, "+.4f")
 
 
 def _rise_and_interval(results: dict[str, Any]) -> str:
@@ -74,9 +79,9 @@ def print_evaluation(results: dict[str, Any]) -> None:
     model = Table(title="The model with them spliced in")
     model.add_column("")
     model.add_column("cross-entropy\n(nats per token)", justify="right")
-    model.add_row("untouched", f"{loss['untouched']:.4f}")
-    model.add_row("spliced", f"{loss['spliced']:.4f}  ({_rise_and_interval(results)})")
-    model.add_row("zero-ablated", f"{loss['zero_ablated']:.4f}  ({_rise(results, 'zero_ablated')})")
+    model.add_row("untouched", _shown(loss["untouched"]))
+    model.add_row("spliced", f"{_shown(loss['spliced'])}  ({_rise_and_interval(results)})")
+    model.add_row("zero-ablated", f"{_shown(loss['zero_ablated'])}  ({_rise(results, 'zero_ablated')})")
     model.add_section()
     for name, show in _MODEL.items():
         model.add_row(name, show(results))
@@ -93,8 +98,7 @@ def _ablation_table(curve: dict[str, Any]) -> Table:
         table.add_column(cell(f"NMSE, layer {layer}"), justify="right")
     for index, count in enumerate(curve["removed"][:MAX_ROWS]):
         errors = [row["nmse"][index] for row in list(curve["layers"].values())[:MAX_ROWS]]
-        shown = ["–" if value is None else f"{value:.4f}" for value in (curve["rise"][index], *errors)]
-        table.add_row(*map(cell, (count, *shown)))
+        table.add_row(*map(cell, (count, *map(_shown, (curve["rise"][index], *errors)))))
     return table
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import interrupted
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
-from mxd.runs import START_NAME, Interrupted, check_output, evaluation_settings, prepare_output
+from mxd.finetuning import _seen_before
+from mxd.runs import START_NAME, Interrupted, check_output, prepare_output
+from mxd.texts import TextPart, common, evaluation_settings, load_documents, text_parts
 
 TRAINING = {"learning_rate": 0.01, "disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
 
@@ -50,7 +53,7 @@ SAMPLE = str(embedded.text_path("train"))
         ({"training": {**TRAINING, "weight_decay": 0.1}}, "weight_decay None, not 0.1"),
         ({"training": {**TRAINING, "seed": 7}}, "training's seed None, not 7"),
         ({"training": {**TRAINING, "logging_steps": 1}}, "logging_steps None, not 1"),
-        ({"training": {"disable_tqdm": True}}, "learning_rate 0.01, not None"),
+        ({"training": {"disable_tqdm": True}}, "learning_rate 0.01, not 0.001"),
         ({"text": TextOptions([SAMPLE])}, f"dataset [], not [{SAMPLE!r}]"),
         ({"text": TextOptions(context_length=64)}, "context_length 128, not 64"),
     ],
@@ -141,7 +144,10 @@ def test_what_is_said_of_the_start_is_what_happened(tmp_path, changes, decoder):
     ("changes", "message"),
     [
         ({"training": {**TRAINING, "learning_rate": -1.0}}, "learning_rate must be a finite number from 0, got -1.0"),
-        ({"intermediate_size": 100}, "intermediate_size 100 cannot start from the pretrained MLP"),
+        (
+            {"intermediate_size": 100, "training": {"encoder_initialization": "pretrained"}},
+            "intermediate_size 100 cannot start from the pretrained MLP",
+        ),
     ],
 )
 def test_what_is_refused_overwrites_nothing(halved, changes, message):
@@ -151,7 +157,77 @@ def test_what_is_refused_overwrites_nothing(halved, changes, message):
     assert contents(halved) == before
 
 
-def test_held_out_text_of_its_own_has_no_configuration():
-    text = TextOptions(["wikitext"], config_name="wikitext-2", split="validation", heldout_dataset=["ann/plays"])
-    said = evaluation_settings(DecompositionOptions(text=text))
-    assert (said["dataset"], said["config_name"], said["split"]) == (["ann/plays"], None, "train")
+@pytest.mark.parametrize(
+    ("heldout", "expected"),
+    [
+        ({"heldout_dataset": ["ann/plays"]}, (["ann/plays"], None, "train")),
+        ({"heldout_dataset": ["ann/plays"], "heldout_split": "test"}, (["ann/plays"], None, "test")),
+        ({"heldout_split": "test"}, (["wikitext"], "wikitext-2", "test")),
+        ({}, (["wikitext"], "wikitext-2", "train")),
+    ],
+)
+def test_which_text_is_held_out(monkeypatch, heldout, expected):
+    loaded = []
+
+    def load(dataset, *, config_name=None, split, text_column, streaming):
+        loaded.append((dataset, config_name, split))
+        return Dataset.from_dict({"text": ["a", "b"]})
+
+    monkeypatch.setattr("mxd.texts.load_text", load)
+    text = TextOptions(["wikitext"], config_name="wikitext-2", **heldout)
+    load_documents(text, seed=0)
+    assert loaded == [(["wikitext"], "wikitext-2", "train"), *([expected] if heldout else [])]
+    said = evaluation_settings(text, "float32")
+    assert (said["dataset"], said["config_name"], said["split"]) == expected
+
+
+def test_what_is_trained_on_is_not_held_out(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("words " * 100)
+    for text, message in (
+        (TextOptions(heldout_split="test"), "is of no dataset"),
+        (TextOptions(["ann/plays"], heldout_split="train[:5%]"), "trained on: ann/plays"),
+        (TextOptions(["ann/plays"], config_name="new", heldout_dataset=["ann/plays"]), "trained on: ann/plays"),
+        (TextOptions([str(tmp_path)], heldout_dataset=[str(path)]), f"trained on: {path}"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_documents(text, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (TextPart("x"), TextPart("x"), True),
+        (TextPart("x"), TextPart("y"), False),
+        (TextPart("x", split="train"), TextPart("x", split="train[:1%]"), True),
+        (TextPart("x", split="train[1%:]"), TextPart("x", split="train[:1%]"), False),
+        (TextPart("x", split="train"), TextPart("x", split="test"), False),
+        (TextPart("x", "en"), TextPart("x", "fr"), False),
+        (TextPart("x", "en"), TextPart("x"), True),
+    ],
+)
+def test_which_texts_have_documents_in_common(one, other, expected):
+    assert one.overlaps(other) is other.overlaps(one) is expected
+
+
+def test_folders_and_globs_are_the_files_that_they_stand_for(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("words")
+    both = {TextPart(str(tmp_path / name)) for name in ("a.txt", "b.txt")}
+    assert text_parts([str(tmp_path)]) == text_parts([f"{tmp_path}/*.txt"]) == both
+    assert common(text_parts([str(tmp_path / "a.txt")]), both) == {str(tmp_path / "a.txt")}
+    assert text_parts(["ann/plays"], "new", "test") == {TextPart("ann/plays", "new", "test")}
+
+
+def test_what_a_finetuning_holds_out_may_have_been_trained_on(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("words")
+    a, b = (str(tmp_path / name) for name in ("a.txt", "b.txt"))
+    made = {"training": {"text": {"dataset": [a, b]}}, "finetuning": [{"text": {"dataset": [b]}}]}
+    assert _seen_before(made, TextOptions([a, b])) == [b]  # of the fine-tuning, which divided b alone
+    assert _seen_before({"training": made["training"]}, TextOptions([str(tmp_path)])) == []  # the same division
+    assert _seen_before({"training": made["training"]}, TextOptions([a])) == [a]
+    assert _seen_before(made, TextOptions(["ann/plays"], heldout_dataset=[a])) == [a]
+    assert _seen_before(made, TextOptions(["ann/plays"])) == []
+    whole = {"training": {"text": {"dataset": [a], "heldout_dataset": [b]}}}
+    assert _seen_before(whole, TextOptions([a])) == [a]

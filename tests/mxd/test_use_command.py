@@ -6,7 +6,7 @@ from commands import refused, run
 from datasets import ClassLabel, Dataset, Features, Value
 
 from mxd.domains import documents_by_domain
-from mxd.runs import TextOptions
+from mxd.texts import TextOptions
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 CODE = "def f(x):\n    return x + 1\n\nfor i in range(10):\n    print(f(i))\n"
@@ -22,7 +22,9 @@ def labelled(tmp_path_factory):
 
 def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
-    how = ("--dataset", labelled, "--by", "kind", "--tokens", "1024")
+    short = tmp_path / "short.jsonl"
+    short.write_text(labelled.read_text() + json.dumps({"text": "too short", "kind": "note"}) + "\n")
+    how = ("--dataset", short, "--by", "kind", "--tokens", "1024")
     code, output, error = run("use", folder, *how)
     assert code == 0, error
     assert "prose" in output and "active experts" in output
@@ -32,7 +34,8 @@ def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path):
     assert list(layer["domains"]) == ["code", "prose"] and layer["experts"] == 64
     for row in layer["domains"].values():
         assert 0 < row["tokens"] <= 1024 and 0 < row["active_experts"] <= 64
-    assert results["settings"]["domain_column"] == "kind"
+    assert results["settings"]["domain_column"] == "kind" and results["settings"]["left_out"] == ["note"]
+    assert "domain 'note' is left out: the text is too short" in error
 
 
 def test_text_that_cannot_be_divided(finished, labelled, monkeypatch, capsys):
@@ -41,9 +44,9 @@ def test_text_that_cannot_be_divided(finished, labelled, monkeypatch, capsys):
     assert "holds the text" in refused(monkeypatch, capsys, "use", folder, "--dataset", labelled, "--by", "text")
     assert "pass --dataset" in refused(monkeypatch, capsys, "use", folder)
     short = labelled.with_name("short.jsonl")
-    short.write_text(labelled.read_text() + json.dumps({"text": "too short", "kind": "note"}) + "\n")
+    short.write_text("".join(json.dumps({"text": text, "kind": text[:3]}) + "\n" for text in (PROSE * 60, "too short")))
     error = refused(monkeypatch, capsys, "use", folder, "--dataset", short, "--by", "kind")
-    assert "domain 'note': the text is too short" in error
+    assert "of the domains 'It ', 'too' fewer than two have enough text" in error
     assert "is no folder" in refused(monkeypatch, capsys, "use", "nowhere", "--dataset", labelled)
     one = labelled.with_name("one.jsonl")
     one.write_text(json.dumps({"text": PROSE, "domain": "prose"}) + "\n")

@@ -1,0 +1,97 @@
+"""Decompositions that are there: loaded from a folder or the Hub, with their base, and how they were made."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from evaluation_mxd.faithfulness import EVALUATION_NAME
+from hub_cards.reading import check_weights, read_config, read_json
+from modeling_mxd import MxDModel
+from modeling_mxd.downloads import file_if_any, tried
+
+from .base_model import default_device, load_base_model
+from .texts import TextPart, text_parts
+
+
+def load_decomposition(name: str) -> MxDModel:
+    """A decomposition from a folder or the Hub; no code of it is run.
+
+    Raises:
+        ValueError: it is none, or cannot be had.
+    """
+    if Path(name).is_dir():
+        path = Path(name) / "config.json"
+    else:
+        try:
+            path = Path(tried(partial(cached_file, name, "config.json"), name))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise ValueError(f"{name!r} is no folder with a decomposition, and: {reason}") from error
+    config = read_config(path, name)
+    if file_if_any(name, "adapter_config.json", {}) is not None:
+        raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
+    if path.parent == Path(name):  # a folder
+        check_weights(path.parent, config)
+    decomposition = MxDModel.from_pretrained(name)
+    assert isinstance(decomposition, MxDModel)
+    return decomposition
+
+
+def results_folder(source: str, output: str | None) -> Path:
+    """Where what was measured of a decomposition is written: a folder that was asked for, else its own.
+
+    Raises:
+        ValueError: neither is a folder.
+    """
+    if output is not None and Path(output).exists() and not Path(output).is_dir():
+        raise ValueError(f"the output {output} is a file: name a folder with --output")
+    if output is None and not Path(source).is_dir():
+        raise ValueError(f"{source} is no folder: if it is on the Hub, name a folder for the results with --output")
+    return Path(source if output is None else output)
+
+
+def load_base_of(
+    decomposition: MxDModel, dtype: str, context_length: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that a decomposition's config names, and its tokenizer; see `load_base_model`. Both models are
+    then on the accelerator, where there is one.
+
+    Raises:
+        ValueError: it names none (`BaseModelError`: or one that cannot be loaded).
+    """
+    config = decomposition.config
+    if not config.base_model_name_or_path:
+        raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
+    name, revision = config.base_model_name_or_path, config.base_model_revision
+    model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False, context_length=context_length)
+    decomposition.to(default_device())
+    return model.to(default_device()), tokenizer
+
+
+def made_how(name: str) -> dict[str, Any]:
+    """What evaluation.json of a decomposition (folder or Hub id) says of how it was made: the settings of its training
+    and of its fine-tunings. Empty where it says nothing."""
+    path = file_if_any(name, EVALUATION_NAME, {})
+    settings = {} if path is None else read_json(Path(path)).get("settings")
+    if not isinstance(settings, dict):
+        return {}
+    kinds = {"training": dict, "finetuning": list}
+    return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
+
+
+def trained_on(made: Mapping[str, Any]) -> list[tuple[set[TextPart], bool]]:
+    """Of what `made_how` gives, the texts of every training, and whether documents were held out of them."""
+    settings = [made.get("training"), *made.get("finetuning", [])]
+    texts = [part["text"] for part in settings if isinstance(part, dict) and isinstance(part.get("text"), dict)]
+    return [
+        (
+            text_parts(text["dataset"], text.get("config_name"), text.get("split")),
+            not text.get("heldout_dataset") and not text.get("heldout_split"),
+        )
+        for text in texts
+        if isinstance(text.get("dataset"), list)
+    ]

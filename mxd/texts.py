@@ -1,0 +1,131 @@
+"""Text of a run: what is trained on, what is held out, and whether that is so."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from trainers import CausalCollator, load_text, materialize, pack, split_documents, take_tokens
+from trainers.documents import local_files
+
+from . import embedded
+
+Documents: TypeAlias = Dataset | IterableDataset
+
+
+@dataclass
+class TextOptions:
+    """Which text, and how it becomes rows of tokens.
+
+    Attributes:
+        dataset: Hub name, or files, folders and globs; empty for the embedded sample.
+        heldout_dataset: text to evaluate on; by default documents held out of `dataset`.
+        heldout_split: split to evaluate on, of `heldout_dataset` (by default `"train"`), else of `dataset`.
+        config_name, split, text_column: of the dataset.
+        streaming: read a Hub dataset as it comes instead of downloading it first.
+        context_length: tokens a row, BOS included.
+    """
+
+    dataset: list[str] = field(default_factory=list)
+    heldout_dataset: list[str] = field(default_factory=list)
+    config_name: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    streaming: bool = False
+    context_length: int = 128
+    heldout_split: str | None = None
+
+
+class TextPart(NamedTuple):
+    """A local file, or a split of a configuration of a Hub dataset."""
+
+    name: str
+    config_name: str | None = None
+    split: str = "train"
+
+    def overlaps(self, other: "TextPart") -> bool:
+        """Whether both have documents in common, as far as names tell: `train` and `train[:1%]` do, of two slices it is
+        not known, and no configuration may be any."""
+        configs, splits = {self.config_name, other.config_name}, {self.split, other.split}
+        whole = {self.split.partition("[")[0], other.split.partition("[")[0]}
+        return (
+            self.name == other.name
+            and (len(configs) == 1 or None in configs)
+            and (len(splits) == 1 or (len(whole) == 1 and bool(whole & splits)))
+        )
+
+
+def text_parts(dataset: Iterable[Any], config_name: Any = None, split: Any = None) -> set[TextPart]:
+    """What a dataset consists of: the files that folders and globs stand for, or the Hub dataset. What are no names is
+    left out: a stranger may have written them."""
+    found = set()
+    for name in dataset:
+        if isinstance(name, str):
+            files = local_files(name)
+            named = TextPart(name, config_name if isinstance(config_name, str) else None, str(split or "train"))
+            found |= {TextPart(str(file.resolve())) for file in files} or {named}
+    return found
+
+
+def common(one: Iterable[TextPart], other: Iterable[TextPart]) -> set[str]:
+    """Names of what is in both."""
+    known = list(other)
+    return {part.name for part in one if any(part.overlaps(of_other) for of_other in known)}
+
+
+def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
+    """Training documents and held-out documents.
+
+    Raises:
+        DataError: as `trainers.load_text`.
+        ValueError: `heldout_split` is of nothing, or what is held out is trained on.
+    """
+    if text.heldout_split and not text.heldout_dataset and not text.dataset:
+        raise ValueError(f"the held-out split {text.heldout_split!r} is of no dataset: name one")
+    trained_on = text_parts(text.dataset, text.config_name, text.split)
+    if again := common(trained_on, heldout_parts(text)):
+        raise ValueError(f"what is to be held out is trained on: {min(again)}; name another dataset or split")
+    if not text.dataset and not text.heldout_dataset:
+        return load_text(str(embedded.text_path("train"))), load_text(str(embedded.text_path("heldout")))
+    loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
+    source = text.dataset or [str(embedded.text_path("train"))]
+    documents = load_text(source, config_name=text.config_name, split=text.split, **loading)
+    if text.heldout_dataset:
+        return documents, load_text(text.heldout_dataset, split=text.heldout_split or "train", **loading)
+    if text.heldout_split:
+        return documents, load_text(source, config_name=text.config_name, split=text.heldout_split, **loading)
+    return split_documents(documents, seed=seed)
+
+
+def heldout_parts(text: TextOptions) -> set[TextPart]:
+    """What is evaluated on, where that was named."""
+    if text.heldout_dataset:
+        return text_parts(text.heldout_dataset, None, text.heldout_split)
+    return text_parts(text.dataset, text.config_name, text.heldout_split) if text.heldout_split else set()
+
+
+def evaluation_batches(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, context_length: int, tokens: int
+) -> list[dict[str, torch.Tensor]]:
+    """Held-out rows in batches of about 2,048 tokens, shuffled with a fixed seed, at most `tokens` in all."""
+    rows = materialize(take_tokens(pack(documents, tokenizer, context_length, seed=0), tokens))
+    size, collate = max(1, 2048 // context_length), CausalCollator()
+    return [
+        collate([rows[index] for index in range(start, min(start + size, len(rows)))])
+        for start in range(0, len(rows), size)
+    ]
+
+
+def evaluation_settings(text: TextOptions, dtype: str) -> dict[str, Any]:
+    """On which text a decomposition was measured, for evaluation.json."""
+    settings = asdict(text)
+    split = settings.pop("heldout_split")
+    if text.heldout_dataset:
+        heldout = {"dataset": text.heldout_dataset, "split": split or "train"}
+        settings |= {**heldout, "heldout_dataset": [], "config_name": None}
+    elif split:
+        settings["split"] = split
+    return {**settings, "model_dtype": dtype}

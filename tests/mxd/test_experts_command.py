@@ -1,0 +1,52 @@
+import json
+import shutil
+
+from commands import refused, run
+
+from mxd import TextOptions, read_experts
+from mxd.experts import page
+
+
+def test_a_random_sample_is_shown_and_written(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    code, output, error = run("experts", folder, "--tokens", "4096", "--sample", "5", "--examples", "3")
+    assert code == 0, error
+    assert "where experts are most active" in output and "experts.html" in output
+    results = json.loads((folder / "experts.json").read_text())
+    (experts,) = results["layers"].values()
+    assert len(experts) == 5 and results["settings"]["tokens"] <= 4096
+    for expert, found in experts.items():
+        assert expert in output and 1 <= len(found["examples"]) <= 3
+        values = [example["coefficient"] for example in found["examples"]]
+        assert values == sorted(values, reverse=True) and values[-1] > 0
+    shown = (folder / "experts.html").read_text()
+    assert shown.count("<h2>") == 5 and "<mark>" in shown
+
+
+def test_named_experts_of_some_text_in_another_folder(finished, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    results = read_experts(
+        str(finished[0]), TextOptions([str(text)]), experts=[3, 7], examples=2, output=str(tmp_path / "results")
+    )
+    (experts,) = results["layers"].values()
+    assert list(experts) == ["3", "7"]
+    assert not (finished[0] / "experts.json").exists() and (tmp_path / "results" / "experts.html").is_file()
+    for example in (example for found in experts.values() for example in found["examples"]):
+        assert example["token"].strip() in text.read_text()
+        assert " ".join((example["before"] + example["token"] + example["after"]).split()[1:-1]) in text.read_text()
+
+
+def test_what_strangers_wrote_is_no_markup():
+    example = {"coefficient": 1.0, "before": "<script>", "token": "&", "after": "</td>"}
+    shown = page({"layers": {"<b>": {"1": {"frequency": 0.5, "examples": [example]}}}})
+    assert (
+        "<script>" not in shown and "&lt;script&gt;" in shown and "<mark>&amp;</mark>" in shown and "<b>" not in shown
+    )
+
+
+def test_what_is_not_there(finished, monkeypatch, capsys):
+    folder = finished[0]
+    assert "has no expert 64: they are 0 to 63" in refused(monkeypatch, capsys, "experts", folder, "--experts", "1,64")
+    assert "has no layer 99" in refused(monkeypatch, capsys, "experts", folder, "--layer", "99")
+    assert "--output" in refused(monkeypatch, capsys, "experts", "user/on-the-hub")
