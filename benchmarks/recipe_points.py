@@ -100,6 +100,10 @@ def _points() -> dict[str, dict[str, Point]]:
             )
             for gate, modulation in ((1.0, 1.0), (0.3, 3.0))
         },
+        "Without a part, half a pass": {
+            name: Point(passes=0.5, training=training | CODE) for name, training in removed.items()
+        }
+        | {"no sparse code": replace(plain, passes=0.5)},
         "Without a part, half a pass, no sparse code": {
             name: Point(passes=0.5, training=training | NO_CODE) for name, training in removed.items()
         },
