@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import constants, snapshot_download
 from safetensors.torch import load, save
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -233,3 +234,38 @@ def test_a_base_that_is_gone(hub, pushed):
 def test_what_is_no_decomposition(hub, base):
     with pytest.raises(ValueError, match="user/base holds a model of type 'llama', not a decomposition"):
         MxDModel.from_pretrained(BASE)
+
+
+def test_a_single_file_is_found_in_the_cache_without_the_hub(hub, folder, tmp_path, monkeypatch):
+    one = tmp_path / "one"
+    MxDModel.from_pretrained(folder).save_pretrained(one, max_shard_size="1GB")
+    assert (one / "model.safetensors").is_file()
+    push_decomposition(one, REPO)
+    for repo in (REPO, BASE):
+        snapshot_download(repo)  # which notes nowhere that there is no index
+    expected = logits(AutoModelForCausalLM.from_pretrained(one))
+    nowhere = "http://127.0.0.1:9"  # nobody listens there
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(REPO)), expected)
+
+
+@pytest.mark.parametrize("door", [AutoModel, AutoModelForCausalLM])
+def test_force_downloads_weights_once(hub, pushed, door):
+    door.from_pretrained(REPO)
+    hub.requests.clear()
+    door.from_pretrained(REPO, force_download=True)
+    weights = {file: count for file, count in downloaded(hub).items() if file.endswith(".safetensors")}
+    assert set(weights.values()) == {1} and len(weights) == 2
+    if door is AutoModelForCausalLM:
+        assert downloaded(hub, BASE)["model.safetensors"] == 1
+
+
+def test_a_base_of_another_kind_is_refused_before_its_weights(hub, pushed):
+    files = dict(hub.files(BASE))
+    files["config.json"] = json.dumps({**json.loads(files["config.json"]), "model_type": "t5"}).encode()
+    hub.repos[BASE].add("main", files, "another")
+    with pytest.raises(ValueError, match="is of type 't5', which AutoModelForCausalLM does not load"):
+        AutoModelForCausalLM.from_pretrained(REPO, base_model_revision="main")
+    assert "model.safetensors" not in downloaded(hub, BASE)

@@ -11,8 +11,8 @@ from huggingface_hub import HfApi, ModelCard
 from scenes import save_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from hub_cards import HubError, push_decomposition
-from modeling_mxd import MxDModel
+from hub_cards import HubError, build_card, push_decomposition
+from modeling_mxd import MxDModel, sharing
 
 REPO = "user/mxd-tiny"
 
@@ -188,3 +188,40 @@ def test_without_the_library_a_push_is_complete_too(hub, folder, tmp_path):
     assert "is not recorded" not in card.text.split("## How it was made")[0]
     assert len(hub.repos["user/new"].commits) == 6
     MxDModel.from_pretrained("user/new")
+
+
+def test_saving_with_a_push_takes_the_token_from_one_process(hub, folder, tmp_path, monkeypatch):
+    token = os.environ["HF_TOKEN"]
+    monkeypatch.delenv("HF_TOKEN")
+    decomposition = MxDModel.from_pretrained(folder)
+    how = {"push_to_hub": True, "repo_id": REPO, "token": token}
+    decomposition.save_pretrained(tmp_path / "other", is_main_process=False, **how)
+    assert REPO not in hub.repos
+    decomposition.save_pretrained(tmp_path / "main", **how)
+    assert "config.json" in hub.files(REPO)
+
+
+def test_a_push_without_an_evaluation_that_is_there_warns(hub, folder, monkeypatch):
+    (folder / "evaluation.json").write_text("{}")
+    warnings = []
+    monkeypatch.setattr("modeling_mxd.sharing.logger.warning", warnings.append)
+    MxDModel.from_pretrained(folder).push_to_hub(REPO)
+    assert "`mxd push` shares a folder" in warnings[0]
+    assert "evaluation.json" not in hub.files(REPO)
+
+
+def test_tags_of_a_card_by_hand_and_of_other_layers(folder):
+    config = MxDModel.from_pretrained(folder, layers=[2]).config
+    earlier = "---\nlicense: mit\ntags:\n- mine\n- mxd-layer-5\n---\n# By hand\n"
+    card = ModelCard(sharing._over(earlier, sharing._card(config, REPO, ["yours"])))
+    assert card.data.tags == ["mine", "mxd", "interpretability", "mxd-layer-2", "yours"]
+    assert (card.data.license, card.data.pipeline_tag) == ("mit", "text-generation")
+
+
+def test_cards_of_bases_that_no_causal_class_loads(folder):
+    config = MxDModel.from_pretrained(folder).config
+    config.base_model_type = "vit"
+    config.save_pretrained(folder)
+    for card in (ModelCard(sharing._card(config, REPO, [])), build_card(folder)):
+        assert card.data.get("pipeline_tag") is None
+        assert "AutoModelForCausalLM" not in card.text and "decomposition.spliced(model)" in card.text

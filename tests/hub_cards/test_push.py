@@ -313,3 +313,28 @@ def test_one_layer_downloads_only_its_shard(hub, folder, tmp_path):
     got = {path.rsplit("/", 1)[1] for method, path, _ in hub.requests if method == "GET" and "mxd-tiny/resolve" in path}
     assert "model-00002-of-00002.safetensors" in got
     assert "model-00001-of-00002.safetensors" not in got
+
+
+def test_a_licence_that_the_hub_does_not_know_comes_with_its_name(hub, folder):
+    said = {"license": "other", "license_name": "tiny-research", "license_link": "LICENSE"}
+    front = "".join(f"{name}: {value}\n" for name, value in said.items())
+    hub.repos["user/base"].add(
+        "main", {**hub.files("user/base"), "README.md": f"---\n{front}---\n".encode()}, "licence"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "base_model_revision": None}))
+    for _ in range(2):
+        push_decomposition(folder, REPO)
+        card = ModelCard(hub.files(REPO)["README.md"].decode())
+        assert (card.data.license, card.data.license_name) == ("other", "tiny-research")
+        assert card.data.license_link == "https://huggingface.co/user/base/blob/main/LICENSE"
+        assert "tiny-research. Trained" in card.text
+    push_decomposition(folder, REPO, license="mit")
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.get("license_name") is None
+
+
+def test_files_by_hand_are_kept_modules_too(hub, folder):
+    push_decomposition(folder, REPO)
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="handler.py", repo_id=REPO)
+    push_decomposition(folder, REPO)
+    assert hub.files(REPO)["handler.py"] == b"mine"

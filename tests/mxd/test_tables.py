@@ -36,3 +36,12 @@ def test_evaluations_from_before_there_was_one_are_shown(with_interval, capsys):
 def test_a_change_of_the_rise(with_interval, capsys):
     print_change(EVALUATION, with_interval)
     assert "+0.0081 → +0.0081 ± 0.0012" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_a_dash(with_interval, capsys):
+    diverged = copy.deepcopy(with_interval)
+    diverged["cross_entropy"] |= {"spliced": None, "zero_ablated": None, "rise_interval": [None, None]}
+    diverged["layers"]["4"]["l0"] = None
+    print_evaluation(diverged)
+    print_change(with_interval, diverged)
+    assert "± 0.0012 → –" in capsys.readouterr().out

@@ -152,3 +152,11 @@ def test_numbers_out_of_range(tokenizer):
 def test_texts_are_read_only_when_they_are_cut(tmp_path):
     found = load_labelled_text(written(tmp_path / "a.jsonl", rows()), label_column="kind")
     assert isinstance(found.texts, datasets.arrow_dataset.Column)
+
+
+def test_whole_numbers_as_floats_and_gaps(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,stars,book\nfine,5,a\npoor,1,\nlost,,a\nwell,5,\n")
+    found = load_labelled_text(str(path), label_column="stars", group_column="book")
+    assert found.labels.tolist() == ["5", "1", "5"]
+    assert found.groups[0] == "a" and len(set(found.groups)) == 3  # rows without a group stand alone

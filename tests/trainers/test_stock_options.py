@@ -1,10 +1,14 @@
 """What options of the stock Trainer do in ours."""
 
+import os
+import signal
+
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import dispatch_model
 from trainer_cases import arguments, decomposition, rows
-from transformers import OPTConfig, OPTForCausalLM, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, TrainerCallback, TrainingArguments
 
 from modeling_mxd import MxDConfig, MxDModel, make_spliced
 from trainers import DistillationTrainer, FinetuningArguments, FinetuningTrainer
@@ -142,3 +146,58 @@ def test_checkpointed_layers_have_no_dropout(tmp_path):
 def test_on_apple_gpus_the_cpu_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert arguments(tmp_path, use_cpu=False).device.type == "cpu"
+
+
+def test_after_a_training_in_bfloat16_nothing_runs_in_it(tiny_llama, tmp_path):
+    ids = torch.randint(0, 64, (2, 12))
+    config = MxDConfig(layers=[1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4)
+    model = make_spliced(tiny_llama, MxDModel(config), "decomposition")
+    settings = FinetuningArguments(output_dir=str(tmp_path), bf16=True, use_cpu=True, nmse_weight=0.0, max_steps=2)
+    trainer = FinetuningTrainer(model, settings, train_dataset=rows(16))
+    for _ in range(2):  # the second training is in bfloat16 again
+        seen = []
+        handle = model.model.layers[0].mlp.up_proj.register_forward_hook(
+            lambda _, x, y, seen=seen: seen.append(y.dtype)
+        )
+        trainer.train()
+        assert torch.bfloat16 in seen
+        handle.remove()
+        assert "forward" not in vars(model)
+        with torch.no_grad(), model.untouched():
+            expected = model.lm_head(model.model(ids).last_hidden_state)
+            assert torch.equal(model(ids).logits, expected)
+
+
+def test_an_interrupted_training_keeps_its_checkpoint_beside_the_best(tiny_llama, tmp_path):
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **_):
+            metrics["eval_nmse"] += state.global_step  # the first is the best
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = trainer_of(
+        decomposition(), tiny_llama, tmp_path, load_best_model_at_end=True, metric_for_best_model="nmse",
+        save_total_limit=1, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    trainer.add_callback(Worse())
+    trainer.train()
+    assert trainer.interrupted and trainer.args.save_total_limit == 1
+    assert trainer.state.best_global_step == 2
+    last = trainer.state.global_step
+    assert 5 <= last < 10 and (tmp_path / f"checkpoint-{last}" / "trainer_state.json").is_file()
+
+
+def test_padding_on_the_left_is_moved(tmp_path):
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_inner=40, n_positions=32))
+    config = MxDConfig(
+        layers=[1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4, hidden_act="gelu_new"
+    )
+    trainer = trainer_of(MxDModel(config), base.eval(), tmp_path)
+    ids = torch.randint(0, 64, (2, 6))
+    left = {"input_ids": F.pad(ids, (3, 0)), "attention_mask": F.pad(torch.ones_like(ids), (3, 0))}
+    prepared = trainer._prepare_inputs(left)
+    assert torch.equal(prepared["input_ids"][:, :6], ids) and not prepared["attention_mask"][:, 6:].any()
+    x, expected = (trainer.capture(batch)[1][0] for batch in (prepared, {"input_ids": ids}))
+    torch.testing.assert_close(x[:, :6], expected)
