@@ -166,7 +166,7 @@ def ablation_curve(
     `specialised_share` likewise, only the specialised experts being replaced. Where the experts' mean is worse than no
     MLP at all, a share is over 1. A value that is not defined is NaN.
 
-    A batch takes a forward pass for every count and four more: about five times what `faithfulness` takes at K = 32.
+    A batch takes a forward pass for every count and four more: nearly four times what `faithfulness` takes at K = 32.
 
     Args:
         model, decomposition, batches, progress, specialised_frequency: as for `faithfulness`; registered interventions

@@ -55,7 +55,7 @@ def evaluate(
     tokens: Annotated[str, typer.Option(help="Tokens to evaluate on.")] = "32768",
     dtype: Dtype = "float32",
     ablation: Annotated[
-        Order | None, typer.Option(help="Also what removing the strongest experts does; takes some five times as long.")
+        Order | None, typer.Option(help="Also what removing the strongest experts does; takes some four times as long.")
     ] = None,
     ranks: Annotated[bool, typer.Option("--ranks", help="Also the rank of a sample of experts.")] = False,
     output: ResultsFolder = None,
