@@ -88,7 +88,9 @@ def push_decomposition(
     spare = {} if _has_tokenizer(content) else _tokenizer_of(base, token)
 
     def card(named: Mapping[str, str]) -> ModelCard:
-        licence = {"license": license} if license else named if "license" in named else inherited
+        # An earlier card may have `other` alone, inherited without its name.
+        kept = "license" in named and dict(named) != {"license": inherited.get("license")}
+        licence = {"license": license} if license else named if kept else inherited
         built = build_card(folder, repo_id, **licence, base_model=base.repo_id, base_commit=base.commit)
         built.data["tags"] = list(dict.fromkeys([*built.data["tags"], *(tags or [])]))
         return built

@@ -86,8 +86,8 @@ def last_part(path: str) -> str:
 
 def dataset_id(name: str) -> str | None:
     """The Hub id that a data set's name is, or None for what may be a path: as `trainers.load_text` tells them."""
-    on_hub = _HUB_ID.fullmatch(name) and not name.lower().endswith(_DATA_ENDINGS) and not Path(name).exists()
-    return name if on_hub and len(name) <= MAX_TEXT else None
+    on_hub = len(name) <= MAX_TEXT and _HUB_ID.fullmatch(name) and not name.lower().endswith(_DATA_ENDINGS)
+    return name if on_hub and not Path(name).exists() else None
 
 
 def dataset_names(names: Any) -> list[str]:

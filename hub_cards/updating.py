@@ -58,19 +58,26 @@ def _merged(metadata: dict[str, Any], own: dict[str, Any], generated: str, keep_
     """The earlier metadata under ours. What of it was ours is told by our earlier metadata and text."""
     stale = set(_OWN_METADATA)
     if keep_license and metadata.get("license"):
-        own = {name: value for name, value in own.items() if name not in LICENSE}
+        own = {name: value for name, value in own.items() if name not in LICENSE or name not in metadata}
     elif own.get("license") not in (None, metadata.get("license")):
         stale.update(LICENSE)
+    if "pipeline_tag" not in own and metadata.get("pipeline_tag") == "text-generation":  # earlier cards all had it
+        stale.add("pipeline_tag")
     merged = {name: value for name, value in metadata.items() if name not in stale} | own
     method = METHOD_TAGS.get(str(at(metadata, "mxd", "method")))
     gone = {method, *own["tags"]}
     tags = [tag for tag in texts(metadata.get("tags")) if tag not in gone and not _LAYER_TAG.fullmatch(tag)]
     merged["tags"] = list(dict.fromkeys(tags)) + own["tags"]
     if "datasets" in metadata and "datasets" not in own:
-        merged["datasets"] = [name for name in texts(metadata["datasets"]) if name not in generated]
+        merged["datasets"] = [name for name in texts(metadata["datasets"]) if not _names(generated, name)]
         if not merged["datasets"]:
             del merged["datasets"]
     return merged
+
+
+def _names(text: str, name: str) -> bool:
+    """Whether a text has a name by itself, not as a part of a longer one."""
+    return re.search(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", text) is not None
 
 
 def license_of(card: str) -> dict[str, str]:

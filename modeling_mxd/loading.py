@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig  # by the name that transformers 4 knows too
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, extract_commit_hash
 
 from .configuration_mxd import MAX_LAYERS, MAX_SIZE, MxDConfig, shown
@@ -172,7 +172,12 @@ def check_language_model(name: str, access: dict[str, Any]) -> None:
 
 def is_causal(model_type: Any) -> bool:
     """Whether `AutoModelForCausalLM` loads models of a type; true where no type is known."""
-    return not isinstance(model_type, str) or model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    registered = getattr(MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {})  # by AutoModelForCausalLM.register
+    return (
+        not isinstance(model_type, str)
+        or model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        or any(getattr(config, "model_type", None) == model_type for config in registered)
+    )
 
 
 # Names of the number of layers, of the width, of the MLPs' units, of the vocabulary in configs of language models.

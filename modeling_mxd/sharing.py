@@ -94,7 +94,7 @@ def push_to_hub(
             was before.
     """
     check_base_id(config.base_model_name_or_path)
-    if (Path(config._name_or_path or "") / "evaluation.json").is_file():
+    if config._name_or_path and (Path(config._name_or_path) / "evaluation.json").is_file():
         logger.warning(
             f"{config._name_or_path} has an evaluation.json, which is not pushed, since the weights may be others by "
             "now: `mxd push` shares a folder as it is"

@@ -83,6 +83,7 @@ _HOME = {
         "pool_features",
         "probe_features",
         "token_mask",
+        "top_examples",
     ],
     "hub_cards": ["build_card", "list_decompositions", "push_decomposition", "show_decomposition"],
     "modeling_mxd": [

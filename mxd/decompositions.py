@@ -14,7 +14,6 @@ from modeling_mxd import MxDModel
 from modeling_mxd.downloads import file_if_any, tried
 
 from .base_model import default_device, load_base_model
-from .texts import TextPart, text_parts
 
 
 def load_decomposition(name: str) -> MxDModel:
@@ -45,13 +44,16 @@ def results_folder(source: str, output: str | None) -> Path:
     """Where what was measured of a decomposition is written: a folder that was asked for, else its own.
 
     Raises:
-        ValueError: neither is a folder.
+        ValueError: neither is a folder, or the one that was asked for is of another decomposition.
     """
     if output is not None and Path(output).exists() and not Path(output).is_dir():
         raise ValueError(f"the output {output} is a file: name a folder with --output")
     if output is None and not Path(source).is_dir():
         raise ValueError(f"{source} is no folder: if it is on the Hub, name a folder for the results with --output")
-    return Path(source if output is None else output)
+    folder = Path(source if output is None else output)
+    if (folder / "config.json").is_file() and folder.resolve() != Path(source).resolve():
+        raise ValueError(f"the output {folder} holds another model, whose results it would replace: name another")
+    return folder
 
 
 def load_base_of(
@@ -83,15 +85,7 @@ def made_how(name: str) -> dict[str, Any]:
     return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
 
 
-def trained_on(made: Mapping[str, Any]) -> list[tuple[set[TextPart], bool]]:
-    """Of what `made_how` gives, the texts of every training, and whether documents were held out of them."""
-    settings = [made.get("training"), *made.get("finetuning", [])]
-    texts = [part["text"] for part in settings if isinstance(part, dict) and isinstance(part.get("text"), dict)]
-    return [
-        (
-            text_parts(text["dataset"], text.get("config_name"), text.get("split")),
-            not text.get("heldout_dataset") and not text.get("heldout_split"),
-        )
-        for text in texts
-        if isinstance(text.get("dataset"), list)
-    ]
+def trainings(made: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of what `made_how` gives, the settings of the training and of every fine-tuning that say on which text it was."""
+    runs = [made.get("training"), *made.get("finetuning", [])]
+    return [run for run in runs if isinstance(run, dict) and isinstance(run.get("text"), dict)]

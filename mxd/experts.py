@@ -15,12 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from evaluation_mxd import top_examples
 from evaluation_mxd.files import replace_text
 from modeling_mxd import MxDModel
-from trainers import load_text
 
-from . import embedded
 from .decompositions import load_base_of, load_decomposition, results_folder
 from .tables import cell
-from .texts import TextOptions, evaluation_batches, evaluation_settings
+from .texts import TextOptions, evaluation_batches, evaluation_settings, load_one
 
 EXPERTS_NAME, PAGE_NAME = "experts.json", "experts.html"
 AROUND = 12  # tokens before and after
@@ -53,7 +51,7 @@ def read_experts(
         examples: rows for each, the strongest position of each row.
         tokens: how many to search.
         dtype: in which the base model runs.
-        seed: of the sample and of the order of the text.
+        seed: of the sample.
         output: folder to write into instead; of a decomposition on the Hub there has to be one.
 
     Returns:
@@ -67,13 +65,7 @@ def read_experts(
     loaded = load_decomposition(decomposition)
     layers = loaded.config.layers if layer is None else [layer]
     _check(loaded, layers, experts)
-    documents = load_text(
-        text.dataset or [str(embedded.text_path("heldout"))],
-        config_name=text.config_name,
-        split=text.split,
-        text_column=text.text_column,
-        streaming=text.streaming,
-    )
+    documents = load_one(text)
     model, tokenizer = load_base_of(loaded, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
     ids = torch.cat([batch["input_ids"] for batch in batches])
@@ -160,7 +152,7 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
         for expert, found in experts.items():
             for number, example in enumerate(found["examples"][:shown]):
                 head = ("", "") if number else (expert, f"{100 * found['frequency']:.2f}")
-                before, after = cell(example["before"])[-30:], cell(example["after"])[:30]
+                before, after = cell(example["before"][-30:]), cell(example["after"][:30])
                 text = Text.assemble(before, (cell(example["token"]).plain, "bold reverse"), after)
                 table.add_row(*map(cell, (*head, f"{example['coefficient']:.3g}")), text)
         Console().print(table)

@@ -1,7 +1,7 @@
 """Fine-tuning a decomposition end to end: from a folder or the Hub to another folder, measured before and after."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from modeling_mxd import SplicedLanguageModel, make_spliced
 from trainers import FinetuningArguments, FinetuningTrainer, last_complete_checkpoint, pack
 
 from .base_model import resolve_name
-from .decompositions import load_base_of, load_decomposition, made_how, trained_on
+from .decompositions import load_base_of, load_decomposition, made_how, trainings
 from .runs import (
     RunOptions,
     asked_for,
@@ -26,10 +26,12 @@ from .runs import (
 from .texts import (
     TextOptions,
     common,
+    division,
     evaluation_batches,
     evaluation_settings,
     heldout_parts,
     load_documents,
+    recorded_parts,
     text_parts,
 )
 
@@ -79,8 +81,8 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     start = resumed_start(folder, options) if checkpoint else {}
     decomposition = load_decomposition(options.decomposition)
     settings = made_how(options.decomposition)
-    documents, heldout_documents = load_documents(options.text, _split_seed(settings, options))
-    if seen := _seen_before(settings, options.text):
+    documents, heldout_documents = load_documents(options.text, _split_seed(settings, options.seed))
+    if seen := _seen_before(settings, options.text, options.seed):
         logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
     context = options.text.context_length
     base, tokenizer = load_base_of(decomposition, options.dtype, context)
@@ -111,23 +113,25 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
 
 
-def _split_seed(settings: dict[str, Any], options: FinetuningOptions) -> int:
-    """That of the decomposition's training, which then has not seen what is held out, if the text is the same."""
+def _split_seed(settings: dict[str, Any], own: Any) -> Any:
+    """That of the decomposition's training, which then has not seen what is held out, if the text is the same; else a
+    run's own."""
     seed = settings.get("training", {}).get("seed")
-    return seed if isinstance(seed, int) and seed >= 0 else options.seed
+    return seed if isinstance(seed, int) and seed >= 0 else own
 
 
-def _seen_before(settings: dict[str, Any], text: TextOptions) -> list[str]:
-    """What of the held-out text earlier trainings of the decomposition may have seen. Where it is held out of what is
-    trained on, it is the same documents in every training on the same text, and other ones on a part of it."""
+def _seen_before(settings: dict[str, Any], text: TextOptions, seed: int) -> list[str]:
+    """What of the held-out text earlier trainings of the decomposition may have seen: not what they held out too."""
     named = heldout_parts(text)
     held_out = named or text_parts(text.dataset, text.config_name, text.split)
-    return sorted(
-        name
-        for before, divided in trained_on(settings)
-        if named or not divided or before != held_out
-        for name in common(held_out, before)
-    )
+    ours = division(asdict(text), _split_seed(settings, seed))
+    seen: set[str] = set()
+    for run in trainings(settings):
+        before = run["text"]
+        divided = not before.get("heldout_dataset") and not before.get("heldout_split")
+        if named or not divided or division(before, _split_seed(settings, run.get("seed"))) != ours:
+            seen.update(common(held_out, recorded_parts(before)))
+    return sorted(seen)
 
 
 def _check_apart(output: Path, source: Path) -> None:

@@ -30,11 +30,11 @@ from modeling_mxd import (
     site_of,
 )
 from modeling_mxd.hierarchical_routing import default_num_expert_groups
-from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint, load_text, pack
+from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint, pack
 
 from . import embedded
 from .base_model import check_safetensors, load_base_model, resolve_name
-from .decompositions import load_base_of, load_decomposition, made_how, results_folder, trained_on
+from .decompositions import load_base_of, load_decomposition, made_how, results_folder, trainings
 from .runs import (
     RunOptions,
     asked_for,
@@ -45,7 +45,16 @@ from .runs import (
     save_results,
     step_arguments,
 )
-from .texts import TextOptions, common, evaluation_batches, evaluation_settings, load_documents, text_parts
+from .texts import (
+    TextOptions,
+    common,
+    evaluation_batches,
+    evaluation_settings,
+    load_documents,
+    load_one,
+    recorded_parts,
+    text_parts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -246,27 +255,20 @@ def evaluate(
     """
     folder = results_folder(decomposition, output)
     loaded = load_decomposition(decomposition)
-    documents = load_text(
-        text.dataset or [str(embedded.text_path("heldout"))],
-        config_name=text.config_name,
-        split=text.split,
-        text_column=text.text_column,
-        streaming=text.streaming,
-    )
+    documents = load_one(text)
     methods = {loaded.config.layer(layer).method for layer in loaded.config.layers}
     if ranks and methods != {"mxd"}:
         raise ValueError("only an MxD's experts have a rank: leave --ranks out for a transcoder")
     model, tokenizer = load_base_of(loaded, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
     made = made_how(decomposition)
-    before = [part for known, _ in trained_on(made) for part in known]
+    before = [part for run in trainings(made) for part in recorded_parts(run["text"])]
     of_training = common(text_parts(text.dataset, text.config_name, text.split), before)
     if of_training:
-        logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(sorted(of_training)))
+        logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(of_training))
     settings = {"evaluation": {**evaluation_settings(text, dtype), "held_out": not of_training}, **made}
     results = faithfulness(model, loaded, batches, settings=settings, progress=progress)
-    if output is None:
-        results = _earlier(folder, results) | results
+    results = _earlier(folder, results, folder.resolve() == Path(decomposition).resolve()) | results
     folder.mkdir(parents=True, exist_ok=True)
     save_evaluation(results, folder)  # already now: what follows may take longer than this did
     figures = folder / "figures"
@@ -285,15 +287,18 @@ def evaluate(
     return load_evaluation(folder)
 
 
-def _earlier(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier evaluation of these weights measured and still holds: ranks, and on the same tokens the ablation.
-    The figure of an ablation that does not is removed."""
+def _earlier(folder: Path, results: dict[str, Any], own: bool) -> dict[str, Any]:
+    """What an earlier evaluation in a folder measured and still holds: of the folder's own weights ranks, and on the
+    same tokens the ablation. The figure of an ablation that does not is removed."""
     path = folder / EVALUATION_NAME
     before = read_json(path) if path.is_file() else {}
     settings = before.get("settings")
-    same = isinstance(settings, dict) and all(
-        settings.get(name) == results["settings"][name] for name in ("evaluation", "tokens", "dtype")
+    same = (
+        own
+        and isinstance(settings, dict)
+        and all(settings.get(name) == results["settings"][name] for name in ("evaluation", "tokens", "dtype"))
     )
     if not same:
         (folder / "figures" / "ablation.png").unlink(missing_ok=True)
-    return {name: before[name] for name in ("ranks", *(["ablation"] if same else [])) if name in before}
+    kept = {"ranks": own, "ablation": same}
+    return {name: before[name] for name, holds in kept.items() if holds and name in before}

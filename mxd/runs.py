@@ -22,6 +22,8 @@ from .base_model import resolve_name
 from .texts import TextOptions
 
 LOG_NAME = "training_log.json"
+# What runs had that began before it was said.
+_UNSAID = {"sparse_code_weight": 0.0, "learning_rate": 1e-3, "encoder_initialization": "pretrained"}
 START_NAME = "run_start.json"  # in the output folder of a run that is not finished: what it was asked for
 
 
@@ -143,8 +145,9 @@ def resumed_start(folder: Path, options: RunOptions) -> dict[str, Any]:
     before, now = start.get("asked"), _settled(options)
     if not isinstance(before, dict):
         raise ValueError(f"{path} does not say what the run was asked for: begin it anew with --overwrite")
-    if "sparse_code_weight" in now:  # which runs had none of that began before there was one
-        before.setdefault("sparse_code_weight", 0.0)
+    for name, value in _UNSAID.items():
+        if name in now:
+            before.setdefault(name, value)
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             raise ValueError(

@@ -1,6 +1,8 @@
 """Text of a run: what is trained on, what is held out, and whether that is so."""
 
-from collections.abc import Iterable
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +16,8 @@ from trainers.documents import local_files
 from . import embedded
 
 Documents: TypeAlias = Dataset | IterableDataset
+
+MAX_NAME = 4096
 
 
 @dataclass
@@ -40,40 +44,70 @@ class TextOptions:
 
 
 class TextPart(NamedTuple):
-    """A local file, or a split of a configuration of a Hub dataset."""
+    """A split of a local file, or of a configuration of a Hub dataset."""
 
     name: str
     config_name: str | None = None
     split: str = "train"
 
-    def overlaps(self, other: "TextPart") -> bool:
-        """Whether both have documents in common, as far as names tell: `train` and `train[:1%]` do, of two slices it is
-        not known, and no configuration may be any."""
-        configs, splits = {self.config_name, other.config_name}, {self.split, other.split}
-        whole = {self.split.partition("[")[0], other.split.partition("[")[0]}
+    def overlaps(self, recorded: "TextPart") -> bool:
+        """Whether it has documents in common with what was recorded, as far as names tell: `train` and `train[:1%]` do,
+        of two slices it is not known, and no configuration may be any."""
+        configs, splits = {self.config_name, recorded.config_name}, {self.split, recorded.split}
+        whole = {self.split.partition("[")[0], recorded.split.partition("[")[0]}
         return (
-            self.name == other.name
+            _covers(recorded.name, self.name)
             and (len(configs) == 1 or None in configs)
             and (len(splits) == 1 or (len(whole) == 1 and bool(whole & splits)))
         )
 
 
-def text_parts(dataset: Iterable[Any], config_name: Any = None, split: Any = None) -> set[TextPart]:
-    """What a dataset consists of: the files that folders and globs stand for, or the Hub dataset. What are no names is
-    left out: a stranger may have written them."""
+def _covers(recorded: str, name: str) -> bool:
+    """Whether a recorded file, folder or glob is, or holds, a file. A stranger may have recorded it: it is compared as
+    text, and no file of that name is looked for."""
+    if recorded == name:
+        return True
+    if not os.path.isabs(name) or len(recorded) > MAX_NAME:  # noqa: PTH117
+        return False
+    path = os.path.abspath(os.path.expanduser(recorded))  # noqa: PTH100, PTH111, pathlib raises for strange names
+    return any(
+        file == path or file.startswith(path.rstrip("/") + "/") or fnmatch.fnmatch(file, path)
+        for file in {name, os.path.realpath(name)}
+    )
+
+
+def text_parts(dataset: Iterable[str], config_name: str | None, split: str | None) -> set[TextPart]:
+    """What a dataset that this run was asked for consists of: the files that folders and globs stand for, or the Hub
+    dataset."""
     found = set()
     for name in dataset:
-        if isinstance(name, str):
-            files = local_files(name)
-            named = TextPart(name, config_name if isinstance(config_name, str) else None, str(split or "train"))
-            found |= {TextPart(str(file.resolve())) for file in files} or {named}
+        for part in [str(file.absolute()) for file in local_files(name)] or [name]:
+            found.add(TextPart(part, config_name, split or "train"))
     return found
 
 
-def common(one: Iterable[TextPart], other: Iterable[TextPart]) -> set[str]:
-    """Names of what is in both."""
-    known = list(other)
-    return {part.name for part in one if any(part.overlaps(of_other) for of_other in known)}
+def recorded_parts(text: Mapping[str, Any]) -> set[TextPart]:
+    """The same of what evaluation.json says of a training's text, which a stranger may have written: nothing on this
+    machine is looked at."""
+    names, config, split = (text.get(key) for key in ("dataset", "config_name", "split"))
+    return {
+        TextPart(name, config if isinstance(config, str) else None, str(split or "train"))
+        for name in (names if isinstance(names, list) else [])
+        if isinstance(name, str)
+    }
+
+
+def common(parts: Iterable[TextPart], recorded: Iterable[TextPart]) -> list[str]:
+    """Names of the parts that have documents in common with what was recorded, in order."""
+    known = list(recorded)
+    return sorted({part.name for part in parts if any(part.overlaps(of_other) for of_other in known)})
+
+
+def division(text: Mapping[str, Any], seed: Any) -> tuple[Any, ...]:
+    """What decides which documents are held out of a text: two trainings that have it in common hold out the same."""
+    names = text.get("dataset")
+    paths = [os.path.abspath(name) for name in names if isinstance(name, str)] if isinstance(names, list) else None  # noqa: PTH100
+    return paths, text.get("config_name"), text.get("split"), bool(text.get("streaming")), seed
 
 
 def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
@@ -87,7 +121,7 @@ def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
         raise ValueError(f"the held-out split {text.heldout_split!r} is of no dataset: name one")
     trained_on = text_parts(text.dataset, text.config_name, text.split)
     if again := common(trained_on, heldout_parts(text)):
-        raise ValueError(f"what is to be held out is trained on: {min(again)}; name another dataset or split")
+        raise ValueError(f"what is to be held out is trained on: {again[0]}; name another dataset or split")
     if not text.dataset and not text.heldout_dataset:
         return load_text(str(embedded.text_path("train"))), load_text(str(embedded.text_path("heldout")))
     loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
@@ -98,6 +132,22 @@ def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
     if text.heldout_split:
         return documents, load_text(source, config_name=text.config_name, split=text.heldout_split, **loading)
     return split_documents(documents, seed=seed)
+
+
+def load_one(text: TextOptions) -> Documents:
+    """The documents of a text as a whole; the embedded held-out sample if it names none.
+
+    Raises:
+        DataError: as `trainers.load_text`.
+    """
+    source = text.dataset or [str(embedded.text_path("heldout"))]
+    return load_text(
+        source,
+        config_name=text.config_name,
+        split=text.split,
+        text_column=text.text_column,
+        streaming=text.streaming,
+    )
 
 
 def heldout_parts(text: TextOptions) -> set[TextPart]:

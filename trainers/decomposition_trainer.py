@@ -22,7 +22,6 @@ from evaluation_mxd import token_mask
 from evaluation_mxd.allocation import freed_memory_kept
 from evaluation_mxd.expert_use import measure_expert_statistics
 from evaluation_mxd.faithfulness import EVALUATION_NAME
-from evaluation_mxd.forward import right_padded
 from modeling_mxd import MxDModel
 
 from .callbacks import InterruptCallback, RankCallback, TokenProgressCallback
@@ -36,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 # A router learns from one token in so many, for which every expert is scored.
 ROUTER_TOKENS = 16
+_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # one value for every token
 SCALES_NAME = "activation_scales.json"
 ARGUMENTS_NAME = "training_arguments.json"
 # Folders of this machine, and what only it needs: the file is pushed along with `push_to_hub=True`.
@@ -91,6 +91,11 @@ class DecompositionTrainer(HubPushes):
         # Stock keeps the columns that the model's forward names: a decomposition's takes hidden states.
         self._signature_columns = ["input_ids", "attention_mask"]
 
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The model whose MLPs are decomposed."""
+        return self.model
+
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """{layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
         raise NotImplementedError
@@ -100,12 +105,13 @@ class DecompositionTrainer(HubPushes):
         return token_mask(inputs["input_ids"], inputs.get("attention_mask"))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As stock, but every row's padding is on its right, as where a decomposition is measured."""
+        """As stock, but of text the padding of every row is on its right, as where a decomposition is measured."""
         inputs = super()._prepare_inputs(inputs)
-        if set(inputs) == {"input_ids", "attention_mask"}:
-            ids, mask = right_padded(inputs, inputs["input_ids"].device)
-            return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-        return inputs
+        of_text = {"input_ids", "attention_mask"} <= set(inputs) <= _OF_TOKENS
+        if not of_text or self.language_model.config.is_encoder_decoder:
+            return inputs
+        order = (inputs["attention_mask"] == 0).to(torch.int8).argsort(dim=-1, stable=True)
+        return {name: value.gather(-1, order) for name, value in inputs.items()}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         if not batch_samples:

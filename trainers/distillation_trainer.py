@@ -104,6 +104,11 @@ class DistillationTrainer(DecompositionTrainer):
             name for name in columns if name != "labels" or self.teacher.config.is_encoder_decoder
         ]
 
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The teacher."""
+        return self.teacher
+
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """{layer: (x, y)} of the teacher's MLPs for a batch; x (batch, tokens, I), y (batch, tokens, O)."""
         given: dict[str, Any] = {**inputs, **self.model.config.where}

@@ -491,7 +491,18 @@ def test_numbers_of_an_earlier_evaluation_do_not_outlive_it(tmp_path):
     assert update_card(earlier, card).data.to_dict() == card.data.to_dict()
     by_hand = earlier.replace("datasets:\n", "datasets:\n- by/hand\n")
     assert update_card(by_hand, card).data.datasets == ["by/hand"]
+    part = earlier.replace("datasets:\n", "datasets:\n- edu\n")
+    assert update_card(part, card).data.datasets == ["edu"]
     assert "0.211" not in str(update_card(earlier, card))
+
+
+def test_a_re_push_no_longer_offers_a_pipeline_where_there_is_none(tmp_path):
+    folder = write_folder(tmp_path)
+    earlier = str(build_card(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "base_model_type": "vit"}))
+    assert "pipeline_tag" in earlier
+    assert update_card(earlier, build_card(folder)).data.get("pipeline_tag") is None
 
 
 def test_the_tag_of_an_earlier_method_goes_and_one_by_hand_stays(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 from commands import refused, run
@@ -16,7 +17,7 @@ def test_a_random_sample_is_shown_and_written(finished, tmp_path):
     (experts,) = results["layers"].values()
     assert len(experts) == 5 and results["settings"]["tokens"] <= 4096
     for expert, found in experts.items():
-        assert expert in output and 1 <= len(found["examples"]) <= 3
+        assert re.search(rf"│ +{expert} │", output) and 1 <= len(found["examples"]) <= 3
         values = [example["coefficient"] for example in found["examples"]]
         assert values == sorted(values, reverse=True) and values[-1] > 0
     shown = (folder / "experts.html").read_text()
@@ -32,7 +33,9 @@ def test_named_experts_of_some_text_in_another_folder(finished, tmp_path):
     (experts,) = results["layers"].values()
     assert list(experts) == ["3", "7"]
     assert not (finished[0] / "experts.json").exists() and (tmp_path / "results" / "experts.html").is_file()
-    for example in (example for found in experts.values() for example in found["examples"]):
+    examples = [example for found in experts.values() for example in found["examples"]]
+    assert examples
+    for example in examples:
         assert example["token"].strip() in text.read_text()
         assert " ".join((example["before"] + example["token"] + example["after"]).split()[1:-1]) in text.read_text()
 

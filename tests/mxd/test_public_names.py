@@ -17,6 +17,14 @@ def test_every_public_name_is_there():
         mxd.nonsense  # noqa: B018
 
 
+def test_the_names_that_type_checkers_know_are_those():
+    tree = ast.parse(Path(mxd.__file__).read_text())
+    (known,) = (node for node in tree.body if isinstance(node, ast.If))
+    names = [alias.name for node in known.body for alias in node.names]
+    assert sorted(names) == sorted(mxd.__all__)
+    assert set(names) <= set(dir(mxd))
+
+
 def imported_modules(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
+from mxd.decompositions import results_folder
 from mxd.finetuning import _seen_before
-from mxd.runs import START_NAME, Interrupted, check_output, prepare_output
-from mxd.texts import TextPart, common, evaluation_settings, load_documents, text_parts
+from mxd.runs import START_NAME, Interrupted, _settled, check_output, prepare_output, resumed_start
+from mxd.texts import TextPart, common, evaluation_settings, heldout_parts, load_documents, recorded_parts, text_parts
 
 TRAINING = {"learning_rate": 0.01, "disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
 
@@ -210,24 +212,86 @@ def test_which_texts_have_documents_in_common(one, other, expected):
     assert one.overlaps(other) is other.overlaps(one) is expected
 
 
-def test_folders_and_globs_are_the_files_that_they_stand_for(tmp_path):
+def test_folders_and_globs_are_the_files_that_they_stand_for(tmp_path, monkeypatch):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("words")
     both = {TextPart(str(tmp_path / name)) for name in ("a.txt", "b.txt")}
-    assert text_parts([str(tmp_path)]) == text_parts([f"{tmp_path}/*.txt"]) == both
-    assert common(text_parts([str(tmp_path / "a.txt")]), both) == {str(tmp_path / "a.txt")}
+    assert text_parts([str(tmp_path)], None, None) == text_parts([f"{tmp_path}/*.txt"], None, None) == both
     assert text_parts(["ann/plays"], "new", "test") == {TextPart("ann/plays", "new", "test")}
+    monkeypatch.chdir(tmp_path)
+    one = text_parts(["a.txt"], None, None)
+    for recorded in ("a.txt", str(tmp_path / "a.txt"), str(tmp_path), f"{tmp_path}/*.txt", "*.txt", "/"):
+        assert common(one, recorded_parts({"dataset": [recorded]})) == [str(tmp_path / "a.txt")]
+    for recorded in ("b.txt", f"{tmp_path}/a", "*.csv", "~nobody/a.txt", "x" * 5000, "a/" + "b" * 300, 7, None):
+        assert common(one, recorded_parts({"dataset": [recorded]})) == []
+    assert common(one, recorded_parts({"dataset": "a.txt"})) == []
+
+
+def test_what_was_recorded_is_not_looked_for(monkeypatch):
+    def look(source):
+        raise AssertionError(f"looked for {source}")
+
+    monkeypatch.setattr("mxd.texts.local_files", look)
+    assert recorded_parts({"dataset": ["/", "/**"], "split": "test"}) == {
+        TextPart("/", None, "test"),
+        TextPart("/**", None, "test"),
+    }
+
+
+def test_slices_of_local_files(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("words")
+    text = TextOptions([str(path)], split="train[:90%]", heldout_split="train[90%:]")
+    parts = text_parts(text.dataset, None, text.split)
+    assert parts == {TextPart(str(path), None, "train[:90%]")}
+    assert common(parts, heldout_parts(text)) == []
+    assert common(parts, [TextPart(str(path))]) == [str(path)]
 
 
 def test_what_a_finetuning_holds_out_may_have_been_trained_on(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("words")
     a, b = (str(tmp_path / name) for name in ("a.txt", "b.txt"))
-    made = {"training": {"text": {"dataset": [a, b]}}, "finetuning": [{"text": {"dataset": [b]}}]}
-    assert _seen_before(made, TextOptions([a, b])) == [b]  # of the fine-tuning, which divided b alone
-    assert _seen_before({"training": made["training"]}, TextOptions([str(tmp_path)])) == []  # the same division
-    assert _seen_before({"training": made["training"]}, TextOptions([a])) == [a]
-    assert _seen_before(made, TextOptions(["ann/plays"], heldout_dataset=[a])) == [a]
-    assert _seen_before(made, TextOptions(["ann/plays"])) == []
-    whole = {"training": {"text": {"dataset": [a], "heldout_dataset": [b]}}}
-    assert _seen_before(whole, TextOptions([a])) == [a]
+
+    def run(dataset, **changes):
+        return {"text": {**asdict(TextOptions(dataset)), **changes}, "seed": 3}
+
+    def seen(text, training, *finetunings):
+        return _seen_before({"training": training, "finetuning": list(finetunings)}, text, 5)
+
+    assert seen(TextOptions([a, b]), run([a, b])) == []  # the same division
+    assert seen(TextOptions([b, a]), run([a, b])) == [a, b]  # another order, another division
+    assert seen(TextOptions([a, b], streaming=True), run([a, b])) == [a, b]
+    assert seen(TextOptions([a]), run([a, b])) == [a]
+    assert seen(TextOptions([a, b]), run([a, b]), run([b])) == [b]  # of the fine-tuning, which divided b alone
+    assert seen(TextOptions(["ann/plays"], heldout_dataset=[a]), run([a])) == [a]
+    assert seen(TextOptions(["ann/plays"]), run([a])) == []
+    assert seen(TextOptions([a]), run([a], heldout_dataset=[b])) == [a]  # nothing was held out of it
+    # Without a training that says its seed, each fine-tuning divided by its own.
+    assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 3) == []
+    assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 4) == [a]
+
+
+def test_results_elsewhere_replace_no_other_model_s(halved, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds another model"):
+        results_folder(str(halved), str(tmp_path))
+    assert results_folder(str(halved), str(halved)) == halved
+    assert results_folder("user/name", str(tmp_path / "new")) == tmp_path / "new"
+    with pytest.raises(ValueError, match="--output"):
+        results_folder("user/name", None)
+
+
+def test_a_run_from_before_defaults_were_said_goes_on(tmp_path):
+    settings = options(tmp_path, resume=True, training={"disable_tqdm": True})
+    kept = json.loads(json.dumps(_settled(settings)))
+    del kept["learning_rate"]
+    (tmp_path / START_NAME).write_text(json.dumps({"asked": kept}))
+    assert resumed_start(tmp_path, settings)["asked"]["learning_rate"] == 1e-3
+
+
+def test_resumed_equals_uninterrupted(halved, tmp_path):
+    folder = shutil.copytree(halved, tmp_path / "halved")
+    resumed, whole = decompose(options(folder, resume=True)), decompose(options(tmp_path / "whole"))
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert resumed["layers"] == whole["layers"]
