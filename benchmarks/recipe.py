@@ -4,14 +4,14 @@
 
 MODEL is SmolLM2-135M (its decoder layers are a list, which is used). One teacher pass records inputs and outputs of
 layer 15's MLP on `--tokens` of text, another those of layers 5 and 25 on half as many; every point trains on its
-layer's recording, in the same order, as many passes over it as it says, one thread each, `--jobs` at a time. Then all
-that were asked for are measured on the same rows: of held-out documents of the corpus,
-or of the running interpreter's standard library, which is a kind of text that none was trained on. Differences of
-cross-entropy are paired per token, with 95 % intervals clustered by row of 256 tokens. What comes before the layer is
-computed once, and products are in bfloat16 for all, the untouched model included, where the processor has it. Points
-already in the work folder are not trained again, nor measured again on as many tokens. Writes
-benchmarks/results/recipe.json, the tables in docs/recipe.md (the first three in the README), docs/recipe.png,
-docs/recipe-every-k.png. Rows of points that the work folder does not have stay as they were.
+layer's recording, in the same order, as many passes over it as it says, one thread each, `--jobs` at a time. Then
+what is not yet measured on so many tokens is measured on the same rows: of held-out documents of the corpus, or of the
+running interpreter's standard library, which is a kind of text that none was trained on. Differences of cross-entropy
+are paired per token, with 95 % intervals clustered by row of 256 tokens. What comes before the layer is computed once,
+and products are in bfloat16 for all, the untouched model included, where the processor has it. Points already in the
+work folder are not trained again, nor measured again on as many tokens or more. Writes benchmarks/results/recipe.json,
+the tables in docs/recipe.md (the first three in the README), docs/recipe.png, docs/recipe-every-k.png. Rows of points
+that the work folder does not have stay as they were.
 """
 
 import argparse

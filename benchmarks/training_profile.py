@@ -86,7 +86,7 @@ def timed_run(job: dict[str, Any]) -> dict[str, float]:
             model=job["model"],
             layers=[job["layer"]],
             text=text,
-            dtype="bfloat16",
+            dtype=job["dtype"],
             tokens=job["tokens"],
             evaluation_tokens=8192,
             output=job["output"],
@@ -101,7 +101,8 @@ def timed_run(job: dict[str, Any]) -> dict[str, float]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Both check-outs, each twice."""
-    from pages import machine  # which the earlier check-out cannot import
+    from methods import BFLOAT16  # which the earlier check-out cannot import
+    from pages import machine
 
     measured: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -115,6 +116,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     "layer": options.layer,
                     "tokens": options.tokens,
                     "threads": options.threads,
+                    "dtype": "bfloat16" if BFLOAT16 else "float32",
                     "output": str(Path(folder) / "output"),
                 }
                 path = str(earlier if which == "before" else ROOT)

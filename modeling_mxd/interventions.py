@@ -1,7 +1,8 @@
 """Sparse expert coefficients, and changes to them: the supported way to steer, ablate and read experts."""
 
+import operator
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ class ExpertIntervention:
         scale: Mapping[int, float] | None = None,
         ablate: Iterable[int] = (),
     ):
-        self.add = dict(add or {})
-        self.set = dict(set or {})
-        self.scale = dict(scale or {})
-        self.ablate = tuple(ablate)
+        self.add = {_whole(expert): constant for expert, constant in (add or {}).items()}
+        self.set = {_whole(expert): value for expert, value in (set or {}).items()}
+        self.scale = {_whole(expert): factor for expert, factor in (scale or {}).items()}
+        self.ablate = tuple(map(_whole, ablate))
         if not (self.add or self.set or self.scale or self.ablate):
             raise ValueError("an intervention needs at least one of add, set, scale, ablate")
 
@@ -68,3 +69,11 @@ class ExpertIntervention:
             values = torch.cat([values, torch.full_like(values[..., :1], constant)], dim=-1)
             indices = torch.cat([indices, torch.full_like(indices[..., :1], expert)], dim=-1)
         return ExpertCoefficients(values, indices)
+
+
+def _whole(expert: Any) -> Any:
+    """An index of NumPy's or a tensor's as an int; what is none, as it is, for `check` to name."""
+    try:
+        return expert if isinstance(expert, bool) else operator.index(expert)
+    except (TypeError, ValueError):
+        return expert

@@ -115,7 +115,11 @@ class MLPSite:
         shared = 0 if self.layout.shared is None else layout_widths(self.modules, self.layout.shared)[1]
         config = getattr(self.model, "config", None)
         text = config.get_text_config(decoder=True) if config is not None else None
-        active = next((getattr(text, name) for name in _ACTIVE_EXPERTS if getattr(text, name, None)), 2)
+        configs = (text, getattr(text, "ffn_config", None))  # DBRX has it in the second
+        named = [getattr(config, name, None) for config in configs for name in _ACTIVE_EXPERTS]
+        active = next(filter(None, named), 2)
+        if isinstance(active, list | tuple):  # of each layer
+            active = active[self.layer]
         return shared + (self.widths[1] - shared) // self.layout.experts * min(active, self.layout.experts)
 
     @cached_property

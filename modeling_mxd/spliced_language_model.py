@@ -235,6 +235,9 @@ def _sample(parameter: Tensor) -> tuple[torch.Size, Tensor]:
 
 def _same(before: tuple[torch.Size, Tensor], after: tuple[torch.Size, Tensor]) -> bool:
     (shape, old), (shape_now, new) = before, after
-    return shape == shape_now and any(
-        torch.equal(old.to(dtype), new.to(dtype)) for dtype in (new.dtype, torch.bfloat16, torch.float16)
-    )
+    if shape != shape_now:
+        return False
+    if any(torch.equal(old.to(dtype), new.to(dtype)) for dtype in (new.dtype, torch.bfloat16, torch.float16)):
+        return True
+    # Two changes of dtype, one after the other, round twice.
+    return new.dtype != old.dtype and torch.allclose(old.float(), new.float(), rtol=2**-7, atol=1e-7)

@@ -8,7 +8,6 @@ load what is in their places.
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -215,10 +214,12 @@ def _device(module: nn.Module, parameter: Tensor) -> torch.device | str | int:
 
 
 def _move_to(site: MLPSite, model: nn.Module, module: nn.Module, cast: bool) -> None:
-    # GPTQ's and AWQ's linears have buffers alone.
-    like = next(chain(site.output_module.parameters(), site.output_module.buffers()), None)
-    if like is None:
+    # GPTQ's and AWQ's linears have buffers alone. A mixture's router may be in float32 beside experts in 16 bits.
+    parameters: list[Tensor] = list(site.output_module.parameters())
+    parameters = parameters or list(site.output_module.buffers())
+    if not parameters:
         return
+    like = max(parameters, key=Tensor.numel)
     dtype = like.dtype
     if is_quantised(like):
         assert isinstance(model, PreTrainedModel)

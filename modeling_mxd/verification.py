@@ -194,8 +194,7 @@ def _layer_outputs(
         for path in paths
     ]
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # Reformer hashes at random
+        with _seeded(running_device(model)):  # Reformer hashes at random
             model(**(example_inputs or make_example_inputs(model)))
     except _Complete:
         pass
@@ -208,6 +207,19 @@ def _layer_outputs(
         for handle in handles:
             handle.remove()
     return outputs
+
+
+@contextmanager
+def _seeded(device: Any) -> Iterator[None]:
+    """Random numbers from seed 0, on the CPU and on the accelerator that a model runs on, if it does; afterwards their
+    states are as they were. No other accelerator is touched, nor initialised."""
+    kind = torch.device(device).type
+    count = 0 if kind in ("cpu", "meta") else int(getattr(torch, kind).device_count())
+    with torch.random.fork_rng(devices=range(count), **({"device_type": kind} if count else {})):
+        torch.default_generator.manual_seed(0)
+        if count:
+            torch.manual_seed(0)
+        yield
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

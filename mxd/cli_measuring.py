@@ -116,7 +116,7 @@ def experts(
         typer.echo(json.dumps(results, indent=2))
         return
     print_experts(results)
-    typer.echo(f"\nSaved in {output or folder}: experts.json, experts.html")
+    typer.echo(f"\nSaved in {output or model or folder}: experts.json, experts.html")
 
 
 def use(

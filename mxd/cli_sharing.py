@@ -98,7 +98,7 @@ def show(
     console.print(cell(f"needs: transformers {OLDEST_TRANSFORMERS} or later, the base model {base}"))
     console.print(cell(f"download: {details.weight_bytes / 1e6:,.1f} MB of weights, besides the base model"))
     if details.evaluation is None:
-        console.print("it comes with no evaluation.json: nothing was measured")
+        console.print("no evaluation comes with it")
         return
     try:
         print_evaluation(details.evaluation)

@@ -340,4 +340,5 @@ def finetune(
         typer.echo(json.dumps(results, indent=2))
         return
     print_change(results["settings"]["finetuning"][-1]["before"], results)
-    typer.echo(f"\nSaved in {output}: weights, evaluation.json, training_log.json, figures/; {folder} is as it was")
+    kept = f"{source or folder} is as it was"
+    typer.echo(f"\nSaved in {output}: weights, evaluation.json, training_log.json, figures/; {kept}")

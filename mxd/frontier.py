@@ -12,6 +12,7 @@ The teacher runs once and is recorded. Every point, a method at a K, trains on t
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -45,6 +46,8 @@ from .frontier_processes import run_points
 from .pipeline import LEARNING_RATES, DecompositionOptions, build_config
 from .runs import RunOptions, step_arguments, versions
 from .texts import evaluation_batches, load_documents
+
+logger = logging.getLogger(__name__)
 
 FRONTIER_NAME, FIGURE_NAME = "frontier.json", "frontier.png"
 _ABOUT = "about.json"
@@ -139,6 +142,7 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
         "teacher_dtype": options.teacher_dtype or options.dtype,
     }
     points = [_point(root, chosen, build_config(model, commit, chosen), common) for chosen in asked]
+    earlier = _earlier(options, root, model, commit, common)
     there = {point.name for point in points if point.finished() is not None}
     if missing := [point for point in points if point.name not in there]:
         if not options.overwrite:
@@ -151,11 +155,35 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
         del model  # the processes load their own
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
-        after_each = partial(_write, options, root, points)
+        after_each = partial(_write, options, root, points + earlier)
         how: dict[str, Any] = {"jobs": options.jobs, "save": options.save, "progress": progress}
         finished = [point for point in points if point.name in there]
         run_points(missing, finished, after_each=after_each, **how)
-    return _write(options, root, points)
+    return _write(options, root, points + earlier)
+
+
+def _earlier(
+    options: FrontierOptions, root: Path, model: PreTrainedModel, commit: str | None, common: Mapping[str, Any]
+) -> list[Point]:
+    """Points of other methods and K that are finished in this folder, and differ from what is asked for in nothing
+    else: the frontier shows them too."""
+    points = []
+    for path in sorted((root / POINTS).glob("*.json")):
+        name, _, k = path.stem.rpartition("-k")
+        method = name.replace("-", "_")
+        asked = method in options.methods and k.isdecimal() and int(k) in options.num_experts_per_tok
+        if asked or method not in LEARNING_RATES or not k.isdecimal():
+            continue
+        chosen = _decomposition_options(options, root, commit, method, int(k))
+        try:
+            point = _point(root, chosen, build_config(model, commit, chosen), common)
+        except ValueError:  # of other sizes, which have so many experts
+            continue
+        if point.finished() is not None:
+            points.append(point)
+        else:
+            logger.warning("%s is left out: it was made with other settings", path.name)
+    return points
 
 
 def _check_root(options: FrontierOptions) -> Path:
@@ -252,6 +280,8 @@ def _measure_untouched(root: Path, model: PreTrainedModel, config: MxDConfig, ro
 
 def _write(options: FrontierOptions, root: Path, points: list[Point]) -> dict[str, Any]:
     """frontier.json and frontier.png of the points that are finished."""
+    methods = list(LEARNING_RATES)
+    points = sorted(points, key=lambda point: (methods.index(point.options.method), point.options.num_experts_per_tok))
     rows = [_row(point, found) for point in points if (found := point.finished()) is not None]
     loss = rows[0]["cross_entropy"] if rows else {}
     asked = asdict(options)

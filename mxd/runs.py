@@ -77,7 +77,8 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output {folder} is a file: name a folder with --output")
-    if folder.is_dir() and any(_shown(folder)) and not resume:
+    # A run that was ended before its first checkpoint left nothing but what it was asked for.
+    if folder.is_dir() and any(entry.name != START_NAME for entry in _shown(folder)) and not resume:
         if not overwrite:
             raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
         if not _ours(folder):

@@ -1,12 +1,25 @@
 import os
+import shutil
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no test may reach a network
+# Before any import of huggingface_hub: no test may reach a network, nor read or fill the user's caches.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mxd-tests-")
+os.environ["HF_HUB_CACHE"] = os.path.join(os.environ["HF_HOME"], "hub")  # noqa: PTH118
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["HF_HOME"], "datasets")  # noqa: PTH118
+os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")  # noqa: PTH118
 
 import datasets
 import pytest
 import torch
 from tiny_llama import make_tiny_llama
 from transformers.utils import logging as transformers_logging
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home():
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

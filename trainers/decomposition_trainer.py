@@ -1,6 +1,7 @@
 """What every training of a decomposition has in common: counted tokens, a learning rate for each kind of parameter,
 checkpoints that are decompositions, an interrupt that keeps one, measured experts, our model card."""
 
+import hashlib
 import json
 import logging
 import math
@@ -178,7 +179,7 @@ class DecompositionTrainer(HubPushes):
 
     def _training_batches(self) -> Iterator[dict[str, Tensor]]:
         """Batches of the training data from its start, leaving the random state as it is."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # data are drawn on the CPU
             for batch in self.get_train_dataloader():
                 yield self._prepare_inputs(batch)
 
@@ -264,8 +265,11 @@ class DecompositionTrainer(HubPushes):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        evaluation = folder / EVALUATION_NAME
+        before = _weights_digest(folder) if evaluation.is_file() else None
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-        (folder / EVALUATION_NAME).unlink(missing_ok=True)  # it is of the weights that were there
+        if before is not None and _weights_digest(folder) != before:
+            evaluation.unlink()  # it is of the weights that were there
         arguments = self.args.to_sanitized_dict()
         arguments = {name: value for name, value in arguments.items() if name not in _LOCAL_ARGUMENTS}
         (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")
@@ -281,6 +285,16 @@ class DecompositionTrainer(HubPushes):
         """Write into a checkpoint's folder what a resumed training needs that stock does not keep."""
         scales = {str(layer): vars(value) for layer, value in self.scales.items()}
         (checkpoint / SCALES_NAME).write_text(json.dumps(scales, indent=2) + "\n")
+
+
+def _weights_digest(folder: Path) -> str:
+    digest = hashlib.blake2b()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _without_autocast(model: nn.Module) -> None:
@@ -322,5 +336,5 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str] | None) -> str:
     folders = Path(output_dir or ".").glob("checkpoint-*")
     complete = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
     if not complete:
-        raise ValueError(f"no complete checkpoint in {output_dir} to resume from")
+        raise ValueError(f"no complete checkpoint in {output_dir} to resume from: begin it anew")
     return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2])))

@@ -237,6 +237,13 @@ class DistillationTrainer(DecompositionTrainer):
             self.codes.average_gradients(self.args.world_size)
         return total
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
+        # Stock clips what is in the model: the sparse codes are in none.
+        if not len(self.codes):
+            return super()._clip_grad_norm(model)
+        parameters = [*model.parameters(), *self.codes.parameters()]
+        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         # Stock clips to infinity for it, which reads and writes every gradient at every step.
         if grad_norm is not None or self.args.world_size > 1:

@@ -85,8 +85,11 @@ class RecordedTeacher(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.rows[index].long()}
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-        """{layer: (x, y)} in bfloat16, as `capture_mlps` gives them, of a batch of recorded rows in any order.
+    def __call__(
+        self, batch: Mapping[str, Tensor], layers: Iterable[int] | None = None
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """{layer: (x, y)} in bfloat16, as `capture_mlps` gives them, of a batch of recorded rows in any order; of some
+        layers, no other's files are read.
 
         Raises:
             ValueError: when a row was not recorded.
@@ -96,7 +99,8 @@ class RecordedTeacher(Dataset[dict[str, Tensor]]):
             index = torch.tensor([self._index[_row_key(row)] for row in ids])
         except KeyError:
             raise ValueError("the batch has a row that was not recorded: train on the recording's own rows") from None
-        return {layer: (x[index], y[index]) for layer, (x, y) in self._activations.items()}
+        wanted = self.layers if layers is None else layers
+        return {layer: (x[index], y[index]) for layer in wanted for x, y in [self._activations[layer]]}
 
     @classmethod
     @torch.no_grad()
@@ -134,17 +138,17 @@ class RecordedTeacher(Dataset[dict[str, Tensor]]):
         folder = Path(folder)
         fingerprint = _fingerprint(model, layers, rows, stack, site)
         state = _read_state(folder)
-        if state and state["fingerprint"] != fingerprint:
-            if not overwrite:
-                different = _difference(state["fingerprint"], fingerprint)
-                raise ValueError(
-                    f"the recording in {folder} is another, by {different}: name another folder, or overwrite it"
-                )
-            _remove(folder)
-            state = {}
-        if not state:
+        if state and state["fingerprint"] != fingerprint and not overwrite:
+            different = _difference(state["fingerprint"], fingerprint)
+            raise ValueError(
+                f"the recording in {folder} is another, by {different}: name another folder, or overwrite it"
+            )
+        if not state or state["fingerprint"] != fingerprint:
             needed = recording_bytes(_tokens(fingerprint), fingerprint["widths"])
-            check_free_space(folder, needed, "the recording")
+            freed = sum(path.stat().st_size for path in _files(folder)) if state else 0
+            check_free_space(folder, needed - freed, "the recording")
+            if state:
+                _remove(folder)
             folder.mkdir(parents=True, exist_ok=True)
             _write_state(folder, {"fingerprint": fingerprint, "recorded": 0, "seconds": 0.0})
         _run(folder, model, rows, rows_per_step, progress)
@@ -187,12 +191,9 @@ class ReplayTrainer(DistillationTrainer):
 
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """What was recorded for these rows, on the trainer's device, in the teacher's dtype."""
-        recorded, dtype = self.recording(inputs), next(self.teacher.parameters()).dtype
+        recorded, dtype = self.recording(inputs, self.model.config.layers), next(self.teacher.parameters()).dtype
         device = self.args.device
-        return {
-            layer: (recorded[layer][0].to(device, dtype), recorded[layer][1].to(device, dtype))
-            for layer in self.model.config.layers
-        }
+        return {layer: (x.to(device, dtype), y.to(device, dtype)) for layer, (x, y) in recorded.items()}
 
 
 def recording_bytes(tokens: int, widths: Iterable[Sequence[int]]) -> int:
@@ -288,8 +289,14 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _remove(folder: Path) -> None:
     """A recording's files, and nothing else that may be there."""
     (folder / RECORDING_NAME).unlink()
-    for path in (folder / _ROWS_NAME, *(file for side in _SIDES for file in folder.glob(_file_name("*", side)))):
-        path.unlink(missing_ok=True)
+    for path in _files(folder):
+        path.unlink()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Of a recording, but for its state."""
+    sides = [file for side in _SIDES for file in folder.glob(_file_name("*", side))]
+    return [*folder.glob(_ROWS_NAME), *sides]
 
 
 def _write_state(folder: Path, state: Mapping[str, Any]) -> None:

@@ -26,6 +26,8 @@ def faults_of_allocating(times: int = 8) -> int:
 
 def test_what_is_freed_is_used_again_without_page_faults() -> None:
     outside = faults_of_allocating()
+    if outside < 4 * ELEMENTS * 4 // resource.getpagesize():
+        pytest.skip("pages are huge, or another allocator is loaded")
     with freed_memory_kept():
         inside = faults_of_allocating()
     assert inside < outside / 4  # the heap may have to grow once

@@ -5,17 +5,25 @@ import torch
 from accelerate import cpu_offload
 from evaluation_cases import activations, approximate, batches, decomposition, exact, nmse_with, numbers, pad
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from evaluation_mxd import (
     UntouchedLosses,
     ZeroMLP,
     ablation_curve,
+    count_expert_use,
     faithfulness,
     measure_expert_statistics,
     recovered_share,
 )
-from modeling_mxd import MxDConfig, MxDModel, SurgeryError
+from modeling_mxd import MxDConfig, MxDModel, SurgeryError, capture_mlps, spliced_mlps
 from modeling_mxd.reference import dense_coefficients
 
 LAYER_KEYS = {
@@ -367,3 +375,28 @@ def test_zero_mlp():
     x = torch.randn(2, 3, 5, dtype=torch.bfloat16)
     y = ZeroMLP(7)(x)
     assert y.shape == (2, 3, 7) and y.dtype == x.dtype and not y.any()
+
+
+def test_the_routed_experts_are_what_is_measured():
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=4, max_position_embeddings=32,
+        )
+    ).eval()  # fmt: skip
+    rows, mxd = batches(count=1), decomposition(site="mlp.experts")
+    with torch.no_grad():
+        x, y = capture_mlps(model, [1], rows[0]["input_ids"], site="mlp.experts")[1]
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        nmse = ((mxd.layer(1)(x) - y).square().sum(-1) / y.square().sum(-1)).mean()
+        with spliced_mlps(model, {1: ZeroMLP(16)}, site="mlp.experts"):
+            loss = model(rows[0]["input_ids"], labels=rows[0]["input_ids"]).loss
+    found = faithfulness(model, mxd, rows)
+    assert found["layers"]["1"]["nmse"] == pytest.approx(nmse.item(), rel=1e-4)
+    assert found["cross_entropy"]["zero_ablated"] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["cross_entropy"]["untouched"] != pytest.approx(loss.item(), rel=1e-5)
+    assert ablation_curve(model, mxd, rows)["zero_ablated"] == pytest.approx(loss.item(), rel=1e-5)
+    assert UntouchedLosses(model, rows, ablated=mxd.config).zero_ablated(mxd.config) == pytest.approx(
+        loss.item(), rel=1e-5
+    )
+    assert count_expert_use(model, mxd, rows)[1].tokens == rows[0]["input_ids"].numel()

@@ -76,9 +76,9 @@ class Result:
 def run(scene, case, way):
     scene.set(case)
     with _limited() as used:
-        started = time.monotonic()
+        started = time.process_time()  # what else the machine does is not the case's
         outcome = RUNS[way](scene, EVIL)
-        seconds = time.monotonic() - started
+        seconds = time.process_time() - started
     if outcome.kind in (COMPLETE, REFUSED) and (wrong := _wrong(scene, case, way, outcome, seconds, used["bytes"])):
         outcome = Outcome(f"broken: {wrong}", outcome.message)
     return Result(outcome, seconds, used["bytes"])

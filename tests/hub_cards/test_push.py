@@ -341,3 +341,14 @@ def test_files_by_hand_are_kept_modules_too(hub, folder):
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="handler.py", repo_id=REPO)
     push_decomposition(folder, REPO)
     assert hub.files(REPO)["handler.py"] == b"mine"
+
+
+def test_options_of_the_commands(hub, folder):
+    how = ("--private", "--create-pr", "--license", "cc0-1.0", "--message", "mine")
+    code, said = command("push", folder, REPO, *how)
+    assert code == 0 and 'revision="refs/pr/1"' in said
+    assert hub.repos[REPO].private and hub.repos[REPO].commits[-1]["title"] == "mine"
+    assert b"license: cc0-1.0" in hub.files(REPO, "refs/pr/1")["README.md"]
+    push_decomposition(folder, "user/a")
+    assert "user/a" in command("search", "base", "--layer", "2", "--author", "user", "--limit", "1")[1]
+    assert "none found" in command("search", "--layer", "1")[1]

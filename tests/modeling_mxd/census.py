@@ -70,7 +70,7 @@ def decomposition_of(model, sites: list[MLPSite]) -> MxDModel:
     return decomposition.eval()
 
 
-def examine_splice(model, sites, inputs, has_effect=True):
+def examine_splice(model, sites, inputs, has_effect=True, reload=True):
     """Splice a decomposition, run forward and backward, come off; save, load, splice again: equal outputs."""
     untouched = outputs(model, inputs)
     decomposition = decomposition_of(model, sites)
@@ -81,6 +81,8 @@ def examine_splice(model, sites, inputs, has_effect=True):
             examine_backward(model, decomposition, inputs)
         assert [a.shape for a in spliced] == [b.shape for b in untouched], "outputs of another shape"
     assert equal(outputs(model, inputs), untouched), "not as it was after splicing"
+    if not reload:
+        return decomposition
     with tempfile.TemporaryDirectory() as folder:
         decomposition.save_pretrained(folder)
         loaded = MxDModel.from_pretrained(folder)
@@ -169,7 +171,7 @@ def _examine_sites(model, inputs, stack, name, running) -> list[Examined]:
         has_effect = (model.config.model_type, stack) not in WITHOUT_EFFECT
         examine_splice(model, sites, inputs, has_effect)
         if len(sites) > 1:
-            examine_splice(model, [sites[len(sites) // 2]], inputs, has_effect)
+            examine_splice(model, [sites[len(sites) // 2]], inputs, has_effect, reload=False)
     rows: dict[tuple[str, ...], Examined] = {}
     for site in found.values():
         slots = ", ".join(slot.removeprefix(f"{site.path}.") for slot in site.slots)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -91,7 +92,7 @@ def test_hook_reads_and_replaces(layer):
     with layer.register_coefficient_hook(halve):
         y = layer(x)
     assert seen[0][0] is layer and seen[0][1] is x and seen[0][2].values.shape == (2, 3, 4)
-    torch.testing.assert_close(y, output_of_dense(layer, layer.encode(x).to_dense(12) / 2, x))
+    torch.testing.assert_close(y, output_of_dense(layer, layer.encode(x).to_dense(12) / 2, x), rtol=1e-5, atol=1e-4)
 
 
 def test_record_keeps_no_graph(layer):
@@ -117,3 +118,12 @@ def test_the_arguments_are_left_alone():
     values, indices = torch.tensor([[1.0, 2.0]]), torch.tensor([[0, 1]])
     ExpertIntervention(ablate=[0], set={1: 5.0})(None, values, ExpertCoefficients(values, indices))
     assert values.tolist() == [[1.0, 2.0]] and indices.tolist() == [[0, 1]]
+
+
+def test_experts_named_by_numpy_and_by_tensors(layer):
+    expected = ExpertIntervention(add={3: 1.0}, ablate=[5])
+    given = ExpertIntervention(add={np.int64(3): 1.0}, ablate=torch.tensor([5]))
+    assert (given.add, given.ablate) == (expected.add, expected.ablate)
+    for wrong in (True, 1.0, "3"):
+        with pytest.raises(ValueError, match="names expert"):
+            ExpertIntervention(add={wrong: 1.0}).check(12)

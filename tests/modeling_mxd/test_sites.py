@@ -187,6 +187,6 @@ def test_finding_takes_no_time_that_anybody_notices():
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=32, num_attention_heads=2
     )
-    model, started = LlamaForCausalLM(config), time.perf_counter()
+    model, started = LlamaForCausalLM(config), time.process_time()
     assert len(find_mlps(model)) == 32
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2

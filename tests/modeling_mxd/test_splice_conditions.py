@@ -102,7 +102,15 @@ def test_weights_that_are_offloaded(model_type):
 def test_a_compiled_spliced_model(model_type):
     """Traced whole and run by the eager backend: what is checked is that nothing of ours stops the tracing."""
     model, mxd, inputs = spliced_case(model_type)
+
+    def breaks():
+        torch._dynamo.reset()
+        return torch._dynamo.explain(model)(**inputs).graph_break_count
+
+    with torch.no_grad():
+        untouched = breaks()
     with mxd.spliced(model, example_inputs=inputs), torch.no_grad():
+        assert breaks() <= untouched
         expected = outputs(model, inputs)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")

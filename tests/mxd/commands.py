@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -33,6 +34,16 @@ class Interrupt(TrainerCallback):
 def interrupted(trainer):
     """A class of trainers, whose trainings are interrupted in their second step."""
     return partial(trainer, callbacks=[Interrupt()])
+
+
+@contextmanager
+def killed_at_the_end(process):
+    """Whatever fails inside, the process does not live on."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.kill()
 
 
 def refused(monkeypatch, capsys, *arguments):

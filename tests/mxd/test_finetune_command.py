@@ -21,9 +21,6 @@ def contents(folder):
 @pytest.fixture(scope="session")
 def finetuned(finished, tmp_path_factory):
     """A fine-tuning of the small decomposition by the command: folder, what it started from, output, errors."""
-    # Other tests measure the same folder on other text.
-    code, _, error = run("evaluate", finished[0], "--tokens", "2048")
-    assert code == 0, error
     before = contents(finished[0])
     folder = tmp_path_factory.mktemp("finetune") / "finetuned"
     code, output, error = run(

@@ -295,3 +295,8 @@ def test_resumed_equals_uninterrupted(halved, tmp_path):
     resumed, whole = decompose(options(folder, resume=True)), decompose(options(tmp_path / "whole"))
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert resumed["layers"] == whole["layers"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path):
+    (tmp_path / START_NAME).write_text("{}")
+    assert check_output(str(tmp_path), overwrite=False, resume=False) == tmp_path

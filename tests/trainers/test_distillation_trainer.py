@@ -452,7 +452,10 @@ def test_bf16_is_warned_of_where_it_is_emulated(tmp_path, monkeypatch, caplog, c
 def test_bf16_products_keep_float32_weights(tiny_llama, tmp_path):
     model = decomposition()
     trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, bf16=True), train_dataset=rows())
+    dtypes = set()
+    model.layer(1).encoder.register_forward_hook(lambda _, x, y: dtypes.add(y.dtype))
     trainer.train()
+    assert torch.bfloat16 in dtypes
     assert all(value.dtype == torch.float32 for value in model.parameters())
     assert all(torch.isfinite(value).all() for value in model.parameters())
 

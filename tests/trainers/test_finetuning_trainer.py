@@ -211,7 +211,10 @@ def test_a_base_in_bfloat16_keeps_its_dtype_and_the_decomposition_trains_in_floa
 def test_bf16_products(tiny_llama, tmp_path):
     model = spliced(tiny_llama)
     trainer = FinetuningTrainer(model, arguments(tmp_path, bf16=True), train_dataset=rows())
+    dtypes = set()
+    model.decomposition.layer(0).encoder.register_forward_hook(lambda _, x, y: dtypes.add(y.dtype))
     trainer.train()
+    assert torch.bfloat16 in dtypes
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in model.parameters())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     batch = trainer.data_collator([{"input_ids": row} for row in rows()["input_ids"]])

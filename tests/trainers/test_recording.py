@@ -145,6 +145,25 @@ def test_a_full_disk_is_told_of_before_anything_runs(tiny_llama, rows, tmp_path,
     assert sum(path.stat().st_size for path in (tmp_path / "recording").glob("*.bin")) == free + 1
 
 
+def test_a_recording_is_not_given_up_for_one_that_does_not_fit(tiny_llama, rows, recording, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0))
+    with pytest.raises(ValueError, match=r"the recording takes .* GB left"):
+        RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, torch.cat([rows, rows]), overwrite=True)
+    assert len(RecordedTeacher(tmp_path / "recording")) == len(rows)
+    RecordedTeacher.record(
+        tmp_path / "recording", tiny_llama, LAYERS, rows[:4], overwrite=True
+    )  # in the old one's place
+    assert len(RecordedTeacher(tmp_path / "recording")) == 4
+
+
+def test_some_layers_alone_are_read(rows, recording):
+    batch = {"input_ids": rows[:2]}
+    whole = recording(batch)
+    some = recording(batch, LAYERS[:1])
+    assert list(some) == LAYERS[:1] and torch.equal(some[LAYERS[0]][0], whole[LAYERS[0]][0])
+
+
 @pytest.mark.parametrize("shape", [(0, 12), (12,)])
 def test_rows_that_are_none(tiny_llama, tmp_path, shape):
     with pytest.raises(ValueError, match="at least one token"):

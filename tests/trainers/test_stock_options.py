@@ -201,3 +201,25 @@ def test_padding_on_the_left_is_moved(tmp_path):
     assert torch.equal(prepared["input_ids"][:, :6], ids) and not prepared["attention_mask"][:, 6:].any()
     x, expected = (trainer.capture(batch)[1][0] for batch in (prepared, {"input_ids": ids}))
     torch.testing.assert_close(x[:, :6], expected)
+
+
+def test_an_evaluation_of_the_same_weights_stays(tiny_llama, tmp_path):
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, max_steps=1)
+    trainer.save_model()
+    (tmp_path / "evaluation.json").write_text("{}")
+    trainer.save_model()
+    assert (tmp_path / "evaluation.json").exists()
+    trainer.train()
+    trainer.save_model()
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_the_sparse_code_is_clipped_too(tiny_llama, tmp_path):
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, max_grad_norm=1.0)
+    parameters = [*trainer.model.parameters(), *trainer.codes.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    norm = trainer._clip_grad_norm(trainer.model)
+    assert float(norm) == pytest.approx(sum(parameter.numel() for parameter in parameters) ** 0.5)
+    clipped = torch.stack([parameter.grad.square().sum() for parameter in parameters]).sum().sqrt()
+    assert float(clipped) == pytest.approx(1, rel=1e-3)

@@ -13,11 +13,16 @@ from trainers import last_complete_checkpoint
 SCRIPT = str(Path(__file__).with_name("distil.py"))
 
 
-TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def trained(folder, kind, *launcher):
-    subprocess.run([*launcher, SCRIPT, str(folder), kind, "plain"], check=True, capture_output=True, timeout=300)
+    run(*launcher, SCRIPT, str(folder), kind, "plain")
     files = [*(folder / "final").glob("*.safetensors"), *folder.glob("checkpoint-10/sparse_code.safetensors")]
     return {name: value for file in files for name, value in load_file(file).items()}
 
@@ -34,7 +39,6 @@ def test_two_processes_learn_what_one_does(tmp_path, kind):
 
 
 def test_an_interrupt_of_one_process_ends_both_after_the_same_step(tmp_path):
-    command = [*TWO, SCRIPT, str(tmp_path), "rows", "plain", "interrupt=3"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    run(*TWO, SCRIPT, str(tmp_path), "rows", "plain", "interrupt=3")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
