@@ -241,6 +241,7 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
     head = [
         "",
         "tokens",
+        "products",
         "held out",
         "CE rise",
         "KL",
@@ -261,6 +262,7 @@ def table(results: dict[str, Any], first: int | None = None) -> str:
             cells = [
                 name,
                 f"{row['tokens'] / 1e6:.1f} M",
+                "bfloat16" if row["bf16"] else "float32",
                 f"{row['held_out_tokens'] / 1e3:.0f} k",
                 f"{row['rise']:+.4f} ± {half_width(row['rise_interval']):.4f}",
                 f"{row['kl']:.4f}",
