@@ -5,9 +5,6 @@ import tempfile
 # Before any import of huggingface_hub: no test may reach a network, nor read or fill the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mxd-tests-")
-os.environ["HF_HUB_CACHE"] = os.path.join(os.environ["HF_HOME"], "hub")  # noqa: PTH118
-os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["HF_HOME"], "datasets")  # noqa: PTH118
-os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")  # noqa: PTH118
 
 import datasets
 import pytest
