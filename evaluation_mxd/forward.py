@@ -48,8 +48,13 @@ def right_padded(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {tuple(ids.shape)}")
     mask = mask.to(device)
-    order = (mask == 0).to(torch.int8).argsort(dim=-1, stable=True)
+    order = padding_last(mask)
     return ids.gather(-1, order), mask.gather(-1, order)
+
+
+def padding_last(mask: Tensor) -> Tensor:
+    """The order of a row's positions that moves its padding to its right, (batch, tokens) int64, from its mask."""
+    return (mask == 0).to(torch.int8).argsort(dim=-1, stable=True)
 
 
 def check_causal(model: nn.Module) -> None:

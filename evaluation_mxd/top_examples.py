@@ -43,27 +43,18 @@ class TopExamples:
         values, indices, mask = (tensor.detach().cpu() for tensor in (*coefficients, mask))
         row, position, slot = ((values > 0) & mask[..., None]).nonzero(as_tuple=True)
         value, expert = values[row, position, slot].float(), indices[row, position, slot]
-        order = value.argsort(descending=True, stable=True)
-        order = order[(expert * len(values) + row)[order].argsort(stable=True)]
-        chosen = order[_first_of_each((expert * len(values) + row)[order])]  # the strongest position of each row
-        chosen = chosen[value[chosen].argsort(descending=True, stable=True)]
-        chosen = chosen[expert[chosen].argsort(stable=True)]
-        of_experts, place = expert[chosen].unique_consecutive(return_inverse=True)
-        starts = _first_of_each(expert[chosen]).nonzero().squeeze(1)
-        rank = torch.arange(len(chosen)) - starts[place]
-        chosen, place, rank = (tensor[rank < self.values.shape[1]] for tensor in (chosen, place, rank))
-        new = TopExamples.empty(len(of_experts), self.values.shape[1])
-        for table, found in ((new.values, value), (new.rows, row + first_row), (new.positions, position)):
-            table[place, rank] = found[chosen]
-        merged = torch.cat([self.values[of_experts], new.values], 1)
-        self.values[of_experts], kept = merged.topk(self.values.shape[1], dim=1)
-        for table, found in ((self.rows, new.rows), (self.positions, new.positions)):
-            table[of_experts] = torch.cat([table[of_experts], found], 1).gather(1, kept)
-
-
-def _first_of_each(ordered: Tensor) -> Tensor:
-    """True where a value differs from the one before it, (n) bool."""
-    return torch.cat([torch.ones(len(ordered[:1]), dtype=torch.bool), ordered[1:] != ordered[:-1]])
+        experts, place = expert.unique(return_inverse=True)
+        # Of every row the strongest position, and of several the first: (experts, batch), flat.
+        key, shape = place * len(values) + row, (len(experts), len(values))
+        strongest = torch.zeros(shape).flatten().scatter_reduce(0, key, value, "amax")
+        first = value == strongest[key]
+        positions = torch.zeros(shape, dtype=torch.int64).flatten()
+        positions = positions.scatter_reduce(0, key[first], position[first], "amin", include_self=False)
+        rows = (first_row + torch.arange(len(values))).expand(shape)
+        merged = torch.cat([self.values[experts], strongest.view(shape)], 1)
+        self.values[experts], kept = merged.topk(self.values.shape[1], dim=1)
+        for table, found in ((self.rows, rows), (self.positions, positions.view(shape))):
+            table[experts] = torch.cat([table[experts], found], 1).gather(1, kept)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The commands that measure: `mxd evaluate`, `mxd experts`, `mxd use`, `mxd probe` and `mxd layers`."""
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -112,11 +111,7 @@ def experts(
         seed=seed,
         output=output,
     )
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-        return
-    print_experts(results)
-    typer.echo(f"\nSaved in {output or model or folder}: experts.json, experts.html")
+    report(results, as_json, print_experts, f"{output or model or folder}: experts.json, experts.html")
 
 
 def use(
@@ -143,10 +138,7 @@ def use(
 
     text = TextOptions(sources, [], dataset_config, split, text_column, False, context_length)
     results = measure_domain_use(model or folder, text, by, parse_count(tokens), dtype, output)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-    else:
-        print_domain_use(results)
+    report(results, as_json, print_domain_use)
 
 
 def probe(
@@ -212,11 +204,7 @@ def probe(
         overwrite=overwrite,
     )
     results = probe(options, progress=not as_json)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-        return
-    print_probing(results)
-    typer.echo(f"\nSaved in {output}: probing.json, probing.png")
+    report(results, as_json, print_probing, f"{output}: probing.json, probing.png")
 
 
 def layers(

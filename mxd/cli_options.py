@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,9 +126,16 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def report(results: dict[str, Any], as_json: bool) -> None:
-    """An evaluation on screen."""
+def report(
+    results: dict[str, Any],
+    as_json: bool,
+    show: Callable[[dict[str, Any]], None] = print_evaluation,
+    saved: str | None = None,
+) -> None:
+    """What a command found, on screen: as JSON and nothing else, or by `show`, and then what was saved and where."""
     if as_json:
         typer.echo(json.dumps(results, indent=2))
-    else:
-        print_evaluation(results)
+        return
+    show(results)
+    if saved is not None:
+        typer.echo(f"\nSaved in {saved}")

@@ -1,8 +1,7 @@
 """The commands that train: `mxd decompose`, `mxd frontier` and `mxd finetune`."""
 
-import json
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -146,13 +145,12 @@ def decompose(
     Without arguments: the embedded model and text.
     """
     model, sources = split_arguments(arguments or [], dataset or [], heldout_dataset)
-    from .pipeline import LEARNING_RATES, DecompositionOptions, TextOptions, decompose, embedded
+    from .pipeline import DecompositionOptions, TextOptions, decompose, embedded
 
     quiet()
 
-    if encoder_start is None:
-        encoder_start = EncoderStart.random if intermediate_size else EncoderStart.pretrained
-    chosen = method.value.replace("-", "_")
+    # What is not asked for has a default that follows from the rest.
+    given = {"learning_rate": learning_rate, "encoder_initialization": encoder_start and encoder_start.value}
     options = DecompositionOptions(
         model=model or embedded.MODEL_NAME,
         revision=revision,
@@ -160,7 +158,7 @@ def decompose(
         layers=parse_layers(layers),
         stack=stack,
         site=site,
-        method=chosen,
+        method=method.value.replace("-", "_"),
         num_experts_per_tok=k,
         num_experts=experts,
         match_transcoder=match_transcoder,
@@ -177,19 +175,17 @@ def decompose(
             sources, heldout_dataset or [], dataset_config, split, text_column, streaming, context_length, heldout_split
         ),
         training={
-            "learning_rate": LEARNING_RATES[chosen] if learning_rate is None else learning_rate,
+            **{name: value for name, value in given.items() if value is not None},
             "expert_share": expert_share,
             "sparse_code_weight": sparse_code_weight,
             "gate_initialization": gate_start.value,
-            "encoder_initialization": encoder_start.value,
             "modulation_initialization": modulation_start.value,
             "bf16": bf16,
             "report_to": report_to,
         },
     )
-    report(decompose(options), as_json)
+    report(decompose(options), as_json, saved=f"{output}: weights, evaluation.json, training_log.json, figures/")
     if not as_json:
-        typer.echo(f"\nSaved in {output}: weights, evaluation.json, training_log.json, figures/")
         typer.echo(f"Next:  mxd evaluate {output} --dataset <other text>")
         typer.echo(
             f'       mxd.MxDModel.from_pretrained("{output}")   # the README shows how to read and steer experts'
@@ -276,12 +272,7 @@ def frontier(
         ),
         training={"bf16": True} if bf16 else {},
     )
-    results = measure_frontier(options)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-        return
-    print_frontier(results)
-    typer.echo(f"\nSaved in {output}: frontier.json, frontier.png, points/")
+    report(measure_frontier(options), as_json, print_frontier, f"{output}: frontier.json, frontier.png, points/")
 
 
 def finetune(
@@ -335,10 +326,9 @@ def finetune(
         ),
         training={"learning_rate": learning_rate, "bf16": bf16, "report_to": report_to},
     )
-    results = finetune(options)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-        return
-    print_change(results["settings"]["finetuning"][-1]["before"], results)
-    kept = f"{source or folder} is as it was"
-    typer.echo(f"\nSaved in {output}: weights, evaluation.json, training_log.json, figures/; {kept}")
+
+    def show(results: dict[str, Any]) -> None:
+        print_change(results["settings"]["finetuning"][-1]["before"], results)
+
+    saved = f"{output}: weights, evaluation.json, training_log.json, figures/; {source or folder} is as it was"
+    report(finetune(options), as_json, show, saved)

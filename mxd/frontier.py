@@ -217,8 +217,6 @@ def _decomposition_options(
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    if options.intermediate_size is not None:
-        training["encoder_initialization"] = "random"
     same = ("model", "layers", "stack", "site", "match_transcoder", "intermediate_size", "dtype", "tokens", "seed")
     sizes = ("batch_tokens", "evaluation_tokens", "text")
     return DecompositionOptions(

@@ -92,9 +92,11 @@ class DecompositionOptions(RunOptions):
     num_groups_per_tok: int | None = None
 
     def __post_init__(self) -> None:
-        defaults: dict[str, Any] = {"learning_rate": LEARNING_RATES.get(self.method)}
-        if self.intermediate_size is not None:  # an encoder that the pretrained one is no start for
-            defaults["encoder_initialization"] = "random"
+        defaults = {
+            "learning_rate": LEARNING_RATES.get(self.method),
+            # For an encoder of another width the pretrained one is no start.
+            "encoder_initialization": "pretrained" if self.intermediate_size is None else "random",
+        }
         self.training = {**defaults, **self.training}
 
 

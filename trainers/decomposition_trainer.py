@@ -23,6 +23,7 @@ from evaluation_mxd import token_mask
 from evaluation_mxd.allocation import freed_memory_kept
 from evaluation_mxd.expert_use import measure_expert_statistics
 from evaluation_mxd.faithfulness import EVALUATION_NAME
+from evaluation_mxd.forward import padding_last
 from modeling_mxd import MxDModel
 
 from .callbacks import InterruptCallback, RankCallback, TokenProgressCallback
@@ -111,7 +112,7 @@ class DecompositionTrainer(HubPushes):
         of_text = {"input_ids", "attention_mask"} <= set(inputs) <= _OF_TOKENS
         if not of_text or self.language_model.config.is_encoder_decoder:
             return inputs
-        order = (inputs["attention_mask"] == 0).to(torch.int8).argsort(dim=-1, stable=True)
+        order = padding_last(inputs["attention_mask"])
         return {name: value.gather(-1, order) for name, value in inputs.items()}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:

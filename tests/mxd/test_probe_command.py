@@ -207,4 +207,4 @@ def test_folders_of_one_name_are_told_apart(finished, labelled, tmp_path):
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch, capsys, finished, labelled):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     error = refused(monkeypatch, capsys, "probe", finished[0], "--dataset", labelled, *COLUMNS)
-    assert "pip install 'mxd[probing]'" in error
+    assert "pip install scikit-learn scipy" in error
