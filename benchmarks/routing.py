@@ -5,7 +5,8 @@
 MODEL is the folder of the base model, DECOMPOSITION one with the exact gate (`mxd decompose`). A router is fitted to
 its first layer on training text, and for every number of opened groups: recall of the exact TopK, NMSE, rise of
 cross-entropy with its 95 % interval over the exact layer's, KL to the untouched model, and time of gate and layer
-against the exact ones, in turns. Each `--trained` folder is a decomposition
+against the exact ones, in turns: of many tokens, and of one with the weights not in the processor's cache, as
+generation finds them. Each `--trained` folder is a decomposition
 that was trained with routing (`mxd decompose --groups-per-token`); its own number of groups is measured. Last, greedy
 generation at batch size 1 by the spliced and the untouched model, in turns. Text: the parquet files of FOLDER; that
 `mxd decompose` with seed 0 holds out of them is evaluated on. Writes benchmarks/results/routing.json and the tables in
@@ -44,6 +45,8 @@ MARK = "benchmarks/routing.py"
 CONTEXT = 256
 OPENED = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 TIMED_TOKENS = 1024
+FLUSHED = 2**27
+"""Numbers that are read before a timed step of one token: 512 MiB, more than a processor's cache."""
 GENERATED = 64
 
 
@@ -102,11 +105,15 @@ def with_groups_opened(layer: SparseLayer, opened: int) -> SparseLayer:
     return twin
 
 
-def in_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Median seconds of each."""
+def in_turns(
+    functions: dict[str, Callable[[], Any]], turns: int, before: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """Median seconds of each, without what is done before it."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(turns + 1):
         for name, function in functions.items():
+            if before is not None:
+                before()
             started = time.perf_counter()
             function()
             if turn:  # the first warms up
@@ -114,7 +121,9 @@ def in_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def time_layers(layers: dict[str, SparseLayer], x: Tensor, turns: int) -> dict[str, dict[str, float]]:
+def time_layers(
+    layers: dict[str, SparseLayer], x: Tensor, turns: int, before: Callable[[], Any] | None = None
+) -> dict[str, dict[str, float]]:
     """Seconds of gate and of layer, by name; and of the dense rest alone, which no routing makes faster."""
     functions: dict[str, Callable[[], Any]] = {}
     for name, layer in layers.items():
@@ -123,7 +132,7 @@ def time_layers(layers: dict[str, SparseLayer], x: Tensor, turns: int) -> dict[s
     any_layer = next(iter(layers.values()))
     if isinstance(any_layer, MxDLayer):
         functions["rest"] = lambda: any_layer.combine(x[..., :1], x)
-    seconds = in_turns(functions, turns)
+    seconds = in_turns(functions, turns, before)
     timed = {name: {part: seconds[f"{part} of {name}"] for part in ("gate", "layer")} for name in layers}
     return timed | ({"rest": {"layer": seconds["rest"]}} if "rest" in seconds else {})
 
@@ -181,6 +190,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             name: evaluated.measure(layer) | _sizes(layer) for name, layer in tqdm(layers.items(), desc="layers")
         }
         timed = time_layers(layers, evaluated.inputs[:TIMED_TOKENS], options.turns)
+        flushed = torch.zeros(FLUSHED)
+        one_token = time_layers(layers, evaluated.inputs[:1], 4 * options.turns, before=flushed.sum)
         chosen = {name: layers[name] for name in ("exact", "fitted, 8 groups")}
         prompt = evaluated.batches[0]["input_ids"][:1, :16]
         generation = time_generation(model, index, chosen, prompt, options.turns)
@@ -190,7 +201,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "sizes": {name: value for name, value in vars(exact.config).items() if isinstance(value, int)},
         "tokens": {"fitting": options.fit_tokens, "held out": sum(b["input_ids"].numel() for b in evaluated.batches)},
         "cross_entropy": {"untouched": evaluated.untouched.cross_entropy, "zero_ablated": evaluated.zero_ablated},
-        "layers": {name: {**measured[name], "seconds": timed[name]} for name in layers},
+        "layers": {
+            name: {**measured[name], "seconds": timed[name], "seconds_of_one_token": one_token[name]} for name in layers
+        },
         "rest_seconds": timed.get("rest", {}).get("layer"),
         "generation_tokens_per_second": generation,
     }
@@ -210,10 +223,12 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['machine']}. SmolLM2-135M layer {results['layer']}, N = {sizes['num_experts']:,}, "
         f"K = {sizes['num_experts_per_tok']}; {results['tokens']['held out']:,} held-out tokens, routers fitted on "
-        f"{results['tokens']['fitting']:,}; times of {TIMED_TOKENS:,} tokens, float32.",
+        f"{results['tokens']['fitting']:,}. Gate and layer: their times on {TIMED_TOKENS:,} tokens, float32; step: the "
+        "layer's on one token, weights not in the cache.",
         "",
-        "|  | rows scored | recall | of coefficients | NMSE | CE rise | over exact | KL | to exact's | gate | layer |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|  | rows scored | recall | of coefficients | NMSE | CE rise | over exact | KL | to exact's | gate | layer "
+        "| step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in results["layers"].items():
         cells = [
@@ -228,6 +243,7 @@ def table(results: dict[str, Any]) -> str:
             f"{100 * (row['kl'] / exact['kl'] - 1):+.1f} %",
             f"{exact['seconds']['gate'] / row['seconds']['gate']:.1f} ×",
             f"{exact['seconds']['layer'] / row['seconds']['layer']:.1f} ×",
+            f"{exact['seconds_of_one_token']['layer'] / row['seconds_of_one_token']['layer']:.1f} ×",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if results["rest_seconds"]:

@@ -48,6 +48,8 @@ MULTIPLIER, K = 32, 32
 FEW = ("dense PyTorch", "exact", "exact, bf16 products", "hierarchical, bf16 products", "bare products")
 SWEEP = ("dense PyTorch", "exact", "hierarchical", "exact, gate alone", "hierarchical, gate alone")
 SWEPT = [2**power for power in range(10, 18)]
+# What the others are compared with.
+REFERENCES = ("dense PyTorch", "bare products", "bare products, bf16")
 FITTED_FROM = 4096
 
 
@@ -99,15 +101,23 @@ class Worker:
 
 
 def measure(job: dict[str, Any], names: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Time contestants in turns; those that do not fit into memory together come in waves."""
+    """Time contestants in turns; those that do not fit into memory together come in waves, each with the references if
+    there is room for them."""
     parameters = job["N"] * (job["I"] + job["O"]) + 3 * job["H"] * job["I"]
     each = parameters * 4 * (4 if job["mode"] == "train" else 1) + 5 * job["tokens"] * job["N"] * 4 + 5 * 10**8
     memory = torch.cuda.mem_get_info()[1] if job["device"] == "cuda" else machine_memory()
     at_once = max(1, int(0.75 * memory / each))
+    references = [name for name in names if name in REFERENCES]
+    if at_once <= len(references):
+        references = []
+    others = [name for name in names if name not in references]
+    room = at_once - len(references)
     results: dict[str, Any] = {}
-    for start in range(0, len(names), at_once):
-        results.update(_wave(job, names[start : start + at_once], options))
-    return {"job": job, "at_once": at_once, "contestants": results}
+    for start in range(0, len(others), room):
+        wave = _wave(job, references + others[start : start + room], options)
+        beside = {name: wave.pop(name) for name in references}
+        results = beside | results | {name: {**row, "beside": beside} for name, row in wave.items()}
+    return {"job": job, "at_once": at_once, "contestants": {name: results[name] for name in names}}
 
 
 def _wave(job: dict[str, Any], names: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -177,12 +187,13 @@ def table(results: dict[str, Any]) -> str:
         if training:
             head[5:5] = ["with optimiser", "with rows too"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        dense = rows.get("dense PyTorch", {}).get("seconds")
         for name, row in rows.items():
+            beside = row.get("beside") or rows
+            dense = beside.get("dense PyTorch", {}).get("seconds")
             if "failed" in row:
                 lines.append(f"| {name} | failed: {row['failed'][:60]} |" + " |" * (len(head) - 2))
                 continue
-            bare = rows.get("bare products, bf16" if "bf16" in name else "bare products", {})
+            bare = beside.get("bare products, bf16" if "bf16" in name else "bare products", {})
             limit, exact = bare.get("seconds"), name.startswith(("exact", "dense"))
             cells = [
                 name,
