@@ -27,14 +27,16 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "modeling_mxd"))
 
 from census import Examined, examine  # noqa: E402
+from pages import write_between  # noqa: E402
 from tiny_models import CAUSAL_TYPES, OTHER_TYPES, UNBUILDABLE, VARIANTS  # noqa: E402
 
 from modeling_mxd import find_mlps, verification, verify_sites  # noqa: E402
+from modeling_mxd.downloads import first_line  # noqa: E402
 from modeling_mxd.verification import TOKENS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
 TABLE = ROOT / "docs" / "architectures.md"
-BEGIN, END = "<!-- benchmarks/architectures.py: begin -->", "<!-- benchmarks/architectures.py: end -->"
+MARK = "benchmarks/architectures.py"
 
 
 def examine_all(types: list[str]) -> dict[str, dict[str, Any]]:
@@ -44,8 +46,7 @@ def examine_all(types: list[str]) -> dict[str, dict[str, Any]]:
         try:
             rows = examine(model_type)
         except Exception as error:  # the table says what does not work
-            reason = str(error).strip().split("\n", 1)[0]
-            results[model_type] = {"works": False, "error": f"{type(error).__name__}: {reason}", "mlps": []}
+            results[model_type] = {"works": False, "error": f"{type(error).__name__}: {first_line(error)}", "mlps": []}
         else:
             works = any(row.slots for row in rows)
             results[model_type] = {"works": works, "error": None, "mlps": [asdict(row) for row in rows]}
@@ -160,10 +161,7 @@ def main() -> None:
     RESULTS.write_text(
         json.dumps({"transformers": transformers.__version__, **times, "types": results}, indent=1) + "\n"
     )
-    text = TABLE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    generated = f"{BEGIN}\n{summary(results, times)}\n\n{table(results)}\n{END}"
-    TABLE.write_text(before + generated + rest.partition(END)[2], encoding="utf-8")
+    write_between(TABLE, MARK, f"{summary(results, times)}\n\n{table(results)}\n")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "compatibility.json"
-# The oldest that repos are loaded with, the last 4.x, the oldest that the library itself supports, the pinned one, and
-# the newest that the package index has.
-VERSIONS = ("4.56.0", "4.57.6", "5.0.0", "pinned", "newest")
+# The oldest that repos are loaded with, the last 4.x, the first 5, the oldest that the library itself supports (in
+# pyproject.toml), the pinned one, and the newest that the package index has.
+VERSIONS = ("4.56.0", "4.57.6", "5.0.0", "5.3.0", "pinned", "newest")
+OF_LIBRARY = (5, 3)
 BASE, REPO = "user/embedded", "user/mxd-embedded"
 LAYERS = (1, 3)
 
@@ -192,8 +193,8 @@ def main() -> None:
         for name in options.versions:
             version = pin("transformers") if name == "pinned" else name
             for library in (False, True):
-                if library and version.startswith("4."):
-                    continue  # the library needs 5.0; what a repo carries does not
+                if library and version != "newest" and tuple(map(int, version.split(".")[:2])) < OF_LIBRARY:
+                    continue  # what a repo carries needs less
                 python = make_environment(scratch / f"{version}{'-library' * library}", version, library)
                 outcomes += measure(python, library, hub, expected, scratch)
     passed = all("checks" in outcome and all(outcome["checks"].values()) for outcome in outcomes)

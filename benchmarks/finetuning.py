@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pages import write_between
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
@@ -35,7 +36,7 @@ from trainers import DistillationArguments, DistillationTrainer, FinetuningArgum
 
 RESULTS = Path(__file__).parent / "results" / "finetuning.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "finetuning.md"
-MARKS = "<!-- benchmarks/finetuning.py, {}: {} -->"
+MARK = "benchmarks/finetuning.py"
 CONTEXT = 256
 DTYPE = "bfloat16"
 EVALUATION_TOKENS = 16384
@@ -271,24 +272,15 @@ def _equal(door: str, equal: bool) -> str:
     return f"{door}: {'equal' if equal else 'NOT equal'}"
 
 
-def marked(name: str, table: str) -> str:
-    """A table between its marks."""
-    return MARKS.format(name, "begin") + "\n" + table + MARKS.format(name, "end")
-
-
-def tables(results: dict[str, Any]) -> list[str]:
-    """All tables of the document, each between its marks."""
-    return [marked("change", change_table(results)), marked("adapter", lora_table(results))]
-
-
 def write_tables(results: dict[str, Any]) -> None:
     """Put the tables between their marks in the document."""
-    content = DOCUMENT.read_text(encoding="utf-8")
-    for table in tables(results):
-        begin, end = table.splitlines()[0], table.splitlines()[-1]
-        before, after = content.partition(begin)[0], content.partition(end)[2]
-        content = before + table + after
-    DOCUMENT.write_text(content, encoding="utf-8")
+    for name, table in tables(results).items():
+        write_between(DOCUMENT, f"{MARK}, {name}", table)
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """All tables of the document, by the names in their marks."""
+    return {"change": change_table(results), "adapter": lora_table(results)}
 
 
 def _cached(options: argparse.Namespace, name: str, make: Any) -> Any:

@@ -1,7 +1,6 @@
 """How faithful a decomposition is to its model, and how much of that its experts carry."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer
 from modeling_mxd.verification import running_device
 
 from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, count_expert_use
-from .files import replace_text
+from .files import write_json
 from .forward import capture_with_logits, check_causal, evaluating, next_token_logits, right_padded, zero_ablated
 from .masks import next_token_mask, token_mask
 from .metrics import ErrorSums, LogitSums, explained_share, recovered_share
@@ -284,9 +283,7 @@ def save_evaluation(results: Mapping[str, Any], folder: str | os.PathLike[str]) 
         TypeError: when `results` holds something that JSON has not; an earlier file is then left as it is.
     """
     path = Path(folder) / EVALUATION_NAME
-    text = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, text)
+    write_json(path, results)
     return path
 
 
@@ -302,12 +299,3 @@ def load_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(results, dict):
         raise ValueError(f"{path} holds no evaluation: a JSON object was expected, got {type(results).__name__}")
     return results
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every float that is not finite replaced by None."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,22 @@
 """Files that others read while they are written."""
 
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one move, folders made if need be. It has no NaN and no infinity: both are null, "not defined".
+
+    Raises:
+        TypeError: `value` holds something that JSON has not; an earlier file is then left as it is.
+    """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, text)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -12,3 +27,12 @@ def replace_text(path: Path, text: str) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every float that is not finite replaced by None."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,6 +16,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
 from modeling_mxd import MxDConfig, MxDLayerConfig
+from modeling_mxd.configuration_mxd import DEMO_MODEL
 from modeling_mxd.loading import is_causal
 from modeling_mxd.sharing import BEGIN, END, HUB_ID
 
@@ -39,8 +40,6 @@ from .safe_text import (
 
 _TEMPLATE = Path(__file__).parent / "card_template.md"
 _FIGURE = re.compile(r"[A-Za-z0-9][\w-]{0,80}\.png", re.ASCII)
-# `mxd.embedded.MODEL_NAME`: it looks like a Hub id and is none.
-_EMBEDDED_MODEL = "mxd/embedded-default"
 _EMBEDDED_TEXT = "the text sample that ships with mxd"
 _METHODS = {"mxd": "Mixture of Decoders", "transcoder": "transcoder", "skip_transcoder": "skip transcoder"}
 METHOD_TAGS = {"mxd": "mixture-of-decoders", "transcoder": "transcoder", "skip_transcoder": "skip-transcoder"}
@@ -146,7 +145,7 @@ class _Base:
     """
 
     def __init__(self, name: str | None, given: bool):
-        self.embedded = name == _EMBEDDED_MODEL and not given
+        self.embedded = name == DEMO_MODEL and not given
         on_hub = bool(name and len(name) <= MAX_TEXT and HUB_ID.fullmatch(name) and not Path(name).is_dir())
         self.hub_id = name if on_hub and not self.embedded else None
         shown = name if on_hub or name is None else last_part(name)

@@ -1,7 +1,6 @@
 """Finding decompositions that others share. Reads cards' metadata and small JSON files: no weights are downloaded, and
 no code of a repo is run."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,6 +14,7 @@ from modeling_mxd import MxDConfig
 
 from .hub import HubRepo, look_up, retried, search
 from .reading import MAX_JSON_BYTES, read_config, read_json
+from .safe_text import finite
 
 LIBRARY = "mxd"
 
@@ -119,7 +119,7 @@ def _info(model: HubRepo) -> DecompositionInfo:
         method=method if isinstance(method, str) else None,
         num_experts=_whole(own.get("num_experts")),
         num_experts_per_tok=_whole(own.get("num_experts_per_tok")),
-        cross_entropy_rise=_finite(own.get("cross_entropy_rise")),
+        cross_entropy_rise=finite(own.get("cross_entropy_rise")),
         likes=model.likes,
         last_modified=model.last_modified,
     )
@@ -127,10 +127,6 @@ def _info(model: HubRepo) -> DecompositionInfo:
 
 def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
-
-
-def _finite(value: Any) -> float | None:
-    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def show_decomposition(

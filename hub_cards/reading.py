@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from modeling_mxd import MxDConfig
+from modeling_mxd.downloads import first_line
 from modeling_mxd.weight_files import check_headers, read_index
 
 MAX_JSON_BYTES = 10_000_000
@@ -79,8 +80,3 @@ def texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
-def first_line(error: Exception) -> str:
-    """The start of an error's message."""
-    return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]

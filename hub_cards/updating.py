@@ -7,10 +7,11 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from modeling_mxd.downloads import first_line
 from modeling_mxd.sharing import BEGIN, END
 
 from .card import METHOD_TAGS
-from .reading import first_line, texts
+from .reading import texts
 from .safe_text import at
 
 MAX_CARD = 1_000_000  # characters

@@ -24,6 +24,8 @@ MAX_SIZE = 2**31 - 1
 MAX_NAME = 4096
 MAX_LAYERS = 1024
 MAX_FILE_BYTES = 10_000_000
+# The base of the library's demo: it looks like a Hub id and is none, and whoever registered it would be loaded.
+DEMO_MODEL = "mxd/embedded-default"
 
 # Transformers' own names, which in a decomposition's config could only do harm.
 _FOREIGN = ("quantization_config", "transformers_weights", "configuration_files")

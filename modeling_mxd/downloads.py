@@ -56,6 +56,11 @@ def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:
     return tried(find, name)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, of its type where it says nothing."""
+    return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]
+
+
 def is_transport_error(error: BaseException) -> bool:
     """Whether the connection broke. By name: the client's HTTP library is httpx up to huggingface_hub 1, and httpx2
     from 2."""
@@ -67,6 +72,6 @@ def _broken(error: BaseException | None) -> str | None:
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in PASSING or is_transport_error(error):
-            return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]
+            return first_line(error)
         error = error.__cause__ or error.__context__
     return None

@@ -1,6 +1,6 @@
 """What both doors do before weights are read: whose config it is, where the base comes from, which files are needed.
 
-Everything that can be refused is refused here, before a download.
+Everything that can be refused is refused here, before weights are read.
 """
 
 import copy
@@ -16,7 +16,7 @@ from transformers import PretrainedConfig  # by the name that transformers 4 kno
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, extract_commit_hash
 
-from .configuration_mxd import MAX_LAYERS, MAX_SIZE, MxDConfig, shown
+from .configuration_mxd import DEMO_MODEL, MAX_LAYERS, MAX_SIZE, MxDConfig, shown
 from .downloads import file_if_any, tried
 from .weight_files import layer_of, weight_files
 
@@ -121,6 +121,11 @@ def base_source(
     name, revision = config.base_model_name_or_path, config.base_model_revision
     if not name:
         raise ValueError("the config names no base_model_name_or_path to splice into: pass base_model_name_or_path=")
+    if name == DEMO_MODEL:
+        raise ValueError(
+            "the decomposition's base model ships with the library mxd: pass "
+            "base_model_name_or_path=str(mxd.embedded.model_path())"
+        )
     if stored is not None and stored.base_model_name_or_path:
         if name != stored.base_model_name_or_path and revision == stored.base_model_revision:
             revision = None  # is of another repo

@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from .configuration_mxd import MxDConfig
+from .configuration_mxd import DEMO_MODEL, MxDConfig
 from .loading import is_causal
 
 logger = logging.get_logger(__name__)
@@ -114,6 +114,8 @@ def check_base_id(name: str | None) -> None:
     """
     if not name:
         raise ValueError("the config names no base model: set config.base_model_name_or_path to its Hub id")
+    if name == DEMO_MODEL:
+        raise ValueError("the base model ships with the library mxd and is on no Hub: share one of another model")
     if len(name) > MAX_ID or not HUB_ID.fullmatch(name) or Path(name).is_dir():
         raise ValueError(
             f"the base model {name[:200]!r} is no Hub id, so nobody else can load the decomposition: set "

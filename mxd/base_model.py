@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from modeling_mxd import MxDConfig
-from modeling_mxd.downloads import tried
+from modeling_mxd.downloads import first_line, tried
 from modeling_mxd.loading import check_language_model
 
 from . import embedded
@@ -91,7 +91,7 @@ def load_base_model(
     except BaseModelError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = first_line(error)
         if not pickles and "use_safetensors" in reason:
             reason = "it has no safetensors, and of a model that a decomposition names no pickle is read"
         where = "" if Path(source).is_dir() else "it is no folder with a model, and: "

@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Mixtures of Decoders: take the MLPs of a language model apart without breaking the model.",
+    epilog="With --debug, anywhere, an error shows its traceback.",
 )
 for command in (
     cli_training.decompose,
@@ -44,7 +45,8 @@ for command in (
 def main() -> None:
     """Run the command: what a user can put right is one message and exit code 1, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    debug = "--debug" in sys.argv
+    if debug := "--debug" in sys.argv:
+        sys.argv.remove("--debug")
     kept, how = KEPT.get(sys.argv[1] if len(sys.argv) > 1 else "", ("", ""))
     try:
         app()

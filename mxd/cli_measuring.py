@@ -1,17 +1,13 @@
 """The commands that measure: `mxd evaluate`, `mxd experts`, `mxd use`, `mxd probe` and `mxd layers`."""
 
-from enum import Enum
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from .cli_options import (
-    DATA_ENDINGS,
     ContextLength,
     Dataset,
     DatasetConfig,
-    Debug,
     DecompositionName,
     Dtype,
     Json,
@@ -19,6 +15,7 @@ from .cli_options import (
     Split,
     Streaming,
     TextColumn,
+    is_data_file,
     parse_count,
     parse_numbers,
     quiet,
@@ -26,20 +23,6 @@ from .cli_options import (
     split_arguments,
 )
 from .tables import print_probing
-
-
-class Order(str, Enum):
-    """Which experts are the strongest."""
-
-    coefficient = "coefficient"
-    contribution = "contribution"
-
-
-class Pooling(str, Enum):
-    """How a text's tokens become one vector."""
-
-    mean = "mean"
-    max = "max"
 
 
 def evaluate(
@@ -54,12 +37,12 @@ def evaluate(
     tokens: Annotated[str, typer.Option(help="Tokens to evaluate on.")] = "32768",
     dtype: Dtype = "float32",
     ablation: Annotated[
-        Order | None, typer.Option(help="Also what removing the strongest experts does; takes some four times as long.")
+        Literal["coefficient", "contribution"] | None,
+        typer.Option(help="Also what removing the strongest experts does; takes some four times as long."),
     ] = None,
     ranks: Annotated[bool, typer.Option("--ranks", help="Also the rank of a sample of experts.")] = False,
     output: ResultsFolder = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Measure a decomposition on text: a table on screen, evaluation.json in its folder, in place of what is there."""
     model, sources = split_arguments([folder, *(files or [])], dataset or [])
@@ -68,8 +51,8 @@ def evaluate(
     quiet()
 
     text = TextOptions(sources, [], dataset_config, split, text_column, streaming, context_length)
-    order = None if ablation is None else ablation.value
-    report(evaluate(model or folder, text, parse_count(tokens), dtype, not as_json, order, ranks, output), as_json)
+    results = evaluate(model or folder, text, parse_count(tokens), dtype, not as_json, ablation, ranks, output)
+    report(results, as_json, saved=f"{output or model or folder}: evaluation.json")
 
 
 def experts(
@@ -90,7 +73,6 @@ def experts(
     seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     output: ResultsFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print experts.json instead of the table.")] = False,
-    debug: Debug = False,
 ) -> None:
     """What experts respond to: where in a text they are most active; a page to read, experts.html, in the folder."""
     model, sources = split_arguments([folder, *(files or [])], dataset or [])
@@ -127,7 +109,6 @@ def use(
     dtype: Dtype = "float32",
     output: ResultsFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print domain_use.json instead of the table.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Which experts are active on which kinds of text, and which on one kind alone."""
     model, sources = split_arguments([folder, *(files or [])], dataset or [])
@@ -138,7 +119,8 @@ def use(
 
     text = TextOptions(sources, [], dataset_config, split, text_column, False, context_length)
     results = measure_domain_use(model or folder, text, by, parse_count(tokens), dtype, output)
-    report(results, as_json, print_domain_use)
+    saved = f"{output or model or folder}: domain_use.json, figures/experts_per_domain.png"
+    report(results, as_json, print_domain_use, saved)
 
 
 def probe(
@@ -158,7 +140,7 @@ def probe(
     text_column: TextColumn = "text",
     layer: Annotated[int | None, typer.Option(min=0, help="Which layer. [the only one that all have]")] = None,
     against: Annotated[str, typer.Option(help="Of the MLP itself.")] = "input,neurons,output",
-    pooling: Annotated[Pooling, typer.Option(help="Over a text's tokens.")] = Pooling.mean,
+    pooling: Annotated[Literal["mean", "max"], typer.Option(help="Over a text's tokens.")] = "mean",
     include_first: Annotated[bool, typer.Option(help="Pool over each text's first position (BOS) too.")] = False,
     context_length: ContextLength = 128,
     texts_per_class: Annotated[int, typer.Option(min=1, help="At most, from as many documents as can be.")] = 500,
@@ -171,14 +153,13 @@ def probe(
     output: Annotated[str, typer.Option(help="Folder for probing.json and its figure.")] = "mxd-probing",
     overwrite: Annotated[bool, typer.Option(help="Replace results in the output folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print probing.json instead of the tables.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Sparse probing: how well single experts, or a few, tell classes of texts apart, and the MLP's own neurons."""
     from .probing import ProbingOptions, probe
 
     quiet()
 
-    files = [name for name in arguments if Path(name).suffix in DATA_ENDINGS]  # a shell made them of a glob
+    files = [name for name in arguments if is_data_file(name)]
     options = ProbingOptions(
         decompositions=[name for name in arguments if name not in files],
         dataset=[*(dataset or []), *files],
@@ -190,7 +171,7 @@ def probe(
         split=split,
         layer=layer,
         against=[name.strip() for name in against.split(",") if name.strip()],
-        pooling=pooling.value,
+        pooling=pooling,
         include_first=include_first,
         context_length=context_length,
         texts_per_class=texts_per_class,
@@ -210,7 +191,6 @@ def probe(
 def layers(
     model: Annotated[str | None, typer.Argument(help="Hub id or folder. [the embedded default]")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
-    debug: Debug = False,
 ) -> None:
     """Where a model keeps its MLPs, which can be decomposed and why others can't; no weights are downloaded."""
     from . import embedded

@@ -13,6 +13,11 @@ from .tables import print_evaluation
 DATA_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst"}
 
 
+def is_data_file(name: str) -> bool:
+    """Whether an argument is a file that a shell made of `--dataset *.parquet`, rather than a model."""
+    return Path(name).suffix.lower() in DATA_ENDINGS
+
+
 def parse_count(text: str) -> int:
     """`"480M"` → 480,000,000; also k, B, and plain digits."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbB]?)", text.replace("_", "").replace(",", "").strip())
@@ -65,8 +70,8 @@ def split_arguments(
     Raises:
         typer.BadParameter: several models, or files that are not known to be of `--dataset`.
     """
-    files = [name for name in arguments if Path(name).suffix in DATA_ENDINGS]
-    models = [name for name in arguments if Path(name).suffix not in DATA_ENDINGS]
+    files = [name for name in arguments if is_data_file(name)]
+    models = [name for name in arguments if not is_data_file(name)]
     if len(models) > 1:
         raise typer.BadParameter(f"one model is expected, got {' and '.join(models)}")
     if files and not dataset:
@@ -103,7 +108,6 @@ HeldoutSplit = Annotated[
     str | None, typer.Option(help="Split to evaluate on: of the held-out dataset if there is one, else of the dataset.")
 ]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of one optimiser step.")]
-LearningRate = Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")]
 Bf16 = Annotated[bool, typer.Option(help="Matrix products in bfloat16, weights in float32.")]
 EvaluationTokens = Annotated[str, typer.Option(help="Held-out tokens.")]
 ReportTo = Annotated[str, typer.Option(help="Trackers of the Trainer, such as tensorboard.")]
@@ -113,7 +117,6 @@ ResultsFolder = Annotated[str | None, typer.Option("--output", help="Folder for 
 Overwrite = Annotated[bool, typer.Option(help="Replace a decomposition in the output folder.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of the table.")]
-Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
 
 def quiet() -> None:

@@ -1,12 +1,12 @@
 """The commands that share decompositions on the Hub and find others': `mxd push`, `mxd search` and `mxd show`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .cli_options import Debug
 from .tables import MAX_ROWS, cell, print_evaluation
 
 
@@ -20,10 +20,11 @@ def push(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, if config.json has a folder.")] = None,
     license_name: Annotated[str | None, typer.Option("--license", help="[the base model's]")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    debug: Debug = False,
 ) -> None:
     """Share a decomposition on the Hub: weights, results, code and a card, in one commit."""
     from hub_cards import push_decomposition
+    from hub_cards.reading import read_config
+    from modeling_mxd.loading import is_causal
 
     pushed = push_decomposition(
         folder,
@@ -39,7 +40,9 @@ def push(
     typer.echo(f"Pushed to {pushed.pr_url or pushed.repo_url} (commit {pushed.oid[:8]})")
     where = pushed.pr_revision or revision
     at = f', revision="{where}"' if where else ""
-    typer.echo(f'Next:  AutoModelForCausalLM.from_pretrained("{pushed.repo_url.repo_id}"{at}, trust_remote_code=True)')
+    config = read_config(Path(folder) / "config.json", folder)
+    door = "AutoModelForCausalLM" if is_causal(config.base_model_type) else "AutoModel"
+    typer.echo(f'Next:  {door}.from_pretrained("{pushed.repo_url.repo_id}"{at}, trust_remote_code=True)')
 
 
 def search(
@@ -48,7 +51,6 @@ def search(
     layer: Annotated[int | None, typer.Option(min=0, help="Only those that have this layer.")] = None,
     author: Annotated[str | None, typer.Option(help="User or organisation.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
-    debug: Debug = False,
 ) -> None:
     """Decompositions that others share on the Hub."""
     from hub_cards import list_decompositions
@@ -74,7 +76,6 @@ def search(
 def show(
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repo on the Hub.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    debug: Debug = False,
 ) -> None:
     """Configuration, results and size of a decomposition on the Hub; no weights are downloaded, no code is run."""
     from hub_cards import show_decomposition

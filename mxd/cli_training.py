@@ -1,7 +1,6 @@
 """The commands that train: `mxd decompose`, `mxd frontier` and `mxd finetune`."""
 
-from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,7 +10,6 @@ from .cli_options import (
     ContextLength,
     Dataset,
     DatasetConfig,
-    Debug,
     Dtype,
     EvaluationTokens,
     HeldoutDataset,
@@ -19,7 +17,6 @@ from .cli_options import (
     IntermediateSize,
     Json,
     Layers,
-    LearningRate,
     MatchTranscoder,
     Output,
     Overwrite,
@@ -40,44 +37,6 @@ from .cli_options import (
 )
 from .tables import print_change, print_frontier
 
-FINETUNING_RATE = 3e-4
-
-
-class Method(str, Enum):
-    """What stands in place of the MLP."""
-
-    mxd = "mxd"
-    transcoder = "transcoder"
-    skip_transcoder = "skip-transcoder"
-
-
-class GateStart(str, Enum):
-    """Where the gate starts from."""
-
-    data = "data"
-    random = "random"
-
-
-class EncoderStart(str, Enum):
-    """Where the dense encoder starts from."""
-
-    pretrained = "pretrained"
-    random = "random"
-
-
-class ModulationStart(str, Enum):
-    """Where the experts' modulations start from."""
-
-    random = "random"
-    unit = "unit"
-
-
-class Loss(str, Enum):
-    """What fine-tuning trains on."""
-
-    kl = "kl"
-    cross_entropy = "cross-entropy"
-
 
 def decompose(
     arguments: Annotated[
@@ -93,7 +52,9 @@ def decompose(
     layers: Layers = None,
     stack: Stack = None,
     site: Site = "mlp",
-    method: Annotated[Method, typer.Option(help="What stands in place of the MLP.")] = Method.mxd,
+    method: Annotated[
+        Literal["mxd", "transcoder", "skip-transcoder"], typer.Option(help="What stands in place of the MLP.")
+    ] = "mxd",
     k: Annotated[int, typer.Option("--k", min=1, help="Experts active per token.")] = 32,
     experts: Annotated[int | None, typer.Option(min=1, help="Number of experts. [--match-transcoder]")] = None,
     match_transcoder: MatchTranscoder = 32,
@@ -109,17 +70,20 @@ def decompose(
     batch_tokens: BatchTokens = 2048,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak, in units of the scaled activations. [0.001, of transcoders 0.003]"),
+        typer.Option(
+            help="Peak, in units of the scaled activations; the authors take 1e-4 for 480M tokens. "
+            "[for some 1M: 0.001, of transcoders 0.003]"
+        ),
     ] = None,
-    gate_start: Annotated[GateStart, typer.Option(help="Where the gate starts from.")] = GateStart.data,
+    gate_start: Annotated[Literal["data", "random"], typer.Option(help="Where the gate starts from.")] = "data",
     encoder_start: Annotated[
-        EncoderStart | None,
+        Literal["pretrained", "random"] | None,
         typer.Option(help="Where the encoder starts from. [the pretrained MLP's, unless --intermediate-size is given]"),
     ] = None,
     modulation_start: Annotated[
-        ModulationStart,
+        Literal["unit", "random"],
         typer.Option(help="unit: from C^T a = 1; random: around 0, the authors' start."),
-    ] = ModulationStart.unit,
+    ] = "unit",
     expert_share: Annotated[
         float,
         typer.Option(help="Least error with the experts' mean for every token, against idle experts; 0: none."),
@@ -138,7 +102,6 @@ def decompose(
     overwrite: Overwrite = False,
     resume: Resume = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Replace MLPs of a language model by a decomposition, trained by distillation, and measure it.
 
@@ -150,7 +113,7 @@ def decompose(
     quiet()
 
     # What is not asked for has a default that follows from the rest.
-    given = {"learning_rate": learning_rate, "encoder_initialization": encoder_start and encoder_start.value}
+    given = {"learning_rate": learning_rate, "encoder_initialization": encoder_start}
     options = DecompositionOptions(
         model=model or embedded.MODEL_NAME,
         revision=revision,
@@ -158,7 +121,7 @@ def decompose(
         layers=parse_layers(layers),
         stack=stack,
         site=site,
-        method=method.value.replace("-", "_"),
+        method=method.replace("-", "_"),
         num_experts_per_tok=k,
         num_experts=experts,
         match_transcoder=match_transcoder,
@@ -178,8 +141,8 @@ def decompose(
             **{name: value for name, value in given.items() if value is not None},
             "expert_share": expert_share,
             "sparse_code_weight": sparse_code_weight,
-            "gate_initialization": gate_start.value,
-            "modulation_initialization": modulation_start.value,
+            "gate_initialization": gate_start,
+            "modulation_initialization": modulation_start,
             "bf16": bf16,
             "report_to": report_to,
         },
@@ -233,7 +196,6 @@ def frontier(
         bool, typer.Option(help="Replace a recording of another model or text, and points of other settings.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print frontier.json instead of the table.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Cross-entropy of methods at several K, at equal parameters and on the same tokens (the paper's Fig. 3).
 
@@ -285,12 +247,14 @@ def finetune(
     split: Split = "train",
     text_column: TextColumn = "text",
     streaming: Streaming = False,
-    loss: Annotated[Loss, typer.Option(help="KL to the untouched model, or the text's cross-entropy.")] = Loss.kl,
+    loss: Annotated[
+        Literal["kl", "cross-entropy"], typer.Option(help="KL to the untouched model, or the text's cross-entropy.")
+    ] = "kl",
     nmse_weight: Annotated[float, typer.Option(min=0, help="Of the layers' own error, added to the loss.")] = 0.1,
     tokens: Annotated[str, typer.Option(help="Training tokens: 500k, 10M, 1B.")] = "200k",
     context_length: ContextLength = 128,
     batch_tokens: BatchTokens = 2048,
-    learning_rate: LearningRate = FINETUNING_RATE,
+    learning_rate: Annotated[float, typer.Option(help="Peak, in units of the scaled activations.")] = 3e-4,
     bf16: Bf16 = False,
     dtype: Dtype = "float32",
     evaluation_tokens: EvaluationTokens = "32768",
@@ -300,7 +264,6 @@ def finetune(
     overwrite: Overwrite = False,
     resume: Resume = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Train a decomposition on, end to end in its language model, and show what that changed."""
     source, sources = split_arguments([folder, *(files or [])], dataset or [], heldout_dataset)
@@ -311,7 +274,7 @@ def finetune(
 
     options = FinetuningOptions(
         decomposition=source or folder,
-        loss=loss.value.replace("-", "_"),
+        loss=loss.replace("-", "_"),
         nmse_weight=nmse_weight,
         dtype=dtype,
         tokens=parse_count(tokens),

@@ -11,13 +11,13 @@ from transformers.utils import cached_file
 from evaluation_mxd.faithfulness import EVALUATION_NAME
 from hub_cards.reading import check_weights, read_config, read_json
 from modeling_mxd import MxDModel
-from modeling_mxd.downloads import file_if_any, tried
+from modeling_mxd.downloads import file_if_any, first_line, tried
 
 from .base_model import default_device, load_base_model
 
 
-def load_decomposition(name: str) -> MxDModel:
-    """A decomposition from a folder or the Hub; no code of it is run.
+def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
+    """A decomposition from a folder or the Hub, or some layers of it; no code of it is run.
 
     Raises:
         ValueError: it is none, or cannot be had.
@@ -28,14 +28,14 @@ def load_decomposition(name: str) -> MxDModel:
         try:
             path = Path(tried(partial(cached_file, name, "config.json"), name))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise ValueError(f"{name!r} is no folder with a decomposition, and: {reason}") from error
+            raise ValueError(f"{name!r} is no folder with a decomposition, and: {first_line(error)}") from error
     config = read_config(path, name)
     if file_if_any(name, "adapter_config.json", {}) is not None:
         raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
     if path.parent == Path(name):  # a folder
         check_weights(path.parent, config)
-    decomposition = MxDModel.from_pretrained(name)
+    some: dict[str, Any] = {} if layers is None else {"layers": layers}
+    decomposition = MxDModel.from_pretrained(name, **some)
     assert isinstance(decomposition, MxDModel)
     return decomposition
 

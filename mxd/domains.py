@@ -1,6 +1,5 @@
 """`mxd use`: which experts of a decomposition are of one domain of text."""
 
-import json
 import logging
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation_mxd import count_expert_use, domain_use, plot_domain_use
+from evaluation_mxd.files import write_json
 from trainers import DataError, load_text
 from trainers.labelled_text import label_names
 
@@ -103,7 +103,7 @@ def measure_domain_use(
     }
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    (folder / USE_NAME).write_text(json.dumps(results, indent=2) + "\n")
+    write_json(folder / USE_NAME, results)
     plot_domain_use({f"layer {layer}": use for layer, use in layers.items()}, figures / "experts_per_domain.png")
     return results
 

@@ -1,7 +1,6 @@
 """`mxd experts`: what experts respond to, by the places in a text where they are most active."""
 
 import html
-import json
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from evaluation_mxd import top_examples
-from evaluation_mxd.files import replace_text
+from evaluation_mxd.files import replace_text, write_json
 from modeling_mxd import MxDModel
 
 from .decompositions import load_base_of, load_decomposition, results_folder
@@ -22,6 +21,7 @@ from .texts import TextOptions, evaluation_batches, evaluation_settings, load_on
 
 EXPERTS_NAME, PAGE_NAME = "experts.json", "experts.html"
 AROUND = 12  # tokens before and after
+SHOWN = 3  # examples of each on screen
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
     "td{vertical-align:top;padding:.1em .6em .1em 0}td:first-child{text-align:right;color:#666}mark{background:#fd6}"
@@ -55,16 +55,17 @@ def read_experts(
         output: folder to write into instead; of a decomposition on the Hub there has to be one.
 
     Returns:
-        {"layers": {"15": {"1234": {"frequency": share of training tokens on which it is active, "examples":
-        [{"coefficient", "before", "token", "after"}]}}}, "settings"}; the strongest example first.
+        {"layers": {"15": {"1234": {"frequency": share of training tokens on which it is active, None where that
+        was not measured, "examples": [{"coefficient", "before", "token", "after"}]}}}, "settings"}; the strongest
+        example first.
 
     Raises:
         ValueError: there is no decomposition, layer or expert of that number, or the text cannot be read.
     """
     folder = results_folder(decomposition, output)
-    loaded = load_decomposition(decomposition)
-    layers = loaded.config.layers if layer is None else [layer]
-    _check(loaded, layers, experts)
+    loaded = load_decomposition(decomposition, None if layer is None else [layer])
+    layers = loaded.config.layers
+    _check(loaded, experts)
     documents = load_one(text)
     model, tokenizer = load_base_of(loaded, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
@@ -78,7 +79,7 @@ def read_experts(
         frequency = loaded.layer(index).expert_frequency
         results["layers"][str(index)] = {
             str(expert): {
-                "frequency": float(frequency[expert]),
+                "frequency": float(frequency[expert]) if frequency.any() else None,
                 "examples": [
                     {"coefficient": value, **_in_context(tokenizer, ids[row].tolist(), position)}
                     for value, row, position in zip(
@@ -93,18 +94,13 @@ def read_experts(
             for expert in chosen
         }
     results["settings"] = {**evaluation_settings(text, dtype), "tokens": ids.numel(), "seed": seed}
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / EXPERTS_NAME, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / EXPERTS_NAME, results)
     replace_text(folder / PAGE_NAME, page(results))
     return results
 
 
-def _check(decomposition: MxDModel, layers: Sequence[int], experts: Sequence[int] | None) -> None:
-    for layer in layers:
-        if layer not in decomposition.config.layers:
-            raise ValueError(
-                f"the decomposition has no layer {layer}, only {', '.join(map(str, decomposition.config.layers))}"
-            )
+def _check(decomposition: MxDModel, experts: Sequence[int] | None) -> None:
+    for layer in decomposition.config.layers:
         count = decomposition.config.layer(layer).num_experts
         if unknown := [expert for expert in experts or [] if not 0 <= expert < count]:
             raise ValueError(f"layer {layer} has no expert {unknown[0]}: they are 0 to {count - 1}")
@@ -125,9 +121,8 @@ def page(results: dict[str, Any]) -> str:
     for layer, experts in results["layers"].items():
         parts.append(f"<h1>Layer {html.escape(layer)}</h1>")
         for expert, found in experts.items():
-            parts.append(
-                f"<h2>Expert {html.escape(expert)}</h2><p>active on {100 * found['frequency']:.2f} % of tokens</p>"
-            )
+            often = f"active on {_percent(found['frequency'])} % of the training tokens"
+            parts.append(f"<h2>Expert {html.escape(expert)}</h2><p>{often}</p>")
             rows = [
                 f"<tr><td>{example['coefficient']:.3g}</td><td>{html.escape(example['before'])}"
                 f"<mark>{html.escape(example['token'])}</mark>{html.escape(example['after'])}</td></tr>"
@@ -141,17 +136,21 @@ def page(results: dict[str, Any]) -> str:
     )
 
 
-def print_experts(results: dict[str, Any], shown: int = 3) -> None:
+def _percent(frequency: float | None) -> str:
+    return "–" if frequency is None else f"{100 * frequency:.2f}"
+
+
+def print_experts(results: dict[str, Any]) -> None:
     """A table per layer: of every expert the strongest examples."""
     for layer, experts in results["layers"].items():
         table = Table(title=cell(f"Layer {layer}: where experts are most active"))
         table.add_column("expert", justify="right")
-        table.add_column("% of tokens", justify="right")
+        table.add_column("% of training\ntokens", justify="right")
         table.add_column("a", justify="right")
         table.add_column("text")
         for expert, found in experts.items():
-            for number, example in enumerate(found["examples"][:shown]):
-                head = ("", "") if number else (expert, f"{100 * found['frequency']:.2f}")
+            for number, example in enumerate(found["examples"][:SHOWN]):
+                head = ("", "") if number else (expert, _percent(found["frequency"]))
                 before, after = cell(example["before"][-30:]), cell(example["after"][:30])
                 text = Text.assemble(before, (cell(example["token"]).plain, "bold reverse"), after)
                 table.add_row(*map(cell, (*head, f"{example['coefficient']:.3g}")), text)

@@ -44,7 +44,7 @@ from .frontier_point import (
 )
 from .frontier_processes import run_points
 from .pipeline import LEARNING_RATES, DecompositionOptions, build_config
-from .runs import RunOptions, step_arguments, versions
+from .runs import RunOptions, shown, step_arguments, versions
 from .texts import evaluation_batches, load_documents
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def _check_root(options: FrontierOptions) -> Path:
     ours = {FRONTIER_NAME, FIGURE_NAME, RECORDING, HELDOUT, POINTS}
     if root.exists() and not root.is_dir():
         raise ValueError(f"the output {root} is a file: name a folder with --output")
-    names = sorted(path.name for path in root.iterdir() if path.name[0] != ".") if root.is_dir() else []
+    names = sorted(path.name for path in shown(root)) if root.is_dir() else []
     if others := [name for name in names if name not in ours and not name.startswith(f"{FRONTIER_NAME}.")]:
         raise ValueError(f"the output folder {root} holds {others[0]!r}, which is of no frontier: name another")
     return root

@@ -17,6 +17,7 @@ from transformers import (
 
 from hub_cards.card import layer_ranges
 from modeling_mxd import MLPSite, MxDConfig, find_all_mlps
+from modeling_mxd.downloads import first_line
 
 from .base_model import BaseModelError, model_source
 from .tables import cell
@@ -65,8 +66,7 @@ def load_skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise BaseModelError(f"cannot build the model {name!r}: {reason}") from error
+        raise BaseModelError(f"cannot build the model {name!r}: {first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     return model
 

@@ -22,8 +22,6 @@ from .base_model import resolve_name
 from .texts import TextOptions
 
 LOG_NAME = "training_log.json"
-# What runs had that began before it was said.
-_UNSAID = {"sparse_code_weight": 0.0, "learning_rate": 1e-3, "encoder_initialization": "pretrained"}
 START_NAME = "run_start.json"  # in the output folder of a run that is not finished: what it was asked for
 
 
@@ -78,7 +76,7 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output {folder} is a file: name a folder with --output")
     # A run that was ended before its first checkpoint left nothing but what it was asked for.
-    if folder.is_dir() and any(entry.name != START_NAME for entry in _shown(folder)) and not resume:
+    if folder.is_dir() and any(entry.name != START_NAME for entry in shown(folder)) and not resume:
         if not overwrite:
             raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
         if not _ours(folder):
@@ -86,7 +84,7 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
     return folder
 
 
-def _shown(folder: Path) -> list[Path]:
+def shown(folder: Path) -> list[Path]:
     """What is in a folder but for hidden files (.git, .DS_Store), which neither make it full nor are deleted."""
     return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
@@ -97,7 +95,7 @@ def _ours(folder: Path) -> bool:
         return bool(read_json(config).get("model_type") == MxDConfig.model_type)
     return (folder / START_NAME).is_file() or all(
         entry.name.startswith("checkpoint-") and (entry / "config.json").is_file() and _ours(entry)
-        for entry in folder.iterdir()
+        for entry in shown(folder)
     )
 
 
@@ -125,7 +123,7 @@ def prepare_output(folder: Path, options: RunOptions, **kept: Any) -> None:
     if options.resume:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for entry in _shown(folder):  # the folder itself may be where something is mounted, or the one that we are in
+    for entry in shown(folder):  # the folder itself may be where something is mounted, or the one that we are in
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
@@ -146,9 +144,6 @@ def resumed_start(folder: Path, options: RunOptions) -> dict[str, Any]:
     before, now = start.get("asked"), _settled(options)
     if not isinstance(before, dict):
         raise ValueError(f"{path} does not say what the run was asked for: begin it anew with --overwrite")
-    for name, value in _UNSAID.items():
-        if name in now:
-            before.setdefault(name, value)
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             raise ValueError(

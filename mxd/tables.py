@@ -71,8 +71,9 @@ def _layer_table(title: str) -> Table:
 
 def print_evaluation(results: dict[str, Any]) -> None:
     """What `evaluation_mxd.faithfulness` measured: a row a layer, and the model with all of them spliced in."""
-    held_out = results.get("settings", {}).get("evaluation", {}).get("held_out") is not False
-    layers = _layer_table("Layers, on held-out text" if held_out else "Layers, on text that was trained on")
+    evaluated = results.get("settings", {}).get("evaluation", {})
+    what = "text that was trained on" if evaluated.get("held_out") is False else "held-out text"
+    layers = _layer_table(f"Layers, on {what}" + (", the sample of mxd" if evaluated.get("dataset") == [] else ""))
     for layer, row in list(results["layers"].items())[:MAX_ROWS]:
         layers.add_row(cell(layer), *(show(row) for show in _LAYER.values()))
     loss = results["cross_entropy"]
@@ -88,6 +89,8 @@ def print_evaluation(results: dict[str, Any]) -> None:
     _print(layers, model)
     if "ablation" in results:
         _print(_ablation_table(results["ablation"]))
+    if "ranks" in results:
+        _print(_rank_table(results["ranks"]))
 
 
 def _ablation_table(curve: dict[str, Any]) -> Table:
@@ -99,6 +102,17 @@ def _ablation_table(curve: dict[str, Any]) -> Table:
     for index, count in enumerate(curve["removed"][:MAX_ROWS]):
         errors = [row["nmse"][index] for row in list(curve["layers"].values())[:MAX_ROWS]]
         table.add_row(*map(cell, (count, *map(_shown, (curve["rise"][index], *errors)))))
+    return table
+
+
+def _rank_table(ranks: dict[str, Any]) -> Table:
+    table = Table(title="Ranks of a sample of experts, over min(H, O)")
+    for column in ("layer", "experts", "mean rank", "least", "smallest singular value\n(median)", "largest\n(median)"):
+        table.add_column(column, justify="right")
+    for layer, row in list(ranks.items())[:MAX_ROWS]:
+        medians = (f"{row[f'{which}_singular_value']['median']:.2g}" for which in ("smallest", "largest"))
+        shown = (row["experts"], *(_shown(row[name]) for name in ("normalised_rank", "minimum_normalised_rank")))
+        table.add_row(*map(cell, (layer, *shown, *medians)))
     return table
 
 

@@ -60,11 +60,12 @@ def test_the_tables_of_recipes_are_what_the_benchmarks_wrote(monkeypatch):
     assert pages.between_marks(recipe.MARK, recipe.table(results, recipe.OF_README)) in README
 
 
-def test_the_fine_tuning_tables_are_what_the_benchmark_wrote():
-    finetuning = benchmark("finetuning")
+def test_the_fine_tuning_tables_are_what_the_benchmark_wrote(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    finetuning, pages = benchmark("finetuning"), benchmark("pages")
     results = json.loads(finetuning.RESULTS.read_text())
-    for table in finetuning.tables(results):
-        assert table in FINETUNING
+    for name, table in finetuning.tables(results).items():
+        assert pages.between_marks(f"{finetuning.MARK}, {name}", table) in FINETUNING
     adapter, memory = results["lora"], results["memory"]
     assert adapter["cross_entropy"]["after"] < adapter["cross_entropy"]["before"]
     assert adapter["adapter_bytes"] < 1e6

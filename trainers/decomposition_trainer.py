@@ -68,7 +68,10 @@ class DecompositionTrainer(HubPushes):
         **kwargs: Any,
     ):
         if args.n_gpu > 1:
-            raise ValueError("DataParallel is not supported: start one process per GPU with torchrun")
+            logger.warning(
+                "one of %d GPUs is used: to train on all, start a process for each with torchrun", args.n_gpu
+            )
+            args._n_gpu = 1  # a decomposition does not run under DataParallel
         self.decomposition = decomposition
         layers = decomposition.config.layers
         self.routed_layers = [layer for layer in layers if decomposition.layer(layer).router is not None]
@@ -82,6 +85,7 @@ class DecompositionTrainer(HubPushes):
         # `compute_loss` divides by `num_items_in_batch`, the tokens of all micro-batches of a step.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # stock sets it anew at every step
         self._interrupt = InterruptCallback()
         self.add_callback(self._interrupt)
         if args.rank_logging_steps:
@@ -256,7 +260,8 @@ class DecompositionTrainer(HubPushes):
         module = self.decomposition.layer(layer)
         if module.router is None:
             return 0.0
-        return router_loss(module, x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
+        loss = router_loss(module, x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
+        return loss / self.current_gradient_accumulation_steps  # a mean: stock leaves dividing to us
 
     # Saving
 

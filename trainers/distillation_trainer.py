@@ -7,7 +7,8 @@ wrapped, optimised, saved.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class DistillationTrainer(DecompositionTrainer):
         starts = args.encoder_initialization == "pretrained" and args.gate_initialization != "keep"
         for site in self.sites:
             site.check_fits(model.config.layer(site.layer))
-            if starts and model.config.method == "mxd":
+            if starts and model.config.layer(site.layer).method == "mxd":
                 check_encoder_start(model.config.layer(site.layer), site)
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
@@ -79,7 +80,7 @@ class DistillationTrainer(DecompositionTrainer):
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics or normalised_errors,
+            compute_metrics=compute_metrics or partial(normalised_errors, layers=model.config.layers),
             **kwargs,
         )
         self.codes = self._make_codes()
@@ -159,10 +160,6 @@ class DistillationTrainer(DecompositionTrainer):
             divisor = squared_norm.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         return ((prediction - target).square().sum(-1) / divisor).sum()
 
-    def layer_loss(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        """Sum of one layer's losses over the batch's tokens; `model` is the (wrapped) decomposition."""
-        return self._losses(model, layer, x, y, mask)[0]
-
     def _losses_with_code(
         self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -196,20 +193,6 @@ class DistillationTrainer(DecompositionTrainer):
         error = ((of_mean - target).square().sum(-1) / squared_norm).clamp_max(1).mean()
         missing = self.args.expert_share_weight * len(target) * (self.args.expert_share - error).clamp_min(0)
         return self.distillation_loss(outputs.output, y, mask, normalization, least), missing
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Mean over layers and counted tokens of the loss; all layers' graphs are alive, see `training_step`."""
-        tokens = self.counted(inputs).sum() if num_items_in_batch is None else num_items_in_batch
-        captured = self.capture(inputs)
-        losses = [self.layer_loss(model, layer, x, y, self._mask(inputs, x)) for layer, (x, y) in captured.items()]
-        loss = torch.stack(losses).mean() / tokens * self.args.world_size
-        return (loss, {}) if return_outputs else loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -341,12 +324,12 @@ class DistillationTrainer(DecompositionTrainer):
                 self.model,
                 self.teacher,
                 calibrations,
-                self.args.gate_initialization,
-                self.args.encoder_initialization,
-                self.args.modulation_initialization,
-                self.args.scale_activations,
-                self.args.decoder_initialization,
-                self.args.seed,
+                gate_start=self.args.gate_initialization,
+                encoder_start=self.args.encoder_initialization,
+                modulation_start=self.args.modulation_initialization,
+                decoder_start=self.args.decoder_initialization,
+                scale_activations=self.args.scale_activations,
+                seed=self.args.seed,
             )
             self.codes.restart()
 
@@ -355,10 +338,11 @@ def _at_least(squared_norm: Tensor, minimum: float) -> Tensor:
     return squared_norm.clamp_min(max(minimum, torch.finfo(torch.float32).tiny))
 
 
-def normalised_errors(prediction: EvalPrediction) -> dict[str, float]:
-    """NMSE of every layer over all rows: sums divided once; their mean is the loss too, by which stock chooses the
-    best checkpoint. From `prediction_step`'s rows."""
+def normalised_errors(prediction: EvalPrediction, layers: Sequence[int]) -> dict[str, float]:
+    """NMSE of every layer over all rows, as `layer_8/nmse`: sums divided once; their mean is the loss too, by which
+    stock chooses the best checkpoint. From `prediction_step`'s rows."""
     sums, tokens = torch.as_tensor(prediction.predictions).double(), torch.as_tensor(prediction.label_ids).double()
     errors = sums.reshape(len(tokens), -1).sum(0) / tokens.sum()
     mean = float(errors.mean())
-    return {f"nmse_{column}": float(error) for column, error in enumerate(errors)} | {"nmse": mean, "loss": mean}
+    of_layers = {f"layer_{layer}/nmse": float(error) for layer, error in zip(layers, errors, strict=True)}
+    return of_layers | {"nmse": mean, "loss": mean}

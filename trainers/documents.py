@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 
+from modeling_mxd.downloads import first_line
+
 logger = logging.getLogger(__name__)
 
 _BUILDERS = {
@@ -104,7 +106,7 @@ def _load_hub(name: str, config_name: str | None, split: str, revision: str | No
         return load_dataset(name, config_name, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client each have families of their own
         raise DataError(
-            f"no local path {name!r}, and the Hub dataset of that name cannot be loaded: {_first_line(error)}; "
+            f"no local path {name!r}, and the Hub dataset of that name cannot be loaded: {first_line(error)}; "
             "check the name, config_name, split and revision, the network, and for a gated dataset `hf auth login`"
         ) from error
 
@@ -189,11 +191,7 @@ def _explain(error: BaseException, files: Sequence[Path]) -> str:
                 file.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 return f"{file} is not UTF-8; convert it or leave it out"
-    return _first_line(cause)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(cause)
 
 
 def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) -> Any:

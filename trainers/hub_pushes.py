@@ -68,7 +68,8 @@ class HubPushes(Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
-        card, path = build_card(folder, repo_id=self.hub_model_id), folder / "README.md"
+        card = build_card(folder, repo_id=self.hub_model_id, base_model=self.args.hub_base_model)
+        path = folder / "README.md"
         if path.is_file():
             card = update_card(path.read_text(encoding="utf-8"), card)
         card.save(path)

@@ -211,16 +211,8 @@ def materialize(rows: IterableDataset, tokens: int | None = None) -> Dataset:
 
 
 class CausalCollator:
-    """Stack rows into a batch for a causal language model, padding on the right where lengths differ.
-
-    Args:
-        tokenizer: Gives the padding id: its PAD, else its EOS. Without a tokenizer, or without either, the id is 0,
-            which the mask hides as well as any other.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        candidates = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-        self.pad_token_id: int = next((token for token in candidates if token is not None), 0)
+    """Stack rows into a batch for a causal language model, padding on the right where lengths differ, with the id 0,
+    which the mask hides as well as any other."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Stack rows.
@@ -246,6 +238,6 @@ class CausalCollator:
                 raise DataError(f"attention_mask is {tuple(mask.shape)} but input_ids is {tuple(tokens.shape)}")
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return {
-            "input_ids": pad(ids, padding_value=self.pad_token_id),
+            "input_ids": pad(ids, padding_value=0),
             "attention_mask": pad([mask.long() for mask in masks], padding_value=0),
         }

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-MODEL_NAME = "mxd/embedded-default"
+from modeling_mxd.configuration_mxd import DEMO_MODEL as MODEL_NAME
+
+__all__ = ["MODEL_NAME", "model_path", "results", "text_path"]
 
 _HERE = Path(__file__).parent
 

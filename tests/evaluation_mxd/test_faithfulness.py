@@ -187,28 +187,6 @@ def test_clipped_shares_are_those_of_brute_force(tiny_llama):
     assert row["clipped_expert_share"] <= 1 < row["expert_share"]
 
 
-def test_expert_share_by_hand(tiny_llama):
-    # A transcoder whose one expert is always on with a = 2 and writes v: y_hat = 2 v + b. The mean on training
-    # tokens is said to be 1, so the ablated output is v + b.
-    mxd = MxDModel(MxDConfig(layers=[1], hidden_size=16, num_experts=1, num_experts_per_tok=1, method="transcoder"))
-    layer, rows = mxd.layer(1), batches()
-    y = activations(tiny_llama, 1, rows)[1]
-    nn.init.zeros_(layer.gate.weight)
-    nn.init.constant_(layer.gate.bias, 2.0)
-    layer.decoder.data.copy_(y.mean(0, keepdim=True) / 2)
-    layer.expert_frequency.fill_(1.0)
-    layer.expert_mean.fill_(1.0)
-    row = faithfulness(tiny_llama, mxd, rows)["layers"]["1"]
-    norm = y.square().sum(-1)
-    nmse = ((y.mean(0) - y).square().sum(-1) / norm).mean().item()
-    ablated = ((y.mean(0) / 2 - y).square().sum(-1) / norm).mean().item()
-    assert row["nmse"] == pytest.approx(nmse, rel=1e-5)
-    if nmse < 1:
-        assert row["expert_share"] == pytest.approx((ablated - nmse) / (1 - nmse), rel=1e-4)
-        assert row["specialised_share"] == pytest.approx(0, abs=1e-6)  # the only expert is always on
-    assert math.isnan(row["expert_entropy"])
-
-
 def test_any_batching_gives_the_same(tiny_llama):
     rows, mxd = batches(count=4), measured(tiny_llama, layers=(0, 2))
     whole = {"input_ids": torch.cat([batch["input_ids"] for batch in rows])}

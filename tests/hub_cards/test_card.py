@@ -410,7 +410,7 @@ def test_a_fine_tuning_is_told_after_the_training(tmp_path):
     assert words[:3] == ["mxd", "finetune", "gpt2-l4"]
     options = get_command(app).commands["finetune"].make_context("finetune", words[2:]).params
     assert options["dataset"] == ["plays.parquet", "ann/plays"]
-    assert (options["loss"].value, options["nmse_weight"], options["learning_rate"]) == ("cross-entropy", 0.5, 0.0001)
+    assert (options["loss"], options["nmse_weight"], options["learning_rate"]) == ("cross-entropy", 0.5, 0.0001)
     assert (options["context_length"], options["seed"], options["dtype"]) == (256, 3, "bfloat16")
     assert "ann/plays" in card.data.datasets
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mxd import MxDLayerConfig, functional, make_layer
-from modeling_mxd.functional import expert_sum, topk_gate
+from modeling_mxd import MxDLayerConfig, make_layer
 from modeling_mxd.reference import explicit_mixture, khatri_rao_unfolding, reference_forward
 
 FORMS = {
@@ -87,16 +86,6 @@ def test_fewer_than_k_positive_gates(form):
     compare(layer, torch.randn(50, 12), tolerance=1e-5)
 
 
-def test_no_positive_gate_gives_the_bias_and_no_gate_gradient():
-    layer = layer_of()
-    with torch.no_grad():
-        layer.gate.bias.fill_(-100.0)
-    y = layer(torch.randn(4, 12))
-    torch.testing.assert_close(y, layer.output_bias.expand(4, -1))
-    y.sum().backward()
-    assert not layer.gate.weight.grad.any() and not layer.gate.bias.grad.any()
-
-
 def test_ties_are_a_valid_choice():
     layer = layer_of(num_experts=20, k=3)
     with torch.no_grad():
@@ -113,16 +102,6 @@ def test_ties_are_a_valid_choice():
     torch.testing.assert_close(layer(x), y)
 
 
-def test_chunks_change_nothing(monkeypatch):
-    layer, x = layer_of(), torch.randn(17, 12)
-    weights = torch.randn(17, 10)
-    whole = outputs_and_gradients(layer, layer, x, weights)
-    monkeypatch.setattr(functional, "CHUNK_ELEMENTS", 100)  # three tokens a chunk of the gate, two of the gradient
-    parts = outputs_and_gradients(layer, layer, x, weights)
-    torch.testing.assert_close(parts[0], whole[0])
-    torch.testing.assert_close(parts[1], whole[1])
-
-
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("form", FORMS)
 def test_any_leading_dimensions(form, shape):
@@ -131,12 +110,6 @@ def test_any_leading_dimensions(form, shape):
     assert y.shape == (*shape, 10)
     torch.testing.assert_close(y, reference_forward(layer, x))
     assert layer.encode(x).values.shape == layer.encode(x).indices.shape == (*shape, 5)
-
-
-def test_input_that_is_not_contiguous():
-    layer, x = layer_of(), torch.randn(12, 6).T
-    assert not x.is_contiguous()
-    torch.testing.assert_close(layer(x), layer(x.contiguous()))
 
 
 @pytest.mark.parametrize("form", ["mxd-mlp", "mxd-glu"])
@@ -165,63 +138,6 @@ def test_lemma_1_experts_have_the_rank_of_the_decoder():
     with torch.no_grad():
         layer.modulation[3, 2:] = 0  # the lemma's condition broken
     assert torch.linalg.matrix_rank(layer.expert_weight(3)) == 2
-
-
-def test_gradients_of_the_two_products_by_differences():
-    x, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 4), (9, 4), (9,)))
-    torch.autograd.gradcheck(lambda *args: topk_gate(*args, 3)[0], (x, weight, bias))
-    values, table = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (9, 4)))
-    indices = torch.randint(0, 9, (5, 3))
-    torch.autograd.gradcheck(lambda values, table: expert_sum(values, indices, table), (values, table))
-
-
-@pytest.mark.parametrize(("weights", "inputs"), [("float32", "bfloat16"), ("bfloat16", "float32")])
-@pytest.mark.parametrize("form", FORMS)
-def test_mixed_dtypes(form, weights, inputs):
-    layer = layer_of(form).to(getattr(torch, weights))
-    x = torch.randn(6, 12, dtype=getattr(torch, inputs), requires_grad=True)
-    y = layer(x)
-    assert y.dtype == x.dtype
-    expected = reference_forward(copy.deepcopy(layer).float(), x.detach().to(layer.gate.weight.dtype).float())
-    assert relative(y, expected) < 0.03
-    y.float().sum().backward()
-    assert x.grad.dtype == x.dtype and layer.gate.weight.grad.dtype == layer.gate.weight.dtype
-
-
-def test_autocast_keeps_float32_weights_and_gradients():
-    layer, x = layer_of(), torch.randn(20, 12)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    y.float().square().sum().backward()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
-    assert relative(y, layer(x)) < 0.05
-
-
-class Doubled(nn.Module):
-    def __init__(self, gate):
-        super().__init__()
-        self.inner = gate
-        self.weight = gate.weight
-
-    def forward(self, x):
-        return 2 * self.inner(x)
-
-
-def test_a_wrapped_gate_is_called():
-    layer, x = layer_of(), torch.randn(4, 12)
-    before = layer.encode(x)
-    layer.gate = Doubled(layer.gate)
-    after = layer.encode(x)
-    torch.testing.assert_close(after.to_dense(30), 2 * before.to_dense(30))
-
-
-def test_a_hooked_gate_is_called():
-    layer, x = layer_of(), torch.randn(4, 12)
-    expected = layer.encode(x).to_dense(30)
-    seen = []
-    layer.gate.register_forward_hook(lambda module, args, output: seen.append(output))
-    torch.testing.assert_close(layer.encode(x).to_dense(30), expected)
-    assert len(seen) == 1
 
 
 def test_a_lora_on_gate_and_encoder_trains_only_itself():

@@ -132,9 +132,16 @@ def test_one_hot_modulations_give_a_glu():
 
 @each_form
 @pytest.mark.parametrize(
-    ("weights", "inputs"), [("float16", "float32"), ("float32", "float64"), ("bfloat16", "float16")]
+    ("weights", "inputs"),
+    [
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        ("float32", "float64"),
+        ("bfloat16", "float16"),
+    ],
 )
-def test_more_mixed_dtypes(form, weights, inputs):
+def test_mixed_dtypes(form, weights, inputs):
     weights, inputs = getattr(torch, weights), getattr(torch, inputs)
     layer, x = random_layer(form, weights), torch.randn(7, 16).to(inputs)
     y, grads = gradients(layer, x, torch.ones(7, 12, dtype=inputs))

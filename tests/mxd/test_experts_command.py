@@ -51,5 +51,5 @@ def test_what_strangers_wrote_is_no_markup():
 def test_what_is_not_there(finished, monkeypatch, capsys):
     folder = finished[0]
     assert "has no expert 64: they are 0 to 63" in refused(monkeypatch, capsys, "experts", folder, "--experts", "1,64")
-    assert "has no layer 99" in refused(monkeypatch, capsys, "experts", folder, "--layer", "99")
+    assert "layer 99 is not in the decomposition" in refused(monkeypatch, capsys, "experts", folder, "--layer", "99")
     assert "--output" in refused(monkeypatch, capsys, "experts", "user/on-the-hub")

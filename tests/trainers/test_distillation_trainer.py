@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from evaluation_mxd import expert_ranks, faithfulness, token_mask
 from modeling_mxd import MxDModel, SurgeryError, capture_mlps
 from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
-from trainers.router import routing_recall
+from trainers.decomposition_trainer import ROUTER_TOKENS
+from trainers.router import router_loss, routing_recall
 
 SCRIPT = Path(__file__).parent / "distil.py"
 
@@ -131,16 +132,19 @@ def test_after_a_resume_it_logs_every_layer_over_the_steps_since(tiny_llama, tmp
 
 def test_layerwise_backward_equals_the_whole_loss(tiny_llama, tmp_path):
     model = decomposition(layers=(0, 2))
-    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path), train_dataset=rows())
-    torch.nn.init.normal_(model.layer(0).decoder.weight)
-    torch.nn.init.normal_(model.layer(2).decoder.weight)
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, expert_share=1.0), train_dataset=rows())
+    torch.nn.init.normal_(model.layer(0).decoder.weight, std=0.1)
+    torch.nn.init.normal_(model.layer(2).decoder.weight, std=0.1)
     batch = trainer.data_collator([{"input_ids": row} for row in rows(8)["input_ids"]])
-    whole = trainer.compute_loss(model, batch)
-    whole.backward()
+    captured, tokens = trainer.capture(batch), batch["input_ids"].numel()
+    losses = [trainer._losses(model, layer, x, y, torch.ones(x.shape[:2]).bool()) for layer, (x, y) in captured.items()]
+    reported, missing = (torch.stack(parts).mean() / tokens for parts in zip(*losses, strict=True))
+    assert missing > 0
+    (reported + missing).backward()
     gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
     model.zero_grad()
     stepwise = trainer.training_step(model, batch)
-    torch.testing.assert_close(stepwise, whole.detach())
+    torch.testing.assert_close(stepwise, reported.detach())
     for name, value in model.named_parameters():
         torch.testing.assert_close(value.grad, gradients[name], rtol=1e-4, atol=1e-7)
 
@@ -390,8 +394,19 @@ def test_the_reported_loss_is_the_distillation_loss_alone(tiny_llama, tmp_path):
     reported = trainer.training_step(model, dict(batch))
     mask = token_mask(batch["input_ids"])
     x, y = capture_mlps(tiny_llama, [1], batch["input_ids"])[1]
-    torch.testing.assert_close(reported, trainer.layer_loss(model, 1, x, y, mask).detach() / mask.sum())
+    torch.testing.assert_close(reported, trainer._losses(model, 1, x, y, mask)[0].detach() / mask.sum())
     assert model.layer(1).router.weight.grad.any()
+
+
+def test_a_routers_loss_is_a_mean_over_micro_batches(tiny_llama, tmp_path):
+    data = rows(16)
+    model = decomposition(**ROUTED)
+    settings = arguments(tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=4, max_steps=1)
+    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=data)
+    x = torch.randn(4, 32, 16)
+    mask = torch.ones(4, 32).bool()
+    whole = router_loss(model.layer(1), x[mask][::ROUTER_TOKENS])
+    torch.testing.assert_close(4 * trainer.router_loss(1, x, mask), whole)
 
 
 def test_a_layer_with_a_router_in_several_processes_is_refused(tiny_llama, tmp_path, monkeypatch):
