@@ -1,4 +1,4 @@
-# Set-up is part of every target: a fresh machine needs Python 3.10 or later with venv, and nothing else.
+# Set-up is part of every target: a fresh machine needs Python 3.11 or later with venv, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 

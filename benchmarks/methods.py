@@ -20,6 +20,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from pages import write_between
+from python_library import python_library_documents
 from transformers import PreTrainedModel, set_seed
 
 from evaluation_mxd import faithfulness
@@ -38,7 +39,6 @@ from trainers import (
     take_tokens,
 )
 from trainers.decomposition_arguments import bfloat16_is_emulated
-from trainers.documents import python_library_documents
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"

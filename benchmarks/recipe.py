@@ -30,6 +30,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from methods import BFLOAT16, CONTEXT, ROWS_PER_STEP, distil, record
 from pages import machine, write_between
+from python_library import python_library_documents
 from recipe_points import (
     CORPUS,
     EVERY_K,
@@ -55,7 +56,6 @@ from mxd.base_model import load_base_model
 from mxd.cli_options import parse_count
 from mxd.pipeline import DecompositionOptions, evaluation_batches
 from trainers import RecordedTeacher, load_text, split_documents
-from trainers.documents import python_library_documents
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipe.json"

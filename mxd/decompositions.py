@@ -40,17 +40,27 @@ def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
     return decomposition
 
 
+def output_folder(name: str) -> Path:
+    """A folder to write into, which need not be there.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output {folder} is a file: name a folder with --output")
+    return folder
+
+
 def results_folder(source: str, output: str | None) -> Path:
     """Where what was measured of a decomposition is written: a folder that was asked for, else its own.
 
     Raises:
         ValueError: neither is a folder, or the one that was asked for is of another decomposition.
     """
-    if output is not None and Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"the output {output} is a file: name a folder with --output")
     if output is None and not Path(source).is_dir():
         raise ValueError(f"{source} is no folder: if it is on the Hub, name a folder for the results with --output")
-    folder = Path(source if output is None else output)
+    folder = output_folder(source if output is None else output)
     if (folder / "config.json").is_file() and folder.resolve() != Path(source).resolve():
         raise ValueError(f"the output {folder} holds another model, whose results it would replace: name another")
     return folder

@@ -32,6 +32,7 @@ from trainers.recording import check_free_space, recording_bytes, rows_digest, w
 
 from . import embedded
 from .base_model import DTYPES, BaseModelError, check_safetensors, default_device, load_base_model
+from .decompositions import output_folder
 from .frontier_point import (
     HELDOUT,
     POINTS,
@@ -187,10 +188,8 @@ def _earlier(
 
 
 def _check_root(options: FrontierOptions) -> Path:
-    root = Path(options.output)
+    root = output_folder(options.output)
     ours = {FRONTIER_NAME, FIGURE_NAME, RECORDING, HELDOUT, POINTS}
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"the output {root} is a file: name a folder with --output")
     names = sorted(path.name for path in shown(root)) if root.is_dir() else []
     if others := [name for name in names if name not in ours and not name.startswith(f"{FRONTIER_NAME}.")]:
         raise ValueError(f"the output folder {root} holds {others[0]!r}, which is of no frontier: name another")

@@ -26,7 +26,7 @@ from modeling_mxd import MLPSite, MxDModel, SurgeryError, find_mlp
 from trainers import cut_texts, load_labelled_text
 from trainers.labelled_text import count_texts
 
-from .decompositions import load_base_of, load_decomposition
+from .decompositions import load_base_of, load_decomposition, output_folder
 from .runs import versions
 
 RESULTS_NAME, FIGURE_NAME = "probing.json", "probing.png"
@@ -168,9 +168,7 @@ def _check_options(options: ProbingOptions) -> Path:
         )
     if options.seed < 0:
         raise ValueError(f"seed must not be negative, got {options.seed}")
-    folder = Path(options.output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the output {folder} is a file: name a folder with --output")
+    folder = output_folder(options.output)
     if (folder / RESULTS_NAME).exists() and not options.overwrite:
         raise ValueError(f"{folder / RESULTS_NAME} exists: pass --overwrite to replace it, or another --output")
     return folder

@@ -19,6 +19,7 @@ from modeling_mxd import MxDConfig, MxDModel
 from trainers.decomposition_trainer import DecompositionTrainer
 
 from .base_model import resolve_name
+from .decompositions import output_folder
 from .texts import TextOptions
 
 LOG_NAME = "training_log.json"
@@ -72,9 +73,7 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
         ValueError: when it holds something and neither overwriting nor resuming was asked for, or something that
             is no decomposition.
     """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the output {folder} is a file: name a folder with --output")
+    folder = output_folder(output)
     # A run that was ended before its first checkpoint left nothing but what it was asked for.
     if folder.is_dir() and any(entry.name != START_NAME for entry in shown(folder)) and not resume:
         if not overwrite:

@@ -9,8 +9,7 @@ import hashlib
 import itertools
 import logging
 import re
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ _BUILDERS = {
 _ENDINGS = ", ".join(_BUILDERS)
 _GLOB = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LIBRARY_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class DataError(ValueError):
@@ -243,41 +241,6 @@ def _as_strings(part: Any, columns: Sequence[str]) -> Any:
     if part.features is not None and all(part.features[column] == wanted[column] for column in columns):
         return part.select_columns(list(columns))
     return part.select_columns(list(columns)).cast(wanted)
-
-
-def python_library_files() -> Iterator[tuple[str, str]]:
-    """Path in the running interpreter's standard library, and text, of every source file, in the order of the paths.
-
-    Tests, installed packages, empty files and files that are not UTF-8 are left out.
-    """
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        inside = path.relative_to(library)
-        if _LIBRARY_SKIPS.intersection(inside.parts):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text.strip():
-            yield str(inside), text
-
-
-def python_library_documents() -> Dataset:
-    """The running interpreter's standard library, one document per source file, as text that is always at hand: see
-    `python_library_files`.
-
-    Returns:
-        Rows `{"text": str, "domain": "code"}`, in the order of the files' paths.
-
-    Raises:
-        DataError: when the interpreter comes without its sources.
-    """
-    texts = [text for _, text in python_library_files()]
-    if not texts:
-        library = sysconfig.get_paths()["stdlib"]
-        raise DataError(f"no Python sources under {library!r}; this interpreter has none to offer as text")
-    return Dataset.from_dict({"text": texts, "domain": ["code"] * len(texts)})
 
 
 def split_documents(

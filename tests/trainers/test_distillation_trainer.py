@@ -132,9 +132,10 @@ def test_after_a_resume_it_logs_every_layer_over_the_steps_since(tiny_llama, tmp
 
 def test_layerwise_backward_equals_the_whole_loss(tiny_llama, tmp_path):
     model = decomposition(layers=(0, 2))
-    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, expert_share=1.0), train_dataset=rows())
-    torch.nn.init.normal_(model.layer(0).decoder.weight, std=0.1)
-    torch.nn.init.normal_(model.layer(2).decoder.weight, std=0.1)
+    start = {"encoder_initialization": "pretrained", "decoder_initialization": "pretrained"}
+    settings = arguments(tmp_path, modulation_initialization="unit", expert_share=0.9, sparse_code_weight=0.0, **start)
+    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
+    trainer._start()
     batch = trainer.data_collator([{"input_ids": row} for row in rows(8)["input_ids"]])
     captured, tokens = trainer.capture(batch), batch["input_ids"].numel()
     losses = [trainer._losses(model, layer, x, y, torch.ones(x.shape[:2]).bool()) for layer, (x, y) in captured.items()]

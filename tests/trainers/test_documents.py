@@ -11,7 +11,6 @@ from trainers import documents as documents_module
 from trainers.documents import (
     DataError,
     load_text,
-    python_library_documents,
     split_documents,
 )
 from trainers.packing import pack
@@ -178,15 +177,6 @@ def test_hub_rows_pass_the_same_checks(monkeypatch):
     assert list(load_text("foo", text_column="content")) == [{"text": "a", "domain": "web"}]
     with pytest.raises(DataError, match=r"dataset 'foo' has no column 'text'; set text_column to one of content"):
         load_text("foo")
-
-
-def test_python_library_documents():
-    loaded = python_library_documents()
-    assert loaded.column_names == ["text", "domain"]
-    assert set(loaded["domain"]) == {"code"}
-    assert len(loaded) > 200
-    assert any("def heappush(" in text for text in loaded["text"])
-    assert not any("import pytest" in text for text in loaded["text"])
 
 
 # --- dividing

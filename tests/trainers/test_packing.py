@@ -225,23 +225,20 @@ def test_materialize(tokenizer, caplog):
 
 def test_collator_stacks_equal_rows(tokenizer):
     rows = pack(documents(20), tokenizer, 16)
-    batch = next(iter(DataLoader(rows, batch_size=4, collate_fn=CausalCollator(tokenizer))))
+    batch = next(iter(DataLoader(rows, batch_size=4, collate_fn=CausalCollator())))
     assert torch.equal(batch["input_ids"], torch.tensor(ids_of(rows.take(4))))
     assert torch.equal(batch["attention_mask"], torch.ones(4, 16, dtype=torch.long))
     tensors = [materialize(rows)[i] for i in range(2)]
-    assert CausalCollator(tokenizer)(tensors)["input_ids"].shape == (2, 16)
+    assert CausalCollator()(tensors)["input_ids"].shape == (2, 16)
 
 
-def test_collator_pads_on_the_right(tokenizer, bare_tokenizer):
+def test_collator_pads_on_the_right():
     rows = [{"input_ids": [5, 6, 7], "attention_mask": [0, 1, 1], "label": 3}, {"input_ids": torch.tensor([8])}]
-    for built, pad in ((tokenizer, 1), (bare_tokenizer, 0), (None, 0)):
-        batch = CausalCollator(built)(rows)
-        assert set(batch) == {"input_ids", "attention_mask"}
-        assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
-        assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 0, 0]]
-        assert all(tensor.dtype == torch.long for tensor in batch.values())
-    padded = build_tokenizer(eos_token="</s>", pad_token="<s>")
-    assert CausalCollator(padded).pad_token_id == 0
+    batch = CausalCollator()(rows)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert all(tensor.dtype == torch.long for tensor in batch.values())
 
 
 def test_collator_refuses_nonsense():
