@@ -343,6 +343,15 @@ def test_no_command_where_it_would_be_another(tmp_path, change):
     assert "mxd decompose" not in build_card(folder).text
 
 
+def test_a_fine_tuning_without_a_command_leaves_no_empty_block(tmp_path):
+    folder = write_folder(tmp_path / "mine")
+    results = json.loads((folder / "evaluation.json").read_text())
+    results["settings"]["finetuning"][-1]["text"]["dataset"] = [f"part-{n}.parquet" for n in range(30)]
+    (folder / "evaluation.json").write_text(json.dumps(results))
+    made = section(build_card(folder), "How it was made").partition("Then it was fine-tuned")[2]
+    assert "Training tokens" in made and "```" not in made
+
+
 def test_text_that_was_trained_on_is_not_called_held_out(tmp_path):
     folder = write_folder(tmp_path / "mine")
     assert "held-out tokens" in build_card(folder).text

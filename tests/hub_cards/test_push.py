@@ -15,6 +15,7 @@ from hub_cards import HubError, list_decompositions, push_decomposition, show_de
 from modeling_mxd import MxDModel
 from modeling_mxd.configuration_mxd import AUTO_MAP
 from modeling_mxd.sharing import OLDEST_TRANSFORMERS
+from mxd import embedded
 
 REPO = "user/mxd-tiny"
 
@@ -143,10 +144,11 @@ def test_a_folder_that_is_not_complete_is_refused_before_anything_is_sent(hub, f
 
 def test_a_base_that_others_cannot_load_is_refused(hub, folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    config["base_model_name_or_path"] = str(tmp_path / "base")
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is no Hub id"):
-        push_decomposition(folder, REPO)
+    for name, message in ((embedded.MODEL_NAME, "is on no Hub"), (str(tmp_path / "base"), "is no Hub id")):
+        config["base_model_name_or_path"] = name
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            push_decomposition(folder, REPO)
     with pytest.raises(HubError, match="user/nothing: there is no such repo"):
         push_decomposition(folder, REPO, base_model="user/nothing")
     assert REPO not in hub.repos
@@ -169,7 +171,10 @@ def test_catalogue(hub, folder, tmp_path):
     push_decomposition(one, "org/single")
     hub.create("user/else", {"README.md": b"---\nlibrary_name: transformers\n---\n"})
     hub.create(
-        "user/hostile", {"README.md": b"---\ntags: [mxd]\nmxd: {layers: 7, num_experts: [1], method: {}}\n---\n"}
+        "user/hostile",
+        {
+            "README.md": b"---\ntags: [mxd]\nmxd: {layers: 7, num_experts: [1], method: {}, cross_entropy_rise: 0}\n---\n"
+        },
     )
     hub.requests.clear()
     found = {info.repo_id: info for info in list_decompositions()}
@@ -177,7 +182,7 @@ def test_catalogue(hub, folder, tmp_path):
     assert all(path.startswith("/api/models") for _, path, _ in hub.requests)
     info = found["user/mxd-3"]
     assert (info.base_model, info.layers, info.num_experts, info.num_experts_per_tok) == ("user/base", [0, 2], 24, 4)
-    assert found["user/hostile"].layers == []
+    assert found["user/hostile"].layers == [] and found["user/hostile"].cross_entropy_rise == 0
     assert {info.repo_id for info in list_decompositions(layer=0)} == {f"user/mxd-{index}" for index in range(5)}
     assert [info.repo_id for info in list_decompositions("SINGLE")] == ["org/single"]
     assert len(list(list_decompositions("base", limit=3))) == 3

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 
 import modeling_mxd
 from modeling_mxd import MxDConfig, MxDForCausalLM, MxDModel, SplicedLanguageModel, SurgeryError
+from modeling_mxd.configuration_mxd import DEMO_MODEL
 from modeling_mxd.spliced_language_model import changed_parameters, make_spliced, sample_parameters
 
 
@@ -347,6 +348,8 @@ def test_a_base_that_is_nowhere(repo, name):
 def test_a_base_that_is_not_named_is_refused(repo):
     config = json.loads((repo / "config.json").read_text())
     (repo / "config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="ships with the library mxd: pass base_model_name_or_path="):
+        AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=DEMO_MODEL)
     with pytest.raises(ValueError, match="names no base_model_name_or_path"):
         AutoModelForCausalLM.from_pretrained(repo)
 

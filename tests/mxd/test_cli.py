@@ -48,6 +48,7 @@ def test_files_that_the_shell_made_of_a_glob():
         "model",
         ["a.parquet", "b.parquet", "c.parquet"],
     )
+    assert split_arguments(["gpt2", "B.PARQUET"], ["a.parquet"]) == ("gpt2", ["a.parquet", "B.PARQUET"])
     with pytest.raises(typer.BadParameter, match="one model"):
         split_arguments(["gpt2", "gpt3"], [])
     with pytest.raises(typer.BadParameter, match="--dataset"):

@@ -101,6 +101,7 @@ def test_an_interrupted_run_is_overwritten_with_what_trackers_wrote_beside(halve
 def test_checkpoints_of_other_models_are_not_overwritten(halved, tmp_path):
     folder = shutil.copytree(halved, tmp_path / "run")
     (folder / START_NAME).unlink()
+    (folder / ".DS_Store").write_text("")
     assert check_output(str(folder), overwrite=True, resume=False) == folder
     (folder / "checkpoint-2" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="holds no decomposition"):
