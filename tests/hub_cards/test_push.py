@@ -170,12 +170,8 @@ def test_catalogue(hub, folder, tmp_path):
     MxDModel.from_pretrained(folder, layers=[2]).save_pretrained(one)
     push_decomposition(one, "org/single")
     hub.create("user/else", {"README.md": b"---\nlibrary_name: transformers\n---\n"})
-    hub.create(
-        "user/hostile",
-        {
-            "README.md": b"---\ntags: [mxd]\nmxd: {layers: 7, num_experts: [1], method: {}, cross_entropy_rise: 0}\n---\n"
-        },
-    )
+    hostile = "{layers: 7, num_experts: [1], method: {}, cross_entropy_rise: 0}"
+    hub.create("user/hostile", {"README.md": f"---\ntags: [mxd]\nmxd: {hostile}\n---\n".encode()})
     hub.requests.clear()
     found = {info.repo_id: info for info in list_decompositions()}
     assert set(found) == {*(f"user/mxd-{index}" for index in range(5)), "org/single", "user/hostile"}
