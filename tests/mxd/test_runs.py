@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
 from mxd.decompositions import results_folder
 from mxd.finetuning import _seen_before
-from mxd.runs import START_NAME, Interrupted, _settled, check_output, prepare_output, resumed_start
+from mxd.runs import START_NAME, Interrupted, check_output, prepare_output
 from mxd.texts import TextPart, common, evaluation_settings, heldout_parts, load_documents, recorded_parts, text_parts
 
 TRAINING = {"learning_rate": 0.01, "disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
@@ -281,14 +281,6 @@ def test_results_elsewhere_replace_no_other_model_s(halved, tmp_path):
     assert results_folder("user/name", str(tmp_path / "new")) == tmp_path / "new"
     with pytest.raises(ValueError, match="--output"):
         results_folder("user/name", None)
-
-
-def test_a_run_from_before_defaults_were_said_goes_on(tmp_path):
-    settings = options(tmp_path, resume=True, training={"disable_tqdm": True})
-    kept = json.loads(json.dumps(_settled(settings)))
-    del kept["learning_rate"]
-    (tmp_path / START_NAME).write_text(json.dumps({"asked": kept}))
-    assert resumed_start(tmp_path, settings)["asked"]["learning_rate"] == 1e-3
 
 
 def test_resumed_equals_uninterrupted(halved, tmp_path):
