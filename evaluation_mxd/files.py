@@ -14,7 +14,7 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         TypeError: `value` holds something that JSON has not; an earlier file is then left as it is.
     """
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text)
 

@@ -54,3 +54,9 @@ def test_what_is_no_evaluation_is_refused(tmp_path):
     (tmp_path / "evaluation.json").write_text("[1]")
     with pytest.raises(ValueError, match="a JSON object was expected, got list"):
         load_evaluation(tmp_path)
+
+
+def test_file_names_that_are_not_utf8_can_be_written(tmp_path):
+    name = b"caf\xe9.parquet".decode("utf-8", "surrogateescape")  # as the system gives them
+    save_evaluation({"text": {"dataset": [name]}}, tmp_path)
+    assert load_evaluation(tmp_path)["text"]["dataset"] == [name]

@@ -135,3 +135,13 @@ def test_the_table_is_what_the_benchmark_wrote(benchmark):
     results = json.loads(benchmark[0].RESULTS.read_text())
     assert benchmark[0].table(results) in benchmark[0].PAGE.read_text()
     assert len(results["problems"]) >= 4
+
+
+def test_python_library_documents(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    loaded = importlib.import_module("python_library").python_library_documents()
+    assert loaded.column_names == ["text", "domain"]
+    assert set(loaded["domain"]) == {"code"}
+    assert len(loaded) > 200
+    assert any("def heappush(" in text for text in loaded["text"])
+    assert not any("import pytest" in text for text in loaded["text"])
