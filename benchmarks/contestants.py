@@ -4,7 +4,7 @@
 
 JOB is a JSON object with the sizes I, O, H, N, latents, K, tokens, and glu, mode ("train" or "forward"), device,
 threads. The process builds the contestant, warms up, and then answers every line on its standard input with a line of
-JSON: one step, timed.
+JSON: one step, timed; and the end of it with one more.
 
 A training step is forward, backward of the squared error, and a step of AdamW; weights are float32. As in
 our trainers, ours keep the memory that a training step frees ("memory given back": they do not), the plain code does
@@ -14,14 +14,17 @@ not ("memory kept": it does).
 import contextlib
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from evaluation_mxd.allocation import freed_memory_kept
 
@@ -275,58 +278,89 @@ def _import_all(build: Callable[[Job], nn.Module], job: Job) -> None:
     output.sum().backward()
 
 
-def steps(name: str, job: Job) -> Iterator[dict[str, Any]]:
-    """Build a contestant and time one step for every item that is asked for."""
-    device, (build, in_bf16) = job["device"], CONTESTANTS[name]
-    torch.manual_seed(0)
-    memory = Memory(device)
-    _import_all(build, job)
-    before = memory.now()
-    with torch.device(device):
-        model = build(job)
-        x, y = torch.randn(job["tokens"], job["I"]), torch.randn(job["tokens"], job["O"])
-    autocast = torch.autocast(device, torch.bfloat16) if in_bf16 else contextlib.nullcontext()
-    if isinstance(model, Products):
-        while True:
-            model.step(x)
-            yield {"seconds": model.limit, **model.seconds}
-    model.requires_grad_(job["mode"] == "train")
-    # The Trainer's AdamW is the fused one; the plain code has the default, which on a CPU takes several times as long.
-    fused = {} if name in PLAIN and "fused" not in name else {"fused": True}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **fused) if job["mode"] == "train" else None
-    while True:
-        memory.restart()
-        started = time.perf_counter()
-        with autocast:
-            output = model(x)
-        if optimizer is not None:
-            (output.float() - y).square().sum(-1).mean().backward()
-            optimizer.step()
-            gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-            optimizer.zero_grad()
+class Running:
+    """A contestant that was built and takes steps."""
+
+    def __init__(self, name: str, job: Job):
+        self.device, (build, in_bf16) = job["device"], CONTESTANTS[name]
+        torch.manual_seed(0)
+        self.memory = Memory(self.device)
+        _import_all(build, job)
+        self.memory_before = self.memory.now()
+        with torch.device(self.device):
+            self.model = build(job)
+            self.x, self.y = torch.randn(job["tokens"], job["I"]), torch.randn(job["tokens"], job["O"])
+        self.autocast = torch.autocast(self.device, torch.bfloat16) if in_bf16 else contextlib.nullcontext()
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.model.requires_grad_(job["mode"] == "train")
+        if job["mode"] == "train" and not isinstance(self.model, Products):
+            # The Trainer's AdamW is the fused one; the plain code has the default, which on a CPU takes several times
+            # as long.
+            fused = {} if name in PLAIN and "fused" not in name else {"fused": True}
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **fused)
+
+    def _step(self) -> int:
+        """Bytes of the gradients, which are freed at its end."""
+        gradients = 0
+        with self.autocast:
+            output = self.model(self.x)
+        if self.optimizer is not None:
+            (output.float() - self.y).square().sum(-1).mean().backward()
+            self.optimizer.step()
+            gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+            self.optimizer.zero_grad()
         del output
-        if device == "cuda":
+        if self.device == "cuda":
             torch.cuda.synchronize()
+        return gradients
+
+    def timed_step(self) -> dict[str, float]:
+        """Seconds of a step and its memory."""
+        if isinstance(self.model, Products):
+            self.model.step(self.x)
+            return {"seconds": self.model.limit, **self.model.seconds}
+        self.memory.restart()
+        started = time.perf_counter()
+        gradients = self._step()
         seconds = time.perf_counter() - started
-        held = sum(p.nbytes for p in model.parameters()) + x.nbytes + y.nbytes
-        if optimizer is not None:
-            states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        held = sum(p.nbytes for p in self.model.parameters()) + self.x.nbytes + self.y.nbytes
+        if self.optimizer is not None:
+            states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
             held += gradients + sum(t.nbytes for t in states)
-        yield {"seconds": seconds, "peak_bytes": memory.peak() - before - held, "parameter_bytes": held}
+        return {
+            "seconds": seconds,
+            "peak_bytes": self.memory.peak() - self.memory_before - held,
+            "parameter_bytes": held,
+        }
+
+    def tensor_bytes(self) -> dict[str, float]:
+        """What the tensors that a step makes hold when they hold most, without gradients, as torch's allocator counts
+        on a CPU; on a GPU that is the peak already. To be called last: the profiler takes memory itself."""
+        if isinstance(self.model, Products) or self.device == "cuda":
+            return {}
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            gradients = self._step()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+        return {"tensor_bytes": max(accumulate(change for _, change in changes)) - gradients}
 
 
 def main() -> None:
-    """Time a step for every line of standard input."""
+    """Time a step for every line of standard input; at its end, what the tensors of a step hold."""
     name, job = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(job["threads"])
     kept = name.endswith("memory kept") if name in PLAIN else not name.endswith("memory given back")
     kept = kept and job["mode"] == "train"
     with freed_memory_kept() if kept else contextlib.nullcontext():
-        timed = steps(name, job)
-        next(timed)  # warm-up
+        running = Running(name, job)
+        running.timed_step()  # warm-up
         print(json.dumps({"ready": True}), flush=True)  # noqa: T201
         for _ in sys.stdin:
-            print(json.dumps(next(timed)), flush=True)  # noqa: T201
+            print(json.dumps(running.timed_step()), flush=True)  # noqa: T201
+        print(json.dumps(running.tensor_bytes()), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

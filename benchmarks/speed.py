@@ -8,8 +8,8 @@ Medians over the turns. Weights and inputs are random: what hierarchical routing
 `benchmarks/routing.py`. `--beside` names the Python of an environment with other people's libraries (pip install
 eai-sparsify sae-lens), which run only here.
 
-Cases that are in the work folder are not run again. Writes benchmarks/results/speed.json, the tables in docs/speed.md
-and docs/speed.png. About 20 minutes on 2 cores.
+Cases that are in the work folder are not run again. Writes benchmarks/results/speed.json and the tables in
+docs/speed.md, in both of which other machines keep their place, and docs/speed.png. About 20 minutes on 2 cores.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from modeling_mxd import num_experts_matching_transcoder
 from modeling_mxd.configuration_mxd import machine_memory
+from trainers.decomposition_arguments import bfloat16_is_emulated
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
@@ -90,14 +91,15 @@ class Worker:
             self.turns.append(answer)
 
     def end(self) -> dict[str, Any]:
-        """Medians of all turns."""
+        """Medians of all turns, and what the last one found."""
         if self.process.stdin is not None:
             self.process.stdin.close()
+        last = None if self.failure else self.answer()
         self.process.wait()
-        if self.failure or not self.turns:
+        if last is None or not self.turns:
             return {"failed": self.failure}
         medians = {name: statistics.median(turn[name] for turn in self.turns) for name in self.turns[0]}
-        return {**medians, "all_seconds": [round(turn["seconds"], 5) for turn in self.turns]}
+        return {**medians, **last, "all_seconds": [round(turn["seconds"], 5) for turn in self.turns]}
 
 
 def measure(job: dict[str, Any], names: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -135,6 +137,8 @@ def _wave(job: dict[str, Any], names: list[str], options: argparse.Namespace) ->
 def cases(options: argparse.Namespace) -> dict[str, tuple[dict[str, Any], list[str]]]:
     """Name of a case: its job, and who takes part."""
     everybody = [name for name in CONTESTANTS if "gate alone" not in name and (options.beside or name not in BESIDE)]
+    if options.device == "cpu" and bfloat16_is_emulated():
+        everybody = [name for name in everybody if "bf16" not in name]
     found: dict[str, tuple[dict[str, Any], list[str]]] = {}
     fixed = {"K": K, "device": options.device, "threads": options.threads}
     for shape in options.shapes:
@@ -173,8 +177,8 @@ def swept(results: dict[str, Any]) -> dict[str, dict[int, float]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The page's tables in Markdown."""
-    lines = [f"{results['machine']}.", ""]
+    """The page's tables of one machine in Markdown."""
+    lines: list[str] = []
     for case, measured in results["cases"].items():
         if case.endswith(" experts"):
             continue
@@ -183,7 +187,7 @@ def table(results: dict[str, Any]) -> str:
         what = "Training step" if training else "Forward"
         sizes = f"I = O = {job['I']:,}, H = {job['H']:,}, N = {job['N']:,}, K = {job['K']}, {job['tokens']:,} tokens"
         lines += [f"**{what}, {case.rpartition(',')[0]} shapes** ({sizes})", ""]
-        head = ["", "ms", "tokens/s", "against dense", "share of limit", "peak MB"]
+        head = ["", "ms", "tokens/s", "against dense", "share of limit", "peak MB", "tensors MB"]
         if training:
             head[5:5] = ["with optimiser", "with rows too"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -201,7 +205,7 @@ def table(results: dict[str, Any]) -> str:
                 f"{job['tokens'] / row['seconds']:,.0f}",
                 f"{dense / row['seconds']:.2f} ×" if dense else "",
                 f"{100 * limit / row['seconds']:.0f} %" if limit and exact else "",
-                f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
+                *(f"{row[name] / 1e6:,.0f}" if name in row else "" for name in ("peak_bytes", "tensor_bytes")),
             ]
             if training:
                 parts = [bare[part] for part in ("optimiser", "chosen rows") if part in bare] if limit and exact else []
@@ -221,6 +225,15 @@ def table(results: dict[str, Any]) -> str:
             fitted = results["exponents"].get(name)
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {fitted:.2f} |" if fitted else " | |")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def page(machines: dict[str, Any]) -> str:
+    """The tables of all machines, the last that was measured first."""
+    (first, results), *others = reversed(machines.items())
+    text = f"{first}.\n\n{table(results)}"
+    for name, older in others:
+        text += f"\n<details><summary>{name}</summary>\n\n{table(older)}\n</details>\n"
+    return text
 
 
 def draw(results: dict[str, Any]) -> None:
@@ -245,8 +258,7 @@ def draw(results: dict[str, Any]) -> None:
 def summarise(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     """Put all measured cases together."""
     measured = {name: json.loads(path.read_text()) for name in names if (path := _path(options, name)).exists()}
-    where = machine(options.threads, options.device)
-    results: dict[str, Any] = {"machine": where, "cases": measured, "exponents": {}}
+    results: dict[str, Any] = {"cases": measured, "exponents": {}}
     for name, curve in swept(results).items():
         points = {experts: ms for experts, ms in curve.items() if experts >= FITTED_FROM}
         if len(points) > 2:
@@ -285,9 +297,12 @@ def main() -> None:
     if options.quick:
         print(table(results))  # noqa: T201
         return
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    here = machine(options.threads, options.device)
+    machines = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    machines = {name: older for name, older in machines.items() if name != here} | {here: results}
+    RESULTS.write_text(json.dumps(machines, indent=1) + "\n")
     draw(results)
-    write_between(PAGE, MARK, table(results))
+    write_between(PAGE, MARK, page(machines))
 
 
 if __name__ == "__main__":

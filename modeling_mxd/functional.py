@@ -25,7 +25,9 @@ CHUNK_ELEMENTS = 2**22
 # Candidates beyond K that a product of lower precision selects. Rounded to bfloat16, the K-th and the K+1-th largest
 # of 21,490 scores change places on one token in five; none so far lost a place to one that was 8 places behind.
 EXTRA_CANDIDATES = 8
-_BLOCK = 64
+_BLOCK = 32
+# Integers of a float's size, by its bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
@@ -67,7 +69,7 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     tokens, columns = scores.shape
     blocks = columns // _BLOCK
-    if scores.device.type != "cpu" or blocks < 2 * k or tokens < 8:
+    if scores.device.type != "cpu" or blocks < 8 * k or tokens < 8:
         return scores.topk(k, dim=-1, sorted=False)
     maxima = scores[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(2)
     chosen = maxima.topk(k, dim=-1, sorted=False).indices * _BLOCK  # (T, k), first columns of blocks
@@ -81,9 +83,10 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def largest_positive(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row of ReLU(scores), as `largest` gives them."""
-    if scores.dtype in (torch.bfloat16, torch.float16) and scores.device.type == "cpu":
-        # Their bits as integers, which compare much faster there, order positive numbers alike, and above all others.
-        bits, columns = largest(scores.view(torch.int16), k)
+    if scores.device.type == "cpu":
+        # Their bits as integers, which compare faster there (of 16-bit numbers much faster), order positive numbers
+        # alike, and above all others.
+        bits, columns = largest(scores.view(_BITS[scores.itemsize]), k)
         return bits.view(scores.dtype).relu_(), columns
     values, columns = largest(scores, k)
     return values.relu_(), columns

@@ -14,6 +14,7 @@ open it is the exact gate, and computed as such.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import chunks, gate_gradients, largest_positive, operator, save_gate
@@ -31,7 +32,8 @@ def _routed_gate(
     tokens, experts = x.shape[0], weight.shape[0]
     values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
     for part in chunks(tokens, opened.shape[1] * group_size):
-        scores = _group_scores(x[part], weight, bias, opened[part], group_size)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = _group_scores(x[part], weight, bias, opened[part], group_size)
         values[part], at = largest_positive(scores, k)
         # Beyond the last group's end there are no experts: what is chosen there has the value 0.
         group = opened[part].gather(1, at // group_size)
@@ -43,29 +45,21 @@ def _group_scores(x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor
     """Pre-activations of the experts in every token's open groups, (T, M·size)."""
     tokens, per_token = opened.shape
     groups = opened.reshape(-1)
-    by_group = x.new_empty(tokens * per_token, size)
     if tokens == 1:  # a step of generation: nothing is to be sorted or gathered
-        for group, places in zip(groups.tolist(), by_group.split(1), strict=True):
-            _score_group(x, weight, bias, group, places)
-        return by_group.view(1, per_token * size)
+        return torch.cat([_scores_of_group(x, weight, bias, group, size) for group in groups.tolist()], 1)
+    scores = x.new_empty(tokens * per_token, size)
     order = torch.argsort(groups, stable=True)
     found, counts = (part.tolist() for part in torch.unique_consecutive(groups[order], return_counts=True))
-    for group, rows, places in zip(found, (order // per_token).split(counts), by_group.split(counts), strict=True):
-        _score_group(x.index_select(0, rows), weight, bias, group, places)
-    return torch.empty_like(by_group).index_copy_(0, order, by_group).view(tokens, per_token * size)
+    for group, places, rows in zip(found, order.split(counts), (order // per_token).split(counts), strict=True):
+        scores.index_copy_(0, places, _scores_of_group(x.index_select(0, rows), weight, bias, group, size))
+    return scores.view(tokens, per_token * size)
 
 
-def _score_group(x: Tensor, weight: Tensor, bias: Tensor | None, group: int, out: Tensor) -> None:
-    """Pre-activations of a group's experts into `out` (T, size), −∞ where the last group has none."""
-    experts = slice(group * out.shape[1], (group + 1) * out.shape[1])
-    matrix = weight[experts]
-    scores = out[:, : len(matrix)]
-    if bias is None:
-        torch.mm(x, matrix.T, out=scores)
-    else:
-        torch.addmm(bias[experts], x, matrix.T, out=scores)
-    if len(matrix) < out.shape[1]:
-        out[:, len(matrix) :] = -torch.inf
+def _scores_of_group(x: Tensor, weight: Tensor, bias: Tensor | None, group: int, size: int) -> Tensor:
+    """Pre-activations of a group's experts (T, size), −∞ where the last group has none."""
+    experts = slice(group * size, (group + 1) * size)
+    scores = F.linear(x, weight[experts], None if bias is None else bias[experts])
+    return F.pad(scores, (0, size - scores.shape[1]), value=-math.inf) if scores.shape[1] < size else scores
 
 
 @_routed_gate.register_fake
