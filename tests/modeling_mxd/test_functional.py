@@ -3,7 +3,7 @@ import torch
 from torch.autograd import gradcheck
 
 from modeling_mxd import functional
-from modeling_mxd.functional import expert_sum, scatter_rows, topk_gate, weighted_rows
+from modeling_mxd.functional import expert_sum, largest_positive, scatter_rows, topk_gate, weighted_rows
 
 
 def doubles(*shape):
@@ -46,6 +46,23 @@ def test_second_derivatives_are_right_or_refused():
     (grad,) = torch.autograd.grad(values.square().sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [15, 767, 768, 800])  # from 768 on, 3 are found by way of blocks
+@pytest.mark.parametrize("low", [-3, 0, 5])  # no score is positive, few are; of all there are many alike
+def test_the_largest_positive_scores_are_those_of_topk(dtype, columns, low):
+    scores = torch.randint(low - 100, low + 1, (9, columns)).to(dtype) / 2
+    values, indices = largest_positive(scores.clone(), 3)
+    torch.testing.assert_close(values.sort(-1).values, scores.topk(3).values.relu().sort(-1).values, rtol=0, atol=0)
+    torch.testing.assert_close(values, scores.gather(-1, indices).relu(), rtol=0, atol=0)
+    assert all(len(set(row)) == 3 for row in indices.tolist())
+
+
+@pytest.mark.parametrize("nan", [torch.nan, -torch.nan])
+def test_an_input_that_is_not_a_number_is_not_hidden(nan):
+    values, _ = topk_gate(torch.full((1, 5), nan), torch.randn(7, 5), None, 2)
+    assert values.isnan().all()
 
 
 def test_indices_carry_no_gradient():
