@@ -334,8 +334,9 @@ class Running:
         }
 
     def tensor_bytes(self) -> dict[str, float]:
-        """What the tensors that a step makes hold when they hold most, without gradients, as torch's allocator counts
-        on a CPU; on a GPU that is the peak already. To be called last: the profiler takes memory itself."""
+        """Peak of the tensors beyond parameters, gradients (all, also those that are not made yet at the peak) and
+        optimiser state, as torch's allocator counts on a CPU; on a GPU `peak_bytes` is that already. To be called last:
+        the profiler takes memory itself."""
         if isinstance(self.model, Products) or self.device == "cuda":
             return {}
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -344,8 +345,8 @@ class Running:
             trace = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(trace))
             events = json.loads(trace.read_text())["traceEvents"]
-        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
-        return {"tensor_bytes": max(accumulate(change for _, change in changes)) - gradients}
+        changes = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+        return {"tensor_bytes": max(accumulate(e["args"]["Bytes"] for e in changes)) - gradients}
 
 
 def main() -> None:

@@ -6,11 +6,10 @@ MODEL is the folder of the base model, DECOMPOSITION one with the exact gate (`m
 its first layer on training text, and for every number of opened groups: recall of the exact TopK, NMSE, rise of
 cross-entropy with its 95 % interval over the exact layer's, KL to the untouched model, and time of gate and layer
 against the exact ones, in turns: of many tokens, and of one with the weights not in the processor's cache, as
-generation finds them. Each `--trained` folder is a decomposition
-that was trained with routing (`mxd decompose --groups-per-token`); its own number of groups is measured. Last, greedy
-generation at batch size 1 by the spliced and the untouched model, in turns. Text: the parquet files of FOLDER; that
-`mxd decompose` with seed 0 holds out of them is evaluated on. Writes benchmarks/results/routing.json and the tables in
-docs/speed.md.
+generation finds them. Each `--trained` folder is a decomposition that was trained with routing (`mxd decompose
+--groups-per-token`); its own number of groups is measured. Last, greedy generation at batch size 1 by the spliced and
+the untouched model, in turns. Text: the parquet files of FOLDER; that `mxd decompose` with seed 0 holds out of them is
+evaluated on. Writes benchmarks/results/routing.json and the tables in docs/speed.md.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from transformers import PreTrainedModel, set_seed
 from evaluation_mxd.forward import ZeroMLP, capture_with_logits, evaluating, next_token_logits
 from evaluation_mxd.metrics import ErrorSums, LogitSums
 from evaluation_mxd.paired import PairedDifference, half_width
-from modeling_mxd import MxDConfig, MxDLayer, MxDModel, SparseLayer, capture_mlps, spliced_mlps
+from modeling_mxd import MxDConfig, MxDModel, SparseLayer, capture_mlps, spliced_mlps
 from mxd.base_model import load_base_model
 from mxd.pipeline import TextOptions, evaluation_batches, load_documents
 from trainers import CausalCollator, fit_router, pack, routing_recall
@@ -124,17 +123,17 @@ def in_turns(
 def time_layers(
     layers: dict[str, SparseLayer], x: Tensor, turns: int, before: Callable[[], Any] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Seconds of gate and of layer, by name; and of the dense rest alone, which no routing makes faster."""
+    """Seconds of gate and of layer, by name; and of all but the gate, which no routing makes faster."""
     functions: dict[str, Callable[[], Any]] = {}
     for name, layer in layers.items():
         functions[f"gate of {name}"] = lambda layer=layer: layer.encode(x)
         functions[f"layer of {name}"] = lambda layer=layer: layer(x)
     any_layer = next(iter(layers.values()))
-    if isinstance(any_layer, MxDLayer):
-        functions["rest"] = lambda: any_layer.combine(x[..., :1], x)
+    chosen = any_layer.encode(x)
+    functions["rest"] = lambda: any_layer.decode(chosen, x)
     seconds = in_turns(functions, turns, before)
     timed = {name: {part: seconds[f"{part} of {name}"] for part in ("gate", "layer")} for name in layers}
-    return timed | ({"rest": {"layer": seconds["rest"]}} if "rest" in seconds else {})
+    return timed | {"rest": {"layer": seconds["rest"]}}
 
 
 def time_generation(
@@ -211,7 +210,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             }
             for name in layers
         },
-        "rest_seconds": timed.get("rest", {}).get("layer"),
+        "rest_seconds": timed["rest"]["layer"],
         "generation_tokens_per_second": generation,
     }
 
@@ -256,9 +255,8 @@ def table(results: dict[str, Any]) -> str:
             ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    if results["rest_seconds"]:
-        bound = exact["seconds"]["layer"] / results["rest_seconds"]
-        lines += ["", f"With a gate that costs nothing the layer would be {bound:.1f} × as fast as the exact one."]
+    bound = exact["seconds"]["layer"] / results["rest_seconds"]
+    lines += ["", f"With a gate that costs nothing the layer would be {bound:.1f} × as fast as the exact one."]
     speeds = results["generation_tokens_per_second"]
     untouched = speeds["untouched"]
     spliced = "; ".join(
@@ -280,6 +278,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
+    if options.tokens < MANY_TOKENS:
+        parser.error(f"--tokens must be at least {MANY_TOKENS}, of which a layer's time is taken")
     torch.set_num_threads(options.threads)
     results = run(options)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

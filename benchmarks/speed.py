@@ -13,11 +13,14 @@ docs/speed.md, in both of which other machines keep their place, and docs/speed.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import accumulate
 from pathlib import Path
@@ -59,24 +62,27 @@ class Worker:
 
     def __init__(self, name: str, job: dict[str, Any], python: str):
         self.name, self.turns, self.failure = name, [], ""
+        # Not a pipe, which fills up while nobody reads.
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [python, str(HERE / "contestants.py"), name, json.dumps(job)]
         paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "PYTHONPATH": os.pathsep.join(paths)},
         )
 
     def answer(self) -> dict[str, Any] | None:
         """The next line of JSON that it writes; None where it ended."""
-        assert self.process.stdout is not None and self.process.stderr is not None
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
                 return dict(json.loads(line))
-        self.failure = (self.process.stderr.read().strip().splitlines() or ["killed"])[-1]
+        self.errors.seek(0)
+        self.failure = (self.errors.read().strip().splitlines() or ["killed"])[-1]
         return None
 
     def turn(self) -> None:
@@ -84,20 +90,23 @@ class Worker:
         if self.failure:
             return
         assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         answer = self.answer()
         if answer is not None:
             self.turns.append(answer)
 
     def end(self) -> dict[str, Any]:
         """Medians of all turns, and what the last one found."""
-        if self.process.stdin is not None:
+        assert self.process.stdin is not None
+        failure = self.failure
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        last = None if self.failure else self.answer()
+        last = {} if failure else self.answer() or {}
         self.process.wait()
-        if last is None or not self.turns:
-            return {"failed": self.failure}
+        if failure or not self.turns:
+            return {"failed": failure}
         medians = {name: statistics.median(turn[name] for turn in self.turns) for name in self.turns[0]}
         return {**medians, **last, "all_seconds": [round(turn["seconds"], 5) for turn in self.turns]}
 
@@ -223,7 +232,7 @@ def table(results: dict[str, Any]) -> str:
         for name, curve in curves.items():
             cells = [f"{curve[n]:,.1f}" if n in curve else "" for n in experts]
             fitted = results["exponents"].get(name)
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {fitted:.2f} |" if fitted else " | |")
+            lines.append(f"| {name} | " + " | ".join(cells) + (f" | {fitted:.2f} |" if fitted else " | |"))
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -255,10 +264,10 @@ def draw(results: dict[str, Any]) -> None:
     pyplot.close(figure)
 
 
-def summarise(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    """Put all measured cases together."""
+def summarise(options: argparse.Namespace, names: list[str], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Put all measured cases together, those of an earlier run in the place of what was not measured now."""
     measured = {name: json.loads(path.read_text()) for name in names if (path := _path(options, name)).exists()}
-    results: dict[str, Any] = {"cases": measured, "exponents": {}}
+    results: dict[str, Any] = {"cases": earlier.get("cases", {}) | measured, "exponents": {}}
     for name, curve in swept(results).items():
         points = {experts: ms for experts, ms in curve.items() if experts >= FITTED_FROM}
         if len(points) > 2:
@@ -286,6 +295,8 @@ def main() -> None:
     if options.quick:
         SHAPES.update({name: (64, 128, glu, 128) for name, (_, _, glu, _) in SHAPES.items()})
         options.work, options.turns, options.experts = options.work / "quick", 3, [1024, 4096, 8192, 16384]
+    here = machine(options.threads, options.device)
+    options.work /= re.sub(r"\W+", "-", here)
     options.work.mkdir(parents=True, exist_ok=True)
     todo = cases(options)
     bar = tqdm([name for name in todo if not _path(options, name).exists()], unit="case")
@@ -293,12 +304,11 @@ def main() -> None:
         bar.set_postfix_str(name)
         job, names = todo[name]
         _path(options, name).write_text(json.dumps(measure(job, names, options), indent=1) + "\n")
-    results = summarise(options, list(todo))
+    machines = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = summarise(options, list(todo), {} if options.quick else machines.get(here, {}))
     if options.quick:
         print(table(results))  # noqa: T201
         return
-    here = machine(options.threads, options.device)
-    machines = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     machines = {name: older for name, older in machines.items() if name != here} | {here: results}
     RESULTS.write_text(json.dumps(machines, indent=1) + "\n")
     draw(results)

@@ -73,7 +73,7 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return scores.topk(k, dim=-1, sorted=False)
     maxima = scores[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(2)
     chosen = maxima.topk(k, dim=-1, sorted=False).indices * _BLOCK  # (T, k), first columns of blocks
-    firsts = chosen + torch.arange(0, tokens * columns, columns)[:, None]
+    firsts = chosen + torch.arange(0, tokens * columns, columns, device=scores.device)[:, None]
     candidates = scores.view(-1).unfold(0, _BLOCK, 1)[firsts].flatten(1)
     rest = scores[:, blocks * _BLOCK :]  # fewer columns than a block
     values, at = torch.cat([candidates, rest], 1).topk(k, dim=-1, sorted=False)
@@ -85,7 +85,7 @@ def largest_positive(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row of ReLU(scores), as `largest` gives them."""
     if scores.device.type == "cpu":
         # Their bits as integers, which compare faster there (of 16-bit numbers much faster), order positive numbers
-        # alike, and above all others.
+        # alike, and above all others: also above a NaN with a sign, which so is not seen while K others are positive.
         bits, columns = largest(scores.view(_BITS[scores.itemsize]), k)
         return bits.view(scores.dtype).relu_(), columns
     values, columns = largest(scores, k)

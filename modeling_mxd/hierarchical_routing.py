@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import chunks, gate_gradients, largest_positive, operator, save_gate
+from .functional import chunks, gate_gradients, largest, operator, save_gate
 
 
 def default_num_expert_groups(num_experts: int) -> int:
@@ -34,11 +34,11 @@ def _routed_gate(
     for part in chunks(tokens, opened.shape[1] * group_size):
         with torch.autocast(x.device.type, enabled=False):
             scores = _group_scores(x[part], weight, bias, opened[part], group_size)
-        values[part], at = largest_positive(scores, k)
+        values[part], at = largest(scores, k)  # not as `largest_positive`, for which −∞ is above other negative numbers
         # Beyond the last group's end there are no experts: what is chosen there has the value 0.
         group = opened[part].gather(1, at // group_size)
         indices[part] = (group * group_size + at % group_size).clamp_max_(experts - 1)
-    return values, indices
+    return values.relu_(), indices
 
 
 def _group_scores(x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, size: int) -> Tensor:

@@ -49,10 +49,15 @@ def test_second_derivatives_are_right_or_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("columns", [15, 767, 768, 800])  # from 768 on, 3 are found by way of blocks
-@pytest.mark.parametrize("low", [-3, 0, 5])  # no score is positive, few are; of all there are many alike
-def test_the_largest_positive_scores_are_those_of_topk(dtype, columns, low):
-    scores = torch.randint(low - 100, low + 1, (9, columns)).to(dtype) / 2
+@pytest.mark.parametrize("columns", [15, 767, 768, 799])  # from 768 on, 3 are found by way of blocks
+@pytest.mark.parametrize("top", [-3, 2, 250])  # no score is positive, one is, many are
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_largest_positive_scores_are_those_of_topk(dtype, columns, top, alike):
+    ranks = torch.stack([torch.randperm(columns) for _ in range(9)])
+    ranks[:3] = torch.arange(columns)  # the largest are neighbours, at the beginning or the end
+    ranks[0] = columns - 1 - ranks[0]
+    ranks = torch.where(ranks < 250, ranks, 250)  # so that every number is exact in 16 bits
+    scores = ((top - ranks) // (50 if alike else 1)).to(dtype) / 2
     values, indices = largest_positive(scores.clone(), 3)
     torch.testing.assert_close(values.sort(-1).values, scores.topk(3).values.relu().sort(-1).values, rtol=0, atol=0)
     torch.testing.assert_close(values, scores.gather(-1, indices).relu(), rtol=0, atol=0)
@@ -63,6 +68,14 @@ def test_the_largest_positive_scores_are_those_of_topk(dtype, columns, low):
 def test_an_input_that_is_not_a_number_is_not_hidden(nan):
     values, _ = topk_gate(torch.full((1, 5), nan), torch.randn(7, 5), None, 2)
     assert values.isnan().all()
+
+
+def test_a_gate_row_that_is_not_a_number_is_not_hidden():
+    weight = torch.randn(500, 5)
+    weight[77] = torch.nan
+    values, indices = topk_gate(torch.randn(9, 5), weight, None, 3)
+    assert (values.isnan() == (indices == 77)).all()
+    assert values.isnan().any(-1).all()
 
 
 def test_indices_carry_no_gradient():
