@@ -114,6 +114,7 @@ class HubRepo:
 
     Attributes:
         repo_id, commit, private, likes, last_modified: as on the Hub.
+        gated: whether its files are given only to those who asked for them.
         files: name → bytes; empty in a list of repos.
         card: the metadata of the README, of any content.
     """
@@ -125,6 +126,7 @@ class HubRepo:
     last_modified: datetime | None
     files: dict[str, int]
     card: dict[str, Any]
+    gated: bool
 
 
 def look_up(repo_id: str, what: str, revision: str | None = None, token: str | bool | None = None) -> HubRepo:
@@ -182,4 +184,5 @@ def _repo(model: dict[str, Any]) -> HubRepo:
         last_modified=datetime.fromisoformat(date.replace("Z", "+00:00")) if date else None,
         files={file["rfilename"]: file.get("size") or 0 for file in model.get("siblings") or []},
         card=card if isinstance(card, dict) else {},
+        gated=bool(model.get("gated")),
     )

@@ -84,6 +84,12 @@ def push_decomposition(
     check_weights(folder, config)
     check_base_id(base_model or config.base_model_name_or_path)
     base, inherited = _base(config, base_model, token)
+    if base.gated and not private:
+        logger.warning(
+            "the base model %s is gated, and what is pushed was made from it: see that its licence allows that, or "
+            "push privately (--private, private=True)",
+            base.repo_id,
+        )
     content = _content(folder, base.repo_id, base.commit) | dict(also or {})
     spare = {} if _has_tokenizer(content) else _tokenizer_of(base, token)
 

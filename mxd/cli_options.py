@@ -38,7 +38,10 @@ def parse_layers(text: str | None) -> list[int] | None:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match:
             raise typer.BadParameter(f"{text!r} names no layers: write 8, 4,8 or 4-7")
-        layers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise typer.BadParameter(f"{part.strip()!r} names no layers: write {last}-{first}")
+        layers.extend(range(first, last + 1))
     return layers
 
 
@@ -112,7 +115,7 @@ Bf16 = Annotated[bool, typer.Option(help="Matrix products in bfloat16, weights i
 EvaluationTokens = Annotated[str, typer.Option(help="Held-out tokens.")]
 ReportTo = Annotated[str, typer.Option(help="Trackers of the Trainer, such as tensorboard.")]
 Output = Annotated[str, typer.Option(help="Folder for the result.")]
-DecompositionName = Annotated[str, typer.Argument(help="Folder or Hub id of a decomposition.")]
+DecompositionName = Annotated[str, typer.Argument(help="Folder or Hub id (user/repo[@revision]) of a decomposition.")]
 ResultsFolder = Annotated[str | None, typer.Option("--output", help="Folder for the results. [the decomposition's]")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a decomposition in the output folder.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")]

@@ -17,27 +17,35 @@ from .base_model import default_device, load_base_model
 
 
 def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
-    """A decomposition from a folder or the Hub, or some layers of it; no code of it is run.
+    """A decomposition from a folder or the Hub (`user/repo`, or `user/repo@revision`), or some layers of it; no code of
+    it is run.
 
     Raises:
         ValueError: it is none, or cannot be had.
     """
-    if Path(name).is_dir():
-        path = Path(name) / "config.json"
+    source, how = _source(name)
+    if Path(source).is_dir():
+        path = Path(source) / "config.json"
     else:
         try:
-            path = Path(tried(partial(cached_file, name, "config.json"), name))
+            path = Path(tried(partial(cached_file, source, "config.json", **how), name))
         except (OSError, ValueError) as error:
             raise ValueError(f"{name!r} is no folder with a decomposition, and: {first_line(error)}") from error
     config = read_config(path, name)
-    if file_if_any(name, "adapter_config.json", {}) is not None:
+    if file_if_any(source, "adapter_config.json", how) is not None:
         raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
-    if path.parent == Path(name):  # a folder
+    if path.parent == Path(source):  # a folder
         check_weights(path.parent, config)
     some: dict[str, Any] = {} if layers is None else {"layers": layers}
-    decomposition = MxDModel.from_pretrained(name, **some)
+    decomposition = MxDModel.from_pretrained(source, **how, **some)
     assert isinstance(decomposition, MxDModel)
     return decomposition
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """Folder or Hub id, and the revision that stands behind its `@`, as in the Hub client's `hf://` paths."""
+    repo, _, revision = name.partition("@")
+    return (name, {}) if Path(name).is_dir() or not revision else (repo, {"revision": revision})
 
 
 def output_folder(name: str) -> Path:
@@ -79,6 +87,11 @@ def load_base_of(
     if not config.base_model_name_or_path:
         raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
     name, revision = config.base_model_name_or_path, config.base_model_revision
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(
+            f"the folder {name} of the base model is not here: write into base_model_name_or_path of the "
+            "decomposition's config.json where it is now, or what it is called on the Hub"
+        )
     model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False, context_length=context_length)
     decomposition.to(default_device())
     return model.to(default_device()), tokenizer
@@ -87,7 +100,8 @@ def load_base_of(
 def made_how(name: str) -> dict[str, Any]:
     """What evaluation.json of a decomposition (folder or Hub id) says of how it was made: the settings of its training
     and of its fine-tunings. Empty where it says nothing."""
-    path = file_if_any(name, EVALUATION_NAME, {})
+    source, how = _source(name)
+    path = file_if_any(source, EVALUATION_NAME, how)
     settings = {} if path is None else read_json(Path(path)).get("settings")
     if not isinstance(settings, dict):
         return {}

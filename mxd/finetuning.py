@@ -33,6 +33,7 @@ from .texts import (
     load_documents,
     recorded_parts,
     text_parts,
+    warn_of_embedded_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     start = resumed_start(folder, options) if checkpoint else {}
     decomposition = load_decomposition(options.decomposition)
     settings = made_how(options.decomposition)
+    warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
     documents, heldout_documents = load_documents(options.text, _split_seed(settings, options.seed))
     if seen := _seen_before(settings, options.text, options.seed):
         logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))

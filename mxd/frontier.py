@@ -46,7 +46,7 @@ from .frontier_point import (
 from .frontier_processes import run_points
 from .pipeline import LEARNING_RATES, DecompositionOptions, build_config
 from .runs import RunOptions, shown, step_arguments, versions
-from .texts import evaluation_batches, load_documents
+from .texts import evaluation_batches, load_documents, warn_of_embedded_text
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +198,7 @@ def _check_root(options: FrontierOptions) -> Path:
 
 def _texts(options: FrontierOptions, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Training and held-out rows, both (rows, tokens)."""
+    warn_of_embedded_text(options.text, options.model)
     documents, heldout_documents = load_documents(options.text, options.seed)
     context = options.text.context_length
     rows = materialize(pack(documents, tokenizer, context, seed=options.seed), options.tokens)

@@ -54,6 +54,7 @@ from .texts import (
     load_one,
     recorded_parts,
     text_parts,
+    warn_of_embedded_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,7 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     """
     set_seed(options.seed)
     folder = check_output(options.output, options.overwrite, options.resume)
+    warn_of_embedded_text(options.text, options.model)
     documents, heldout_documents = load_documents(options.text, options.seed)
     context = options.text.context_length
     model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype, context_length=context)

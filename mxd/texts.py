@@ -1,6 +1,7 @@
 """Text of a run: what is trained on, what is held out, and whether that is so."""
 
 import fnmatch
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,8 @@ from trainers import CausalCollator, load_text, materialize, pack, split_documen
 from trainers.documents import local_files
 
 from . import embedded
+
+logger = logging.getLogger(__name__)
 
 Documents: TypeAlias = Dataset | IterableDataset
 
@@ -71,7 +74,7 @@ def _covers(recorded: str, name: str) -> bool:
         return False
     path = os.path.abspath(os.path.expanduser(recorded))  # noqa: PTH100, PTH111, pathlib raises for strange names
     return any(
-        file == path or file.startswith(path.rstrip("/") + "/") or fnmatch.fnmatch(file, path)
+        file == path or file.startswith(os.path.join(path, "")) or fnmatch.fnmatch(file, path)  # noqa: PTH118
         for file in {name, os.path.realpath(name)}
     )
 
@@ -132,6 +135,12 @@ def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
     if text.heldout_split:
         return documents, load_text(source, config_name=text.config_name, split=text.heldout_split, **loading)
     return split_documents(documents, seed=seed)
+
+
+def warn_of_embedded_text(text: TextOptions, model: str | None) -> None:
+    """A model of one's own on the small embedded text is seldom what was meant."""
+    if not text.dataset and model != embedded.MODEL_NAME:
+        logger.warning("no dataset is named: %s is trained on the small text that ships with mxd, over and over", model)
 
 
 def load_one(text: TextOptions) -> Documents:

@@ -56,7 +56,7 @@ def routing_recall(layer: SparseLayer, inputs: Tensor, num_groups_per_tok: int |
         if layer.router is None or opened == config.num_expert_groups:
             found = values > 0
         else:
-            groups = layer.router(x.to(layer.router.weight.dtype)).topk(opened, dim=-1).indices
+            groups = layer.router(x.to(layer.router.weight)).topk(opened, dim=-1).indices
             # An expert of the exact TopK in an open group is in the routed TopK: it has fewer rivals there.
             found = (indices // config.expert_group_size)[..., None].eq(groups[:, None]).any(-1) & (values > 0)
         kept, total = kept + float(found.sum()), total + float((values > 0).sum())
@@ -68,7 +68,7 @@ def routing_recall(layer: SparseLayer, inputs: Tensor, num_groups_per_tok: int |
 def exact_coefficients(layer: SparseLayer, x: Tensor) -> ExpertCoefficients:
     """What the gate would say without routing; x (T, I) → values and indices (T, K)."""
     weight = layer.gate.weight
-    return ExpertCoefficients(*topk_gate(x.to(weight.dtype), weight, layer.gate.bias, layer.config.num_experts_per_tok))
+    return ExpertCoefficients(*topk_gate(x.to(weight), weight, layer.gate.bias, layer.config.num_experts_per_tok))
 
 
 def router_loss(layer: SparseLayer, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def fit_router(
 
     Args:
         layer: with a plain `nn.Linear` as gate.
-        inputs: of the layer's MLP, (..., I); some 60,000 tokens of the text that it is meant for.
+        inputs: of the layer's MLP, (..., I), on any device; some 60,000 tokens of the text that it is meant for.
         num_expert_groups: G; by default what the layer has, or about √N.
         num_groups_per_tok: M, groups that a token opens; by default what the layer has, or 8.
         rounds: how often groups are formed anew from the router.
@@ -127,7 +127,7 @@ def fit_router(
     groups = num_expert_groups or config.num_expert_groups or default_num_expert_groups(config.num_experts)
     opened = num_groups_per_tok or config.num_groups_per_tok or 8
     config = dataclasses.replace(config, num_expert_groups=groups, num_groups_per_tok=opened)
-    fitting = _Fitting(layer, x, config, torch.Generator().manual_seed(seed))
+    fitting = _Fitting(layer, x.to(layer.gate.weight.device), config, torch.Generator().manual_seed(seed))
     for _ in range(rounds + 1):
         fitting.form_groups()
         fitting.learn_router(epochs)

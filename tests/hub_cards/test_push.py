@@ -16,6 +16,7 @@ from modeling_mxd import MxDModel
 from modeling_mxd.configuration_mxd import AUTO_MAP
 from modeling_mxd.sharing import OLDEST_TRANSFORMERS
 from mxd import embedded
+from mxd.decompositions import load_decomposition, made_how
 
 REPO = "user/mxd-tiny"
 
@@ -85,6 +86,26 @@ def test_branch_private_and_pull_request(hub, folder):
     assert pushed.pr_url.endswith("/discussions/1")
     assert not weights(hub)
     assert_complete(hub, folder, "refs/pr/1")
+
+
+def test_a_branch_is_measured_by_its_name(hub, folder):
+    push_decomposition(folder, REPO, revision="try")
+    loaded, saved = load_decomposition(f"{REPO}@try"), MxDModel.from_pretrained(folder)
+    assert all(torch.equal(weight, saved.state_dict()[name]) for name, weight in loaded.state_dict().items())
+    assert made_how(f"{REPO}@try") == made_how(str(folder))
+    with pytest.raises(ValueError, match=f"'{REPO}@none' is no folder with a decomposition"):
+        load_decomposition(f"{REPO}@none")
+
+
+def test_what_is_made_from_a_gated_model_is_not_made_public_without_a_word(hub, folder, base, caplog):
+    name = MxDModel.from_pretrained(folder).config.base_model_name_or_path
+    push_decomposition(folder, REPO)
+    assert "gated" not in caplog.text
+    hub.repos[name].gated = True
+    push_decomposition(folder, REPO, private=True)
+    assert "gated" not in caplog.text
+    push_decomposition(folder, REPO)
+    assert f"the base model {name} is gated" in caplog.text
 
 
 def test_anothers_commit_in_between_is_not_overwritten(hub, folder):

@@ -16,6 +16,7 @@ from commands import killed_at_the_end, refused, run
 from modeling_mxd import MxDModel
 from mxd import cli, embedded, pipeline
 from mxd.cli_options import parse_count, parse_layers, split_arguments
+from mxd.texts import TextOptions, warn_of_embedded_text
 from mxd.pipeline import TextOptions, evaluate
 
 
@@ -37,7 +38,7 @@ def test_layers(text, layers):
     assert parse_layers(text) == layers
 
 
-@pytest.mark.parametrize("text", ["", "x", "1-", "-1"])
+@pytest.mark.parametrize("text", ["", "x", "1-", "-1", "7-4,10"])
 def test_layers_that_are_none(text):
     with pytest.raises(typer.BadParameter):
         parse_layers(text)
@@ -174,6 +175,14 @@ def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, arguments, mess
     error = refused(monkeypatch, capsys, "decompose", "--output", tmp_path / "out", *arguments)
     assert message in " ".join(error.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_ones_own_on_the_embedded_text_is_warned_of(caplog):
+    warn_of_embedded_text(TextOptions(), embedded.MODEL_NAME)
+    warn_of_embedded_text(TextOptions(["a.txt"]), "gpt2")
+    assert not caplog.text
+    warn_of_embedded_text(TextOptions(), "gpt2")
+    assert "gpt2 is trained on the small text that ships with mxd" in caplog.text
 
 
 def test_empty_dataset_and_missing_column(monkeypatch, capsys, tmp_path):

@@ -31,6 +31,16 @@ def finetuned(finished, tmp_path_factory):
     return folder, finished[0], output, error
 
 
+def test_a_base_whose_folder_is_elsewhere_now(monkeypatch, capsys, finished, tmp_path):
+    moved = shutil.copytree(finished[0], tmp_path / "moved")
+    config = json.loads((moved / "config.json").read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}
+    (moved / "config.json").write_text(json.dumps(config))
+    error = refused(monkeypatch, capsys, "finetune", moved, "--output", tmp_path / "out")
+    assert "of the base model is not here: write into base_model_name_or_path" in " ".join(
+        error.replace("│", " ").split()
+    )
+
+
 def test_finetune_leaves_a_folder_that_loads(finetuned):
     folder, source, output, error = finetuned
     names = {path.name for path in folder.iterdir() if path.suffix != ".py"}
