@@ -42,7 +42,7 @@ def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
     return decomposition
 
 
-def _source(name: str) -> tuple[str, dict[str, str]]:
+def _source(name: str) -> tuple[str, dict[str, Any]]:
     """Folder or Hub id, and the revision that stands behind its `@`, as in the Hub client's `hf://` paths."""
     repo, _, revision = name.partition("@")
     return (name, {}) if Path(name).is_dir() or not revision else (repo, {"revision": revision})
