@@ -16,7 +16,7 @@ from commands import killed_at_the_end, refused, run
 from modeling_mxd import MxDModel
 from mxd import cli, embedded, pipeline
 from mxd.cli_options import parse_count, parse_layers, split_arguments
-from mxd.pipeline import TextOptions, evaluate
+from mxd.pipeline import evaluate
 from mxd.texts import TextOptions, warn_of_embedded_text
 
 
