@@ -9,7 +9,7 @@ Medians over the turns. Weights and inputs are random: what hierarchical routing
 eai-sparsify sae-lens), which run only here.
 
 Cases that are in the work folder are not run again. Writes benchmarks/results/speed.json and the tables in
-docs/speed.md, in both of which other machines keep their place, and docs/speed.png. About 20 minutes on 2 cores.
+docs/speed.md, in both of which other machines keep their place, and docs/speed.png. About half an hour on 2 cores.
 """
 
 import argparse

@@ -5,8 +5,7 @@
 Both check-outs run the same decomposition twice, in the order before, now, now, before; means of the two. Parts are
 timed around the trainer's own methods: the teacher (up to the last MLP needed), forward and backward of the layer, the
 optimiser; the rest of the loop is data and logging. Writes benchmarks/results/training_profile.json and the table in
-docs/speed.md. About 30 minutes on 2 cores, half of it with
-`--tokens 65536`.
+docs/speed.md. About 30 minutes on 2 cores, with `--tokens 65536` half of that.
 """
 
 import argparse

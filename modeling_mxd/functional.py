@@ -83,13 +83,11 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def largest_positive(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row of ReLU(scores), as `largest` gives them."""
-    if scores.device.type == "cpu":
-        # Their bits as integers, which compare faster there (of 16-bit numbers much faster), order positive numbers
-        # alike, and above all others: also above a NaN with a sign, which so is not seen while K others are positive.
-        bits, columns = largest(scores.view(_BITS[scores.itemsize]), k)
-        return bits.view(scores.dtype).relu_(), columns
-    values, columns = largest(scores, k)
-    return values.relu_(), columns
+    # On a CPU their bits as integers, which compare faster there (of 16-bit numbers much faster), order positive
+    # numbers alike, and above all others: also above a NaN with a sign, which is not seen while K others are positive.
+    ordered = scores.view(_BITS[scores.itemsize]) if scores.device.type == "cpu" else scores
+    values, columns = largest(ordered, k)
+    return values.view(scores.dtype).relu_(), columns
 
 
 def weighted_rows(indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:

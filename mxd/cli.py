@@ -23,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # the default one takes "[the account's default]" for markup and leaves it out
     help="Mixtures of Decoders: take the MLPs of a language model apart without breaking the model.",
     epilog="With --debug, anywhere, an error shows its traceback.",
 )

@@ -13,7 +13,7 @@ from hub_cards.reading import check_weights, read_config, read_json
 from modeling_mxd import MxDModel
 from modeling_mxd.downloads import file_if_any, first_line, tried
 
-from .base_model import default_device, load_base_model
+from .base_model import BaseModelError, default_device, load_base_model
 
 
 def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
@@ -88,7 +88,7 @@ def load_base_of(
         raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
     name, revision = config.base_model_name_or_path, config.base_model_revision
     if Path(name).is_absolute() and not Path(name).is_dir():
-        raise ValueError(
+        raise BaseModelError(
             f"the folder {name} of the base model is not here: write into base_model_name_or_path of the "
             "decomposition's config.json where it is now, or what it is called on the Hub"
         )
@@ -98,8 +98,8 @@ def load_base_of(
 
 
 def made_how(name: str) -> dict[str, Any]:
-    """What evaluation.json of a decomposition (folder or Hub id) says of how it was made: the settings of its training
-    and of its fine-tunings. Empty where it says nothing."""
+    """What evaluation.json of a decomposition (named as for `load_decomposition`) says of how it was made: the settings
+    of its training and of its fine-tunings. Empty where it says nothing."""
     source, how = _source(name)
     path = file_if_any(source, EVALUATION_NAME, how)
     settings = {} if path is None else read_json(Path(path)).get("settings")

@@ -325,6 +325,20 @@ def test_the_learning_rate_is_the_one_that_is_asked_for(monkeypatch, capsys, arg
     assert f"it is {rate}\n" in refused(monkeypatch, capsys, "decompose", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("decompose", "[the embedded default]"),
+        ("push", "[the account's default]"),
+        ("evaluate", "(user/repo[@revision])"),
+    ],
+)
+def test_help_shows_what_stands_in_brackets(command, shown):
+    code, output, _ = run(command, "--help")
+    assert code == 0
+    assert shown in " ".join(output.replace("│", " ").split())
+
+
 def test_help_needs_no_torch():
     code = (
         "import sys; from mxd import cli; from typer.testing import CliRunner\n"
