@@ -94,7 +94,8 @@ def test_the_decomposition_alone_from_disk(repo, tmp_path):
     mxd = AutoModel.from_pretrained(repo, device_map=device_map, offload_folder=tmp_path / "offload")
     assert mxd.layer(0).gate.weight.is_meta
     x = torch.randn(3, 16)
-    assert torch.equal(mxd(x, layer=0).output, MxDModel.from_pretrained(repo)(x, layer=0).output)
+    # An offloaded gate selects by another path, and the K experts are summed in no particular order.
+    torch.testing.assert_close(mxd(x, layer=0).output, MxDModel.from_pretrained(repo)(x, layer=0).output)
 
 
 def test_what_the_auto_class_takes_for_the_config_reaches_the_base(repo):
