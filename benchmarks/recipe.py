@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from held_out import HeldOut
 from matplotlib.figure import Figure
-from methods import BFLOAT16, CONTEXT, ROWS_PER_STEP, distil, record
+from methods import BFLOAT16, CONTEXT, distil, record
 from pages import machine, write_between
 from python_library import python_library_documents
 from recipe_points import (
@@ -43,13 +44,10 @@ from recipe_points import (
     folder_name,
     text_of,
 )
-from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
-from evaluation_mxd.faithfulness import LayerEvaluation
-from evaluation_mxd.metrics import LogitSums
-from evaluation_mxd.paired import PairedDifference, half_width
+from evaluation_mxd.paired import half_width
 from evaluation_mxd.rank import decomposition_ranks
 from modeling_mxd import MxDModel
 from mxd.base_model import load_base_model
@@ -63,7 +61,6 @@ PAGE, FIGURE = HERE.parent / "docs" / "recipe.md", HERE.parent / "docs" / "recip
 FIGURE_OF_EVERY_K = HERE.parent / "docs" / "recipe-every-k.png"
 MARK = "benchmarks/recipe.py"
 README, OF_README = HERE.parent / "README.md", 3
-COMPARED = 4  # KL is taken of one batch in so many
 
 
 def text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
@@ -90,79 +87,6 @@ def train(options: argparse.Namespace, name: str) -> None:
     (folder / "point.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
-class HeldOut:
-    """Held-out rows, and what goes into one decoder layer of the untouched model on them."""
-
-    def __init__(self, model: PreTrainedModel, layer: int, ids: Tensor):
-        self.model, self.ids = model, ids
-        self.decoder = model.model
-        layers, norm = self.decoder.layers, self.decoder.norm
-        self.decoder.layers, self.decoder.norm = layers[:layer], nn.Identity()
-        parts = tqdm(ids.split(ROWS_PER_STEP), desc="held-out text", unit="batch")
-        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-            self.hidden = torch.cat([self.decoder(input_ids=part).last_hidden_state.float() for part in parts])
-        self.decoder.layers, self.decoder.norm = layers[layer:], norm
-        self.block = self.decoder.layers[0]
-
-    def logits(self, part: slice) -> Tensor:
-        """Of some rows."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-            return self.model(inputs_embeds=self.hidden[part], use_cache=False).logits
-
-    def measure(self, decompositions: dict[str, MxDModel], layer: int) -> dict[str, dict[str, Any]]:
-        """Of every decomposition: what `faithfulness` gives of its layer, cross-entropy and KL."""
-        modules = {name: decomposition.layer(layer) for name, decomposition in decompositions.items()}
-        evaluations = {
-            name: LayerEvaluation(module, (module.expert_frequency, module.expert_mean))
-            for name, module in modules.items()
-        }
-        sums = {name: (LogitSums(), PairedDifference()) for name in modules}
-        untouched, mlp = LogitSums(), self.block.mlp
-        for start in tqdm(range(0, len(self.ids), ROWS_PER_STEP), desc="evaluate", unit="batch"):
-            part = slice(start, start + ROWS_PER_STEP)
-            ids = self.ids[part]
-            kept: list[tuple[Tensor, Tensor]] = []
-            every, without_first = torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
-            without_first[:, 0] = False
-            self.block.mlp = mlp
-            with mlp.register_forward_hook(lambda _, inputs, output, kept=kept: kept.append((inputs[0], output))):
-                reference = self.logits(part)
-            losses = untouched.update(reference, ids, every)
-            (x, y) = (tensor.float() for tensor in kept[0])
-            for name, module in modules.items():
-                evaluations[name].update(x, y, every, without_first)
-                self.block.mlp = InFloat32(module)
-                logits, difference = sums[name]
-                compared = reference if start // ROWS_PER_STEP % COMPARED == 0 else None
-                spliced = logits.update(self.logits(part), ids, every, reference=compared)
-                difference.update(spliced - losses, every[:, 1:])
-        self.block.mlp = mlp
-        return {
-            name: {
-                "layer": evaluations[name].result(),
-                "untouched": untouched.cross_entropy,
-                "rise": difference.mean,
-                "rise_interval": difference.interval,
-                "kl": logits.kl,
-                "held_out_tokens": untouched.targets,
-            }
-            for name, (logits, difference) in sums.items()
-        }
-
-
-class InFloat32(nn.Module):
-    """A layer out of reach of autocast."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) → (..., O)."""
-        with torch.autocast("cpu", enabled=False):
-            return self.module(x.float())
-
-
 @torch.no_grad()
 def evaluate(options: argparse.Namespace, kind: str, asked: Collection[str]) -> None:
     """Measure on a kind of text of these points what was trained and is not yet measured on so many tokens of it."""
@@ -184,7 +108,8 @@ def evaluate(options: argparse.Namespace, kind: str, asked: Collection[str]) -> 
         batches = evaluation_batches(documents, tokenizer, CONTEXT, options.evaluate)
         heldout = HeldOut(model.eval(), layer, torch.cat([batch["input_ids"] for batch in batches]))
         found = {name: MxDModel.from_pretrained(points[name]).eval() for name in missing}
-        for name, result in heldout.measure(found, layer).items():
+        layers = {name: decomposition.layer(layer) for name, decomposition in found.items()}
+        for name, result in heldout.measure(layers).items():
             missing[name].write_text(json.dumps(result | {"asked": options.evaluate}, indent=1))
 
 

@@ -1,15 +1,20 @@
 """What hierarchical routing costs in accuracy and gains in speed, on a trained decomposition and real text.
 
-    python benchmarks/routing.py MODEL DECOMPOSITION --corpus FOLDER [--trained FOLDER ...]
+    python benchmarks/routing.py MODEL DECOMPOSITION --corpus FOLDER [--trained FOLDER ...] [--parts PART ...]
 
-MODEL is the folder of the base model, DECOMPOSITION one with the exact gate (`mxd decompose`). A router is fitted to
-its first layer on training text, and for every number of opened groups: recall of the exact TopK, NMSE, rise of
-cross-entropy with its 95 % interval over the exact layer's, KL to the untouched model, and time of gate and layer
-against the exact ones, in turns: of many tokens, and of one with the weights not in the processor's cache, as
-generation finds them. Each `--trained` folder is a decomposition that was trained with routing (`mxd decompose
---groups-per-token`); its own number of groups is measured. Last, greedy generation at batch size 1 by the spliced and
-the untouched model, in turns. Text: the parquet files of FOLDER; that `mxd decompose` with seed 0 holds out of them is
-evaluated on. Writes benchmarks/results/routing.json and the tables in docs/speed.md.
+MODEL is the folder of SmolLM2-135M (its decoder layers are a list, which is used), DECOMPOSITION one with the exact
+gate (`mxd decompose`). A router is fitted to its first layer on training text, and measured with every number of opened
+groups. Each `--trained` folder is a decomposition that was trained with routing (`mxd decompose --groups-per-token`);
+its own number of groups is measured. Parts:
+
+    timings  recall of the exact TopK, and time of gate and layer against the exact ones, in turns: of many tokens, and
+             of one with the weights not in the processor's cache, as generation finds them; greedy generation at batch
+             size 1 by the spliced and the untouched model, in turns
+    text     NMSE, rise of cross-entropy over the untouched model's and over the exact layer's, with 95 % intervals, and
+             KL, on what `mxd decompose` with seed 0 holds out of the parquet files of FOLDER
+    python   the same of some of the layers on the interpreter's standard library, a kind of text not trained on
+
+Writes benchmarks/results/routing.json and the tables in docs/speed.md.
 """
 
 import argparse
@@ -25,76 +30,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from held_out import HeldOut
+from methods import CONTEXT
 from pages import machine, write_between
+from python_library import python_library_documents
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
-from evaluation_mxd.forward import ZeroMLP, capture_with_logits, evaluating, next_token_logits
-from evaluation_mxd.metrics import ErrorSums, LogitSums
-from evaluation_mxd.paired import PairedDifference, half_width
-from modeling_mxd import MxDConfig, MxDModel, SparseLayer, capture_mlps, spliced_mlps
+from evaluation_mxd.forward import evaluating
+from evaluation_mxd.paired import half_width
+from modeling_mxd import MxDModel, SparseLayer, capture_mlps, spliced_mlps
 from mxd.base_model import load_base_model
 from mxd.pipeline import TextOptions, evaluation_batches, load_documents
+from mxd.texts import Documents
 from trainers import CausalCollator, fit_router, pack, routing_recall
 
 RESULTS = Path(__file__).parent / "results" / "routing.json"
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 MARK = "benchmarks/routing.py"
-CONTEXT = 256
+PARTS = ("timings", "text", "python")
+EXACT = "exact"
 OPENED = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 TIMED_TOKENS, MANY_TOKENS = 1024, 4096
 FLUSHED = 2**27
 """Numbers that are read before a timed step of one token: 512 MiB, more than a processor's cache."""
 GENERATED = 64
-
-
-class Evaluated:
-    """Held-out text, what the untouched model does on it, and how far a layer is from that."""
-
-    def __init__(self, model: PreTrainedModel, config: MxDConfig, batches: list[dict[str, Tensor]]):
-        self.model, self.index, self.batches = model, config.layers[0], batches
-        self.captured: list[tuple[Tensor, Tensor]] = []
-        self.logits: list[Tensor] = []
-        self.exact: list[Tensor] = []  # losses of the first layer that is measured
-        self.untouched, ablated = LogitSums(), LogitSums()
-        for batch in tqdm(batches, desc="untouched", unit="batch"):
-            ids, every = batch["input_ids"], torch.ones_like(batch["input_ids"], dtype=torch.bool)
-            captured, logits = capture_with_logits(model, config, (ids, None))
-            self.captured.append(captured[self.index])
-            self.logits.append(logits)
-            self.untouched.update(logits, ids, every)
-            with spliced_mlps(model, {self.index: ZeroMLP(config.layer(self.index).output_size)}):
-                ablated.update(next_token_logits(model, (ids, None)), ids, every)
-        self.zero_ablated = ablated.cross_entropy
-
-    @property
-    def inputs(self) -> Tensor:
-        """The MLP's inputs, (tokens, I)."""
-        return torch.cat([x.flatten(0, 1) for x, _ in self.captured])
-
-    def measure(self, layer: SparseLayer) -> dict[str, Any]:
-        """Recall, NMSE, KL and rise of cross-entropy, of a layer as it is configured; the exact one comes first."""
-        errors, spliced, difference, losses = ErrorSums(), LogitSums(), PairedDifference(), list[Tensor]()
-        for batch, (x, y), reference in zip(self.batches, self.captured, self.logits, strict=True):
-            ids, every = batch["input_ids"], torch.ones_like(batch["input_ids"], dtype=torch.bool)
-            errors.update(layer(x), y)
-            with spliced_mlps(self.model, {self.index: layer}):
-                logits = next_token_logits(self.model, (ids, None))
-            losses.append(spliced.update(logits, ids, every, reference=reference))
-        self.exact = self.exact or losses
-        for of_layer, of_exact in zip(losses, self.exact, strict=True):
-            difference.update(of_layer - of_exact, torch.ones_like(of_layer, dtype=torch.bool))
-        recall = routing_recall(layer, self.inputs)
-        return {
-            "recall": recall.experts,
-            "recall_of_coefficients": recall.coefficients,
-            "nmse": errors.nmse,
-            "cross_entropy_rise": spliced.cross_entropy - self.untouched.cross_entropy,
-            "rise_over_exact": difference.mean,
-            "interval_over_exact": difference.interval,
-            "kl": spliced.kl,
-        }
+ON_PYTHON = (EXACT, "fitted, 8 groups", "fitted, 16 groups", "fitted, 24 groups")
 
 
 def with_groups_opened(layer: SparseLayer, opened: int) -> SparseLayer:
@@ -165,104 +127,146 @@ def fitting_inputs(model: PreTrainedModel, index: int, rows: Iterator[dict[str, 
     return torch.cat(found)
 
 
+def routed_layers(options: argparse.Namespace, exact: SparseLayer, inputs: Tensor) -> dict[str, SparseLayer]:
+    """The exact layer, the same with a router fitted to inputs (tokens, I) and so many groups opened, and those that
+    were trained with one."""
+    fitted = copy.deepcopy(exact)
+    fit_router(fitted, inputs)
+    layers = {EXACT: exact} | {f"fitted, {m} groups": with_groups_opened(fitted, m) for m in OPENED}
+    for folder in options.trained:
+        decomposition = MxDModel.from_pretrained(folder).eval()
+        trained = decomposition.layer(decomposition.config.layers[0])
+        layers[f"trained with {trained.config.num_groups_per_tok} groups"] = trained
+    return layers
+
+
+def held_out(
+    options: argparse.Namespace, index: int, layers: dict[str, SparseLayer], documents: Documents, tokens: int
+) -> dict[str, Any]:
+    """How far every layer is from the untouched model and from the exact layer on some text."""
+    model, tokenizer, _ = load_base_model(str(options.model))
+    batches = evaluation_batches(documents, tokenizer, CONTEXT, tokens)
+    text = HeldOut(model.eval(), index, torch.cat([batch["input_ids"] for batch in batches]))
+    return text.measure(layers, over=EXACT)
+
+
+def timings(
+    options: argparse.Namespace, model: PreTrainedModel, index: int, layers: dict[str, SparseLayer], ids: Tensor
+) -> dict[str, Any]:
+    """Seconds of the layers on real inputs and generation's speed; ids (rows, tokens) of held-out text."""
+    x = torch.cat([capture_mlps(model, [index], part)[index][0].flatten(0, 1) for part in ids.split(8)])
+    flushed = torch.zeros(FLUSHED)
+    with evaluating(model):
+        found = {
+            "seconds": time_layers(layers, x[:TIMED_TOKENS], options.turns),
+            "seconds_of_many_tokens": time_layers(layers, x[:MANY_TOKENS], options.turns),
+            "seconds_of_one_token": time_layers(layers, x[:1], 4 * options.turns, before=flushed.sum),
+        }
+        chosen = {name: layers[name] for name in (EXACT, "fitted, 8 groups")}
+        generation = time_generation(model, index, chosen, ids[:1, :16], options.turns)
+    rest = {kind: seconds.pop("rest")["layer"] for kind, seconds in found.items()}
+    recall = {name: routing_recall(layer, x)._asdict() for name, layer in layers.items()}
+    return {"layers": found, "rest": rest, "recall": recall, "generation_tokens_per_second": generation}
+
+
 @torch.no_grad()
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All measurements."""
+def run(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """All that is asked for, put into the results."""
     set_seed(0)
     model, tokenizer, _ = load_base_model(str(options.model))
     decomposition = MxDModel.from_pretrained(options.decomposition).eval()
     index = decomposition.config.layers[0]
-    exact = decomposition.layer(index)
     files = sorted(str(path) for path in options.corpus.glob("*.parquet"))
-    training, heldout = load_documents(TextOptions(dataset=files, context_length=CONTEXT), seed=0)
+    training, documents = load_documents(TextOptions(dataset=files, context_length=CONTEXT), seed=0)
     rows = iter(pack(training, tokenizer, CONTEXT, seed=0, repeat=True))
-    fitted = copy.deepcopy(exact)
-    fit_router(fitted, fitting_inputs(model, index, rows, options.fit_tokens))
-    evaluated = Evaluated(model, decomposition.config, evaluation_batches(heldout, tokenizer, CONTEXT, options.tokens))
-    layers: dict[str, SparseLayer] = {"exact": exact}
-    layers |= {f"fitted, {m} groups": with_groups_opened(fitted, m) for m in OPENED}
-    for folder in options.trained:
-        trained = MxDModel.from_pretrained(folder).eval().layer(index)
-        layers[f"trained with {trained.config.num_groups_per_tok} groups"] = trained
-    with evaluating(model):
-        measured = {
-            name: evaluated.measure(layer) | _sizes(layer) for name, layer in tqdm(layers.items(), desc="layers")
-        }
-        timed = time_layers(layers, evaluated.inputs[:TIMED_TOKENS], options.turns)
-        many = time_layers(layers, evaluated.inputs[:MANY_TOKENS], options.turns)
-        flushed = torch.zeros(FLUSHED)
-        one_token = time_layers(layers, evaluated.inputs[:1], 4 * options.turns, before=flushed.sum)
-        chosen = {name: layers[name] for name in ("exact", "fitted, 8 groups")}
-        prompt = evaluated.batches[0]["input_ids"][:1, :16]
-        generation = time_generation(model, index, chosen, prompt, options.turns)
-    return {
+    layers = routed_layers(options, decomposition.layer(index), fitting_inputs(model, index, rows, options.fit_tokens))
+    results |= {
         "machine": machine(options.threads, "cpu"),
         "layer": index,
-        "sizes": {name: value for name, value in vars(exact.config).items() if isinstance(value, int)},
-        "tokens": {"fitting": options.fit_tokens, "held out": sum(b["input_ids"].numel() for b in evaluated.batches)},
-        "cross_entropy": {"untouched": evaluated.untouched.cross_entropy, "zero_ablated": evaluated.zero_ablated},
-        "layers": {
-            name: {
-                **measured[name],
-                "seconds": timed[name],
-                "seconds_of_many_tokens": many[name],
-                "seconds_of_one_token": one_token[name],
-            }
-            for name in layers
-        },
-        "rest_seconds": timed["rest"]["layer"],
-        "generation_tokens_per_second": generation,
+        "rows_scored": {name: _rows_scored(layer) for name, layer in layers.items()},
+        "sizes": {name: value for name, value in vars(layers[EXACT].config).items() if isinstance(value, int)},
+        "fitting_tokens": options.fit_tokens,
     }
+    if "timings" in options.parts:
+        batches = evaluation_batches(documents, tokenizer, CONTEXT, MANY_TOKENS)
+        ids = torch.cat([batch["input_ids"] for batch in batches])
+        results["timings"] = timings(options, model, index, layers, ids)
+    if "text" in options.parts:
+        results["text"] = held_out(options, index, layers, documents, options.tokens)
+    if "python" in options.parts:
+        chosen = {name: layer for name, layer in layers.items() if name in ON_PYTHON or "trained" in name}
+        results["python"] = held_out(options, index, chosen, python_library_documents(), options.python_tokens)
 
 
-def _sizes(layer: SparseLayer) -> dict[str, Any]:
+def _rows_scored(layer: SparseLayer) -> int:
     config = layer.config
     if config.num_expert_groups is None or config.num_groups_per_tok is None:
-        return {"rows_scored": config.num_experts}
-    rows = config.num_expert_groups + config.num_groups_per_tok * config.expert_group_size
-    return {"groups": config.num_expert_groups, "opened": config.num_groups_per_tok, "rows_scored": rows}
+        return config.num_experts
+    return config.num_expert_groups + config.num_groups_per_tok * config.expert_group_size
 
 
 def table(results: dict[str, Any]) -> str:
     """The page's tables in Markdown."""
-    exact, sizes = results["layers"]["exact"], results["sizes"]
+    sizes, timed = results["sizes"], results["timings"]
+    tokens = {kind: results[kind][EXACT]["held_out_tokens"] for kind in ("text", "python")}
     lines = [
         f"{results['machine']}. SmolLM2-135M layer {results['layer']}, N = {sizes['num_experts']:,}, "
-        f"K = {sizes['num_experts_per_tok']}; {results['tokens']['held out']:,} held-out tokens, routers fitted on "
-        f"{results['tokens']['fitting']:,}. Gate and layer: their times on {TIMED_TOKENS:,} tokens, float32; many: the "
-        f"layer's on {MANY_TOKENS:,}; step: on one token, weights not in the cache.",
+        f"K = {sizes['num_experts_per_tok']}; routers fitted on {results['fitting_tokens']:,} tokens. Gate and layer: "
+        f"their times on {TIMED_TOKENS:,} tokens, float32; many: the layer's on {MANY_TOKENS:,}; step: on one token, "
+        "weights not in the cache.",
         "",
-        "|  | rows scored | recall | of coefficients | NMSE | CE rise | over exact | KL | to exact's | gate | layer "
-        "| many | step |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|  | rows scored | recall | of coefficients | gate | layer | many | step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in results["layers"].items():
-        cells = [
-            name,
-            f"{row['rows_scored']:,}",
-            f"{100 * row['recall']:.1f} %",
-            f"{100 * row['recall_of_coefficients']:.1f} %",
-            f"{row['nmse']:.4f}",
-            f"{row['cross_entropy_rise']:+.4f}",
-            f"{row['rise_over_exact']:+.4f} ± {half_width(row['interval_over_exact']):.4f}",
-            f"{row['kl']:.4f}",
-            f"{100 * (row['kl'] / exact['kl'] - 1):+.1f} %",
-            f"{exact['seconds']['gate'] / row['seconds']['gate']:.1f} ×",
-            f"{exact['seconds']['layer'] / row['seconds']['layer']:.1f} ×",
-            *(
-                f"{exact[seconds]['layer'] / row[seconds]['layer']:.1f} ×"
-                for seconds in ("seconds_of_many_tokens", "seconds_of_one_token")
-            ),
-        ]
+    for name, rows in results["rows_scored"].items():
+        recall = timed["recall"][name]
+        cells = [name, f"{rows:,}", f"{100 * recall['experts']:.1f} %", f"{100 * recall['coefficients']:.1f} %"]
+        for kind, part in (
+            ("seconds", "gate"),
+            ("seconds", "layer"),
+            ("seconds_of_many_tokens", "layer"),
+            ("seconds_of_one_token", "layer"),
+        ):
+            seconds = timed["layers"][kind]
+            cells.append(f"{seconds[EXACT][part] / seconds[name][part]:.1f} ×")
         lines.append("| " + " | ".join(cells) + " |")
-    bound = exact["seconds"]["layer"] / results["rest_seconds"]
-    lines += ["", f"With a gate that costs nothing the layer would be {bound:.1f} × as fast as the exact one."]
-    speeds = results["generation_tokens_per_second"]
+    few, many = (
+        timed["layers"][kind][EXACT]["layer"] / timed["rest"][kind] for kind in ("seconds", "seconds_of_many_tokens")
+    )
+    lines += [
+        "",
+        f"With a gate that costs nothing the layer would be {few:.1f} × as fast as the exact one, on {MANY_TOKENS:,} "
+        f"tokens {many:.1f} ×.",
+    ]
+    speeds = timed["generation_tokens_per_second"]
     untouched = speeds["untouched"]
     spliced = "; ".join(
         f"{name} {speed:.1f} ({speed / untouched:.2f} ×)" for name, speed in speeds.items() if name != "untouched"
     )
     lines += ["", f"Greedy generation at batch size 1, tokens a second: untouched {untouched:.1f}; {spliced}."]
+    titles = {"text": "Held-out documents of the training's text", "python": "Python sources, a kind not trained on"}
+    for kind, title in titles.items():
+        exact = results[kind][EXACT]
+        lines += [
+            "",
+            f"**{title}**, {tokens[kind]:,} tokens",
+            "",
+            "|  | NMSE | to exact's | KL | to exact's | CE rise | over exact | of its rise |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, row in results[kind].items():
+            nmse, over = row["layer"]["nmse"], row["rise_over"]
+            cells = [
+                name,
+                f"{nmse:.4f}",
+                f"{100 * (nmse / exact['layer']['nmse'] - 1):+.0f} %",
+                f"{row['kl']:.4f}",
+                f"{100 * (row['kl'] / exact['kl'] - 1):+.0f} %",
+                f"{row['rise']:+.4f} ± {half_width(row['rise_interval']):.4f}",
+                f"{over:+.4f} ± {half_width(row['rise_over_interval']):.4f}",
+                f"{100 * over / exact['rise']:+.0f} %",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -273,15 +277,16 @@ def main() -> None:
     parser.add_argument("decomposition", type=Path)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--trained", type=Path, nargs="*", default=[])
-    parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the rest stays as it was measured")
+    parser.add_argument("--tokens", type=int, default=65536, help="of held-out documents of the corpus")
+    parser.add_argument("--python-tokens", type=int, default=204800)
     parser.add_argument("--fit-tokens", type=int, default=65536)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    if options.tokens < MANY_TOKENS:
-        parser.error(f"--tokens must be at least {MANY_TOKENS}, of which a layer's time is taken")
     torch.set_num_threads(options.threads)
-    results = run(options)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(options.parts) != set(PARTS) else {}
+    run(options, results)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_between(PAGE, MARK, table(results))
 
