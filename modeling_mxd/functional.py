@@ -19,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores of the largest temporary: 16 MiB in float32, which the allocator reuses without page faults and of which the
-# cache holds much. Larger is no faster.
-CHUNK_ELEMENTS = 2**22
+# Scores of the largest temporary, and tokens that it has at least, however many experts there are: a product of fewer
+# rows reads the weights more often than it need.
+CHUNK_ELEMENTS = 2**23
+CHUNK_TOKENS = 256
+# From so many tokens on a product in lower precision saves more than rounding the weights for it costs.
+ROUNDED_TOKENS = 32
 # Candidates beyond K that a product of lower precision selects. Rounded to bfloat16, the K-th and the K+1-th largest
 # of 21,490 scores change places on one token in five; none so far lost a place to one that was 8 places behind.
 EXTRA_CANDIDATES = 8
@@ -45,8 +48,8 @@ def operator(name: str, synchronises: bool = False) -> Any:
 
 
 def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
-    """Parts of nearly equal size, of which none has more than CHUNK_ELEMENTS elements unless one token has."""
-    count = -(-tokens * row_elements // CHUNK_ELEMENTS)
+    """Parts of nearly equal size, with at most CHUNK_ELEMENTS elements or CHUNK_TOKENS tokens, whichever is more."""
+    count = -(-tokens // max(CHUNK_TOKENS, CHUNK_ELEMENTS // row_elements))
     size = max(1, -(-tokens // max(1, count)))
     for start in range(0, tokens, size):
         yield slice(start, start + size)
@@ -83,11 +86,21 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def largest_positive(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row of ReLU(scores), as `largest` gives them."""
-    # On a CPU their bits as integers, which compare faster there (of 16-bit numbers much faster), order positive
-    # numbers alike, and above all others: also above a NaN with a sign, which is not seen while K others are positive.
-    ordered = scores.view(_BITS[scores.itemsize]) if scores.device.type == "cpu" else scores
-    values, columns = largest(ordered, k)
+    # On a CPU their bits as integers, which compare faster there (of 16-bit numbers much faster) and order positive
+    # numbers alike: above all others, but for NaN, of which the sum tells.
+    if scores.device.type != "cpu" or scores.sum().isnan():
+        values, columns = largest(scores, k)
+    else:
+        values, columns = largest(scores.view(_BITS[scores.itemsize]), k)
     return values.view(scores.dtype).relu_(), columns
+
+
+def candidates(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of every row, (T, k), in no particular order."""
+    values, columns = largest_positive(scores, k)
+    if scores.device.type == "cpu" and (short := values.amin(-1) == 0).any():
+        columns[short] = largest(scores[short], k)[1]  # among negative numbers bits have the other order
+    return columns
 
 
 def weighted_rows(indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
@@ -183,26 +196,27 @@ def _topk_gate(
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = x.shape[0], weight.shape[0]
     values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
-    exact = product_dtype.itemsize >= x.dtype.itemsize
-    inputs, matrix = x.to(product_dtype), weight.to(product_dtype)
-    offset = None if bias is None else bias.to(product_dtype)
+    exact = product_dtype.itemsize >= x.dtype.itemsize or tokens < ROUNDED_TOKENS
+    dtype = x.dtype if exact else product_dtype
+    inputs, matrix = x.to(dtype), weight.to(dtype)
+    offset = None if bias is None else bias.to(dtype)
     for part in chunks(tokens, experts):
         scores = product(inputs[part], matrix, offset)
         if exact:
             values[part], indices[part] = largest_positive(scores, k)
         else:
-            candidates = largest_positive(scores, min(k + EXTRA_CANDIDATES, experts))[1]
-            values[part], indices[part] = rescore(x[part], weight, bias, candidates, k)
+            chosen = candidates(scores, min(k + EXTRA_CANDIDATES, experts))
+            values[part], indices[part] = rescore(x[part], weight, bias, chosen, k)
     return values, indices
 
 
-def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """TopK(ReLU(·)) among a token's candidate experts, (T, more than K), in the precision of `x` and `weight`."""
-    scores = row_products(candidates, x, weight)
+    scores = row_products(chosen, x, weight)
     if bias is not None:
-        scores = scores + bias[candidates]
+        scores = scores + bias[chosen]
     values, at = scores.relu_().topk(k, dim=-1, sorted=False)
-    return values, candidates.gather(1, at)
+    return values, chosen.gather(1, at)
 
 
 @_topk_gate.register_fake
@@ -224,7 +238,7 @@ def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight and bias through the selected positive scores; None for the other arguments."""
     x, weight, values, indices = ctx.saved_tensors
-    grad = grad_values * (values > 0)
+    grad = grad_values.where(values > 0, 0.0)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = weighted_rows(indices, grad, weight)
@@ -279,8 +293,9 @@ def topk_gate(
 ) -> tuple[Tensor, Tensor]:
     """Coefficients of the K experts with the largest pre-activations (paper eq. 2: TopK(ReLU(Gx + g))).
 
-    Under autocast only the large product runs in the lower precision: it names K + 8 candidates, whose pre-activations
-    are computed again in the dtype of the weights, and of these the K largest are taken.
+    Under autocast only the large product runs in the lower precision, and only of 32 tokens and more: it names K + 8
+    candidates, whose pre-activations are computed again in the dtype of the weights, and of these the K largest are
+    taken.
 
     Args:
         x: inputs, (..., I), of the dtype of `weight`.
@@ -288,13 +303,15 @@ def topk_gate(
         bias: gate bias g, (N), or None.
         k: experts kept per token.
         sparse_gradients: whether the gradients of weight and bias are sparse tensors of the active experts' rows.
+            Compiled code holds no sparse tensors: there they are dense.
 
     Returns:
         values (..., K) >= 0 and indices (..., K) int64, in no particular order; where fewer than K
         pre-activations are positive the rest of the values are 0. Only `values` carries a gradient, through
         the selected positive entries. Second derivatives through the weights' gradients are refused.
     """
-    values, indices = _topk_gate(x.reshape(-1, x.shape[-1]), weight, bias, k, product_dtype(x), sparse_gradients)
+    sparse = sparse_gradients and not torch.compiler.is_compiling()
+    values, indices = _topk_gate(x.reshape(-1, x.shape[-1]), weight, bias, k, product_dtype(x), sparse)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 
@@ -305,11 +322,13 @@ def expert_sum(values: Tensor, indices: Tensor, table: Tensor, sparse_gradients:
         values: coefficients, (..., K), of the dtype of `table`.
         indices: experts, (..., K) int64; an expert named twice counts twice.
         table: one row per expert, (N, O).
-        sparse_gradients: whether the gradient of `table` is a sparse tensor of the rows with a coefficient.
+        sparse_gradients: whether the gradient of `table` is a sparse tensor of the rows with a coefficient; not in
+            compiled code, as for `topk_gate`.
 
     Returns:
         (..., O).
     """
     k = values.shape[-1]
-    out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table, sparse_gradients)
+    sparse = sparse_gradients and not torch.compiler.is_compiling()
+    out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table, sparse)
     return out.reshape(*values.shape[:-1], table.shape[1])

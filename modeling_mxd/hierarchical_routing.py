@@ -96,5 +96,6 @@ def routed_gate(
         none.
     """
     flat, groups = x.reshape(-1, x.shape[-1]), opened.reshape(-1, opened.shape[-1])
-    values, indices = _routed_gate(flat, weight, bias, groups, group_size, k, sparse_gradients)
+    sparse = sparse_gradients and not torch.compiler.is_compiling()
+    values, indices = _routed_gate(flat, weight, bias, groups, group_size, k, sparse)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)

@@ -45,7 +45,7 @@ class SparseLayer(nn.Module):
         expert_mean: buffer (N), mean coefficient of each expert over training tokens, zeros included. Both are
             zero until training has measured them.
         sparse_gradients: off by default. On, the gradients of gate and expert table are sparse tensors that hold
-            the rows of the experts that fired, for an optimiser that follows them.
+            the rows of the experts that fired, for an optimiser that follows them; not where the layer is compiled.
     """
 
     def __init__(self, config: MxDLayerConfig):
