@@ -6,9 +6,10 @@ JOB is a JSON object with the sizes I, O, H, N, latents, K, tokens, and glu, mod
 threads. The process builds the contestant, warms up, and then answers every line on its standard input with a line of
 JSON: one step, timed; and the end of it with one more.
 
-A training step is forward, backward of the squared error, and a step of AdamW; weights are float32. As in
-our trainers, ours keep the memory that a training step frees ("memory given back": they do not), the plain code does
-not ("memory kept": it does).
+A training step is forward, backward of the squared error, and a step of AdamW; weights are float32. A router learns
+along, from one token in 16, for which every expert is scored, as in our trainers. As there, ours keep the memory that a
+training step frees ("memory given back": they do not), the plain code does not ("memory kept": it does). In a forward
+nobody does but where the name says so; our evaluations do.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,8 @@ CONTESTANTS: dict[str, tuple[Callable[[Job], nn.Module], bool]] = {
     "exact, memory given back": (ours, False),
     "exact, bf16 products": (ours, True),
     "hierarchical": (hierarchical, False),
+    "exact, memory kept": (ours, False),
+    "hierarchical, sparse optimiser": (hierarchical, False),
     "hierarchical, bf16 products": (hierarchical, True),
     "exact, gate alone": (lambda job: GateAlone(ours(job)), False),
     "hierarchical, gate alone": (lambda job: GateAlone(hierarchical(job)), False),
@@ -237,6 +240,12 @@ CONTESTANTS: dict[str, tuple[Callable[[Job], nn.Module], bool]] = {
 }
 BESIDE = ("sparsify skip transcoder", "sparsify skip transcoder, fused AdamW, memory kept", "SAELens TopK SAE")
 PLAIN = ("dense PyTorch", "dense PyTorch, memory kept", *BESIDE)
+OF_ONE_MODE = {
+    "exact, memory given back": "train",
+    "exact, memory kept": "forward",
+    "hierarchical, sparse optimiser": "train",
+    "sparsify skip transcoder, fused AdamW, memory kept": "train",
+}
 
 
 class Memory:
@@ -286,6 +295,8 @@ class Running:
         torch.manual_seed(0)
         self.memory = Memory(self.device)
         _import_all(build, job)
+        if name.startswith("hierarchical") and job["mode"] == "train":
+            import trainers  # noqa: F401
         self.memory_before = self.memory.now()
         with torch.device(self.device):
             self.model = build(job)
@@ -298,16 +309,27 @@ class Running:
             # as long.
             fused = {} if name in PLAIN and "fused" not in name else {"fused": True}
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **fused)
+        if "sparse optimiser" in name:
+            from trainers.row_adamw import RowAdamW
 
-    def _step(self) -> int:
-        """Bytes of the gradients, which are freed at its end."""
-        gradients = 0
+            self.model.sparse_gradients = True
+            self.optimizer = RowAdamW(self.model.parameters(), lr=1e-4)
+
+    def _step(self) -> dict[int, int]:
+        """Address and bytes of the gradients, which are freed at its end."""
+        gradients: dict[int, int] = {}
         with self.autocast:
             output = self.model(self.x)
         if self.optimizer is not None:
-            (output.float() - self.y).square().sum(-1).mean().backward()
+            loss = (output.float() - self.y).square().sum(-1).mean()
+            if getattr(self.model, "router", None) is not None:
+                from trainers.decomposition_trainer import ROUTER_TOKENS
+                from trainers.router import router_loss
+
+                loss = loss + router_loss(self.model, self.x[::ROUTER_TOKENS])
+            loss.backward()
             self.optimizer.step()
-            gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+            gradients = dict(_storages(p.grad for p in self.model.parameters() if p.grad is not None))
             self.optimizer.zero_grad()
         del output
         if self.device == "cuda":
@@ -326,7 +348,7 @@ class Running:
         held = sum(p.nbytes for p in self.model.parameters()) + self.x.nbytes + self.y.nbytes
         if self.optimizer is not None:
             states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-            held += gradients + sum(t.nbytes for t in states)
+            held += sum(gradients.values()) + sum(t.nbytes for t in states)
         return {
             "seconds": seconds,
             "peak_bytes": self.memory.peak() - self.memory_before - held,
@@ -334,9 +356,9 @@ class Running:
         }
 
     def tensor_bytes(self) -> dict[str, float]:
-        """Peak of the tensors beyond parameters, gradients (all, also those that are not made yet at the peak) and
-        optimiser state, as torch's allocator counts on a CPU; on a GPU `peak_bytes` is that already. To be called last:
-        the profiler takes memory itself."""
+        """Peak of the tensors beyond parameters, optimiser state and those gradients that are there at that moment, as
+        torch's allocator counts on a CPU; on a GPU `peak_bytes` is that already. To be called last: the profiler takes
+        memory itself."""
         if isinstance(self.model, Products) or self.device == "cuda":
             return {}
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -346,15 +368,24 @@ class Running:
             profiler.export_chrome_trace(str(trace))
             events = json.loads(trace.read_text())["traceEvents"]
         changes = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-        return {"tensor_bytes": max(accumulate(e["args"]["Bytes"] for e in changes)) - gradients}
+        for address, size in gradients.items():  # what was made there last
+            made = next(e for e in reversed(changes) if e["args"]["Addr"] == address and e["args"]["Bytes"] > 0)
+            made["args"]["Bytes"] -= size
+        return {"tensor_bytes": max(accumulate(e["args"]["Bytes"] for e in changes))}
+
+
+def _storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
+    for tensor in tensors:
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            yield part.untyped_storage().data_ptr(), part.untyped_storage().nbytes()
 
 
 def main() -> None:
     """Time a step for every line of standard input; at its end, what the tensors of a step hold."""
     name, job = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(job["threads"])
-    kept = name.endswith("memory kept") if name in PLAIN else not name.endswith("memory given back")
-    kept = kept and job["mode"] == "train"
+    ours_in_training = job["mode"] == "train" and name not in PLAIN and not name.endswith("memory given back")
+    kept = ours_in_training or name.endswith("memory kept")
     with freed_memory_kept() if kept else contextlib.nullcontext():
         running = Running(name, job)
         running.timed_step()  # warm-up

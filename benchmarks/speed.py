@@ -8,8 +8,9 @@ Medians over the turns. Weights and inputs are random: what hierarchical routing
 `benchmarks/routing.py`. `--beside` names the Python of an environment with other people's libraries (pip install
 eai-sparsify sae-lens), which run only here.
 
-Cases that are in the work folder are not run again. Writes benchmarks/results/speed.json and the tables in
-docs/speed.md, in both of which other machines keep their place, and docs/speed.png. About half an hour on 2 cores.
+Cases that are in the work folder, of the same commit, are not run again. Writes benchmarks/results/speed.json and the
+tables in docs/speed.md, in both of which other machines keep their place, and docs/speed.png. About three quarters of
+an hour on 2 cores.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import BESIDE, CONTESTANTS
+from contestants import BESIDE, CONTESTANTS, OF_ONE_MODE
 from pages import machine, write_between
 from tqdm.auto import tqdm
 
@@ -48,8 +49,18 @@ SHAPES = {
     "Llama-3.2-3B": (3072, 8192, True, 256),
 }
 MULTIPLIER, K = 32, 32
-# Training at this shape takes 9 GB for every contestant.
-FEW = ("dense PyTorch", "exact", "exact, bf16 products", "hierarchical, bf16 products", "bare products")
+# Training at this shape takes 9 GB for every contestant but the MLP.
+FEW = (
+    "dense PyTorch",
+    "exact",
+    "exact, bf16 products",
+    "hierarchical",
+    "hierarchical, bf16 products",
+    "transcoder",
+    "MLP",
+    "bare products",
+)
+TRAINED = ("exact", "hierarchical", "hierarchical, sparse optimiser")
 SWEEP = ("dense PyTorch", "exact", "hierarchical", "exact, gate alone", "hierarchical, gate alone")
 SWEPT = [2**power for power in range(10, 18)]
 # What the others are compared with.
@@ -128,7 +139,14 @@ def measure(job: dict[str, Any], names: list[str], options: argparse.Namespace) 
         wave = _wave(job, references + others[start : start + room], options)
         beside = {name: wave.pop(name) for name in references}
         results = beside | results | {name: {**row, "beside": beside} for name, row in wave.items()}
-    return {"job": job, "at_once": at_once, "contestants": {name: results[name] for name in names}}
+    contestants = {name: results[name] for name in names}
+    return {"job": job, "at_once": at_once, "commit": commit(), "contestants": contestants}
+
+
+def commit() -> str:
+    """What is measured; "+" where files differ from it."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _wave(job: dict[str, Any], names: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -157,39 +175,44 @@ def cases(options: argparse.Namespace) -> dict[str, tuple[dict[str, Any], list[s
         job |= {"N": experts, "latents": MULTIPLIER * width}
         for mode in ("train", "forward"):
             names = [name for name in everybody if width < 2048 or mode == "forward" or name in FEW]
-            names = [name for name in names if mode == "train" or ", memory" not in name]
+            names = [name for name in names if OF_ONE_MODE.get(name, mode) == mode]
             found[f"{shape}, {mode}"] = ({**job, "mode": mode}, names)
     width, units, glu, tokens = SHAPES["GPT-2"]
     for experts in options.experts:
         job = {"I": width, "O": width, "H": units, "glu": glu, "tokens": tokens, **fixed}
         job |= {"N": experts, "latents": experts, "mode": "forward"}
         found[f"{experts} experts"] = (job, list(SWEEP))
+        if experts >= FITTED_FROM:
+            found[f"{experts} experts, train"] = ({**job, "mode": "train"}, list(TRAINED))
     return found
 
 
-def exponent(points: dict[int, float]) -> float:
-    """Slope of log seconds over log N, least squares."""
-    logs = torch.tensor([[experts, seconds] for experts, seconds in points.items()], dtype=torch.float64).log()
+def exponent(curve: dict[int, float]) -> float | None:
+    """Slope of log milliseconds over log N from FITTED_FROM experts on, least squares; None with fewer than three."""
+    points = [(experts, ms) for experts, ms in curve.items() if experts >= FITTED_FROM]
+    if len(points) < 3:
+        return None
+    logs = torch.tensor(points, dtype=torch.float64).log()
     x, y = (logs - logs.mean(0)).T
     return float((x * y).sum() / (x * x).sum())
 
 
-def swept(results: dict[str, Any]) -> dict[str, dict[int, float]]:
-    """Milliseconds of a forward by number of experts, for everybody who was swept."""
-    curves: dict[str, dict[int, float]] = {name: {} for name in SWEEP}
+def swept(results: dict[str, Any], mode: str = "forward") -> dict[str, dict[int, float]]:
+    """Milliseconds of a step by number of experts, for everybody who was swept."""
+    curves: dict[str, dict[int, float]] = {}
     for case, measured in results["cases"].items():
-        if case.endswith(" experts"):
+        if " experts" in case and measured["job"]["mode"] == mode:
             for name, result in measured["contestants"].items():
                 if "seconds" in result:
-                    curves[name][measured["job"]["N"]] = 1000 * result["seconds"]
-    return {name: dict(sorted(curve.items())) for name, curve in curves.items() if curve}
+                    curves.setdefault(name, {})[measured["job"]["N"]] = 1000 * result["seconds"]
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 
 
 def table(results: dict[str, Any]) -> str:
     """The page's tables of one machine in Markdown."""
     lines: list[str] = []
     for case, measured in results["cases"].items():
-        if case.endswith(" experts"):
+        if " experts" in case:
             continue
         job, rows = measured["job"], measured["contestants"]
         training = job["mode"] == "train"
@@ -223,30 +246,38 @@ def table(results: dict[str, Any]) -> str:
                 cells[5:5] = [*shares, "", ""][:2]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    curves = swept(results)
-    if curves:
+    for mode, title in (("forward", "Forward"), ("train", "Training step")):
+        curves = swept(results, mode)
         experts = sorted({n for curve in curves.values() for n in curve})
-        lines += ["**Forward in ms by number of experts, GPT-2 shapes**", ""]
+        if not experts:
+            continue
+        lines += [f"**{title} in ms by number of experts, GPT-2 shapes**", ""]
         lines.append("| N | " + " | ".join(f"{n:,}" for n in experts) + f" | exponent from {FITTED_FROM:,} |")
         lines.append("|" + "---|" * (len(experts) + 2))
         for name, curve in curves.items():
             cells = [f"{curve[n]:,.1f}" if n in curve else "" for n in experts]
-            fitted = results["exponents"].get(name)
+            fitted = exponent(curve)
             lines.append(f"| {name} | " + " | ".join(cells) + (f" | {fitted:.2f} |" if fitted else " | |"))
+        lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
 def page(machines: dict[str, Any]) -> str:
     """The tables of all machines, the last that was measured first."""
     (first, results), *others = reversed(machines.items())
-    text = f"{first}.\n\n{table(results)}"
+    text = f"{first}. {_commits(results)}\n\n{table(results)}"
     for name, older in others:
-        text += f"\n<details><summary>{name}</summary>\n\n{table(older)}\n</details>\n"
+        text += f"\n<details><summary>{name}. {_commits(older)}</summary>\n\n{table(older)}\n</details>\n"
     return text
 
 
+def _commits(results: dict[str, Any]) -> str:
+    found = sorted({case.get("commit", "earlier ones") for case in results["cases"].values()})
+    return f"Commit: {', '.join(found)}."
+
+
 def draw(results: dict[str, Any]) -> None:
-    """Cost against number of experts, with the fitted lines."""
+    """Cost against number of experts; the exponents are in the legend."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -254,11 +285,11 @@ def draw(results: dict[str, Any]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, curve in swept(results).items():
-        fitted = results["exponents"].get(name)
+        fitted = exponent(curve)
         label = name if fitted is None else f"{name}: N^{fitted:.2f}"
         axes.plot(list(curve), list(curve.values()), "o-" if "alone" not in name else "o--", label=label)
     axes.set(xscale="log", yscale="log", xlabel="experts N", ylabel="ms per forward", title="GPT-2 shapes")
-    axes.legend()
+    axes.legend(title=f"exponents from N = {FITTED_FROM:,}")
     figure.tight_layout()
     figure.savefig(FIGURE, dpi=120)
     pyplot.close(figure)
@@ -267,12 +298,7 @@ def draw(results: dict[str, Any]) -> None:
 def summarise(options: argparse.Namespace, names: list[str], earlier: dict[str, Any]) -> dict[str, Any]:
     """Put all measured cases together, those of an earlier run in the place of what was not measured now."""
     measured = {name: json.loads(path.read_text()) for name in names if (path := _path(options, name)).exists()}
-    results: dict[str, Any] = {"cases": earlier.get("cases", {}) | measured, "exponents": {}}
-    for name, curve in swept(results).items():
-        points = {experts: ms for experts, ms in curve.items() if experts >= FITTED_FROM}
-        if len(points) > 2:
-            results["exponents"][name] = exponent(points)
-    return results
+    return {"cases": earlier.get("cases", {}) | measured}
 
 
 def _path(options: argparse.Namespace, case: str) -> Path:
@@ -296,7 +322,7 @@ def main() -> None:
         SHAPES.update({name: (64, 128, glu, 128) for name, (_, _, glu, _) in SHAPES.items()})
         options.work, options.turns, options.experts = options.work / "quick", 3, [1024, 4096, 8192, 16384]
     here = machine(options.threads, options.device)
-    options.work /= re.sub(r"\W+", "-", here)
+    options.work = options.work / re.sub(r"\W+", "-", here) / commit()
     options.work.mkdir(parents=True, exist_ok=True)
     todo = cases(options)
     bar = tqdm([name for name in todo if not _path(options, name).exists()], unit="case")
