@@ -234,7 +234,14 @@ def test_ctrl_c_ends_the_processes(tmp_path):
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "mxd", "frontier", "--k", "4", *FLAGS, "--epochs", "1000", "--output", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        # Tests that run in the background ignore it, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    ) as process:
         deadline, at_work = time.monotonic() + 300, folder / "points" / "mxd-k4.progress"
         with killed_at_the_end(process):
             while not at_work.exists():
