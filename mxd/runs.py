@@ -173,6 +173,7 @@ def run_training(
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint was saved.
+        DivergenceError: the loss or a weight is not finite; nothing was saved, and no checkpoint is removed.
     """
     folder, started = Path(options.output), time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,6 +1,6 @@
 """Making decompositions: data, initialisation, the distillation trainer and its arguments."""
 
-from .decomposition_trainer import last_complete_checkpoint
+from .decomposition_trainer import DivergenceError, last_complete_checkpoint
 from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer
 from .documents import DataError, load_text, split_documents
@@ -17,6 +17,7 @@ __all__ = [
     "DataError",
     "DistillationArguments",
     "DistillationTrainer",
+    "DivergenceError",
     "FinetuningArguments",
     "FinetuningTrainer",
     "LabelledDocuments",

@@ -53,6 +53,10 @@ class DecompositionArguments(TrainingArguments):
     )
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers; none unless asked for."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Log a mean in place of a loss that is not finite: no, the training stops there."},
+    )
     calibration_tokens: int = field(default=32768, metadata={"help": "Training tokens measured before the first step."})
     statistics_tokens: int = field(
         default=65536, metadata={"help": "Training tokens over which the experts' use is measured after the last step."}

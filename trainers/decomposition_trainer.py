@@ -44,6 +44,10 @@ ARGUMENTS_NAME = "training_arguments.json"
 _LOCAL_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "hub_token")
 
 
+class DivergenceError(ValueError):
+    """Training was stopped since its loss, or what it trains, is no longer finite; nothing of that was saved."""
+
+
 class DecompositionTrainer(HubPushes):
     """Base of `DistillationTrainer` and `FinetuningTrainer`, which give `capture` and the loss.
 
@@ -141,6 +145,7 @@ class DecompositionTrainer(HubPushes):
 
         Raises:
             ValueError: when there is nothing to resume from, or no training data.
+            DivergenceError: the loss or a weight is not finite; earlier checkpoints are kept.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -168,7 +173,35 @@ class DecompositionTrainer(HubPushes):
             self.measure_experts()
         return output
 
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # Only where the loss is read anyway: looking at every step's would wait for the device. A sum, it stays NaN.
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._refuse_loss(tr_loss)
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _refuse_loss(self, total: Tensor) -> None:
+        """Stop where the sum of the losses since they were last logged is not finite, in all processes alike."""
+        if not self.accelerator.gather(total).isfinite().all():
+            first, last = self._globalstep_last_logged + 1, self.state.global_step
+            self._diverged(f"the loss of the steps {first} to {last} is not finite")
+
+    def _refuse_weights(self) -> None:
+        """Stop where a weight is not finite, as after a step too far, whose loss was the last finite one."""
+        for name, parameter in self.decomposition.named_parameters():
+            # A sum needs no memory, and is not finite where one of its terms is not.
+            if not parameter.detach().sum(dtype=torch.float32).isfinite():
+                self._diverged(f"{name} is not finite after step {self.state.global_step}")
+
+    def _diverged(self, what: str) -> None:
+        raise DivergenceError(
+            f"the training diverged: {what}. Begin it anew with a lower learning rate (--learning-rate, "
+            f"learning_rate; it was {self.args.learning_rate}), and with bfloat16 where the model runs in float16. "
+            f"Checkpoints from before are kept in {self.args.output_dir}"
+        )
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._refuse_loss(self._tr_loss)
+        self._refuse_weights()
         # Stock deletes all checkpoints but the best with `save_total_limit=1`: also the one of an interrupted training.
         limit = self.args.save_total_limit
         self.args.save_total_limit = None if self.interrupted else limit
@@ -281,6 +314,7 @@ class DecompositionTrainer(HubPushes):
         (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_weights()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)

@@ -293,3 +293,14 @@ def test_resumed_equals_uninterrupted(halved, tmp_path):
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path):
     (tmp_path / START_NAME).write_text("{}")
     assert check_output(str(tmp_path), overwrite=False, resume=False) == tmp_path
+
+
+def test_a_diverged_run_saves_nothing_and_keeps_its_checkpoints(tmp_path, monkeypatch):
+    class Diverging(DistillationTrainer):
+        def training_step(self, *args, **kwargs):
+            return super().training_step(*args, **kwargs) / (self.state.global_step < 2)
+
+    monkeypatch.setattr(pipeline, "DistillationTrainer", Diverging)
+    with pytest.raises(ValueError, match="diverged: the loss of the steps 1 to 3 is not finite"):
+        decompose(options(tmp_path / "run"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-2", START_NAME}

@@ -11,7 +11,7 @@ from trainer_cases import arguments, decomposition, rows
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, TrainerCallback, TrainingArguments
 
 from modeling_mxd import MxDConfig, MxDModel, make_spliced
-from trainers import DistillationTrainer, FinetuningArguments, FinetuningTrainer
+from trainers import DistillationTrainer, DivergenceError, FinetuningArguments, FinetuningTrainer
 
 
 def trainer_of(model, teacher, folder, optimizers=(None, None), optimizer_cls_and_kwargs=None, **changes):
@@ -223,3 +223,41 @@ def test_the_sparse_code_is_clipped_too(tiny_llama, tmp_path):
     assert float(norm) == pytest.approx(sum(parameter.numel() for parameter in parameters) ** 0.5)
     clipped = torch.stack([parameter.grad.square().sum() for parameter in parameters]).sum().sqrt()
     assert float(clipped) == pytest.approx(1, rel=1e-3)
+
+
+class Diverge(TrainerCallback):
+    """A step too far: a weight is not finite after it."""
+
+    def __init__(self, model, step):
+        self.model, self.step = model, step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            torch.nn.init.constant_(self.model.layer(1).decoder.weight, torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "said"),
+    [
+        (3, {"logging_steps": 2}, "the loss of the steps 3 to 4 is not finite"),
+        (3, {"logging_steps": 20}, "the loss of the steps 1 to 4 is not finite"),
+        (3, {"logging_steps": 2, "save_strategy": "no"}, "the loss of the steps 3 to 4 is not finite"),
+        (4, {"logging_nan_inf_filter": True}, "decoder.weight is not finite after step 4"),
+        (10, {"save_strategy": "no"}, "decoder.weight is not finite after step 10"),
+    ],
+)
+def test_a_diverged_training_stops_and_is_not_saved(tiny_llama, tmp_path, step, changes, said):
+    model = decomposition()
+    how = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, **changes}
+    trainer = trainer_of(model, tiny_llama, tmp_path, **how)
+    trainer.add_callback(Diverge(model, step))
+    with pytest.raises(DivergenceError, match=f"{said}.*--learning-rate.*0.01.*bfloat16.*kept in {tmp_path}"):
+        trainer.train()
+    kept = [] if how["save_strategy"] == "no" else ["checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == kept
+
+
+def test_a_learning_rate_that_is_far_too_high_is_said(tiny_llama, tmp_path):
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, learning_rate=1e20, warmup_steps=0)
+    with pytest.raises(DivergenceError, match="the loss of the steps 1 to 10 is not finite"):
+        trainer.train()
