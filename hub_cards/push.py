@@ -21,6 +21,7 @@ from modeling_mxd.sharing import REPLACED, check_base_id, save_tokenizer, with_k
 from .card import build_card
 from .hub import ATTEMPTS, HubError, HubRepo, explained, logger, look_up, passes, retried, status_of
 from .reading import check_weights, read_config, read_json
+from .safe_text import DATA_ENDINGS, dataset_id, last_part
 from .updating import LICENSE, generated_figures, license_of, update_card
 
 # Only what belongs to a decomposition is uploaded: no checkpoints, no training arguments (they name local paths).
@@ -307,17 +308,25 @@ def _content(folder: Path, base: str, base_commit: str | None) -> dict[str, byte
     return content
 
 
-# Beginnings that only paths have; more than one slash, or one and a data file's ending, which no Hub id has.
+# Fields that name data, a model, a decomposition or a checkpoint: what is there is an id of the Hub, or a path.
+_NAMING = ["dataset", "heldout_dataset", "model", "decomposition", "base_model_name_or_path", "best_model_checkpoint"]
+# Elsewhere: beginnings that only paths have; more than one slash, or one and a data file's ending, which no Hub id has.
 _LOCAL = re.compile(
-    r"/|~|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\|file:|[^\s:]*[/\\][^\s:]*[/\\]|[^\s:]+[/\\][^\s:]+\.(parquet|jsonl?|csv|txt)$"
+    r"/|~|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\|file:|[^\s:]*[/\\][^\s:]*[/\\]|[^\s:]+[/\\][^\s:]+("
+    + "|".join(map(re.escape, DATA_ENDINGS))
+    + ")$",
+    re.IGNORECASE,
 )
 
 
-def without_folders(value: Any) -> Any:
+def without_folders(value: Any, field: str = "") -> Any:
     """The same JSON without this machine's folders: of every text that is a local path only the last part is kept."""
     if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
+        return {key: without_folders(item, key) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    local = isinstance(value, str) and _LOCAL.match(value)
-    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if local else value
+        return [without_folders(item, field) for item in value]
+    if not isinstance(value, str):
+        return value
+    name = value.partition("@")[0] if field == "decomposition" else value  # user/repo@revision
+    local = dataset_id(name) is None if field in _NAMING else _LOCAL.match(value)
+    return last_part(value) if local else value

@@ -15,9 +15,9 @@ from .reading import texts
 UNKNOWN = "–"
 MAX_TEXT = 200
 MAX_NAMES = 20
+DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".rst", ".py")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst")
 
 
 def plain(value: Any) -> str:
@@ -86,7 +86,7 @@ def last_part(path: str) -> str:
 
 def dataset_id(name: str) -> str | None:
     """The Hub id that a data set's name is, or None for what may be a path: as `trainers.load_text` tells them."""
-    on_hub = len(name) <= MAX_TEXT and _HUB_ID.fullmatch(name) and not name.lower().endswith(_DATA_ENDINGS)
+    on_hub = len(name) <= MAX_TEXT and _HUB_ID.fullmatch(name) and not name.lower().endswith(DATA_ENDINGS)
     return name if on_hub and not Path(name).exists() else None
 
 

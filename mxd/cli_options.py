@@ -10,11 +10,11 @@ import typer
 
 from .tables import print_evaluation
 
-DATA_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".py", ".rst"}
-
 
 def is_data_file(name: str) -> bool:
     """Whether an argument is a file that a shell made of `--dataset *.parquet`, rather than a model."""
+    from hub_cards.safe_text import DATA_ENDINGS  # with torch: not where help is all that is wanted
+
     return Path(name).suffix.lower() in DATA_ENDINGS
 
 

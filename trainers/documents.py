@@ -17,20 +17,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 
+from hub_cards.safe_text import DATA_ENDINGS
 from modeling_mxd.downloads import first_line
 
 logger = logging.getLogger(__name__)
 
-_BUILDERS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".py": "text",
-}
+_OF_TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_BUILDERS = {ending: _OF_TABLES.get(ending, "text") for ending in DATA_ENDINGS}
 _ENDINGS = ", ".join(_BUILDERS)
 _GLOB = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

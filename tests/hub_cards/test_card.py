@@ -320,12 +320,40 @@ def test_no_path_of_the_machine_appears(tmp_path, base):
     assert "HuggingFaceFW/fineweb-edu, &#42;.parquet, part.jsonl" in card.text
 
 
-LOCAL = ["/a/b.txt", "~/a/b.txt", "../a/b.txt", "a/c/b.txt", "a/b.txt", "C:/a/b.txt", "C:\\a\\b.txt", "..\\b.txt"]
+LOCAL = [
+    "/a/b.txt", "~/a/b.txt", "../a/b.txt", "a/c/b.txt", "a/b.txt", "C:/a/b.txt", "C:\\a\\b.txt", "..\\b.txt",
+    "\\\\server\\a\\b.txt", "file:///home/b.txt",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [*LOCAL, "\\\\server\\a\\b.txt", "file:///home/b.txt"])
+@pytest.mark.parametrize("path", [*LOCAL, "a/b.py", "a/b.md", "a/b.rst", "a/b.json", "a/B.PARQUET"])
 def test_of_paths_in_settings_only_the_last_part_is_kept(path):
-    assert without_folders({"text": [path]}) == {"text": ["b.txt"]}
+    assert without_folders({"text": [path]}) == {"text": [path[path.lower().rindex("b.") :]]}
+
+
+NAMED = [
+    "secret/notes.md", "secret/code.py", "my secret/a/b.txt", "secret/A.PARQUET", "secret/*", "secret/", "./secret/a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [*LOCAL, *NAMED])
+def test_what_names_data_and_is_no_id_of_the_hub_is_without_its_folders(path):
+    kept = {"dataset": [path], "heldout_dataset": [path], "model": path, "decomposition": path}
+    kept = without_folders({"training": {"text": kept}, "best_model_checkpoint": path, "base_model_name_or_path": path})
+    last = re.split(r"[/\\]", path.rstrip("/"))[-1]
+    assert kept["training"]["text"]["dataset"] == [last]
+    assert "/" not in json.dumps(kept) and (last == "secret" or "secret" not in json.dumps(kept))
+
+
+def test_a_folder_that_is_here_is_no_id_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out/checkpoint-2").mkdir(parents=True)
+    assert without_folders({"best_model_checkpoint": "out/checkpoint-2"}) == {"best_model_checkpoint": "checkpoint-2"}
+
+
+def test_ids_of_the_hub_are_kept_whole():
+    names = {"dataset": ["user/data", "wikitext"], "model": "user/gpt2", "decomposition": "user/repo@refs/pr/1"}
+    assert without_folders(names) == names
 
 
 @pytest.mark.parametrize("text", ["HuggingFaceFW/fineweb-edu", "mlp.experts", "training tokens; for layers 1/2: a/b"])
