@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -155,6 +156,8 @@ class DecompositionTrainer(HubPushes):
             if 0 < self.args.max_steps <= state.global_step:  # stock takes one step more
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 self.state = state
+                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._load_best_model()
                 self._interrupt.interrupted = False
                 self.measure_experts()
                 return TrainOutput(state.global_step, math.nan, {})
@@ -373,8 +376,11 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str] | None) -> str:
     Raises:
         ValueError: when there is none.
     """
-    folders = Path(output_dir or ".").glob("checkpoint-*")
-    complete = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
-    if not complete:
+    steps = {}
+    for folder in Path(output_dir or ".").glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")  # a person's copy may be called checkpoint-best
+        if re.fullmatch(r"[0-9]+", number) and (folder / TRAINER_STATE_NAME).is_file():
+            steps[int(number)] = folder
+    if not steps:
         raise ValueError(f"no complete checkpoint in {output_dir} to resume from: begin it anew")
-    return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2])))
+    return str(steps[max(steps)])

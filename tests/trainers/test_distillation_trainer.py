@@ -256,8 +256,8 @@ def test_checkpoint_holds_no_arguments_to_unpickle_and_no_teacher(tiny_llama, tm
 
 
 def test_unfinished_checkpoint_is_not_resumed_from(tmp_path):
-    for step, complete in ((5, True), (10, False)):
-        folder = tmp_path / f"checkpoint-{step}"
+    for name, complete in (("5", True), ("10", False), ("best", True), ("9-copy", True)):
+        folder = tmp_path / f"checkpoint-{name}"
         folder.mkdir()
         if complete:
             (folder / "trainer_state.json").write_text("{}")

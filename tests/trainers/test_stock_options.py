@@ -26,17 +26,16 @@ def trainer_of(model, teacher, folder, optimizers=(None, None), optimizer_cls_an
     )
 
 
+BEST = {
+    "load_best_model_at_end": True, "metric_for_best_model": "nmse",
+    "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("metric", [None, "nmse"])
 def test_the_best_checkpoint_is_the_one_of_least_error(tiny_llama, tmp_path, metric):
-    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.5}
-    trainer = trainer_of(
-        decomposition(layers=(0, 1)),
-        tiny_llama,
-        tmp_path,
-        load_best_model_at_end=True,
-        metric_for_best_model=metric,
-        **steps,
-    )
+    how = {**BEST, "metric_for_best_model": metric, "learning_rate": 0.5}
+    trainer = trainer_of(decomposition(layers=(0, 1)), tiny_llama, tmp_path, **how)
     trainer.train()
     errors = [entry["eval_nmse"] for entry in trainer.state.log_history if "eval_nmse" in entry]
     assert len(set(errors)) == 5
@@ -168,25 +167,36 @@ def test_after_a_training_in_bfloat16_nothing_runs_in_it(tiny_llama, tmp_path):
             assert torch.equal(model(ids).logits, expected)
 
 
-def test_an_interrupted_training_keeps_its_checkpoint_beside_the_best(tiny_llama, tmp_path):
-    class Worse(TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics, **_):
-            metrics["eval_nmse"] += state.global_step  # the first is the best
+class FirstIsBest(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **_):
+        metrics["eval_nmse"] += state.global_step
 
+
+def test_an_interrupted_training_keeps_its_checkpoint_beside_the_best(tiny_llama, tmp_path):
+    class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step == 5:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    trainer = trainer_of(
-        decomposition(), tiny_llama, tmp_path, load_best_model_at_end=True, metric_for_best_model="nmse",
-        save_total_limit=1, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
-    )  # fmt: skip
-    trainer.add_callback(Worse())
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, save_total_limit=1, **BEST)
+    trainer.add_callback(FirstIsBest())
+    trainer.add_callback(Interrupt())
     trainer.train()
     assert trainer.interrupted and trainer.args.save_total_limit == 1
     assert trainer.state.best_global_step == 2
     last = trainer.state.global_step
     assert 5 <= last < 10 and (tmp_path / f"checkpoint-{last}" / "trainer_state.json").is_file()
+
+
+def test_a_finished_training_that_is_resumed_has_the_best_weights(tiny_llama, tmp_path):
+    trainers = [trainer_of(decomposition(), tiny_llama, tmp_path, max_steps=4, **BEST) for _ in range(2)]
+    trainers[0].add_callback(FirstIsBest())
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=True)
+    assert trainers[1].state.best_global_step == 2
+    best = MxDModel.from_pretrained(tmp_path / "checkpoint-2")
+    for trainer in trainers:
+        assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), best.parameters(), strict=True))
 
 
 def test_padding_on_the_left_is_moved(tmp_path):
