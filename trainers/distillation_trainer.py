@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from evaluation_mxd import activation_mask, token_mask
+from evaluation_mxd import activation_mask, normalised_error, token_mask
 from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
 
 from .decomposition_trainer import DecompositionTrainer
@@ -299,21 +299,19 @@ class DistillationTrainer(DecompositionTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Per row: the sum of ‖ŷ−y‖²/‖y‖² of every layer (rows, layers), and the tokens that count (rows)."""
+        """Per row and layer: the sum of the tokens' normalised errors, and how many have one: both (rows, layers)."""
         inputs = self._prepare_inputs(inputs)
         rows = len(next(iter(inputs.values())))
         sums: list[Tensor] = []
         counts: list[Tensor] = []
         with torch.no_grad(), self.compute_loss_context_manager():
             for layer, (x, y) in self.capture(inputs).items():
-                mask = self._mask(inputs, x)
-                error = (model(x, layer=layer).output.float() - y.float()).square().sum(-1)
-                squared_norm = y.float().square().sum(-1)
-                ratios = (error / squared_norm).where(mask & (squared_norm > 0), 0.0)
+                counted = self._mask(inputs, x) & y.any(-1)  # where y = 0 there is none
+                errors = normalised_error(model(x, layer=layer).output, y).where(counted, 0.0)
                 # A layer that runs several times has all its runs, one after another.
-                sums.append(ratios.reshape(-1, rows, x.shape[1]).sum((0, 2)))
-                counts.append(mask.reshape(-1, rows, x.shape[1]).sum((0, 2)))
-        return None, torch.stack(sums, dim=1), counts[0]
+                sums.append(errors.reshape(-1, rows, x.shape[1]).sum((0, 2)))
+                counts.append(counted.reshape(-1, rows, x.shape[1]).sum((0, 2)))
+        return None, torch.stack(sums, dim=1), torch.stack(counts, dim=1)
 
     def _start(self) -> None:
         most = max(self.model.config.layer(layer).num_experts for layer in self.model.config.layers)
@@ -339,10 +337,10 @@ def _at_least(squared_norm: Tensor, minimum: float) -> Tensor:
 
 
 def normalised_errors(prediction: EvalPrediction, layers: Sequence[int]) -> dict[str, float]:
-    """NMSE of every layer over all rows, as `layer_8/nmse`: sums divided once; their mean is the loss too, by which
-    stock chooses the best checkpoint. From `prediction_step`'s rows."""
-    sums, tokens = torch.as_tensor(prediction.predictions).double(), torch.as_tensor(prediction.label_ids).double()
-    errors = sums.reshape(len(tokens), -1).sum(0) / tokens.sum()
+    """NMSE of every layer over all rows, as `layer_8/nmse`: that of `evaluation_mxd.ErrorSums`; their mean is the loss
+    too, by which stock chooses the best checkpoint. From `prediction_step`'s rows."""
+    sums, counts = (torch.as_tensor(part).double().sum(0) for part in prediction)
+    errors = sums / counts
     mean = float(errors.mean())
     of_layers = {f"layer_{layer}/nmse": float(error) for layer, error in zip(layers, errors, strict=True)}
     return of_layers | {"nmse": mean, "loss": mean}

@@ -266,19 +266,23 @@ def test_unfinished_checkpoint_is_not_resumed_from(tmp_path):
         last_complete_checkpoint(tmp_path / "checkpoint-10")
 
 
-def test_evaluate_gives_nmse_over_all_rows(tiny_llama, tmp_path):
+def test_evaluate_gives_the_nmse_of_the_evaluation_room(tiny_llama, tmp_path):
     data = rows(10, ragged=True)
-    model = decomposition()
-    torch.nn.init.normal_(model.layer(1).decoder.weight)
-    values = arguments(tmp_path, per_device_eval_batch_size=4)
-    trainer = DistillationTrainer(model, tiny_llama, values, eval_dataset=data)
-    reported = trainer.evaluate()["eval_nmse"]
-    batch = trainer.data_collator([{"input_ids": row} for row in data["input_ids"]])
-    mask = token_mask(batch["input_ids"], batch["attention_mask"])
-    x, y = capture_mlps(tiny_llama, [1], **batch)[1]
-    x, y = x[mask], y[mask]
-    expected = ((model.layer(1)(x) - y).square().sum(-1) / y.square().sum(-1)).mean()
-    assert reported == pytest.approx(expected.item(), rel=1e-4)
+    model = decomposition(layers=(0, 1))
+    for layer in (0, 1):
+        torch.nn.init.normal_(model.layer(layer).decoder.weight)
+    silent = tiny_llama.model.layers[1].mlp.register_forward_hook(
+        lambda _, args, y: y.masked_fill(args[0].sum(-1, keepdim=True) > 0, 0.0)  # tokens with y = 0 have no error
+    )
+    trainer = DistillationTrainer(
+        model, tiny_llama, arguments(tmp_path, per_device_eval_batch_size=4), eval_dataset=data
+    )
+    reported = trainer.evaluate()
+    expected = faithfulness(tiny_llama, model, [trainer.data_collator(list(data))])["layers"]
+    silent.remove()
+    for layer in (0, 1):
+        assert reported[f"eval_layer_{layer}/nmse"] == pytest.approx(expected[str(layer)]["nmse"], rel=1e-6)
+    assert reported["eval_loss"] == reported["eval_nmse"]
 
 
 @pytest.mark.parametrize(
