@@ -73,7 +73,8 @@ class DistillationArguments(DecompositionArguments):
         default=False,
         metadata={
             "help": "Step gate and experts with RowAdamW: only those that fired since the last step, each on its own "
-            "clock. For steps so small that most experts do not fire; one process, no gradient clipping."
+            "clock. For steps so small that most experts do not fire; one process, no gradient clipping, no "
+            "torch_compile."
         },
     )
     calibration_tokens: int = field(
@@ -101,6 +102,11 @@ class DistillationArguments(DecompositionArguments):
         return super().learning_rate_factor(parameter)
 
     def _check_sparse_optimizer(self) -> None:
+        if self.torch_compile:
+            raise ValueError(
+                "sparse_optimizer follows the experts that fired, which the dense gradients of compiled layers do not "
+                "tell: leave torch_compile off"
+            )
         if self.max_grad_norm:
             raise ValueError(f"sparse_optimizer cannot clip: max_grad_norm must be 0, not {self.max_grad_norm}")
         if self.world_size > 1:

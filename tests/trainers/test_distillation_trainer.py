@@ -359,7 +359,7 @@ def test_the_sparse_optimizer_leaves_experts_that_did_not_fire_as_they_were(tiny
     assert not model.layer(1).sparse_gradients
 
 
-@pytest.mark.parametrize(("field", "value"), [("max_grad_norm", 1.0), ("optim", "sgd")])
+@pytest.mark.parametrize(("field", "value"), [("max_grad_norm", 1.0), ("optim", "sgd"), ("torch_compile", True)])
 def test_the_sparse_optimizer_refuses_what_it_cannot_do(tmp_path, field, value):
     with pytest.raises(ValueError, match=f"sparse_optimizer .*{field}"):
         arguments(tmp_path, sparse_optimizer=True, **{field: value})
