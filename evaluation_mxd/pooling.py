@@ -157,44 +157,69 @@ def pool_features(
         ValueError: a text is empty, the pooling is unknown, the result would take too much memory, or the model runs
             the layer several times (ALBERT).
     """
-    from scipy.sparse import csr_array
-
     _check_texts(texts, representations, pooling, include_first, max_bytes)
-    device = running_device(model)
-    dense = {
-        name: np.empty((len(texts), item.width), dtype=np.float32)
-        for name, item in representations.items()
-        if item.active is None
-    }
-    sparse: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in representations if name not in dense}
+    pools = {name: _Pool(item, len(texts), pooling) for name, item in representations.items()}
     with evaluating(model), tqdm(total=len(texts), desc="texts", disable=not progress, dynamic_ncols=True) as bar:
         for chosen in _batches(texts, batch_tokens):
-            ids, mask = _padded([texts[index] for index in chosen], device)
-            x, y = capture_mlps(model, [layer], ids, mask, stack=stack, site=site)[layer]
-            if x.shape[:2] != ids.shape:
-                raise ValueError(
-                    f"layer {layer} has not one activation for each token: it runs several times in a pass"
-                )
-            counted = token_mask(ids, mask, include_first).to(x.device)
-            rows = counted.nonzero()[:, 0].cpu()
-            x, y = x[counted], y[counted]
-            for name, item in representations.items():
-                encoded = item.encode(x, y)
-                if isinstance(encoded, Tensor):
-                    dense[name][chosen] = pool_dense(encoded.cpu(), rows, len(chosen), pooling).numpy()
-                else:
-                    texts_of, indices, values = pool_sparse(encoded, rows, item.width, pooling)
-                    sparse[name].append((torch.tensor(chosen)[texts_of].int(), indices.int(), values))
+            x, y, rows = _activations(model, layer, [texts[index] for index in chosen], include_first, stack, site)
+            for pool in pools.values():
+                pool.add(x, y, rows, chosen)
             bar.update(len(chosen))
-    pooled: dict[str, Features] = {}
-    for name, item in representations.items():
-        if name in dense:
-            pooled[name] = dense[name]
-            continue
-        texts_of, indices, values = (torch.cat(parts) for parts in zip(*sparse.pop(name), strict=True))
-        places = (texts_of.numpy(), indices.numpy())
-        pooled[name] = csr_array((values.numpy(), places), shape=(len(texts), item.width))
-    return pooled
+    return {name: pool.result() for name, pool in pools.items()}
+
+
+class _Pool:
+    """Pooled features of a representation, batch by batch.
+
+    Args:
+        representation: whose features.
+        texts: how many in all.
+        pooling: see `pool_features`.
+    """
+
+    def __init__(self, representation: Representation, texts: int, pooling: str):
+        self.representation, self.pooling = representation, pooling
+        self.shape = (texts, representation.width)
+        self._dense = np.empty(self.shape if representation.active is None else 0, dtype=np.float32)
+        self._sparse: list[tuple[Tensor, Tensor, Tensor]] = []  # texts, features, values
+        if representation.active is not None:
+            from scipy.sparse import csr_array  # where it is missing, that is said before the first batch
+
+            self._array = csr_array
+
+    def add(self, x: Tensor, y: Tensor, rows: Tensor, chosen: list[int]) -> None:
+        """Add the texts `chosen`: x (tokens, I), y (tokens, O) and rows (tokens), which of them each token is of."""
+        encoded = self.representation.encode(x, y)
+        if isinstance(encoded, Tensor):
+            self._dense[chosen] = pool_dense(encoded.cpu(), rows, len(chosen), self.pooling).numpy()
+        else:
+            texts, features, values = pool_sparse(encoded, rows, self.shape[1], self.pooling)
+            self._sparse.append((torch.tensor(chosen)[texts].int(), features.int(), values))
+
+    def result(self) -> Features:
+        """All texts' features; a pool gives them once, and keeps nothing of what they were made of."""
+        if self.representation.active is None:
+            return self._dense
+        texts, features, values = (torch.cat(parts).numpy() for parts in zip(*self._sparse, strict=True))
+        self._sparse.clear()
+        return self._array((values, (texts, features)), shape=self.shape)
+
+
+def _activations(
+    model: nn.Module,
+    layer: int,
+    texts: Sequence[Sequence[int]],
+    include_first: bool,
+    stack: str | None,
+    site: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens that count: x (tokens, I), y (tokens, O), and on the CPU the text that each is of (tokens)."""
+    ids, mask = _padded(texts, running_device(model))
+    x, y = capture_mlps(model, [layer], ids, mask, stack=stack, site=site)[layer]
+    if x.shape[:2] != ids.shape:
+        raise ValueError(f"layer {layer} has not one activation for each token: it runs several times in a pass")
+    counted = token_mask(ids, mask, include_first).to(x.device)
+    return x[counted], y[counted], counted.nonzero()[:, 0].cpu()
 
 
 def _check_texts(
