@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def push_decomposition(
 
     What the Hub refuses for the moment is tried again, also after a reply was lost: the commit is not made twice.
     Of an earlier card (the repo's, else the folder's) what was written by hand is kept; weights and figures of an
-    earlier push that are no more are deleted. Where
-    neither folder nor repo has a tokenizer, the base model's goes along, so that pipelines work.
+    earlier push that are no more are deleted. Where neither folder nor repo has a tokenizer, the base model's goes
+    along, so that pipelines work.
 
     Args:
         folder: as `mxd decompose` or `save_pretrained` left it.
@@ -94,26 +95,13 @@ def push_decomposition(
     content = _content(folder, base.repo_id, base.commit) | dict(also or {})
     spare = {} if _has_tokenizer(content) else _tokenizer_of(base, token)
 
-    def card(named: Mapping[str, str]) -> ModelCard:
-        # An earlier card may have `other` alone, inherited without its name.
-        kept = "license" in named and dict(named) != {"license": inherited.get("license")}
-        licence = {"license": license} if license else named if kept else inherited
-        built = build_card(folder, repo_id, **licence, base_model=base.repo_id, base_commit=base.commit)
-        built.data["tags"] = list(dict.fromkeys([*built.data["tags"], *(tags or [])]))
-        return built
-
-    card({})  # what cannot be described is refused before a repo is made
-    repo = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making the repo {repo_id}")
-    repo_id = repo.repo_id  # with the user's name
-    branch = revision or "main"
-    if revision and not create_pr and not revision.startswith("refs/"):
-        retried(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), f"making the branch {branch}")
-    if tag:
-        _check_free(repo_id, tag, token)
+    describe = partial(_card, folder=folder, base=base, inherited=inherited, license=license, tags=tags or ())
+    describe(repo_id, {})  # what cannot be described is refused before a repo is made
+    repo_id = _make_repo(api, repo_id, private, revision, create_pr, tag)
     folders = {name.split("/")[0] for name in also or ()}
     mine = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else None
-    commit = _Commit(api, repo_id, branch, create_pr, message, description, mine)
-    pushed = commit.push(_Content(content, spare, card, license is None, folders))
+    commit = _Commit(api, repo_id, revision or "main", create_pr, message, description, mine)
+    pushed = commit.push(_Content(content, spare, partial(describe, repo_id), license is None, folders))
     if tag:
         # Not there before: one that is there now is of an attempt whose reply was lost.
         retried(
@@ -121,6 +109,39 @@ def push_decomposition(
             f"the commit {pushed.oid[:8]} is on the Hub, but tagging it {tag}",
         )
     return pushed
+
+
+def _card(
+    repo_id: str,
+    named: Mapping[str, str],
+    *,
+    folder: Path,
+    base: HubRepo,
+    inherited: Mapping[str, str],
+    license: str | None,  # noqa: A002, as in `push_decomposition`
+    tags: Sequence[str],
+) -> ModelCard:
+    """A new card, with the licence that was asked for, or else that of an earlier card (`named`), or else the base's
+    (`inherited`)."""
+    # An earlier card may have `other` alone, inherited without its name.
+    kept = "license" in named and dict(named) != {"license": inherited.get("license")}
+    licence = {"license": license} if license else named if kept else inherited
+    built = build_card(folder, repo_id, **licence, base_model=base.repo_id, base_commit=base.commit)
+    built.data["tags"] = list(dict.fromkeys([*built.data["tags"], *tags]))
+    return built
+
+
+def _make_repo(
+    api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool, tag: str | None
+) -> str:
+    """Make repo and branch where they are not there, and refuse a tag that is; the repo's id with the user's name."""
+    repo = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making the repo {repo_id}")
+    repo_id = repo.repo_id
+    if revision and not create_pr and not revision.startswith("refs/"):
+        retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), f"making the branch {revision}")
+    if tag:
+        _check_free(repo_id, tag, api.token)
+    return repo_id
 
 
 def _check_free(repo_id: str, tag: str, token: str | bool | None) -> None:
