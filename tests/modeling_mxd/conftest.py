@@ -13,10 +13,10 @@ def base_folder(tiny_llama, tmp_path):
 
 
 @pytest.fixture
-def repo(base_folder, tiny_llama, tmp_path):
-    """A decomposition's folder, as `save_pretrained` leaves it."""
+def repo(request, base_folder, tiny_llama, tmp_path):
+    """A decomposition's folder, as `save_pretrained` leaves it; with a parameter, of a config that is so changed."""
     folder = tmp_path / "repo"
-    decomposition(base_folder, tiny_llama).save_pretrained(folder)
+    decomposition(base_folder, tiny_llama, **getattr(request, "param", {})).save_pretrained(folder)
     return folder
 
 

@@ -16,6 +16,8 @@ WAYS = {
     "sample": {"do_sample": True, "top_k": 20, "temperature": 0.8},
     "beam sample": {"do_sample": True, "num_beams": 2},
 }
+ROUTED = {"num_expert_groups": 6, "num_groups_per_tok": 2}
+exact_or_routed = pytest.mark.parametrize("repo", [{}, ROUTED], ids=["exact", "routed"], indirect=True)
 
 
 def generate(model, ids=IDS, **how):
@@ -32,6 +34,7 @@ def test_generation_equals_that_of_a_splice_by_hand(spliced, by_hand, tiny_llama
     assert not torch.equal(tokens, generate(tiny_llama, **WAYS[way]))  # the untouched base says something else
 
 
+@exact_or_routed
 def test_the_cache_changes_nothing(spliced):
     assert torch.equal(generate(spliced), generate(spliced, use_cache=False))
     assert torch.equal(generate(spliced), generate(spliced, cache_implementation="static"))
@@ -92,6 +95,7 @@ def compiled_afresh():
     torch._dynamo.reset()
 
 
+@exact_or_routed
 @pytest.mark.usefixtures("compiled_afresh")
 def test_compiled_as_one_graph_forward_and_backward(spliced):
     other = copy.deepcopy(spliced)
@@ -107,6 +111,7 @@ def test_compiled_as_one_graph_forward_and_backward(spliced):
         assert name not in gradients or torch.allclose(parameter.grad, gradients[name], atol=1e-6)
 
 
+@exact_or_routed
 @pytest.mark.usefixtures("compiled_afresh")
 def test_compiled_generation_and_interventions(spliced):
     want = generate(spliced)
