@@ -243,7 +243,7 @@ def _eval_results(config: MxDConfig, evaluation: Mapping[str, Any]) -> list[Eval
         EvalResult(
             task_type="text-generation",
             dataset_type=hub_ids[0] if len(names) == len(hub_ids) == 1 else "text",
-            dataset_name=plain(", ".join(names)) or "held-out text",
+            dataset_name=plain(", ".join(names)) or "unnamed text",
             dataset_config=plain(at(text, "config_name")) or None,
             dataset_split=plain(at(text, "split")) or None,
             metric_type=kind,
@@ -307,7 +307,8 @@ def _results(config: MxDConfig, evaluation: Mapping[str, Any]) -> dict[str, Any]
         "tokens": formatted(at(settings, "tokens"), ",.0f"),
         "dtype": at(settings, "dtype"),
         "text": ", ".join(_evaluated_on(evaluation)[1]) or None,
-        "held_out": at(settings, "evaluation", "held_out") is not False,
+        # What a training itself measured on is held out; null: it is not known what was trained on.
+        "held_out": at(settings, "evaluation", "held_out") if at(settings, "evaluation") is not None else True,
         "specialised_frequency": formatted(0.25 if frequency is None else frequency, ".0f", 100, " %"),
     }
 

@@ -1,6 +1,6 @@
 """Decompositions that are there: loaded from a folder or the Hub, with their base, and how they were made."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,5 +111,15 @@ def made_how(name: str) -> dict[str, Any]:
 
 def trainings(made: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of what `made_how` gives, the settings of the training and of every fine-tuning that say on which text it was."""
-    runs = [made.get("training"), *made.get("finetuning", [])]
-    return [run for run in runs if isinstance(run, dict) and isinstance(run.get("text"), dict)]
+    texts = ((run, run.get("text")) for run in _runs(made) if isinstance(run, dict))
+    return [run for run, text in texts if isinstance(text, dict) and isinstance(text.get("dataset"), list)]
+
+
+def is_held_out(made: Mapping[str, Any], seen: Collection[str]) -> bool | None:
+    """Whether none of a text was trained on, of which `seen` was; None where a training does not say on what it was."""
+    known = len(trainings(made)) == len(_runs(made))
+    return False if seen else True if known else None
+
+
+def _runs(made: Mapping[str, Any]) -> list[Any]:
+    return [made.get("training"), *made.get("finetuning", [])]

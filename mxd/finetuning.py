@@ -12,7 +12,7 @@ from modeling_mxd import SplicedLanguageModel, make_spliced
 from trainers import FinetuningArguments, FinetuningTrainer, last_complete_checkpoint, pack
 
 from .base_model import resolve_name
-from .decompositions import load_base_of, load_decomposition, made_how, trainings
+from .decompositions import is_held_out, load_base_of, load_decomposition, made_how, trainings
 from .runs import (
     RunOptions,
     asked_for,
@@ -110,8 +110,9 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         **how,
         "before": start["before"],
     }
+    held_out = is_held_out(settings, seen)
     settings["finetuning"] = [*settings.get("finetuning", []), made]
-    settings["evaluation"] = {**evaluation_settings(options.text, options.dtype), "held_out": not seen}
+    settings["evaluation"] = {**evaluation_settings(options.text, options.dtype), "held_out": held_out}
     return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
 
 

@@ -34,7 +34,7 @@ from trainers import DistillationArguments, DistillationTrainer, last_complete_c
 
 from . import embedded
 from .base_model import check_safetensors, load_base_model, resolve_name
-from .decompositions import load_base_of, load_decomposition, made_how, results_folder, trainings
+from .decompositions import is_held_out, load_base_of, load_decomposition, made_how, results_folder, trainings
 from .runs import (
     RunOptions,
     asked_for,
@@ -270,7 +270,7 @@ def evaluate(
     of_training = common(text_parts(text.dataset, text.config_name, text.split), before)
     if of_training:
         logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(of_training))
-    settings = {"evaluation": {**evaluation_settings(text, dtype), "held_out": not of_training}, **made}
+    settings = {"evaluation": {**evaluation_settings(text, dtype), "held_out": is_held_out(made, of_training)}, **made}
     results = faithfulness(model, loaded, batches, settings=settings, progress=progress)
     results = _earlier(folder, results, folder.resolve() == Path(decomposition).resolve()) | results
     folder.mkdir(parents=True, exist_ok=True)

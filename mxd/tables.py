@@ -69,11 +69,23 @@ def _layer_table(title: str) -> Table:
     return table
 
 
+def _measured_on(results: dict[str, Any]) -> str:
+    """`32,512 tokens of held-out text`; what a training itself measured on, which says nothing of it, is held out."""
+    settings = results.get("settings", {})
+    tokens, evaluated = settings.get("tokens"), settings.get("evaluation", {"held_out": True})
+    held_out = evaluated.get("held_out")
+    what = "text that was trained on" if held_out is False else "held-out text" if held_out is True else "text"
+    return (
+        (f"{tokens:,} tokens of " if isinstance(tokens, int) else "")
+        + what
+        + (", the sample of mxd" if evaluated.get("dataset") == [] else "")
+        + ("" if isinstance(held_out, bool) else "; it is not known whether it was trained on that")
+    )
+
+
 def print_evaluation(results: dict[str, Any]) -> None:
     """What `evaluation_mxd.faithfulness` measured: a row a layer, and the model with all of them spliced in."""
-    evaluated = results.get("settings", {}).get("evaluation", {})
-    what = "text that was trained on" if evaluated.get("held_out") is False else "held-out text"
-    layers = _layer_table(f"Layers, on {what}" + (", the sample of mxd" if evaluated.get("dataset") == [] else ""))
+    layers = _layer_table(f"Layers, on {_measured_on(results)}")
     for layer, row in list(results["layers"].items())[:MAX_ROWS]:
         layers.add_row(cell(layer), *(show(row) for show in _LAYER.values()))
     loss = results["cross_entropy"]
@@ -119,7 +131,7 @@ def _rank_table(ranks: dict[str, Any]) -> Table:
 def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:
     """The figures of two evaluations on the same text, side by side."""
     columns = ("NMSE", "dead\nexperts", "expert\nshare", "specialised\nshare")
-    layers = Table(title="Layers, on held-out text: before → after")
+    layers = Table(title=f"Layers, on {_measured_on(after)}: before → after")
     for column in ("layer", *columns):
         layers.add_column(column, justify="right")
     for layer, row in after["layers"].items():

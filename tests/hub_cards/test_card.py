@@ -384,10 +384,15 @@ def test_text_that_was_trained_on_is_not_called_held_out(tmp_path):
     folder = write_folder(tmp_path / "mine")
     assert "held-out tokens" in build_card(folder).text
     results = json.loads((folder / "evaluation.json").read_text())
-    results["settings"]["evaluation"] = {"held_out": False}
-    (folder / "evaluation.json").write_text(json.dumps(results))
-    card = build_card(folder).text
-    assert "held-out" not in card and "it was trained on this text" in card
+    said = {
+        False: "not held out: it was trained on this text",
+        None: "(whether it was trained on this text is not known)",
+    }
+    for held_out, words in said.items():
+        results["settings"]["evaluation"] = {"held_out": held_out}
+        (folder / "evaluation.json").write_text(json.dumps(results))
+        card = build_card(folder).text
+        assert "held-out" not in card and words in card
 
 
 def test_a_folder_of_the_base_is_no_hub_id_even_where_it_looks_like_one(tmp_path, monkeypatch):

@@ -121,6 +121,9 @@ def test_evaluate_on_the_text_of_the_training_says_so(finished, tmp_path, caplog
     assert "was trained on" in caplog.text and found["settings"]["evaluation"]["held_out"] is False
     found = pipeline.evaluate(str(folder), TextOptions(context_length=64), tokens=256)
     assert found["settings"]["evaluation"]["held_out"] is True
+    (folder / "evaluation.json").unlink()  # as of what a Trainer made: on what it was trained is not known
+    found = pipeline.evaluate(str(folder), TextOptions(context_length=64), tokens=256)
+    assert found["settings"]["evaluation"]["held_out"] is None
 
 
 def test_evaluate_on_other_text(finished, tmp_path):

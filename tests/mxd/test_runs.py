@@ -13,7 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
-from mxd.decompositions import results_folder
+from mxd.decompositions import is_held_out, results_folder
 from mxd.finetuning import _seen_before
 from mxd.runs import START_NAME, Interrupted, check_output, prepare_output
 from mxd.texts import TextPart, common, evaluation_settings, heldout_parts, load_documents, recorded_parts, text_parts
@@ -271,6 +271,21 @@ def test_what_a_finetuning_holds_out_may_have_been_trained_on(tmp_path):
     # Without a training that says its seed, each fine-tuning divided by its own.
     assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 3) == []
     assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 4) == [a]
+
+
+@pytest.mark.parametrize(
+    ("made", "held_out"),
+    [
+        ({"training": {"text": {"dataset": []}}}, True),
+        ({}, None),
+        ({"training": {"text": {}}}, None),
+        ({"training": {"text": {"dataset": []}}, "finetuning": [{}]}, None),
+        ({"finetuning": [{"text": {"dataset": []}}]}, None),
+    ],
+)
+def test_text_is_held_out_where_it_is_known_what_was_trained_on(made, held_out):
+    assert is_held_out(made, []) is held_out
+    assert is_held_out(made, ["a.txt"]) is False
 
 
 def test_results_elsewhere_replace_no_other_model_s(halved, tmp_path):

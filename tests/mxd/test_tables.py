@@ -33,6 +33,22 @@ def test_evaluations_from_before_there_was_one_are_shown(with_interval, capsys):
     assert "2.9081  (+0.0081)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "said"),
+    [
+        ({}, "1,024 tokens of held-out text"),  # by the training itself
+        ({"evaluation": {"held_out": True}}, "1,024 tokens of held-out text"),
+        ({"evaluation": {"held_out": False}}, "1,024 tokens of text that was trained on"),
+        ({"evaluation": {"held_out": None}}, "1,024 tokens of text; it is not known whether it was trained on that"),
+    ],
+)
+def test_the_title_says_on_what_it_was_measured(capsys, evaluated, said):
+    evaluation = {**EVALUATION, "settings": {"tokens": 1024, **evaluated}}
+    for show in (print_evaluation, lambda results: print_change(EVALUATION, results)):
+        show(evaluation)
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_change_of_the_rise(with_interval, capsys):
     print_change(EVALUATION, with_interval)
     assert "+0.0081 → +0.0081 ± 0.0012" in capsys.readouterr().out
