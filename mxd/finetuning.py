@@ -17,6 +17,7 @@ from .runs import (
     RunOptions,
     asked_for,
     check_output,
+    check_same_documents,
     prepare_output,
     resumed_start,
     run_training,
@@ -26,6 +27,7 @@ from .runs import (
 from .texts import (
     TextOptions,
     common,
+    count_documents,
     division,
     evaluation_batches,
     evaluation_settings,
@@ -84,7 +86,9 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     settings = made_how(options.decomposition)
     warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
     documents, heldout_documents = load_documents(options.text, _split_seed(settings, options.seed))
-    if seen := _seen_before(settings, options.text, options.seed):
+    count = count_documents(documents, heldout_documents)
+    check_same_documents(folder, start, count)
+    if seen := _seen_before(settings, options.text, options.seed, count):
         logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
     context = options.text.context_length
     base, tokenizer = load_base_of(decomposition, options.dtype, context)
@@ -101,13 +105,14 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     if checkpoint is None:
         trainer.measure_experts()  # on the tokens of the later measurement, or the shares of both do not compare
         measured = measure({})
-        start = {"before": {name: measured[name] for name in MEASURED}}
+        start = {"before": {name: measured[name] for name in MEASURED}, "documents": count}
         prepare_output(folder, options, **start)  # only now, when nothing is left to be refused
     how = run_training(trainer, tokenizer, options, checkpoint)
     made = {
         **asked_for(options),
         "decomposition": resolve_name(options.decomposition),
         **how,
+        "documents": count,
         "before": start["before"],
     }
     held_out = is_held_out(settings, seen)
@@ -123,8 +128,9 @@ def _split_seed(settings: dict[str, Any], own: Any) -> Any:
     return seed if isinstance(seed, int) and seed >= 0 else own
 
 
-def _seen_before(settings: dict[str, Any], text: TextOptions, seed: int) -> list[str]:
-    """What of the held-out text earlier trainings of the decomposition may have seen: not what they held out too."""
+def _seen_before(settings: dict[str, Any], text: TextOptions, seed: int, documents: int | None) -> list[str]:
+    """What of the held-out text earlier trainings of the decomposition may have seen: not what they held out too, from
+    as many documents where both numbers are known."""
     named = heldout_parts(text)
     held_out = named or text_parts(text.dataset, text.config_name, text.split)
     ours = division(asdict(text), _split_seed(settings, seed))
@@ -132,7 +138,9 @@ def _seen_before(settings: dict[str, Any], text: TextOptions, seed: int) -> list
     for run in trainings(settings):
         before = run["text"]
         divided = not before.get("heldout_dataset") and not before.get("heldout_split")
-        if named or not divided or division(before, _split_seed(settings, run.get("seed"))) != ours:
+        same = division(before, _split_seed(settings, run.get("seed"))) == ours
+        same = same and (None in (documents, run.get("documents")) or documents == run["documents"])
+        if named or not divided or not same:
             seen.update(common(held_out, recorded_parts(before)))
     return sorted(seen)
 

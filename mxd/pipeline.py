@@ -39,6 +39,7 @@ from .runs import (
     RunOptions,
     asked_for,
     check_output,
+    check_same_documents,
     prepare_output,
     resumed_start,
     run_training,
@@ -48,6 +49,7 @@ from .runs import (
 from .texts import (
     TextOptions,
     common,
+    count_documents,
     evaluation_batches,
     evaluation_settings,
     load_documents,
@@ -202,16 +204,17 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     check_safetensors(options.model, commit)
     config = build_config(model, commit, options)
     checkpoint = check_resumable(folder, config) if options.resume else None
+    count = count_documents(documents, heldout_documents)
     if options.resume:
-        resumed_start(folder, options)
+        check_same_documents(folder, resumed_start(folder, options), count)
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     decomposition = MxDModel(config)
     arguments = DistillationArguments(**step_arguments(options, folder))
     trainer = DistillationTrainer(decomposition, model, arguments, train_dataset=rows)
-    prepare_output(folder, options)  # only now, when nothing is left to be refused
+    prepare_output(folder, options, documents=count)  # only now, when nothing is left to be refused
     how = run_training(trainer, tokenizer, options, checkpoint)
-    settings = {"training": run_settings(options, trainer, how)}
+    settings = {"training": {**run_settings(options, trainer, how), "documents": count}}
     results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)
     return save_results(results, decomposition, folder)
 

@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -150,6 +151,25 @@ def resumed_start(folder: Path, options: RunOptions) -> dict[str, Any]:
                 "of that run"
             )
     return start
+
+
+def check_same_documents(folder: Path, start: Mapping[str, Any], documents: int | None) -> None:
+    """Refuse to go on with another text of the same name, which would be divided and ordered otherwise.
+
+    Args:
+        folder: of the run.
+        start: of `resumed_start`; of earlier versions' runs the number is not known.
+        documents: how many there are now.
+
+    Raises:
+        ValueError: saying how many there were.
+    """
+    before = start.get("documents")
+    if before is not None and documents is not None and before != documents:
+        raise ValueError(
+            f"the text of the run in {folder} had {before} documents and has {documents} now: resume with the files "
+            "of that run, or begin it anew with --overwrite"
+        )
 
 
 def _settled(options: RunOptions) -> dict[str, Any]:

@@ -113,6 +113,13 @@ def division(text: Mapping[str, Any], seed: Any) -> tuple[Any, ...]:
     return paths, text.get("config_name"), text.get("split"), bool(text.get("streaming")), seed
 
 
+def count_documents(*parts: Documents) -> int | None:
+    """How many documents they have together, from which a division of them follows; None where a stream is among
+    them, which is divided by what each document holds."""
+    counts = [len(part) for part in parts if isinstance(part, Dataset)]
+    return sum(counts) if len(counts) == len(parts) else None
+
+
 def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
     """Training documents and held-out documents.
 

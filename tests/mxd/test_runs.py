@@ -16,7 +16,16 @@ from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompos
 from mxd.decompositions import is_held_out, results_folder
 from mxd.finetuning import _seen_before
 from mxd.runs import START_NAME, Interrupted, check_output, prepare_output
-from mxd.texts import TextPart, common, evaluation_settings, heldout_parts, load_documents, recorded_parts, text_parts
+from mxd.texts import (
+    TextPart,
+    common,
+    count_documents,
+    evaluation_settings,
+    heldout_parts,
+    load_documents,
+    recorded_parts,
+    text_parts,
+)
 
 TRAINING = {"learning_rate": 0.01, "disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
 
@@ -84,9 +93,25 @@ def test_a_run_is_resumed_elsewhere_and_with_other_evaluation(halved, tmp_path):
     results = decompose(options(folder, resume=True, evaluation_tokens=2048, training=training))
     assert results["settings"]["tokens"] == 2048
     made = json.loads((folder / "evaluation.json").read_text())["settings"]["training"]
-    assert made["tokens_trained"] == 4096
+    assert made["tokens_trained"] == 4096 and made["documents"] == 434
     assert "seconds" not in made  # of the steps before the interrupt nobody knows them
     assert not (folder / START_NAME).exists() and not list(folder.glob("checkpoint-*"))
+
+
+def test_a_run_is_not_resumed_on_a_text_that_changed(halved, tmp_path):
+    folder = shutil.copytree(halved, tmp_path / "copy")
+    start = json.loads((folder / START_NAME).read_text())
+    assert start["documents"] == 434  # of both sides
+    (folder / START_NAME).write_text(json.dumps({**start, "documents": 433}))
+    with pytest.raises(ValueError, match=r"had 433 documents and has 434 now: resume with the files of that run"):
+        decompose(options(folder, resume=True))
+    assert (folder / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_documents_of_a_stream_are_not_counted():
+    documents = Dataset.from_dict({"text": ["a", "b"]})
+    assert count_documents(documents, documents) == 4
+    assert count_documents(documents, documents.to_iterable_dataset()) is None
 
 
 def test_an_interrupted_run_is_overwritten_with_what_trackers_wrote_beside(halved, tmp_path):
@@ -257,8 +282,8 @@ def test_what_a_finetuning_holds_out_may_have_been_trained_on(tmp_path):
     def run(dataset, **changes):
         return {"text": {**asdict(TextOptions(dataset)), **changes}, "seed": 3}
 
-    def seen(text, training, *finetunings):
-        return _seen_before({"training": training, "finetuning": list(finetunings)}, text, 5)
+    def seen(text, training, *finetunings, documents=None):
+        return _seen_before({"training": training, "finetuning": list(finetunings)}, text, 5, documents)
 
     assert seen(TextOptions([a, b]), run([a, b])) == []  # the same division
     assert seen(TextOptions([b, a]), run([a, b])) == [a, b]  # another order, another division
@@ -268,9 +293,13 @@ def test_what_a_finetuning_holds_out_may_have_been_trained_on(tmp_path):
     assert seen(TextOptions(["ann/plays"], heldout_dataset=[a]), run([a])) == [a]
     assert seen(TextOptions(["ann/plays"]), run([a])) == []
     assert seen(TextOptions([a]), run([a], heldout_dataset=[b])) == [a]  # nothing was held out of it
+    # Of another number of documents others are held out; earlier versions did not record it.
+    counted = {**run([a]), "documents": 100}
+    assert seen(TextOptions([a]), counted, documents=100) == seen(TextOptions([a]), run([a]), documents=101) == []
+    assert seen(TextOptions([a]), counted, documents=101) == [a]
     # Without a training that says its seed, each fine-tuning divided by its own.
-    assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 3) == []
-    assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 4) == [a]
+    assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 3, None) == []
+    assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 4, None) == [a]
 
 
 @pytest.mark.parametrize(
