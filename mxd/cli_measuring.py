@@ -68,7 +68,7 @@ def experts(
     layer: Annotated[int | None, typer.Option(min=0, help="Which layer. [all]")] = None,
     sample: Annotated[int, typer.Option(min=1, help="Experts of each layer, at random.")] = 20,
     examples: Annotated[int, typer.Option(min=1, help="Rows for each expert.")] = 10,
-    tokens: Annotated[str, typer.Option(help="Tokens to search.")] = "131072",
+    tokens: Annotated[str, typer.Option(help="Tokens to search.")] = "128k",
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     output: ResultsFolder = None,

@@ -35,7 +35,7 @@ def read_experts(
     layer: int | None = None,
     sample: int = 20,
     examples: int = 10,
-    tokens: int = 131072,
+    tokens: int = 128_000,
     dtype: str = "float32",
     seed: int = 0,
     output: str | None = None,

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -132,16 +132,26 @@ def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
     trained_on = text_parts(text.dataset, text.config_name, text.split)
     if again := common(trained_on, heldout_parts(text)):
         raise ValueError(f"what is to be held out is trained on: {again[0]}; name another dataset or split")
-    if not text.dataset and not text.heldout_dataset:
-        return load_text(str(embedded.text_path("train"))), load_text(str(embedded.text_path("heldout")))
-    loading: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
-    source = text.dataset or [str(embedded.text_path("train"))]
-    documents = load_text(source, config_name=text.config_name, split=text.split, **loading)
+    documents = _load(text, text.split, "train")
     if text.heldout_dataset:
-        return documents, load_text(text.heldout_dataset, split=text.heldout_split or "train", **loading)
-    if text.heldout_split:
-        return documents, load_text(source, config_name=text.config_name, split=text.heldout_split, **loading)
+        how: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
+        return documents, load_text(text.heldout_dataset, split=text.heldout_split or "train", **how)
+    if text.heldout_split or not text.dataset:
+        return documents, _load(text, text.heldout_split or text.split, "heldout")
     return split_documents(documents, seed=seed)
+
+
+def _load(text: TextOptions, split: str, sample: Literal["train", "heldout"]) -> Documents:
+    """A split of the dataset; where none is named, an embedded sample, of which the options for one say nothing."""
+    if not text.dataset:
+        return load_text(str(embedded.text_path(sample)))
+    return load_text(
+        text.dataset,
+        config_name=text.config_name,
+        split=split,
+        text_column=text.text_column,
+        streaming=text.streaming,
+    )
 
 
 def warn_of_embedded_text(text: TextOptions, model: str | None) -> None:
@@ -156,14 +166,7 @@ def load_one(text: TextOptions) -> Documents:
     Raises:
         DataError: as `trainers.load_text`.
     """
-    source = text.dataset or [str(embedded.text_path("heldout"))]
-    return load_text(
-        source,
-        config_name=text.config_name,
-        split=text.split,
-        text_column=text.text_column,
-        streaming=text.streaming,
-    )
+    return _load(text, text.split, "heldout")
 
 
 def heldout_parts(text: TextOptions) -> set[TextPart]:
@@ -174,10 +177,16 @@ def heldout_parts(text: TextOptions) -> set[TextPart]:
 
 
 def evaluation_batches(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, context_length: int, tokens: int
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    tokens: int,
+    warn: bool = True,
 ) -> list[dict[str, torch.Tensor]]:
-    """Held-out rows in batches of about 2,048 tokens, shuffled with a fixed seed, at most `tokens` in all."""
-    rows = materialize(take_tokens(pack(documents, tokenizer, context_length, seed=0), tokens))
+    """Held-out rows in batches of about 2,048 tokens, shuffled with a fixed seed: the first that hold `tokens`,
+    together, or all there are, with a warning unless `warn` is False."""
+    packed = pack(documents, tokenizer, context_length, seed=0)
+    rows = materialize(packed, tokens) if warn else materialize(take_tokens(packed, tokens))
     size, collate = max(1, 2048 // context_length), CausalCollator()
     return [
         collate([rows[index] for index in range(start, min(start + size, len(rows)))])

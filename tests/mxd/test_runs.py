@@ -11,6 +11,7 @@ import torch
 from commands import interrupted
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
 from mxd.decompositions import is_held_out, results_folder
@@ -20,9 +21,11 @@ from mxd.texts import (
     TextPart,
     common,
     count_documents,
+    evaluation_batches,
     evaluation_settings,
     heldout_parts,
     load_documents,
+    load_one,
     recorded_parts,
     text_parts,
 )
@@ -207,6 +210,25 @@ def test_which_text_is_held_out(monkeypatch, heldout, expected):
     assert loaded == [(["wikitext"], "wikitext-2", "train"), *([expected] if heldout else [])]
     said = evaluation_settings(text, "float32")
     assert (said["dataset"], said["config_name"], said["split"]) == expected
+
+
+def test_options_of_a_dataset_are_not_of_the_embedded_text(tmp_path):
+    path = tmp_path / "held.jsonl"
+    path.write_text('{"body": "a text"}\n')
+    how = {"config_name": "new", "split": "test", "text_column": "body"}
+    documents, heldout = load_documents(TextOptions(heldout_dataset=[str(path)], **how), seed=0)
+    assert (len(documents), heldout["text"]) == (374, ["a text"])
+    assert [len(side) for side in load_documents(TextOptions(**how), seed=0)] == [374, 60]
+    assert len(load_one(TextOptions(**how))) == 60
+
+
+def test_fewer_tokens_than_asked_for_are_warned_of(caplog):
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_path())
+    documents = Dataset.from_dict({"text": ["some words " * 200]})
+    batches = evaluation_batches(documents, tokenizer, 64, 10_000)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    assert f"asked for 10000 tokens, the text gives {tokens}" in caplog.text
+    assert evaluation_batches(documents, tokenizer, 64, 65)[0]["input_ids"].shape == (2, 64)  # whole rows
 
 
 def test_what_is_trained_on_is_not_held_out(tmp_path):
