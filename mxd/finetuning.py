@@ -23,6 +23,7 @@ from .runs import (
     run_training,
     save_results,
     step_arguments,
+    warn_of_whole_rows,
 )
 from .texts import (
     TextOptions,
@@ -84,6 +85,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     start = resumed_start(folder, options) if checkpoint else {}
     decomposition = load_decomposition(options.decomposition)
     settings = made_how(options.decomposition)
+    warn_of_whole_rows(options)
     warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
     documents, heldout_documents = load_documents(options.text, _split_seed(settings, options.seed))
     count = count_documents(documents, heldout_documents)

@@ -45,7 +45,7 @@ from .frontier_point import (
 )
 from .frontier_processes import run_points
 from .pipeline import LEARNING_RATES, DecompositionOptions, build_config
-from .runs import RunOptions, shown, step_arguments, versions
+from .runs import RunOptions, rows_per_step, shown, step_arguments, versions, warn_of_whole_rows
 from .texts import evaluation_batches, load_documents, warn_of_embedded_text
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
         Interrupted: Ctrl-C; points that are finished are kept, those at work are lost.
     """
     root = _check_root(options)
+    warn_of_whole_rows(options)
     model, tokenizer, commit = load_base_model(
         options.model, options.revision, options.dtype, context_length=options.text.context_length
     )
@@ -256,7 +257,7 @@ def _record(
         teacher, _, _ = load_base_model(options.model, commit or options.revision, str(options.teacher_dtype))
     RecordedTeacher.record(
         root / RECORDING, teacher.to(default_device()), config.layers, rows,
-        rows_per_step=max(1, options.batch_tokens // options.text.context_length),
+        rows_per_step=rows_per_step(options),
         overwrite=options.overwrite, progress=progress, **config.where,
     )  # fmt: skip
 
@@ -293,6 +294,7 @@ def _write(options: FrontierOptions, root: Path, points: list[Point]) -> dict[st
             **asked,
             "layers": points[0].config.layers,
             "revision": points[0].config.base_model_revision,
+            "batch_tokens": rows_per_step(options) * options.text.context_length,
             "tokens_recorded": points[0].settings["tokens"],
             "versions": versions(),
         },

@@ -45,6 +45,7 @@ from .runs import (
     run_training,
     save_results,
     step_arguments,
+    warn_of_whole_rows,
 )
 from .texts import (
     TextOptions,
@@ -197,6 +198,7 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     """
     set_seed(options.seed)
     folder = check_output(options.output, options.overwrite, options.resume)
+    warn_of_whole_rows(options)
     warn_of_embedded_text(options.text, options.model)
     documents, heldout_documents = load_documents(options.text, options.seed)
     context = options.text.context_length

@@ -1,6 +1,7 @@
 """What the commands that train share: options, the output folder, text, training and saving."""
 
 import json
+import logging
 import platform
 import shutil
 import time
@@ -22,6 +23,8 @@ from trainers.decomposition_trainer import DecompositionTrainer
 from .base_model import resolve_name
 from .decompositions import output_folder
 from .texts import TextOptions
+
+logger = logging.getLogger(__name__)
 
 LOG_NAME = "training_log.json"
 START_NAME = "run_start.json"  # in the output folder of a run that is not finished: what it was asked for
@@ -99,9 +102,21 @@ def _ours(folder: Path) -> bool:
     )
 
 
+def rows_per_step(options: RunOptions) -> int:
+    """Whole rows of one optimiser step."""
+    return max(1, options.batch_tokens // options.text.context_length)
+
+
+def warn_of_whole_rows(options: RunOptions) -> None:
+    """Say it where a step cannot take exactly the tokens that were asked for."""
+    context = options.text.context_length
+    if (real := rows_per_step(options) * context) != options.batch_tokens:
+        logger.warning("a step takes whole rows of %d: %d tokens, not %d", context, real, options.batch_tokens)
+
+
 def step_arguments(options: RunOptions, folder: Path) -> dict[str, Any]:
     """Trainer arguments for these options: rows per step, steps, checkpoints; `options.training` goes over."""
-    rows = max(1, options.batch_tokens // options.text.context_length)
+    rows = rows_per_step(options)
     steps = max(1, options.tokens // (rows * options.text.context_length))
     defaults = {
         "output_dir": str(folder),
@@ -208,10 +223,12 @@ def run_training(
     (folder / LOG_NAME).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
     arguments = trainer.args
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    batch_tokens = rows * options.text.context_length
     names = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor", "scale_activations")
     return {
         **{name: getattr(arguments, name) for name in (*names, "bf16")},
-        "tokens_trained": trainer.state.max_steps * rows * options.text.context_length,
+        "batch_tokens": batch_tokens,
+        "tokens_trained": trainer.state.max_steps * batch_tokens,
         **seconds,
         "threads": torch.get_num_threads(),
         "device": str(arguments.device),

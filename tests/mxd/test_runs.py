@@ -349,6 +349,12 @@ def test_results_elsewhere_replace_no_other_model_s(halved, tmp_path):
         results_folder("user/name", None)
 
 
+def test_a_step_takes_whole_rows_and_says_so(tmp_path, caplog):
+    made = decompose(options(tmp_path / "made", tokens=2048, batch_tokens=1000))["settings"]["training"]
+    assert "a step takes whole rows of 128: 896 tokens, not 1000" in caplog.text
+    assert (made["batch_tokens"], made["tokens_trained"]) == (896, 1792)
+
+
 def test_resumed_equals_uninterrupted(halved, tmp_path):
     folder = shutil.copytree(halved, tmp_path / "halved")
     resumed, whole = decompose(options(folder, resume=True)), decompose(options(tmp_path / "whole"))
