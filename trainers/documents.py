@@ -138,8 +138,9 @@ def _expand(source: str) -> list[Path]:
         if path.suffix.lower() not in _BUILDERS:
             raise DataError(f"unknown ending {path.suffix!r} of {source!r}; rename or convert it to one of {_ENDINGS}")
         return [path]
-    # Path.glob takes no absolute patterns
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+    # A folder may be called "notes [1]"; and Path.glob takes no absolute patterns.
+    found = [path] if path.is_dir() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+    matches = [Path(match) for match in found]
     if not matches:
         raise DataError(f"no such file, folder or glob: {source!r} (looked in {Path.cwd()})")
     files: list[Path] = []

@@ -81,6 +81,15 @@ def test_paths_globs_and_repetitions(tmp_path, monkeypatch):
     assert list(load_text("~/b.txt")["text"]) == ["b.txt"]
 
 
+@pytest.mark.parametrize("name", ["notes [1]", "what?", "a*"])
+def test_a_folder_is_no_glob_whatever_it_is_called(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("a text")
+    (tmp_path / "a2").mkdir()
+    (tmp_path / "a2" / "b.txt").write_text("of another folder")
+    assert list(load_text(str(tmp_path / name))["text"]) == ["a text"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_text_column_is_renamed(tmp_path, streaming):
     (tmp_path / "a.jsonl").write_text(json.dumps({"content": "hello", "text": 5, "domain": "web"}))
