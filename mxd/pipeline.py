@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 LEARNING_RATES = {"mxd": 1e-3, "transcoder": 3e-3, "skip_transcoder": 3e-3}
 """Of a million tokens or so, by method."""
+_ABLATION_FIGURE, _RANKS_FIGURE = "ablation.png", "smallest_singular_values.png"
 
 
 @dataclass(kw_only=True)
@@ -263,6 +264,9 @@ def evaluate(
         ValueError: when there is no decomposition, or the text cannot be read.
     """
     folder = results_folder(decomposition, output)
+    earlier = _earlier(folder)  # already now: what cannot be read is refused before anything is measured
+    made = made_how(decomposition)
+    trained_on = [part for run in trainings(made) for part in recorded_parts(run["text"])]
     loaded = load_decomposition(decomposition)
     documents = load_one(text)
     methods = {loaded.config.layer(layer).method for layer in loaded.config.layers}
@@ -270,14 +274,13 @@ def evaluate(
         raise ValueError("only an MxD's experts have a rank: leave --ranks out for a transcoder")
     model, tokenizer = load_base_of(loaded, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
-    made = made_how(decomposition)
-    before = [part for run in trainings(made) for part in recorded_parts(run["text"])]
-    of_training = common(text_parts(text.dataset, text.config_name, text.split), before)
+    of_training = common(text_parts(text.dataset, text.config_name, text.split), trained_on)
     if of_training:
         logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(of_training))
     settings = {"evaluation": {**evaluation_settings(text, dtype), "held_out": is_held_out(made, of_training)}, **made}
     results = faithfulness(model, loaded, batches, settings=settings, progress=progress)
-    results = _earlier(folder, results, folder.resolve() == Path(decomposition).resolve()) | results
+    own = folder.resolve() == Path(decomposition).resolve()
+    results = _still_true(earlier, results, own, folder / "figures") | results
     folder.mkdir(parents=True, exist_ok=True)
     save_evaluation(results, folder)  # already now: what follows may take longer than this did
     figures = folder / "figures"
@@ -286,28 +289,40 @@ def evaluate(
     if ablation is not None:
         curve = ablation_curve(model, loaded, batches, order=ablation, progress=progress)
         results["ablation"] = curve
-        plot_ablation({"all layers": curve}, figures / "ablation.png")
+        plot_ablation({"all layers": curve}, figures / _ABLATION_FIGURE)
     if ranks:
         measured = decomposition_ranks(loaded)
         results["ranks"] = {str(layer): rank.summary() for layer, rank in measured.items()}
         smallest = {f"layer {layer}": rank.smallest for layer, rank in measured.items()}
-        plot_singular_values(smallest, figures / "smallest_singular_values.png")
+        plot_singular_values(smallest, figures / _RANKS_FIGURE)
     save_evaluation(results, folder)
     return load_evaluation(folder)
 
 
-def _earlier(folder: Path, results: dict[str, Any], own: bool) -> dict[str, Any]:
-    """What an earlier evaluation in a folder measured and still holds: of the folder's own weights ranks, and on the
-    same tokens the ablation. The figure of an ablation that does not is removed."""
+def _earlier(folder: Path) -> dict[str, Any]:
+    """The evaluation that a folder holds and that will be replaced, if any.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     path = folder / EVALUATION_NAME
-    before = read_json(path) if path.is_file() else {}
+    try:
+        return read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"of {folder}, {error}: move it away, or name another --output") from None
+
+
+def _still_true(before: dict[str, Any], results: dict[str, Any], own: bool, figures: Path) -> dict[str, Any]:
+    """What the evaluation that is replaced measured and still holds: of the folder's own weights ranks, and on the same
+    tokens the ablation. Figures of what does not are removed."""
     settings = before.get("settings")
     same = (
         own
         and isinstance(settings, dict)
         and all(settings.get(name) == results["settings"][name] for name in ("evaluation", "tokens", "dtype"))
     )
-    if not same:
-        (folder / "figures" / "ablation.png").unlink(missing_ok=True)
-    kept = {"ranks": own, "ablation": same}
-    return {name: before[name] for name, holds in kept.items() if holds and name in before}
+    kept = {"ranks": (own, _RANKS_FIGURE), "ablation": (same, _ABLATION_FIGURE)}
+    for holds, figure in kept.values():
+        if not holds:
+            (figures / figure).unlink(missing_ok=True)
+    return {name: before[name] for name, (holds, _) in kept.items() if holds and name in before}

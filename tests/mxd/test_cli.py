@@ -155,6 +155,24 @@ def test_evaluate_with_ablation_and_ranks(finished, tmp_path):
     assert "ablation.png" not in figures and "smallest_singular_values.png" in figures
 
 
+def test_another_decomposition_s_figures_are_removed(finished, tmp_path):
+    (tmp_path / "figures").mkdir()
+    for name in ("ablation.png", "smallest_singular_values.png", "mine.png"):
+        (tmp_path / "figures" / name).touch()
+    evaluate(str(finished[0]), TextOptions(), tokens=256, output=str(tmp_path))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"mine.png"}
+
+
+def test_an_evaluation_that_cannot_be_read_is_refused_before_measuring(finished, tmp_path, monkeypatch):
+    def measure(*_, **__):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(pipeline, "faithfulness", measure)
+    (tmp_path / "evaluation.json").write_text('{"layers"')
+    with pytest.raises(ValueError, match=r"evaluation.json is no JSON that can be read: .*move it away"):
+        evaluate(str(finished[0]), TextOptions(), tokens=256, output=str(tmp_path))
+
+
 def test_embedded_model_beats_unigrams_by_far():
     heldout = embedded.results()["heldout"]
     assert heldout["cross_entropy"] < 0.6 * heldout["unigram_cross_entropy"]
