@@ -22,6 +22,7 @@ from .texts import TextOptions, evaluation_batches, evaluation_settings, load_on
 EXPERTS_NAME, PAGE_NAME = "experts.json", "experts.html"
 AROUND = 12  # tokens before and after
 SHOWN = 3  # examples of each on screen
+NOT_ACTIVE = "not active in this text"
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
     "td{vertical-align:top;padding:.1em .6em .1em 0}td:first-child{text-align:right;color:#666}mark{background:#fd6}"
@@ -128,7 +129,7 @@ def page(results: dict[str, Any]) -> str:
                 f"<mark>{html.escape(example['token'])}</mark>{html.escape(example['after'])}</td></tr>"
                 for example in found["examples"]
             ]
-            parts.append(f"<table>{''.join(rows)}</table>")
+            parts.append(f"<table>{''.join(rows)}</table>" if rows else f"<p>{NOT_ACTIVE}</p>")
     return (
         f'<!doctype html><meta charset="utf-8"><title>Experts</title><style>{_STYLE}</style>\n'
         + "\n".join(parts)
@@ -154,4 +155,6 @@ def print_experts(results: dict[str, Any]) -> None:
                 before, after = cell(example["before"][-30:]), cell(example["after"][:30])
                 text = Text.assemble(before, (cell(example["token"]).plain, "bold reverse"), after)
                 table.add_row(*map(cell, (*head, f"{example['coefficient']:.3g}")), text)
+            if not found["examples"]:
+                table.add_row(*map(cell, (expert, _percent(found["frequency"]), "–", NOT_ACTIVE)))
         Console().print(table)

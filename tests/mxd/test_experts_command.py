@@ -5,7 +5,7 @@ import shutil
 from commands import refused, run
 
 from mxd import TextOptions, read_experts
-from mxd.experts import page
+from mxd.experts import page, print_experts
 
 
 def test_a_random_sample_is_shown_and_written(finished, tmp_path):
@@ -46,6 +46,16 @@ def test_what_strangers_wrote_is_no_markup():
     assert (
         "<script>" not in shown and "&lt;script&gt;" in shown and "<mark>&amp;</mark>" in shown and "<b>" not in shown
     )
+
+
+def test_an_expert_that_is_not_active_is_said_to_be_none(capsys):
+    example = {"coefficient": 1.0, "before": "a ", "token": "b", "after": " c"}
+    experts = {"12": {"frequency": 0.5, "examples": [example]}, "99": {"frequency": None, "examples": []}}
+    results = {"layers": {"4": experts}}
+    print_experts(results)
+    rows = [row for row in capsys.readouterr().out.splitlines() if "not active in this text" in row]
+    assert len(rows) == 1 and "99" in rows[0]
+    assert page(results).count("not active in this text") == 1
 
 
 def test_what_is_not_there(finished, monkeypatch, capsys):
