@@ -183,6 +183,11 @@ def check_resumable(folder: Path, config: MxDConfig) -> str:
     same = same and before.where == config.where
     if not same or before.base_model_name_or_path != config.base_model_name_or_path:
         raise ValueError(f"{checkpoint} is of another model, layer or size: resume with the options of that run")
+    if before.base_model_revision != config.base_model_revision:
+        raise ValueError(
+            f"{checkpoint} is of the base model at {before.base_model_revision}, not at {config.base_model_revision}: "
+            "begin it anew with --overwrite"
+        )
     return checkpoint
 
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from modeling_mxd import MxDModel
 from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
 from mxd.decompositions import is_held_out, results_folder
 from mxd.finetuning import _seen_before
@@ -99,6 +100,14 @@ def test_a_run_is_resumed_elsewhere_and_with_other_evaluation(halved, tmp_path):
     assert made["tokens_trained"] == 4096 and made["documents"] == 434
     assert "seconds" not in made  # of the steps before the interrupt nobody knows them
     assert not (folder / START_NAME).exists() and not list(folder.glob("checkpoint-*"))
+
+
+def test_a_run_is_not_resumed_with_another_commit_of_the_base(halved):
+    config = MxDModel.from_pretrained(halved / "checkpoint-2").config
+    assert pipeline.check_resumable(halved, config) == str(halved / "checkpoint-2")
+    config.base_model_revision = "5e1f"
+    with pytest.raises(ValueError, match=r"is of the base model at None, not at 5e1f: begin it anew"):
+        pipeline.check_resumable(halved, config)
 
 
 def test_a_run_is_not_resumed_on_a_text_that_changed(halved, tmp_path):
