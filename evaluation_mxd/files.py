@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 
+def json_text(value: Any) -> str:
+    """`value` as JSON, which has no NaN and no infinity: both are null, "not defined"."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one move, folders made if need be. It has no NaN and no infinity: both are null, "not defined".
+    """Write JSON in one move, folders made if need be.
 
     Raises:
         TypeError: `value` holds something that JSON has not; an earlier file is then left as it is.
     """
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    text = json_text(value) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text)
 

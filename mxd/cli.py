@@ -67,9 +67,12 @@ def _explain(error: Exception, kept: str = "") -> str:
         where = f" ({error.filename})" if error.filename else ""
         return f"{os.strerror(error.errno)}{where}{kept}"
     name = type(error).__name__
-    # torch.save says of a full disk only that its position in the file is not the expected one.
-    if name == "SafetensorError" or any(sign in str(error) for sign in ("No space left", "inline_container")):
+    # torch.save says of a full disk only that its position in the file is not the expected one, safetensors' own error
+    # is of reading too.
+    if any(sign in str(error) for sign in ("No space left", "inline_container", "Error while serializing")):
         return f"a file could not be written, the disk may be full ({error}){kept}"
+    if name == "SafetensorError":
+        return f"a file of weights cannot be read, it is broken or was not written to its end ({error})"
     if isinstance(error, ValueError | OSError) or name == "Interrupted":
         return str(error)
     return f"{name}: {error} (run with --debug for the traceback)"

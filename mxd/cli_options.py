@@ -1,6 +1,5 @@
 """What the commands share: options that several have, and how their values are read."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +18,12 @@ def is_data_file(name: str) -> bool:
 
 
 def parse_count(text: str) -> int:
-    """`"480M"` → 480,000,000; also k, B, and plain digits."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbB]?)", text.replace("_", "").replace(",", "").strip())
+    """`"480M"` → 480,000,000; also k, B, plain digits, and commas between thousands."""
+    match = re.fullmatch(r"((?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)\s*([kKmMbB]?)", text.replace("_", "").strip())
     if not match:
-        raise typer.BadParameter(f"{text!r} is no number of tokens: write 500000, 500k, 10M or 1B")
-    value = int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+        comma = " (a comma stands between thousands, a point before decimals)" if "," in text else ""
+        raise typer.BadParameter(f"{text!r} is no number of tokens: write 500000, 500k, 1.5M or 1B{comma}")
+    value = int(float(match[1].replace(",", "")) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
     if value < 1:
         raise typer.BadParameter("at least one token is needed")
     return value
@@ -140,7 +140,9 @@ def report(
 ) -> None:
     """What a command found, on screen: as JSON and nothing else, or by `show`, and then what was saved and where."""
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        from evaluation_mxd.files import json_text  # with torch, which --help does without
+
+        typer.echo(json_text(results))
         return
     show(results)
     if saved is not None:

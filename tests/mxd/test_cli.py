@@ -12,16 +12,26 @@ import pytest
 import torch
 import typer
 from commands import killed_at_the_end, refused, run
+from safetensors.torch import load_file
 
 from modeling_mxd import MxDModel
 from mxd import cli, embedded, pipeline
-from mxd.cli_options import parse_count, parse_layers, split_arguments
+from mxd.cli_options import parse_count, parse_layers, report, split_arguments
 from mxd.pipeline import evaluate
 from mxd.texts import TextOptions, warn_of_embedded_text
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("480M", 480_000_000), ("1.5k", 1500), ("2B", 2 * 10**9), ("500_000", 500_000), ("7", 7)]
+    ("text", "count"),
+    [
+        ("480M", 480_000_000),
+        ("1.5k", 1500),
+        ("2B", 2 * 10**9),
+        ("500_000", 500_000),
+        ("7", 7),
+        ("1,500,000", 1_500_000),
+        ("1,000.5k", 1_000_500),
+    ],
 )
 def test_counts(text, count):
     assert parse_count(text) == count
@@ -30,6 +40,12 @@ def test_counts(text, count):
 @pytest.mark.parametrize("text", ["", "many", "-5", "0", "1T"])
 def test_counts_that_are_none(text):
     with pytest.raises(typer.BadParameter):
+        parse_count(text)
+
+
+@pytest.mark.parametrize("text", ["1,5M", "1,50", "1500,000", "1,,000", ",500"])
+def test_a_comma_is_no_decimal_point(text):
+    with pytest.raises(typer.BadParameter, match="a comma stands between thousands, a point before decimals"):
         parse_count(text)
 
 
@@ -56,6 +72,11 @@ def test_files_that_the_shell_made_of_a_glob():
         split_arguments(["a.parquet"], [])
     with pytest.raises(typer.BadParameter, match=r"is b\.parquet to be trained on, or held out\? quote"):
         split_arguments(["model", "b.parquet"], ["train.parquet"], ["a.parquet"])
+
+
+def test_json_on_screen_has_no_nan(capsys):
+    report({"kl": float("nan"), "layers": {4: [float("inf"), 0.5]}}, as_json=True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"kl": None, "layers": {"4": [None, 0.5]}}
 
 
 def test_decompose_leaves_a_folder_that_loads(finished):
@@ -315,6 +336,13 @@ def test_of_a_disk_that_is_full_it_says_what_is_kept(monkeypatch, capsys, comman
     said = {words for words in ("run again with --resume", "run the same command to go on") if words in message}
     assert said == ({kept} if kept else set())
     assert ("kept" in message) == bool(kept)
+
+
+def test_weights_that_cannot_be_read_are_no_full_disk(monkeypatch, capsys, tmp_path):
+    (tmp_path / "short.safetensors").write_bytes(b"\x05")
+    monkeypatch.setattr(cli, "app", lambda: load_file(tmp_path / "short.safetensors"))
+    error = refused(monkeypatch, capsys, "decompose")
+    assert "a file of weights cannot be read" in error and "disk" not in error
 
 
 @pytest.mark.parametrize(("command", "said"), [("decompose", "run again with --resume"), ("push", "interrupted\n")])
