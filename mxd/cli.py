@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -11,13 +12,8 @@ from .tables import visible
 
 INTERRUPTED = 130
 MAX_MESSAGE = 2000
-_CHECKPOINTS = ("checkpoints that were complete are kept", "run again with --resume")
-# What is left of a command that was ended or could not write, and how it goes on.
-KEPT = {
-    "decompose": _CHECKPOINTS,
-    "finetune": _CHECKPOINTS,
-    "frontier": ("what is finished is kept", "run the same command to go on"),
-}
+OUTPUTS = {"decompose": "mxd-output", "finetune": "mxd-finetuned"}
+"""Where the commands that keep checkpoints have them, if nothing else is asked for."""
 
 app = typer.Typer(
     add_completion=False,
@@ -48,18 +44,33 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if debug := "--debug" in sys.argv:
         sys.argv.remove("--debug")
-    kept, how = KEPT.get(sys.argv[1] if len(sys.argv) > 1 else "", ("", ""))
     try:
         app()
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            kept, how = _kept(sys.argv[1:])
             _fail(f"interrupted; {kept}: {how}" if kept else "interrupted", INTERRUPTED)
         raise
     except Exception as error:
         if debug:
             raise
+        kept, how = _kept(sys.argv[1:])
         code = INTERRUPTED if type(error).__name__ == "Interrupted" else 1
         _fail(_explain(error, f"; {kept}: put it right, then {how}" if kept else ""), code)
+
+
+def _kept(arguments: list[str]) -> tuple[str, str]:
+    """What is left of a command that was ended or could not write, and how it goes on; empty where nothing is."""
+    command, output = arguments[0] if arguments else "", ""
+    if command == "frontier":
+        return "what is finished is kept", "run the same command to go on"
+    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.partition("=")[0] == "--output":
+            output = argument.partition("=")[2] or value
+    folder = Path(output or OUTPUTS.get(command, ""))
+    if command not in OUTPUTS or not any(folder.glob("checkpoint-*/trainer_state.json")):  # which is written last
+        return "", ""
+    return "checkpoints that were complete are kept", "run again with --resume"
 
 
 def _explain(error: Exception, kept: str = "") -> str:

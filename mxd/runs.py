@@ -75,9 +75,11 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
 
     Raises:
         ValueError: when it holds something and neither overwriting nor resuming was asked for, or something that
-            is no decomposition.
+            is no decomposition, or a run is to be resumed that is finished.
     """
     folder = output_folder(output)
+    if resume and (folder / "config.json").is_file() and not (folder / START_NAME).is_file():
+        raise ValueError(f"what is in {folder} is finished, there is nothing to resume: --overwrite makes it anew")
     # A run that was ended before its first checkpoint left nothing but what it was asked for.
     if folder.is_dir() and any(entry.name != START_NAME for entry in shown(folder)) and not resume:
         if not overwrite:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from inspect import signature
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from commands import killed_at_the_end, refused, run
 from safetensors.torch import load_file
 
 from modeling_mxd import MxDModel
-from mxd import cli, embedded, pipeline
+from mxd import cli, cli_training, embedded, pipeline
 from mxd.cli_options import parse_count, parse_layers, report, split_arguments
 from mxd.pipeline import evaluate
 from mxd.texts import TextOptions, warn_of_embedded_text
@@ -264,6 +265,11 @@ def test_evaluate_of_what_is_no_decomposition(monkeypatch, capsys, tmp_path, fin
     assert "leave --ranks out" in refused(monkeypatch, capsys, "evaluate", tmp_path / "transcoder", "--ranks")
 
 
+def test_what_is_finished_is_not_resumed(monkeypatch, capsys, finished):
+    error = refused(monkeypatch, capsys, "decompose", "--resume", "--output", finished[0])
+    assert "is finished, there is nothing to resume" in error
+
+
 def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
     assert "no complete checkpoint" in refused(monkeypatch, capsys, "decompose", "--resume", "--output", tmp_path / "o")
 
@@ -314,6 +320,11 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
     assert list(folder.glob("checkpoint-*/trainer_state.json"))
 
 
+def write_checkpoint(folder, complete=True):
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / ("trainer_state.json" if complete else "model.safetensors")).touch()
+
+
 @pytest.mark.parametrize(
     ("command", "kept"),
     [
@@ -326,12 +337,13 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "full", "a.bin"), RuntimeError("PytorchStreamWriter: inline_container.cc:664")]
 )
-def test_of_a_disk_that_is_full_it_says_what_is_kept(monkeypatch, capsys, command, kept, error):
+def test_of_a_disk_that_is_full_it_says_what_is_kept(monkeypatch, capsys, tmp_path, command, kept, error):
     def fails():
         raise error
 
     monkeypatch.setattr(cli, "app", fails)
-    message = refused(monkeypatch, capsys, command)
+    write_checkpoint(tmp_path)
+    message = refused(monkeypatch, capsys, command, "--output", tmp_path)
     assert ("No space left on device (a.bin)" if isinstance(error, OSError) else "the disk may be full") in message
     said = {words for words in ("run again with --resume", "run the same command to go on") if words in message}
     assert said == ({kept} if kept else set())
@@ -345,16 +357,37 @@ def test_weights_that_cannot_be_read_are_no_full_disk(monkeypatch, capsys, tmp_p
     assert "a file of weights cannot be read" in error and "disk" not in error
 
 
-@pytest.mark.parametrize(("command", "said"), [("decompose", "run again with --resume"), ("push", "interrupted\n")])
-def test_of_an_interrupt_it_says_how_to_go_on(monkeypatch, capsys, command, said):
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"),
+    [
+        (["decompose"], True),
+        (["decompose", "gpt2", "--output=mxd-output", "--seed", "1"], True),
+        (["decompose", "--output", "mxd-output", "gpt2"], True),
+        (["decompose", "--output", "empty"], False),
+        (["decompose", "--output"], True),
+        (["finetune", "mxd-output"], False),
+        (["push", "mxd-output"], False),
+    ],
+)
+def test_of_an_interrupt_it_says_how_to_go_on(monkeypatch, capsys, tmp_path, arguments, goes_on):
     def interrupts():
         raise SystemExit(cli.INTERRUPTED)
 
     monkeypatch.setattr(cli, "app", interrupts)
-    monkeypatch.setattr(sys, "argv", ["mxd", command])
+    monkeypatch.setattr(sys, "argv", ["mxd", *arguments])
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "mxd-output")
+    write_checkpoint(tmp_path / "empty", complete=False)
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == cli.INTERRUPTED and said in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert ended.value.code == cli.INTERRUPTED and error.startswith("error: interrupted")
+    assert ("kept: run again with --resume" in error) == goes_on == ("kept" in error)
+
+
+def test_what_a_command_keeps_is_where_it_writes():
+    for command, folder in cli.OUTPUTS.items():
+        assert signature(getattr(cli_training, command)).parameters["output"].default == folder
 
 
 @pytest.mark.parametrize(
