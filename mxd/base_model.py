@@ -1,6 +1,8 @@
 """Loading the language model that a decomposition belongs to."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,33 @@ def model_source(name: str) -> str:
     return str(embedded.model_path()) if name == embedded.MODEL_NAME else name
 
 
+def check_base_model(
+    name: str, revision: str | None = None, dtype: str = "float32", context_length: int | None = None
+) -> PreTrainedConfig:
+    """The config of a model, once it shows nothing that `load_base_model`, which has these arguments too, refuses. No
+    more than that is downloaded.
+
+    Raises:
+        BaseModelError: as `load_base_model`.
+    """
+    if dtype not in DTYPES:
+        raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    with _explained(name):
+        load = partial(AutoConfig.from_pretrained, model_source(name), revision=revision, trust_remote_code=False)
+        config = tried(load, name)
+        _check_config(config, name, context_length)
+    return config
+
+
+def base_skeleton(
+    name: str, revision: str | None = None, dtype: str = "float32", context_length: int | None = None
+) -> PreTrainedModel:
+    """The language model without its weights, on the meta device; see `check_base_model`."""
+    config = check_base_model(name, revision, dtype, context_length)
+    with _explained(name), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def load_base_model(
     name: str,
     revision: str | None = None,
@@ -72,8 +101,7 @@ def load_base_model(
         BaseModelError: when it is neither a folder nor can be had from the Hub, is a decomposition, or has fewer
             positions than `context_length`.
     """
-    if dtype not in DTYPES:
-        raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_base_model(name, revision, dtype, context_length)
     if dtype == "bfloat16" and not torch.accelerator.is_available():
         from trainers.decomposition_arguments import bfloat16_is_emulated
 
@@ -81,24 +109,30 @@ def load_base_model(
             logger.warning("this processor emulates bfloat16: the model is faster with float32")
     source = model_source(name)
     how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    try:
+    with _explained(name, pickles):
         if not pickles:
             check_language_model(source, {"revision": revision})
-        _check_config(tried(partial(AutoConfig.from_pretrained, source, **how), name), name, context_length)
         tokenizer = tried(partial(AutoTokenizer.from_pretrained, source, **how), name)
         how |= {"dtype": DTYPES[dtype]} if pickles else {"dtype": DTYPES[dtype], "use_safetensors": True}
         model = tried(partial(AutoModelForCausalLM.from_pretrained, source, **how), name)
+    commit = _loaded_commit(source, revision)
+    model.config._commit_hash = commit  # newer transformers don't keep it; it is never saved
+    return model.eval(), tokenizer, commit
+
+
+@contextmanager
+def _explained(name: str, pickles: bool = True) -> Iterator[None]:
+    """Makes a `BaseModelError` of whatever transformers raises."""
+    try:
+        yield
     except BaseModelError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = first_line(error)
         if not pickles and "use_safetensors" in reason:
             reason = "it has no safetensors, and of a model that a decomposition names no pickle is read"
-        where = "" if Path(source).is_dir() else "it is no folder with a model, and: "
+        where = "" if Path(model_source(name)).is_dir() else "it is no folder with a model, and: "
         raise BaseModelError(f"cannot load the model {name!r}: {where}{reason}") from error
-    commit = _loaded_commit(source, revision)
-    model.config._commit_hash = commit  # newer transformers don't keep it; it is never saved
-    return model.eval(), tokenizer, commit
 
 
 def _check_config(config: PreTrainedConfig, name: str, context_length: int | None) -> None:

@@ -13,7 +13,7 @@ from hub_cards.reading import check_weights, read_config, read_json
 from modeling_mxd import MxDModel
 from modeling_mxd.downloads import file_if_any, first_line, tried
 
-from .base_model import BaseModelError, default_device, load_base_model
+from .base_model import BaseModelError, check_base_model, default_device, load_base_model
 
 
 def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
@@ -74,11 +74,9 @@ def results_folder(source: str, output: str | None) -> Path:
     return folder
 
 
-def load_base_of(
-    decomposition: MxDModel, dtype: str, context_length: int | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that a decomposition's config names, and its tokenizer; see `load_base_model`. Both models are
-    then on the accelerator, where there is one.
+def check_base_of(decomposition: MxDModel, dtype: str, context_length: int | None = None) -> tuple[str, str | None]:
+    """Name and revision of the base model that a decomposition's config names, once its own config shows nothing that
+    `load_base_of` refuses.
 
     Raises:
         ValueError: it names none (`BaseModelError`: or one that cannot be loaded).
@@ -92,6 +90,20 @@ def load_base_of(
             f"the folder {name} of the base model is not here: write into base_model_name_or_path of the "
             "decomposition's config.json where it is now, or what it is called on the Hub"
         )
+    check_base_model(name, revision, dtype, context_length)
+    return name, revision
+
+
+def load_base_of(
+    decomposition: MxDModel, dtype: str, context_length: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that a decomposition's config names, and its tokenizer; see `load_base_model`. Both models are
+    then on the accelerator, where there is one.
+
+    Raises:
+        ValueError: as `check_base_of`.
+    """
+    name, revision = check_base_of(decomposition, dtype, context_length)
     model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False, context_length=context_length)
     decomposition.to(default_device())
     return model.to(default_device()), tokenizer

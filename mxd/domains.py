@@ -13,7 +13,7 @@ from evaluation_mxd.files import write_json
 from trainers import DataError, load_text
 from trainers.labelled_text import label_names
 
-from .decompositions import load_base_of, load_decomposition, results_folder
+from .decompositions import check_base_of, load_base_of, load_decomposition, results_folder
 from .tables import MAX_ROWS, cell
 from .texts import TextOptions, evaluation_batches
 
@@ -78,6 +78,7 @@ def measure_domain_use(
     """
     folder = results_folder(decomposition, output)
     loaded = load_decomposition(decomposition)
+    check_base_of(loaded, dtype, text.context_length)
     documents = documents_by_domain(text, column)
     model, tokenizer = load_base_of(loaded, dtype, text.context_length)
     batches, short = {}, []

@@ -15,7 +15,7 @@ from evaluation_mxd import top_examples
 from evaluation_mxd.files import replace_text, write_json
 from modeling_mxd import MxDModel
 
-from .decompositions import load_base_of, load_decomposition, results_folder
+from .decompositions import check_base_of, load_base_of, load_decomposition, results_folder
 from .tables import cell
 from .texts import TextOptions, evaluation_batches, evaluation_settings, load_one
 
@@ -67,6 +67,7 @@ def read_experts(
     loaded = load_decomposition(decomposition, None if layer is None else [layer])
     layers = loaded.config.layers
     _check(loaded, experts)
+    check_base_of(loaded, dtype, text.context_length)
     documents = load_one(text)
     model, tokenizer = load_base_of(loaded, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)

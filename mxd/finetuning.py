@@ -12,7 +12,7 @@ from modeling_mxd import SplicedLanguageModel, make_spliced
 from trainers import FinetuningArguments, FinetuningTrainer, last_complete_checkpoint, pack
 
 from .base_model import resolve_name
-from .decompositions import is_held_out, load_base_of, load_decomposition, made_how, trainings
+from .decompositions import check_base_of, is_held_out, load_base_of, load_decomposition, made_how, trainings
 from .runs import (
     RunOptions,
     asked_for,
@@ -84,7 +84,8 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     checkpoint = last_complete_checkpoint(folder) if options.resume else None
     start = resumed_start(folder, options) if checkpoint else {}
     decomposition = load_decomposition(options.decomposition)
-    settings = made_how(options.decomposition)
+    settings, context = made_how(options.decomposition), options.text.context_length
+    check_base_of(decomposition, options.dtype, context)
     warn_of_whole_rows(options)
     warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
     documents, heldout_documents = load_documents(options.text, _split_seed(settings, options.seed))
@@ -92,7 +93,6 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     check_same_documents(folder, start, count)
     if seen := _seen_before(settings, options.text, options.seed, count):
         logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
-    context = options.text.context_length
     base, tokenizer = load_base_of(decomposition, options.dtype, context)
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)

@@ -15,7 +15,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from trainers import DistillationArguments, RecordedTeacher, materialize, pack
 from trainers.recording import check_free_space, recording_bytes, rows_digest, weights_digest
 
 from . import embedded
-from .base_model import DTYPES, BaseModelError, check_safetensors, default_device, load_base_model
+from .base_model import DTYPES, BaseModelError, base_skeleton, check_safetensors, default_device, load_base_model
 from .decompositions import output_folder
 from .frontier_point import (
     HELDOUT,
@@ -124,18 +124,21 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
     """
     root = _check_root(options)
     warn_of_whole_rows(options)
-    model, tokenizer, commit = load_base_model(
-        options.model, options.revision, options.dtype, context_length=options.text.context_length
-    )
-    check_safetensors(options.model, commit)
-    training, heldout = _texts(options, tokenizer)
+    base = (options.model, options.revision, options.dtype)
+    context = options.text.context_length
+    skeleton = base_skeleton(*base, context)
     asked = [
-        _decomposition_options(options, root, commit, method, k)
+        _decomposition_options(options, root, None, method, k)
         for method in options.methods
         for k in options.num_experts_per_tok
     ]
-    for chosen in asked:  # refuses bad arguments before the model runs
+    for chosen in asked:  # refuses bad arguments before text or weights are fetched
         DistillationArguments(**step_arguments(chosen, Path(chosen.output)))
+        build_config(skeleton, None, chosen)
+    model, tokenizer, commit = load_base_model(*base, context_length=context)
+    check_safetensors(options.model, commit)
+    asked = [replace(chosen, revision=commit or options.revision) for chosen in asked]
+    training, heldout = _texts(options, tokenizer)
     common = {
         "weights": weights_digest(model),
         "text": rows_digest(training),

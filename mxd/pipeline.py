@@ -33,8 +33,16 @@ from modeling_mxd.hierarchical_routing import default_num_expert_groups
 from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint, pack
 
 from . import embedded
-from .base_model import check_safetensors, load_base_model, resolve_name
-from .decompositions import is_held_out, load_base_of, load_decomposition, made_how, results_folder, trainings
+from .base_model import base_skeleton, check_safetensors, load_base_model, resolve_name
+from .decompositions import (
+    check_base_of,
+    is_held_out,
+    load_base_of,
+    load_decomposition,
+    made_how,
+    results_folder,
+    trainings,
+)
 from .runs import (
     RunOptions,
     asked_for,
@@ -202,23 +210,28 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
             anything expensive.
         Interrupted: Ctrl-C in training; a checkpoint was saved.
     """
-    set_seed(options.seed)
     folder = check_output(options.output, options.overwrite, options.resume)
+    arguments = DistillationArguments(**step_arguments(options, folder))
+    start, revision, context = {}, options.revision, options.text.context_length
+    if options.resume:
+        before = MxDConfig.from_pretrained(last_complete_checkpoint(folder))
+        start = resumed_start(folder, options)
+        revision = before.base_model_revision or revision  # the branch may have moved on since the run began
+    # What the base model's config shows to be wrong is refused before text or weights are fetched.
+    build_config(base_skeleton(options.model, revision, options.dtype, context), None, options)
+    set_seed(options.seed)
     warn_of_whole_rows(options)
     warn_of_embedded_text(options.text, options.model)
     documents, heldout_documents = load_documents(options.text, options.seed)
-    context = options.text.context_length
-    model, tokenizer, commit = load_base_model(options.model, options.revision, options.dtype, context_length=context)
+    count = count_documents(documents, heldout_documents)
+    check_same_documents(folder, start, count)
+    model, tokenizer, commit = load_base_model(options.model, revision, options.dtype, context_length=context)
     check_safetensors(options.model, commit)
     config = build_config(model, commit, options)
     checkpoint = check_resumable(folder, config) if options.resume else None
-    count = count_documents(documents, heldout_documents)
-    if options.resume:
-        check_same_documents(folder, resumed_start(folder, options), count)
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     decomposition = MxDModel(config)
-    arguments = DistillationArguments(**step_arguments(options, folder))
     trainer = DistillationTrainer(decomposition, model, arguments, train_dataset=rows)
     prepare_output(folder, options, documents=count)  # only now, when nothing is left to be refused
     how = run_training(trainer, tokenizer, options, checkpoint)
@@ -273,10 +286,11 @@ def evaluate(
     made = made_how(decomposition)
     trained_on = [part for run in trainings(made) for part in recorded_parts(run["text"])]
     loaded = load_decomposition(decomposition)
-    documents = load_one(text)
     methods = {loaded.config.layer(layer).method for layer in loaded.config.layers}
     if ranks and methods != {"mxd"}:
         raise ValueError("only an MxD's experts have a rank: leave --ranks out for a transcoder")
+    check_base_of(loaded, dtype, text.context_length)
+    documents = load_one(text)
     model, tokenizer = load_base_of(loaded, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
     of_training = common(text_parts(text.dataset, text.config_name, text.split), trained_on)

@@ -26,7 +26,7 @@ from modeling_mxd import MLPSite, MxDModel, SurgeryError, find_mlp
 from trainers import cut_texts, load_labelled_text
 from trainers.labelled_text import count_texts
 
-from .decompositions import load_base_of, load_decomposition, output_folder
+from .decompositions import check_base_of, load_base_of, load_decomposition, output_folder
 from .runs import versions
 
 RESULTS_NAME, FIGURE_NAME = "probing.json", "probing.png"
@@ -97,6 +97,8 @@ def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
     folder = _check_options(options)
     decompositions = {name: load_decomposition(source) for name, source in named(options.decompositions).items()}
     layer = common_layer(decompositions, options.layer)
+    first = next(iter(decompositions.values()))
+    check_base_of(first, options.dtype, options.context_length)
     documents = load_labelled_text(
         options.dataset,
         label_column=options.label_column,
@@ -108,8 +110,9 @@ def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
     )
     # Here already, since too few documents are found out soon; the texts that are cut from them decide.
     check_groups(documents.labels, documents.groups, options.folds)
-    first = next(iter(decompositions.values()))
     model, tokenizer = load_base_of(first, options.dtype, options.context_length)
+    for decomposition in decompositions.values():
+        decomposition.to(model.device)
     where = first.config.where
     representations = make_representations(find_mlp(model, layer, **where), decompositions, options.against)
     texts = cut_texts(

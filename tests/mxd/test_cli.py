@@ -215,9 +215,19 @@ def test_embedded_model_beats_unigrams_by_far():
     ],
 )
 def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, arguments, message):
+    if "--dataset" not in arguments:
+        monkeypatch.setattr(pipeline, "load_documents", lambda *_: pytest.fail("text was fetched"))
     error = refused(monkeypatch, capsys, "decompose", "--output", tmp_path / "out", *arguments)
     assert message in " ".join(error.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "experts", "use", "probe", "finetune"])
+def test_what_the_base_cannot_do_is_refused_before_text_is_fetched(monkeypatch, capsys, tmp_path, finished, command):
+    monkeypatch.chdir(tmp_path)
+    labels = ["--label-column", "kind"] if command == "probe" else []
+    arguments = ["--context-length", "257", "--dataset", "missing.parquet", *labels]
+    assert "fewer than a row of 257 tokens" in refused(monkeypatch, capsys, command, finished[0], *arguments)
 
 
 def test_a_model_of_ones_own_on_the_embedded_text_is_warned_of(caplog):

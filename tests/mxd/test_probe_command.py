@@ -169,6 +169,15 @@ def test_decompositions_must_be_of_one_layer_and_model(monkeypatch, capsys, tmp_
     assert "narrow: the MLP of layer 2 maps 192 to 192 dimensions" in error("narrow")
 
 
+def test_every_decomposition_is_where_the_model_is(finished, transcoder, labelled, tmp_path, monkeypatch):
+    moved, move = [], MxDModel.to
+    monkeypatch.setattr(MxDModel, "to", lambda self, *where: moved.append(self.config.method) or move(self, *where))
+    monkeypatch.setattr(command, "pool_features", lambda *_, **__: pytest.fail("far enough"))
+    with pytest.raises(pytest.fail.Exception):
+        probe(options(finished, labelled, tmp_path, decompositions=[str(finished[0]), str(transcoder)]))
+    assert {"mxd", "transcoder"} <= set(moved)
+
+
 def test_results_are_not_overwritten(finished, labelled, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "probing.json").write_text("mine")

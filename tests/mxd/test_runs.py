@@ -110,6 +110,18 @@ def test_a_run_is_not_resumed_with_another_commit_of_the_base(halved):
         pipeline.check_resumable(halved, config)
 
 
+def test_a_run_is_resumed_at_the_commit_that_it_began_with(halved, tmp_path, monkeypatch):
+    def look(model, revision, *_):
+        raise ValueError(f"{model} at {revision}")
+
+    folder = shutil.copytree(halved, tmp_path / "copy")
+    path = folder / "checkpoint-2" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_revision": "5e1f"}))
+    monkeypatch.setattr(pipeline, "base_skeleton", look)
+    with pytest.raises(ValueError, match=f"{embedded.MODEL_NAME} at 5e1f"):
+        decompose(options(folder, resume=True))
+
+
 def test_a_run_is_not_resumed_on_a_text_that_changed(halved, tmp_path):
     folder = shutil.copytree(halved, tmp_path / "copy")
     start = json.loads((folder / START_NAME).read_text())
