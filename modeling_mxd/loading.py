@@ -147,9 +147,12 @@ def base_source(
     return name, source
 
 
-def check_language_model(name: str, access: dict[str, Any]) -> None:
-    """Refuse as a base what is a decomposition itself, or whose config describes far more than its files hold: it
-    would be filled with random numbers.
+def check_language_config(name: str, access: dict[str, Any]) -> list[int]:
+    """Refuse as a base what is a decomposition itself, or of which transformers would make a config that fills memory.
+    No weights are downloaded.
+
+    Returns:
+        Its number of layers, width, units of an MLP and vocabulary; 1 where they are not known.
 
     Raises:
         ValueError: saying which.
@@ -168,7 +171,18 @@ def check_language_model(name: str, access: dict[str, Any]) -> None:
     sizes = [_largest(text if isinstance(text, dict) else values, names) for names in _BASE_SIZES]
     if max(sizes) > MAX_SIZE or sizes[0] > MAX_LAYERS:
         raise ValueError(f"config.json of the base model {name!r} has sizes that no model has: {sizes}")
-    layers, width, units, vocabulary = sizes
+    return sizes
+
+
+def check_language_model(name: str, access: dict[str, Any]) -> None:
+    """Refuse as `check_language_config`, and what describes far more than its files hold: it would be filled with
+    random numbers.
+
+    Raises:
+        ValueError: saying which.
+        OSError: it is not there.
+    """
+    layers, width, units, vocabulary = check_language_config(name, access)
     held = sum(path.stat().st_size for path in weight_files(name, None, access).paths)
     described = width * (vocabulary + layers * units)
     if held and described > 16 * held:  # more parameters in a byte than any quantisation puts there

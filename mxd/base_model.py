@@ -21,7 +21,7 @@ from transformers import (
 
 from modeling_mxd import MxDConfig
 from modeling_mxd.downloads import first_line, tried
-from modeling_mxd.loading import check_language_model
+from modeling_mxd.loading import check_language_config, check_language_model
 
 from . import embedded
 
@@ -51,7 +51,11 @@ def model_source(name: str) -> str:
 
 
 def check_base_model(
-    name: str, revision: str | None = None, dtype: str = "float32", context_length: int | None = None
+    name: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    pickles: bool = True,
+    context_length: int | None = None,
 ) -> PreTrainedConfig:
     """The config of a model, once it shows nothing that `load_base_model`, which has these arguments too, refuses. No
     more than that is downloaded.
@@ -61,8 +65,11 @@ def check_base_model(
     """
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    source = model_source(name)
     with _explained(name):
-        load = partial(AutoConfig.from_pretrained, model_source(name), revision=revision, trust_remote_code=False)
+        if not pickles:  # a stranger chose it: before transformers makes anything of its config
+            check_language_config(source, {"revision": revision})
+        load = partial(AutoConfig.from_pretrained, source, revision=revision, trust_remote_code=False)
         config = tried(load, name)
         _check_config(config, name, context_length)
     return config
@@ -72,7 +79,7 @@ def base_skeleton(
     name: str, revision: str | None = None, dtype: str = "float32", context_length: int | None = None
 ) -> PreTrainedModel:
     """The language model without its weights, on the meta device; see `check_base_model`."""
-    config = check_base_model(name, revision, dtype, context_length)
+    config = check_base_model(name, revision, dtype, context_length=context_length)
     with _explained(name), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -101,7 +108,7 @@ def load_base_model(
         BaseModelError: when it is neither a folder nor can be had from the Hub, is a decomposition, or has fewer
             positions than `context_length`.
     """
-    check_base_model(name, revision, dtype, context_length)
+    check_base_model(name, revision, dtype, pickles, context_length)
     if dtype == "bfloat16" and not torch.accelerator.is_available():
         from trainers.decomposition_arguments import bfloat16_is_emulated
 

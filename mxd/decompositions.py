@@ -90,7 +90,7 @@ def check_base_of(decomposition: MxDModel, dtype: str, context_length: int | Non
             f"the folder {name} of the base model is not here: write into base_model_name_or_path of the "
             "decomposition's config.json where it is now, or what it is called on the Hub"
         )
-    check_base_model(name, revision, dtype, context_length)
+    check_base_model(name, revision, dtype, pickles=False, context_length=context_length)
     return name, revision
 
 

@@ -183,7 +183,7 @@ def evaluation_batches(
     tokens: int,
     warn: bool = True,
 ) -> list[dict[str, torch.Tensor]]:
-    """Held-out rows in batches of about 2,048 tokens, shuffled with a fixed seed: the first that hold `tokens`,
+    """Held-out rows in batches of about 2,048 tokens, shuffled with a fixed seed: the first that hold `tokens`
     together, or all there are, with a warning unless `warn` is False."""
     packed = pack(documents, tokenizer, context_length, seed=0)
     rows = materialize(packed, tokens) if warn else materialize(take_tokens(packed, tokens))

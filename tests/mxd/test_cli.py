@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from modeling_mxd import MxDModel
 from mxd import cli, cli_training, embedded, pipeline
 from mxd.cli_options import parse_count, parse_layers, report, split_arguments
+from mxd.decompositions import check_base_of, load_base_of
 from mxd.pipeline import evaluate
 from mxd.texts import TextOptions, warn_of_embedded_text
 
@@ -228,6 +229,18 @@ def test_what_the_base_cannot_do_is_refused_before_text_is_fetched(monkeypatch, 
     labels = ["--label-column", "kind"] if command == "probe" else []
     arguments = ["--context-length", "257", "--dataset", "missing.parquet", *labels]
     assert "fewer than a row of 257 tokens" in refused(monkeypatch, capsys, command, finished[0], *arguments)
+
+
+def test_a_stranger_s_base_of_absurd_sizes_is_refused_before_a_config_is_made_of_it(finished, tmp_path, monkeypatch):
+    base = shutil.copytree(embedded.model_path(), tmp_path / "base")
+    values = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (base / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr("mxd.base_model.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was made"))
+    decomposition = MxDModel.from_pretrained(finished[0])
+    decomposition.config.base_model_name_or_path = str(base)
+    for load in (check_base_of, load_base_of):
+        with pytest.raises(ValueError, match="has sizes that no model has"):
+            load(decomposition, "float32")
 
 
 def test_a_model_of_ones_own_on_the_embedded_text_is_warned_of(caplog):
