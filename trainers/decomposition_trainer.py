@@ -79,9 +79,11 @@ class DecompositionTrainer(HubPushes):
             args._n_gpu = 1  # a decomposition does not run under DataParallel
         self.decomposition = decomposition
         layers = decomposition.config.layers
-        routed = [layer for layer in layers if decomposition.layer(layer).router is not None]
-        if routed and args.world_size > 1:
-            raise ValueError(f"layer {routed[0]} has a router, which trains in one process, not in {args.world_size}")
+        self.routed_layers = [layer for layer in layers if decomposition.layer(layer).router is not None]
+        if self.routed_layers and args.world_size > 1:
+            raise ValueError(
+                f"layer {self.routed_layers[0]} has a router, which trains in one process, not in {args.world_size}"
+            )
         super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
         self._optimizer_was_given = self.optimizer is not None
         self.scales: dict[int, ActivationScales] = {}
@@ -99,11 +101,6 @@ class DecompositionTrainer(HubPushes):
     def _set_signature_columns_if_needed(self) -> None:
         # Stock keeps the columns that the model's forward names: a decomposition's takes hidden states.
         self._signature_columns = ["input_ids", "attention_mask"]
-
-    @property
-    def routing(self) -> bool:
-        """Whether layers that have a router use it."""
-        return True
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -231,14 +228,11 @@ class DecompositionTrainer(HubPushes):
         """Before the first step of a training that is not resumed."""
         self._calibrate(self.args.calibration_tokens)
 
-    def calibrations(self, tokens: int) -> dict[int, Calibration]:
-        """Measure the layers' activations on the first of the training data."""
-        logger.info("measuring the activations of %d training tokens", tokens)
-        return calibrate(self.capture, self._training_batches(), tokens, self.decomposition.config.of_decoder)
-
     def _calibrate(self, tokens: int) -> dict[int, Calibration]:
-        """As `calibrations`, and set `scales`."""
-        calibrations = self.calibrations(tokens)
+        """Measure the layers' activations on the training data, and set `scales`."""
+        logger.info("measuring the activations of %d training tokens", tokens)
+        decoder = self.decomposition.config.of_decoder
+        calibrations = calibrate(self.capture, self._training_batches(), tokens, decoder)
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
         # Weights are broadcast from process 0 by DDP; the scales must be the same everywhere too.
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
@@ -298,9 +292,9 @@ class DecompositionTrainer(HubPushes):
 
     def router_loss(self, layer: int, x: Tensor, mask: Tensor) -> Tensor | float:
         """`router.router_loss` of a part of the tokens that count, since it takes the exact gate; 0 for a layer without
-        a router, and where none is in use yet. Nothing else learns from it."""
+        a router. Nothing else learns from it."""
         module = self.decomposition.layer(layer)
-        if module.router is None or not self.routing:
+        if module.router is None:
             return 0.0
         loss = router_loss(module, x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
         return loss / self.current_gradient_accumulation_steps  # a mean: stock leaves dividing to us

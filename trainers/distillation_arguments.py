@@ -65,14 +65,6 @@ class DistillationArguments(DecompositionArguments):
             "authors)."
         },
     )
-    routing_start: float = field(
-        default=0.5,
-        metadata={
-            "help": "Of a decomposition with groups: share of the steps that score every expert, before groups and "
-            "router are fitted to what the experts have become. 0: groups are formed of the gate's start; 1: after "
-            "the last step."
-        },
-    )
     loss_normalization: str = field(
         default="squared_norm",
         metadata={"help": "'squared_norm': |y^ - y|^2 / |y|^2 per token; 'norm': |y^ - y|^2 / |y|, the authors' code."},
@@ -97,8 +89,6 @@ class DistillationArguments(DecompositionArguments):
         self.check_choice("loss_normalization", LOSS_NORMALIZATIONS)
         self.check_finite("expert_share_weight")
         self.check_finite("sparse_code_weight")
-        if not 0 <= self.routing_start <= 1:
-            raise ValueError(f"routing_start must be from 0 to 1, got {self.routing_start}")
         if not 0 <= self.expert_share < 1:
             raise ValueError(f"expert_share must be from 0 to below 1, got {self.expert_share}")
         super().__post_init__()

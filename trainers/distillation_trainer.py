@@ -23,7 +23,6 @@ from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
 from .initialization import check_encoder_start, initialize_decomposition
-from .routing_start import RoutingStart
 from .row_adamw import RowAdamW
 from .sparse_code import PARAMETERS as SPARSE_CODE_PARAMETERS
 from .sparse_code import FreshGradients, SparseCodes
@@ -85,9 +84,6 @@ class DistillationTrainer(DecompositionTrainer):
             **kwargs,
         )
         self.codes = self._make_codes()
-        share = 0.0 if args.gate_initialization == "keep" else args.routing_start
-        self._routing_start = RoutingStart(model, self.codes, share, self._routing_inputs, args.seed)
-        self.add_callback(self._routing_start)
         if len(self.codes) and self._optimizer_was_given:
             raise ValueError("an optimizer of your own does not step the sparse codes: set sparse_code_weight to 0")
         self.teacher = teacher.eval().requires_grad_(False)
@@ -102,21 +98,12 @@ class DistillationTrainer(DecompositionTrainer):
         self.add_callback(FreshGradients(codes))
         return codes.to(self.args.device)
 
-    def _routing_inputs(self) -> dict[int, Tensor]:
-        calibrations = self.calibrations(self.args.calibration_tokens)
-        return {layer: calibration.inputs for layer, calibration in calibrations.items()}
-
     def _set_signature_columns_if_needed(self) -> None:
         columns = list(inspect.signature(self.teacher.forward).parameters)
         # Of labels a causal model makes nothing but a loss; an encoder–decoder model makes its decoder's inputs.
         self._signature_columns = [
             name for name in columns if name != "labels" or self.teacher.config.is_encoder_decoder
         ]
-
-    @property
-    def routing(self) -> bool:
-        """Not before `routing_start`."""
-        return not self._routing_start.waiting
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -331,7 +318,6 @@ class DistillationTrainer(DecompositionTrainer):
         from_data = self.args.gate_initialization == "data"
         calibrations = self._calibrate(max(self.args.calibration_tokens, most if from_data else 0))
         if self.args.gate_initialization != "keep":
-            self._routing_start.wait()
             initialize_decomposition(
                 self.model,
                 self.teacher,
@@ -341,7 +327,6 @@ class DistillationTrainer(DecompositionTrainer):
                 modulation_start=self.args.modulation_initialization,
                 decoder_start=self.args.decoder_initialization,
                 scale_activations=self.args.scale_activations,
-                routing=self.routing,
                 seed=self.args.seed,
             )
             self.codes.restart()

@@ -248,17 +248,16 @@ def initialize_decomposition(
     modulation_start: str,
     decoder_start: str,
     scale_activations: bool,
-    routing: bool,
     seed: int,
 ) -> None:
-    """Start every layer: see `initialize_layer`, `fit_router` (with `routing`), which draws with `seed`,
+    """Start every layer: see `initialize_layer`, `fit_router`, which draws with `seed`,
     `start_encoder_from_pretrained` and `start_modulation_at_unit`.
     Transcoders have neither encoder nor modulations and ignore those; a decoder starts from the pretrained one only
     where the encoder does, whose units it reads."""
     for index in decomposition.config.layers:
         layer = decomposition.layer(index)
         initialize_layer(layer, calibrations[index], gate_start, scale_activations)
-        if routing and layer.router is not None:
+        if layer.router is not None:
             fit_router(layer, calibrations[index].inputs, seed=seed)  # it decides which experts are active
         if not isinstance(layer, MxDLayer):
             continue
