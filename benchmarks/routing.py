@@ -1,6 +1,6 @@
 """What hierarchical routing costs in accuracy and gains in speed, on a trained decomposition and real text.
 
-    python benchmarks/routing.py MODEL DECOMPOSITION --corpus FOLDER [--trained FOLDER ...] [--parts PART ...]
+    python benchmarks/routing.py MODEL DECOMPOSITION --corpus FOLDER [--trained [NAME=]FOLDER ...] [--parts PART ...]
 
 MODEL is the folder of SmolLM2-135M (its decoder layers are a list, which is used), DECOMPOSITION one with the exact
 gate (`mxd decompose`). A router is fitted to its first layer on training text, and measured with every number of opened
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from held_out import HeldOut
 from methods import CONTEXT
 from pages import machine, write_between
@@ -56,7 +57,8 @@ TIMED_TOKENS, MANY_TOKENS = 1024, 4096
 FLUSHED = 2**27
 """Numbers that are read before a timed step of one token: 512 MiB, more than a processor's cache."""
 GENERATED = 64
-ON_PYTHON = (EXACT, "fitted, 8 groups", "fitted, 16 groups", "fitted, 24 groups")
+EIGHT = "fitted, 8 groups"
+ON_PYTHON = (EXACT, EIGHT, "fitted, 16 groups", "fitted, 24 groups")
 
 
 def with_groups_opened(layer: SparseLayer, opened: int) -> SparseLayer:
@@ -85,17 +87,20 @@ def in_turns(
 def time_layers(
     layers: dict[str, SparseLayer], x: Tensor, turns: int, before: Callable[[], Any] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Seconds of gate and of layer, by name; and of all but the gate, which no routing makes faster."""
+    """Seconds of gate and of layer, by name; of all but the gate, which no routing makes faster; and of one large
+    product with as many multiply-adds as 8 groups have."""
     functions: dict[str, Callable[[], Any]] = {}
     for name, layer in layers.items():
         functions[f"gate of {name}"] = lambda layer=layer: layer.encode(x)
         functions[f"layer of {name}"] = lambda layer=layer: layer(x)
     any_layer = next(iter(layers.values()))
-    chosen = any_layer.encode(x)
+    chosen, weight = any_layer.encode(x), any_layer.gate.weight
     functions["rest"] = lambda: any_layer.decode(chosen, x)
+    scored = layers[EIGHT].config.expert_group_size * 8
+    functions["bare"] = lambda: F.linear(x[: max(1, len(x) * scored // len(weight))], weight)
     seconds = in_turns(functions, turns, before)
     timed = {name: {part: seconds[f"{part} of {name}"] for part in ("gate", "layer")} for name in layers}
-    return timed | {"rest": {"layer": seconds["rest"]}}
+    return timed | {"rest": {"layer": seconds["rest"]}, "bare": {"gate": seconds["bare"]}}
 
 
 def time_generation(
@@ -133,10 +138,11 @@ def routed_layers(options: argparse.Namespace, exact: SparseLayer, inputs: Tenso
     fitted = copy.deepcopy(exact)
     fit_router(fitted, inputs)
     layers = {EXACT: exact} | {f"fitted, {m} groups": with_groups_opened(fitted, m) for m in OPENED}
-    for folder in options.trained:
+    for named in options.trained:
+        name, _, folder = named.rpartition("=")
         decomposition = MxDModel.from_pretrained(folder).eval()
         trained = decomposition.layer(decomposition.config.layers[0])
-        layers[f"trained with {trained.config.num_groups_per_tok} groups"] = trained
+        layers[name or f"trained with {trained.config.num_groups_per_tok} groups"] = trained
     return layers
 
 
@@ -162,11 +168,12 @@ def timings(
             "seconds_of_many_tokens": time_layers(layers, x[:MANY_TOKENS], options.turns),
             "seconds_of_one_token": time_layers(layers, x[:1], 4 * options.turns, before=flushed.sum),
         }
-        chosen = {name: layers[name] for name in (EXACT, "fitted, 8 groups")}
+        chosen = {name: layers[name] for name in (EXACT, EIGHT)}
         generation = time_generation(model, index, chosen, ids[:1, :16], options.turns)
     rest = {kind: seconds.pop("rest")["layer"] for kind, seconds in found.items()}
+    bare = {kind: seconds.pop("bare")["gate"] for kind, seconds in found.items()}
     recall = {name: routing_recall(layer, x)._asdict() for name, layer in layers.items()}
-    return {"layers": found, "rest": rest, "recall": recall, "generation_tokens_per_second": generation}
+    return {"layers": found, "rest": rest, "bare": bare, "recall": recall, "generation_tokens_per_second": generation}
 
 
 @torch.no_grad()
@@ -194,7 +201,7 @@ def run(options: argparse.Namespace, results: dict[str, Any]) -> None:
     if "text" in options.parts:
         results["text"] = held_out(options, index, layers, documents, options.tokens)
     if "python" in options.parts:
-        chosen = {name: layer for name, layer in layers.items() if name in ON_PYTHON or "trained" in name}
+        chosen = {name: layer for name, layer in layers.items() if name in ON_PYTHON or not name.startswith("fitted")}
         results["python"] = held_out(options, index, chosen, python_library_documents(), options.python_tokens)
 
 
@@ -230,14 +237,15 @@ def table(results: dict[str, Any]) -> str:
             seconds = timed["layers"][kind]
             cells.append(f"{seconds[EXACT][part] / seconds[name][part]:.1f} ×")
         lines.append("| " + " | ".join(cells) + " |")
-    few, many = (
-        timed["layers"][kind][EXACT]["layer"] / timed["rest"][kind] for kind in ("seconds", "seconds_of_many_tokens")
-    )
-    lines += [
-        "",
-        f"With a gate that costs nothing the layer would be {few:.1f} × as fast as the exact one, on {MANY_TOKENS:,} "
-        f"tokens {many:.1f} ×.",
-    ]
+    for kind, count in (("seconds", TIMED_TOKENS), ("seconds_of_many_tokens", MANY_TOKENS)):
+        layer, rest, bare = timed["layers"][kind][EXACT]["layer"], timed["rest"][kind], timed["bare"][kind]
+        lines += [
+            "",
+            f"{count:,} tokens: with a gate that costs nothing the layer would be {layer / rest:.1f} × as fast as the "
+            f"exact one. 4 × leaves the gate {1000 * (layer / 4 - rest):.0f} ms; 8 groups' takes "
+            f"{1000 * timed['layers'][kind][EIGHT]['gate']:.0f} ms, of which one large product with as many "
+            f"multiply-adds would take {1000 * bare:.0f}.",
+        ]
     speeds = timed["generation_tokens_per_second"]
     untouched = speeds["untouched"]
     spliced = "; ".join(
@@ -276,7 +284,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("decomposition", type=Path)
     parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--trained", type=Path, nargs="*", default=[])
+    parser.add_argument("--trained", nargs="*", default=[], metavar="[NAME=]FOLDER")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the rest stays as it was measured")
     parser.add_argument("--tokens", type=int, default=65536, help="of held-out documents of the corpus")
     parser.add_argument("--python-tokens", type=int, default=204800)

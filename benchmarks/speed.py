@@ -139,7 +139,8 @@ def measure(job: dict[str, Any], names: list[str], options: argparse.Namespace) 
         wave = _wave(job, references + others[start : start + room], options)
         beside = {name: wave.pop(name) for name in references}
         results = beside | results | {name: {**row, "beside": beside} for name, row in wave.items()}
-    contestants = {name: results[name] for name in names}
+    installed = [name for name in names if "No module named" not in results[name].get("failed", "")]
+    contestants = {name: results[name] for name in installed}
     return {"job": job, "at_once": at_once, "commit": commit(), "contestants": contestants}
 
 
