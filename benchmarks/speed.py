@@ -219,6 +219,7 @@ def table(results: dict[str, Any]) -> str:
         training = job["mode"] == "train"
         what = "Training step" if training else "Forward"
         sizes = f"I = O = {job['I']:,}, H = {job['H']:,}, N = {job['N']:,}, K = {job['K']}, {job['tokens']:,} tokens"
+        sizes += f"; commit {measured.get('commit', 'before they were noted')}"
         lines += [f"**{what}, {case.rpartition(',')[0]} shapes** ({sizes})", ""]
         head = ["", "ms", "tokens/s", "against dense", "share of limit", "peak MB", "tensors MB"]
         if training:
@@ -266,15 +267,10 @@ def table(results: dict[str, Any]) -> str:
 def page(machines: dict[str, Any]) -> str:
     """The tables of all machines, the last that was measured first."""
     (first, results), *others = reversed(machines.items())
-    text = f"{first}. {_commits(results)}\n\n{table(results)}"
+    text = f"{first}.\n\n{table(results)}"
     for name, older in others:
-        text += f"\n<details><summary>{name}. {_commits(older)}</summary>\n\n{table(older)}\n</details>\n"
+        text += f"\n<details><summary>{name}</summary>\n\n{table(older)}\n</details>\n"
     return text
-
-
-def _commits(results: dict[str, Any]) -> str:
-    found = sorted({case.get("commit", "earlier ones") for case in results["cases"].values()})
-    return f"Commit: {', '.join(found)}."
 
 
 def draw(results: dict[str, Any]) -> None:
