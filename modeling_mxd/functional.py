@@ -280,6 +280,11 @@ def _sum_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 _expert_sum.register_autograd(_sum_gradients, setup_context=_save_sum)
 
 
+def can_be_sparse(wanted: bool) -> bool:
+    """Whether gradients are sparse tensors where that is wanted: compiled code holds none."""
+    return wanted and not torch.compiler.is_compiling()
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """In which dtype a large product of x is made: x's own, or autocast's."""
     kind = x.device.type
@@ -310,7 +315,7 @@ def topk_gate(
         pre-activations are positive the rest of the values are 0. Only `values` carries a gradient, through
         the selected positive entries. Second derivatives through the weights' gradients are refused.
     """
-    sparse = sparse_gradients and not torch.compiler.is_compiling()
+    sparse = can_be_sparse(sparse_gradients)
     values, indices = _topk_gate(x.reshape(-1, x.shape[-1]), weight, bias, k, product_dtype(x), sparse)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
@@ -329,6 +334,6 @@ def expert_sum(values: Tensor, indices: Tensor, table: Tensor, sparse_gradients:
         (..., O).
     """
     k = values.shape[-1]
-    sparse = sparse_gradients and not torch.compiler.is_compiling()
+    sparse = can_be_sparse(sparse_gradients)
     out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table, sparse)
     return out.reshape(*values.shape[:-1], table.shape[1])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import chunks, gate_gradients, largest, operator, save_gate
+from .functional import can_be_sparse, chunks, gate_gradients, largest, operator, save_gate
 
 
 def default_num_expert_groups(num_experts: int) -> int:
@@ -96,6 +96,6 @@ def routed_gate(
         none.
     """
     flat, groups = x.reshape(-1, x.shape[-1]), opened.reshape(-1, opened.shape[-1])
-    sparse = sparse_gradients and not torch.compiler.is_compiling()
+    sparse = can_be_sparse(sparse_gradients)
     values, indices = _routed_gate(flat, weight, bias, groups, group_size, k, sparse)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)

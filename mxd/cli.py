@@ -8,12 +8,11 @@ from pathlib import Path
 import typer
 
 from . import cli_measuring, cli_sharing, cli_training
+from .cli_options import OUTPUTS
 from .tables import visible
 
 INTERRUPTED = 130
 MAX_MESSAGE = 2000
-OUTPUTS = {"decompose": "mxd-output", "finetune": "mxd-finetuned"}
-"""Where the commands that keep checkpoints have them, if nothing else is asked for."""
 
 app = typer.Typer(
     add_completion=False,

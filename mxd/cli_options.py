@@ -9,6 +9,9 @@ import typer
 
 from .tables import print_evaluation
 
+OUTPUTS = {"decompose": "mxd-output", "finetune": "mxd-finetuned"}
+"""Where the commands that keep checkpoints have them, if nothing else is asked for."""
+
 
 def is_data_file(name: str) -> bool:
     """Whether an argument is a file that a shell made of `--dataset *.parquet`, rather than a model."""

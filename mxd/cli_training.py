@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .cli_options import (
+    OUTPUTS,
     BatchTokens,
     Bf16,
     ContextLength,
@@ -98,7 +99,7 @@ def decompose(
     evaluation_tokens: EvaluationTokens = "32768",
     report_to: ReportTo = "none",
     seed: Annotated[int, typer.Option(help="Of data order and initialisation.")] = 0,
-    output: Output = "mxd-output",
+    output: Output = OUTPUTS["decompose"],
     overwrite: Overwrite = False,
     resume: Resume = False,
     as_json: Json = False,
@@ -260,7 +261,7 @@ def finetune(
     evaluation_tokens: EvaluationTokens = "32768",
     report_to: ReportTo = "none",
     seed: Annotated[int, typer.Option(help="Of the data's order.")] = 0,
-    output: Output = "mxd-finetuned",
+    output: Output = OUTPUTS["finetune"],
     overwrite: Overwrite = False,
     resume: Resume = False,
     as_json: Json = False,

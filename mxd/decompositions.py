@@ -74,13 +74,18 @@ def results_folder(source: str, output: str | None) -> Path:
     return folder
 
 
-def check_base_of(decomposition: MxDModel, dtype: str, context_length: int | None = None) -> tuple[str, str | None]:
-    """Name and revision of the base model that a decomposition's config names, once its own config shows nothing that
-    `load_base_of` refuses.
+def check_base_of(decomposition: MxDModel, dtype: str, context_length: int | None = None) -> None:
+    """Refuse what `load_base_of` refuses, as far as the base model's config shows it; no more is downloaded.
 
     Raises:
-        ValueError: it names none (`BaseModelError`: or one that cannot be loaded).
+        ValueError: the decomposition names no base model (`BaseModelError`: or one that cannot be loaded).
     """
+    name, revision = _base_of(decomposition)
+    check_base_model(name, revision, dtype, pickles=False, context_length=context_length)
+
+
+def _base_of(decomposition: MxDModel) -> tuple[str, str | None]:
+    """Name and revision."""
     config = decomposition.config
     if not config.base_model_name_or_path:
         raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
@@ -90,7 +95,6 @@ def check_base_of(decomposition: MxDModel, dtype: str, context_length: int | Non
             f"the folder {name} of the base model is not here: write into base_model_name_or_path of the "
             "decomposition's config.json where it is now, or what it is called on the Hub"
         )
-    check_base_model(name, revision, dtype, pickles=False, context_length=context_length)
     return name, revision
 
 
@@ -103,7 +107,7 @@ def load_base_of(
     Raises:
         ValueError: as `check_base_of`.
     """
-    name, revision = check_base_of(decomposition, dtype, context_length)
+    name, revision = _base_of(decomposition)
     model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False, context_length=context_length)
     decomposition.to(default_device())
     return model.to(default_device()), tokenizer
