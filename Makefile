@@ -13,6 +13,8 @@ test: .venv/installed-dev  ## the whole test suite
 quality: .venv/installed-dev  ## linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/tree && mkdir -p build/tree && cp -rs $(CURDIR)/mxd build/tree/mxd
+	ln -s $(CURDIR)/modeling_mxd $(CURDIR)/hub_cards $(CURDIR)/trainers build/tree/mxd/
 	$(BIN)/mypy
 
 format: .venv/installed-dev

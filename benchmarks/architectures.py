@@ -30,9 +30,9 @@ from census import Examined, examine  # noqa: E402
 from pages import write_between  # noqa: E402
 from tiny_models import CAUSAL_TYPES, OTHER_TYPES, UNBUILDABLE, VARIANTS  # noqa: E402
 
-from modeling_mxd import find_mlps, verification, verify_sites  # noqa: E402
-from modeling_mxd.downloads import first_line  # noqa: E402
-from modeling_mxd.verification import TOKENS  # noqa: E402
+from mxd.modeling_mxd import find_mlps, verification, verify_sites  # noqa: E402
+from mxd.modeling_mxd.downloads import first_line  # noqa: E402
+from mxd.modeling_mxd.verification import TOKENS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
 TABLE = ROOT / "docs" / "architectures.md"

@@ -55,11 +55,11 @@ def push(hub: Any, expected: Path) -> None:
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hub_cards import push_decomposition
-    from modeling_mxd import MxDConfig, MxDModel
-    from mxd import embedded
+    from mxd import demo
+    from mxd.hub_cards import push_decomposition
+    from mxd.modeling_mxd import MxDConfig, MxDModel
 
-    hub.create(BASE, {path.name: path.read_bytes() for path in embedded.model_path().iterdir()})
+    hub.create(BASE, {path.name: path.read_bytes() for path in demo.model_path().iterdir()})
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     config = MxDConfig(
         layers=list(LAYERS),

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from evaluation_mxd.allocation import freed_memory_kept
+from mxd.base.allocation import freed_memory_kept
 
 Job = dict[str, Any]
 GROUPS_OPENED = 8
@@ -79,7 +79,7 @@ class Products(nn.Module):
 
     def __init__(self, job: Job, dtype: torch.dtype):
         super().__init__()
-        from modeling_mxd.functional import chunks, product
+        from mxd.modeling_mxd.functional import chunks, product
 
         self.k, tokens = job["K"], job["tokens"]
         self.dtype, self.times = dtype, 3 if job["mode"] == "train" else 1
@@ -146,7 +146,7 @@ class Products(nn.Module):
 
 def ours(job: Job, **changes: Any) -> nn.Module:
     """One of our layers, with weights none of which is zero."""
-    from modeling_mxd import MxDLayerConfig, make_layer
+    from mxd.modeling_mxd import MxDLayerConfig, make_layer
 
     experts = job["N"] if changes.get("method", "mxd") == "mxd" else job["latents"]
     layer = make_layer(
@@ -168,7 +168,7 @@ def ours(job: Job, **changes: Any) -> nn.Module:
 
 def hierarchical(job: Job) -> nn.Module:
     """About √N groups, of which a token opens 8."""
-    from modeling_mxd.hierarchical_routing import default_num_expert_groups
+    from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
 
     groups = default_num_expert_groups(job["N"])
     return ours(job, num_expert_groups=groups, num_groups_per_tok=min(GROUPS_OPENED, groups))
@@ -296,7 +296,7 @@ class Running:
         self.memory = Memory(self.device)
         _import_all(build, job)
         if name.startswith("hierarchical") and job["mode"] == "train":
-            import trainers  # noqa: F401
+            pass
         self.memory_before = self.memory.now()
         with torch.device(self.device):
             self.model = build(job)
@@ -310,7 +310,7 @@ class Running:
             fused = {} if name in PLAIN and "fused" not in name else {"fused": True}
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **fused)
         if "sparse optimiser" in name:
-            from trainers.row_adamw import RowAdamW
+            from mxd.trainers.row_adamw import RowAdamW
 
             self.model.sparse_gradients = True
             self.optimizer = RowAdamW(self.model.parameters(), lr=1e-4)
@@ -323,8 +323,8 @@ class Running:
         if self.optimizer is not None:
             loss = (output.float() - self.y).square().sum(-1).mean()
             if getattr(self.model, "router", None) is not None:
-                from trainers.decomposition_trainer import ROUTER_TOKENS
-                from trainers.router import router_loss
+                from mxd.trainers.decomposition_trainer import ROUTER_TOKENS
+                from mxd.trainers.router import router_loss
 
                 loss = loss + router_loss(self.model, self.x[::ROUTER_TOKENS])
             loss.backward()

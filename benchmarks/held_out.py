@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from evaluation_mxd.faithfulness import LayerEvaluation
-from evaluation_mxd.metrics import LogitSums
-from evaluation_mxd.paired import PairedDifference
-from modeling_mxd import SparseLayer
+from mxd.evaluation.faithfulness import LayerEvaluation
+from mxd.evaluation.metrics import LogitSums
+from mxd.evaluation.paired import PairedDifference
+from mxd.modeling_mxd import SparseLayer
 
 COMPARED = 4  # KL is taken of one batch in so many
 

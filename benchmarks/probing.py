@@ -4,7 +4,7 @@
 
 Eight labelled problems (`benchmarks/probing_problems.py`) of chunks of 128 tokens, taken evenly from all documents of
 a class and divided by document. One pass of the model over all texts feeds every representation; the protocols are
-those of `evaluation_mxd.probing`, with features as they are and standardised. Pooled features and figures that are in
+those of `mxd.evaluation.probing`, with features as they are and standardised. Pooled features and figures that are in
 the work folder are not made again. The decompositions are of one layer; differences are to the first. Writes
 benchmarks/results/probing.json, docs/probing.png, and the table into docs/probing.md. With one decomposition of
 SmolLM2-135M 10 minutes of one core.
@@ -25,15 +25,14 @@ from probing_problems import problems
 from scipy.sparse import load_npz, save_npz
 from transformers import PreTrainedTokenizerBase
 
-from evaluation_mxd import always_yes_f1, grouped_folds, plot_probing, pool_features, probe_features
-from evaluation_mxd.pooling import Features
-from evaluation_mxd.probing import CANDIDATES, FOLDS, SPARSITIES
-from modeling_mxd import MxDModel, find_mlp
-from mxd.base_model import load_base_model
-from mxd.decompositions import load_decomposition
-from mxd.probing import common_layer, describe, make_representations, named, probing_versions
-from trainers import LabelledTexts, cut_texts
-from trainers.labelled_text import count_texts
+from mxd.base.base_model import load_base_model
+from mxd.data.labelled_text import LabelledTexts, count_texts, cut_texts
+from mxd.evaluation import always_yes_f1, grouped_folds, plot_probing, pool_features, probe_features
+from mxd.evaluation.pooling import Features
+from mxd.evaluation.probing import CANDIDATES, FOLDS, SPARSITIES
+from mxd.jobs.decompositions import load_decomposition
+from mxd.jobs.probing import common_layer, describe, make_representations, named, probing_versions
+from mxd.modeling_mxd import MxDModel, find_mlp
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, FIGURE = ROOT / "benchmarks/results/probing.json", ROOT / "docs/probing.md", ROOT / "docs/probing.png"

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from python_library import python_library_files
 
-from trainers import LabelledDocuments
+from mxd.data.labelled_text import LabelledDocuments
 
 ERAS = {"1790–1849": range(1790, 1850), "1850–1899": range(1850, 1900), "1900–1949": range(1900, 1950),
         "1950–2021": range(1950, 2022)}  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from trainers import DataError
+from mxd.data.documents import DataError
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 

@@ -47,13 +47,14 @@ from recipe_points import (
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from evaluation_mxd.paired import half_width
-from evaluation_mxd.rank import decomposition_ranks
-from modeling_mxd import MxDModel
-from mxd.base_model import load_base_model
-from mxd.cli_options import parse_count
-from mxd.pipeline import DecompositionOptions, evaluation_batches
-from trainers import RecordedTeacher, load_text, split_documents
+from mxd.base.base_model import load_base_model
+from mxd.cli.options import parse_count
+from mxd.data.documents import load_text, split_documents
+from mxd.evaluation.paired import half_width
+from mxd.evaluation.rank import decomposition_ranks
+from mxd.jobs.pipeline import DecompositionOptions, evaluation_batches
+from mxd.modeling_mxd import MxDModel
+from mxd.trainers import RecordedTeacher
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipe.json"

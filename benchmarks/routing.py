@@ -39,13 +39,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
-from evaluation_mxd.forward import evaluating
-from evaluation_mxd.paired import half_width
-from modeling_mxd import MxDModel, SparseLayer, capture_mlps, spliced_mlps
-from mxd.base_model import load_base_model
-from mxd.pipeline import TextOptions, evaluation_batches, load_documents
-from mxd.texts import Documents
-from trainers import CausalCollator, fit_router, pack, routing_recall
+from mxd.base.base_model import load_base_model
+from mxd.base.capture import capture_mlps
+from mxd.base.forward import evaluating
+from mxd.data.packing import CausalCollator, pack
+from mxd.data.texts import Documents
+from mxd.evaluation.paired import half_width
+from mxd.jobs.pipeline import TextOptions, evaluation_batches, load_documents
+from mxd.modeling_mxd import MxDModel, SparseLayer, spliced_mlps
+from mxd.trainers import fit_router, routing_recall
 
 RESULTS = Path(__file__).parent / "results" / "routing.json"
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"

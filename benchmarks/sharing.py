@@ -30,8 +30,6 @@ def load(what: str, folder: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import modeling_mxd  # noqa: F401, so that both sides pay for the imports
-
     torch.set_num_threads(2)
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -43,8 +41,8 @@ def load(what: str, folder: str) -> None:
 
 def save(model: str, layers: list[int] | None, experts: int | None, folder: Path) -> dict[str, Any]:
     """A folder with an untrained decomposition of these layers (None: all)."""
-    from modeling_mxd import MxDConfig, MxDModel, find_mlps
-    from mxd.pipeline import DecompositionOptions, layer_config, load_base_model
+    from mxd.jobs.pipeline import DecompositionOptions, layer_config, load_base_model
+    from mxd.modeling_mxd import MxDConfig, MxDModel, find_mlps
 
     base, _, _ = load_base_model(model)
     sites = find_mlps(base)

@@ -15,10 +15,10 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from modeling_mxd import MxDConfig, MxDLayerConfig
-from modeling_mxd.configuration_mxd import DEMO_MODEL
-from modeling_mxd.loading import is_causal
-from modeling_mxd.sharing import BEGIN, END, HUB_ID
+from mxd.modeling_mxd import MxDConfig, MxDLayerConfig
+from mxd.modeling_mxd.configuration_mxd import DEMO_MODEL
+from mxd.modeling_mxd.loading import is_causal
+from mxd.modeling_mxd.sharing import BEGIN, END, HUB_ID
 
 from .reading import read_config, read_json, texts
 from .safe_text import (

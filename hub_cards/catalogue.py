@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from modeling_mxd import MxDConfig
+from mxd.modeling_mxd import MxDConfig
 
 from .hub import HubRepo, look_up, retried, search
 from .reading import MAX_JSON_BYTES, read_config, read_json

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from modeling_mxd.downloads import PASSING, first_line, is_transport_error
+from mxd.modeling_mxd.downloads import PASSING, first_line, is_transport_error
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-import modeling_mxd
-from modeling_mxd import MxDConfig
-from modeling_mxd.configuration_mxd import AUTO_MAP
-from modeling_mxd.sharing import REPLACED, check_base_id, save_tokenizer, with_known_class
+from mxd import modeling_mxd
+from mxd.modeling_mxd import MxDConfig
+from mxd.modeling_mxd.configuration_mxd import AUTO_MAP
+from mxd.modeling_mxd.sharing import REPLACED, check_base_id, save_tokenizer, with_known_class
 
 from .card import build_card
 from .hub import ATTEMPTS, HubError, HubRepo, explained, logger, look_up, passes, retried, status_of

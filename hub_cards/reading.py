@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from modeling_mxd import MxDConfig
-from modeling_mxd.downloads import first_line
-from modeling_mxd.weight_files import check_headers, read_index
+from mxd.modeling_mxd import MxDConfig
+from mxd.modeling_mxd.downloads import first_line
+from mxd.modeling_mxd.weight_files import check_headers, read_index
 
 MAX_JSON_BYTES = 10_000_000
 

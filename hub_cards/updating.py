@@ -7,8 +7,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from modeling_mxd.downloads import first_line
-from modeling_mxd.sharing import BEGIN, END
+from mxd.modeling_mxd.downloads import first_line
+from mxd.modeling_mxd.sharing import BEGIN, END
 
 from .card import METHOD_TAGS
 from .reading import texts

@@ -2,12 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .capture import Capture, capture_mlps
 from .configuration_mxd import MxDConfig, MxDLayerConfig
 from .interventions import ExpertCoefficients, ExpertIntervention
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .modeling_mxd import MxDForCausalLM, MxDModel, MxDOutput
-from .parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 from .pretrained_weights import PretrainedWeights, WeightLayout
 from .sites import MLPSite, SurgeryError, find_all_mlps, find_mlp, find_mlps, find_stacks, site_of
 from .spliced_language_model import SplicedLanguageModel, make_spliced
@@ -15,7 +13,6 @@ from .surgery import ReplacedMLP, replace_mlp, replace_mlps, spliced_mlps
 from .verification import verify_sites
 
 __all__ = [
-    "Capture",
     "ExpertCoefficients",
     "ExpertIntervention",
     "MLPSite",
@@ -32,15 +29,12 @@ __all__ = [
     "SurgeryError",
     "TranscoderLayer",
     "WeightLayout",
-    "capture_mlps",
     "find_all_mlps",
     "find_mlp",
     "find_mlps",
     "find_stacks",
     "make_layer",
     "make_spliced",
-    "num_experts_matching_transcoder",
-    "num_latents_matching_transcoder",
     "replace_mlp",
     "replace_mlps",
     "site_of",

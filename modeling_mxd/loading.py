@@ -124,7 +124,7 @@ def base_source(
     if name == DEMO_MODEL:
         raise ValueError(
             "the decomposition's base model ships with the library mxd: pass "
-            "base_model_name_or_path=str(mxd.embedded.model_path())"
+            "base_model_name_or_path=str(mxd.demo.model_path())"
         )
     if stored is not None and stored.base_model_name_or_path:
         if name != stored.base_model_name_or_path and revision == stored.base_model_revision:

@@ -17,27 +17,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, Model
 
 # Every sibling is imported here, also the unused: a Hub repo carries only what its entry file names.
 from .architectures import layer_chains  # noqa: F401
-from .capture import capture_mlps  # noqa: F401
 from .configuration_mxd import MxDConfig
 from .downloads import tried
 from .functional import topk_gate  # noqa: F401
 from .hierarchical_routing import routed_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
-from .loading import (
-    ACCESS,
-    OWN,
-    arguments_of_base,
-    base_source,
-    check_loaded,
-    commit_of,
-    load_config,
-    once,
-    pinned,
-)
-from .parameter_budget import transcoder_parameters  # noqa: F401
+from .loading import ACCESS, OWN, arguments_of_base, base_source, check_loaded, commit_of, load_config, once, pinned
 from .pretrained_weights import PretrainedWeights  # noqa: F401
-from .reference import reference_forward  # noqa: F401
 from .sharing import push_to_hub
 from .sites import SurgeryError, find_mlps
 from .spliced_language_model import make_spliced

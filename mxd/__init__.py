@@ -8,7 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaluation_mxd import (
+    from mxd.base.base_model import BaseModelError, load_base_model
+    from mxd.base.capture import capture_mlps
+    from mxd.base.masks import token_mask
+    from mxd.data.documents import DataError, load_text, split_documents
+    from mxd.data.packing import CausalCollator, materialize, pack
+    from mxd.data.texts import TextOptions
+    from mxd.evaluation import (
         PairedDifference,
         UntouchedLosses,
         ablation_curve,
@@ -20,11 +26,16 @@ if TYPE_CHECKING:
         measure_expert_statistics,
         pool_features,
         probe_features,
-        token_mask,
         top_examples,
     )
-    from hub_cards import build_card, list_decompositions, push_decomposition, show_decomposition
-    from modeling_mxd import (
+    from mxd.hub_cards import build_card, list_decompositions, push_decomposition, show_decomposition
+    from mxd.jobs.domains import measure_domain_use
+    from mxd.jobs.experts import read_experts
+    from mxd.jobs.finetuning import FinetuningOptions, finetune
+    from mxd.jobs.frontier import FrontierOptions, measure_frontier
+    from mxd.jobs.pipeline import DecompositionOptions, decompose, evaluate
+    from mxd.jobs.probing import ProbingOptions, probe
+    from mxd.modeling_mxd import (
         ExpertCoefficients,
         ExpertIntervention,
         MxDConfig,
@@ -34,18 +45,13 @@ if TYPE_CHECKING:
         MxDModel,
         SurgeryError,
         TranscoderLayer,
-        capture_mlps,
         find_mlp,
         find_mlps,
         make_spliced,
-        num_experts_matching_transcoder,
-        num_latents_matching_transcoder,
         replace_mlp,
         spliced_mlps,
     )
-    from trainers import (
-        CausalCollator,
-        DataError,
+    from mxd.trainers import (
         DistillationArguments,
         DistillationTrainer,
         FinetuningArguments,
@@ -53,24 +59,18 @@ if TYPE_CHECKING:
         RecordedTeacher,
         ReplayTrainer,
         fit_routers,
-        load_text,
-        materialize,
-        pack,
         routing_recall,
-        split_documents,
     )
-
-    from .base_model import BaseModelError, load_base_model
-    from .domains import measure_domain_use
-    from .experts import read_experts
-    from .finetuning import FinetuningOptions, finetune
-    from .frontier import FrontierOptions, measure_frontier
-    from .pipeline import DecompositionOptions, decompose, evaluate
-    from .probing import ProbingOptions, probe
-    from .texts import TextOptions
+    from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 
 _HOME = {
-    "evaluation_mxd": [
+    "mxd.base.base_model": ["BaseModelError", "load_base_model"],
+    "mxd.base.capture": ["capture_mlps"],
+    "mxd.base.masks": ["token_mask"],
+    "mxd.data.documents": ["DataError", "load_text", "split_documents"],
+    "mxd.data.packing": ["CausalCollator", "materialize", "pack"],
+    "mxd.data.texts": ["TextOptions"],
+    "mxd.evaluation": [
         "PairedDifference",
         "UntouchedLosses",
         "ablation_curve",
@@ -82,11 +82,16 @@ _HOME = {
         "measure_expert_statistics",
         "pool_features",
         "probe_features",
-        "token_mask",
         "top_examples",
     ],
-    "hub_cards": ["build_card", "list_decompositions", "push_decomposition", "show_decomposition"],
-    "modeling_mxd": [
+    "mxd.hub_cards": ["build_card", "list_decompositions", "push_decomposition", "show_decomposition"],
+    "mxd.jobs.domains": ["measure_domain_use"],
+    "mxd.jobs.experts": ["read_experts"],
+    "mxd.jobs.finetuning": ["FinetuningOptions", "finetune"],
+    "mxd.jobs.frontier": ["FrontierOptions", "measure_frontier"],
+    "mxd.jobs.pipeline": ["DecompositionOptions", "decompose", "evaluate"],
+    "mxd.jobs.probing": ["ProbingOptions", "probe"],
+    "mxd.modeling_mxd": [
         "ExpertCoefficients",
         "ExpertIntervention",
         "MxDConfig",
@@ -96,18 +101,13 @@ _HOME = {
         "MxDModel",
         "SurgeryError",
         "TranscoderLayer",
-        "capture_mlps",
         "find_mlp",
         "find_mlps",
         "make_spliced",
-        "num_experts_matching_transcoder",
-        "num_latents_matching_transcoder",
         "replace_mlp",
         "spliced_mlps",
     ],
-    "trainers": [
-        "CausalCollator",
-        "DataError",
+    "mxd.trainers": [
         "DistillationArguments",
         "DistillationTrainer",
         "FinetuningArguments",
@@ -115,20 +115,9 @@ _HOME = {
         "RecordedTeacher",
         "ReplayTrainer",
         "fit_routers",
-        "load_text",
-        "materialize",
-        "pack",
         "routing_recall",
-        "split_documents",
     ],
-    "mxd.base_model": ["BaseModelError", "load_base_model"],
-    "mxd.domains": ["measure_domain_use"],
-    "mxd.experts": ["read_experts"],
-    "mxd.finetuning": ["FinetuningOptions", "finetune"],
-    "mxd.frontier": ["FrontierOptions", "measure_frontier"],
-    "mxd.pipeline": ["DecompositionOptions", "decompose", "evaluate"],
-    "mxd.probing": ["ProbingOptions", "probe"],
-    "mxd.texts": ["TextOptions"],
+    "mxd.trainers.parameter_budget": ["num_experts_matching_transcoder", "num_latents_matching_transcoder"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

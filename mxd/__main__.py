@@ -1,5 +1,5 @@
 """`python -m mxd`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from modeling_mxd.sharing import OLDEST_TRANSFORMERS
+from mxd.modeling_mxd.sharing import OLDEST_TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -78,9 +78,7 @@ def test_the_fine_tuning_tables_are_what_the_benchmark_wrote(monkeypatch):
     assert memory["chunked"]["bytes"] < memory["whole"]["bytes"]
 
 
-@pytest.mark.parametrize(
-    "name", ["modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd", "benchmarks", "notebooks"]
-)
+@pytest.mark.parametrize("name", ["modeling_mxd", "hub_cards", "trainers", "mxd", "benchmarks", "notebooks"])
 def test_rooms_named_in_the_readme_exist(name):
     assert f"| `{name}` |" in README and (ROOT / name).is_dir()
 

@@ -12,8 +12,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from evaluation_mxd.rank import decomposition_ranks
-from modeling_mxd import MxDModel
+from mxd.evaluation.rank import decomposition_ranks
+from mxd.modeling_mxd import MxDModel
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class InterruptCallback(TrainerCallback):
 class RankCallback(TrainerCallback):
     """Logs the rank of an MxD's experts every so many steps and after the last one: `layer_8/normalised_rank`,
     `layer_8/smallest_singular_value` (both means over a sample of experts, the same at each step) and
-    `layer_8/zeros`, the share of zeros in C. See `evaluation_mxd.expert_ranks`.
+    `layer_8/zeros`, the share of zeros in C. See `mxd.evaluation.expert_ranks`.
 
     Args:
         decomposition: what is trained; transcoder layers, which have no rank, are passed over.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from evaluation_mxd.metrics import CHUNK_ELEMENTS
+from mxd.evaluation.metrics import CHUNK_ELEMENTS
 
 
 class LanguageModelHead:

@@ -20,18 +20,18 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from evaluation_mxd import token_mask
-from evaluation_mxd.allocation import freed_memory_kept
-from evaluation_mxd.expert_use import measure_expert_statistics
-from evaluation_mxd.faithfulness import EVALUATION_NAME
-from evaluation_mxd.forward import padding_last
-from modeling_mxd import MxDModel
+from mxd.base.allocation import freed_memory_kept
+from mxd.base.forward import padding_last
+from mxd.base.masks import token_mask
+from mxd.data.packing import CausalCollator
+from mxd.evaluation.expert_use import measure_expert_statistics
+from mxd.evaluation.faithfulness import EVALUATION_NAME
+from mxd.modeling_mxd import MxDModel
 
 from .callbacks import InterruptCallback, RankCallback, TokenProgressCallback
 from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
-from .packing import CausalCollator
 from .router import router_loss
 
 logger = logging.getLogger(__name__)

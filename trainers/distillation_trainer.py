@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from evaluation_mxd import activation_mask, normalised_error, token_mask
-from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
+from mxd.base.capture import capture_mlps
+from mxd.base.masks import activation_mask, token_mask
+from mxd.evaluation import normalised_error
+from mxd.modeling_mxd import MxDModel, find_mlps, site_of
 
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
@@ -337,7 +339,7 @@ def _at_least(squared_norm: Tensor, minimum: float) -> Tensor:
 
 
 def normalised_errors(prediction: EvalPrediction, layers: Sequence[int]) -> dict[str, float]:
-    """NMSE of every layer over all rows, as `layer_8/nmse`: that of `evaluation_mxd.ErrorSums`; their mean is the loss
+    """NMSE of every layer over all rows, as `layer_8/nmse`: that of `mxd.evaluation.ErrorSums`; their mean is the loss
     too, by which stock chooses the best checkpoint. From `prediction_step`'s rows."""
     sums, counts = (torch.as_tensor(part).double().sum(0) for part in prediction)
     errors = sums / counts

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from evaluation_mxd import kl_divergence, next_token_loss, next_token_mask, token_mask
-from evaluation_mxd.forward import Batch, right_padded
-from modeling_mxd import capture_mlps
+from mxd.base.capture import capture_mlps
+from mxd.base.forward import Batch, right_padded
+from mxd.base.masks import next_token_mask, token_mask
+from mxd.evaluation import kl_divergence, next_token_loss
 
 from .chunked_logits import LanguageModelHead, chunked_sum
 from .decomposition_trainer import DecompositionTrainer

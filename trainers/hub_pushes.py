@@ -15,11 +15,11 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from hub_cards import HubError, build_card, push_decomposition, update_card
-from hub_cards.hub import retried
-from hub_cards.push import without_folders
-from modeling_mxd import MxDModel
-from modeling_mxd.sharing import check_base_id
+from mxd.hub_cards import HubError, build_card, push_decomposition, update_card
+from mxd.hub_cards.hub import retried
+from mxd.hub_cards.push import without_folders
+from mxd.modeling_mxd import MxDModel
+from mxd.modeling_mxd.sharing import check_base_id
 
 from .decomposition_arguments import DecompositionArguments
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from evaluation_mxd.masks import activation_mask
-from modeling_mxd import Capture, MLPSite, MxDLayer, MxDLayerConfig, MxDModel, SparseLayer, find_mlp
+from mxd.base.capture import Capture
+from mxd.base.masks import activation_mask
+from mxd.modeling_mxd import MLPSite, MxDLayer, MxDLayerConfig, MxDModel, SparseLayer, find_mlp
 
 from .router import fit_router
 

@@ -27,10 +27,11 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from evaluation_mxd.files import replace_text
-from evaluation_mxd.forward import evaluating
-from modeling_mxd import MxDModel, capture_mlps, find_mlps, site_of
-from modeling_mxd.verification import running_device
+from mxd.base.capture import capture_mlps
+from mxd.base.files import replace_text
+from mxd.base.forward import evaluating
+from mxd.modeling_mxd import MxDModel, find_mlps, site_of
+from mxd.modeling_mxd.verification import running_device
 
 from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel, SparseLayer
-from modeling_mxd.functional import scatter_rows, topk_gate
-from modeling_mxd.hierarchical_routing import default_num_expert_groups
+from mxd.modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel, SparseLayer
+from mxd.modeling_mxd.functional import scatter_rows, topk_gate
+from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
 
 BATCH = 512
 LEARNING_RATE = 3e-3

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel
-from modeling_mxd.functional import expert_sum
+from mxd.modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel
+from mxd.modeling_mxd.functional import expert_sum
 
 FILE_NAME = "sparse_code.safetensors"
 PARAMETERS = "sparse_code."

@@ -24,8 +24,8 @@ from tiny_llama import make_tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hub_cards import push_decomposition
-from mxd import cli
+from mxd.cli import main as cli
+from mxd.hub_cards import push_decomposition
 
 REPO = "user/pulled"
 FAULTS = {

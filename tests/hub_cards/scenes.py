@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from modeling_mxd import MxDConfig, MxDModel
+from mxd.modeling_mxd import MxDConfig, MxDModel
 
 BASE = "user/base"
 IDS = torch.arange(2, 12)[None]

@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from typer.main import get_command
 
-from hub_cards import build_card, update_card
-from hub_cards.push import without_folders
-from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
-from modeling_mxd.sharing import BEGIN, END
+from mxd.hub_cards import build_card, update_card
+from mxd.hub_cards.push import without_folders
+from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
+from mxd.modeling_mxd.sharing import BEGIN, END
 
 LAYER = {
     "nmse": 0.2114,
@@ -414,8 +414,8 @@ def test_figures_are_embedded_by_relative_path(tmp_path):
 
 
 def test_the_command_is_one_that_the_program_takes(tmp_path):
-    from mxd.cli import app
-    from mxd.cli_options import parse_count, parse_layers
+    from mxd.cli.main import app
+    from mxd.cli.options import parse_count, parse_layers
 
     made = section(build_card(write_folder(tmp_path)), "How it was made")
     assert "- Training tokens: 999,424\n" in made
@@ -436,7 +436,7 @@ def test_the_command_is_one_that_the_program_takes(tmp_path):
 
 
 def test_a_fine_tuning_is_told_after_the_training(tmp_path):
-    from mxd.cli import app
+    from mxd.cli.main import app
 
     card = build_card(write_folder(tmp_path))
     made = section(card, "How it was made").partition("Then it was fine-tuned")[2]

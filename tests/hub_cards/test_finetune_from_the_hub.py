@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hub_cards import push_decomposition
 from mxd import FinetuningOptions, TextOptions, finetune
+from mxd.hub_cards import push_decomposition
 
 REPO = "user/mxd-tiny"
 

@@ -8,8 +8,8 @@ from huggingface_hub import constants, snapshot_download
 from safetensors.torch import load, save
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from hub_cards import push_decomposition
-from modeling_mxd import MxDConfig, MxDModel, SurgeryError
+from mxd.hub_cards import push_decomposition
+from mxd.modeling_mxd import MxDConfig, MxDModel, SurgeryError
 
 BASE, REPO = "user/base", "user/mxd-tiny"
 IDS = torch.arange(2, 12)[None]
@@ -30,7 +30,7 @@ def pushed(hub, folder):
 @pytest.fixture
 def warned(monkeypatch):
     messages = []
-    monkeypatch.setattr("modeling_mxd.modeling_mxd.logger.warning", messages.append)
+    monkeypatch.setattr("mxd.modeling_mxd.modeling_mxd.logger.warning", messages.append)
     return messages
 
 

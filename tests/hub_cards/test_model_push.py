@@ -11,8 +11,8 @@ from huggingface_hub import HfApi, ModelCard
 from scenes import save_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from hub_cards import HubError, build_card, push_decomposition
-from modeling_mxd import MxDModel, sharing
+from mxd.hub_cards import HubError, build_card, push_decomposition
+from mxd.modeling_mxd import MxDModel, sharing
 
 REPO = "user/mxd-tiny"
 
@@ -126,7 +126,7 @@ WITHOUT = """
 import importlib.metadata, sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd"):
+        if name.split(".")[0] == "mxd":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hidden())
 importlib.metadata.entry_points = lambda **_: []
@@ -204,7 +204,7 @@ def test_saving_with_a_push_takes_the_token_from_one_process(hub, folder, tmp_pa
 def test_a_push_without_an_evaluation_that_is_there_warns(hub, folder, monkeypatch):
     (folder / "evaluation.json").write_text("{}")
     warnings = []
-    monkeypatch.setattr("modeling_mxd.sharing.logger.warning", warnings.append)
+    monkeypatch.setattr("mxd.modeling_mxd.sharing.logger.warning", warnings.append)
     MxDModel.from_pretrained(folder).push_to_hub(REPO)
     assert "`mxd push` shares a folder" in warnings[0]
     assert "evaluation.json" not in hub.files(REPO)

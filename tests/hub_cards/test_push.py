@@ -11,12 +11,12 @@ import torch
 from faults import command
 from huggingface_hub import HfApi, ModelCard
 
-from hub_cards import HubError, list_decompositions, push_decomposition, show_decomposition
-from modeling_mxd import MxDModel
-from modeling_mxd.configuration_mxd import AUTO_MAP
-from modeling_mxd.sharing import OLDEST_TRANSFORMERS
-from mxd import embedded
-from mxd.decompositions import load_decomposition, made_how
+from mxd import demo
+from mxd.hub_cards import HubError, list_decompositions, push_decomposition, show_decomposition
+from mxd.jobs.decompositions import load_decomposition, made_how
+from mxd.modeling_mxd import MxDModel
+from mxd.modeling_mxd.configuration_mxd import AUTO_MAP
+from mxd.modeling_mxd.sharing import OLDEST_TRANSFORMERS
 
 REPO = "user/mxd-tiny"
 
@@ -165,7 +165,7 @@ def test_a_folder_that_is_not_complete_is_refused_before_anything_is_sent(hub, f
 
 def test_a_base_that_others_cannot_load_is_refused(hub, folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    for name, message in ((embedded.MODEL_NAME, "is on no Hub"), (str(tmp_path / "base"), "is no Hub id")):
+    for name, message in ((demo.MODEL_NAME, "is on no Hub"), (str(tmp_path / "base"), "is no Hub id")):
         config["base_model_name_or_path"] = name
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=message):
@@ -249,7 +249,7 @@ import json, sys
 if {hide}:
     class Hidden:
         def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] in ("modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd"):
+            if name.split(".")[0] == "mxd":
                 raise ModuleNotFoundError(name)
     sys.meta_path.insert(0, Hidden())
 else:
@@ -301,7 +301,7 @@ RUN = """
 import sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd"):
+        if name.split(".")[0] == "mxd":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hidden())
 import torch

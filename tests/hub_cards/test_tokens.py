@@ -12,9 +12,9 @@ from faults import command
 from huggingface_hub import constants
 from transformers import AutoModel, AutoModelForCausalLM
 
-from hub_cards import HubError, push_decomposition
-from modeling_mxd import MxDConfig, MxDModel
-from trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer
+from mxd.hub_cards import HubError, push_decomposition
+from mxd.modeling_mxd import MxDConfig, MxDModel
+from mxd.trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer
 
 REPO = "user/mxd-tiny"
 TOKEN = "hf_QxZtokenThatNobodyMayReadAnywhere"

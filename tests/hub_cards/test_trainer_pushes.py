@@ -10,9 +10,9 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForCausalLM
 
-from hub_cards import HubError
-from modeling_mxd import MxDConfig, MxDModel
-from trainers import DistillationArguments, DistillationTrainer
+from mxd.hub_cards import HubError
+from mxd.modeling_mxd import MxDConfig, MxDModel
+from mxd.trainers import DistillationArguments, DistillationTrainer
 
 REPO = "user/trained"
 

@@ -8,10 +8,10 @@ import torch
 from tiny_models import GENERATE_FAILS, model_inputs, tiny_model
 from torch import nn
 
-from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, find_all_mlps, find_mlps
-from modeling_mxd.architectures import is_other_tower
-from modeling_mxd.sites import MAIN, MLPSite
-from modeling_mxd.verification import _tensors, originals_routed
+from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, find_all_mlps, find_mlps
+from mxd.modeling_mxd.architectures import is_other_tower
+from mxd.modeling_mxd.sites import MAIN, MLPSite
+from mxd.modeling_mxd.verification import _tensors, originals_routed
 
 # Stacks whose MLPs cannot be seen in the model's outputs, and why.
 WITHOUT_EFFECT = {

@@ -3,7 +3,7 @@ from doors_cases import decomposition, logits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modeling_mxd import MxDModel
+from mxd.modeling_mxd import MxDModel
 
 
 @pytest.fixture

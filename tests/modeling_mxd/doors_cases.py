@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from modeling_mxd import MxDConfig, MxDModel
+from mxd.modeling_mxd import MxDConfig, MxDModel
 
 LAYERS = (0, 2)
 IDS = torch.arange(2, 22).reshape(2, 10)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from modeling_mxd import MxDLayerConfig, make_layer
+from mxd.modeling_mxd import MxDLayerConfig, make_layer
 
 FORMS = {
     "mxd": {"method": "mxd"},

@@ -4,8 +4,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
-from modeling_mxd import modeling_mxd as model_module
+from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
+from mxd.modeling_mxd import modeling_mxd as model_module
 
 VALID = {"hidden_size": 16, "output_size": 12, "intermediate_size": 20, "num_experts": 24, "num_experts_per_tok": 4}
 SIZES = tuple(VALID)
@@ -152,7 +152,7 @@ def test_from_layer_configs_refuses_no_layers():
 
 def test_check_memory_weighs_the_dtype_and_names_the_largest_layer(monkeypatch):
     config = MxDConfig(layers=[3, 5], layer_overrides={"5": {"num_experts": 1000}}, **VALID)
-    monkeypatch.setattr("modeling_mxd.configuration_mxd.machine_memory", lambda: 2 * config.num_parameters)
+    monkeypatch.setattr("mxd.modeling_mxd.configuration_mxd.machine_memory", lambda: 2 * config.num_parameters)
     config.check_memory(torch.bfloat16)
     with pytest.raises(ValueError, match=r"num_experts \(1000\).* of layer 5") as refusal:
         config.check_memory(torch.float32)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
-import modeling_mxd
-from modeling_mxd import MxDConfig, MxDForCausalLM, MxDModel, SplicedLanguageModel, SurgeryError
-from modeling_mxd.configuration_mxd import DEMO_MODEL
-from modeling_mxd.spliced_language_model import changed_parameters, make_spliced, sample_parameters
+from mxd import modeling_mxd
+from mxd.modeling_mxd import MxDConfig, MxDForCausalLM, MxDModel, SplicedLanguageModel, SurgeryError
+from mxd.modeling_mxd.configuration_mxd import DEMO_MODEL
+from mxd.modeling_mxd.spliced_language_model import changed_parameters, make_spliced, sample_parameters
 
 
 def test_both_doors(repo, spliced, expected, tiny_llama):
@@ -40,7 +40,7 @@ def test_without_the_library(repo_with_tokenizer, expected, tmp_path):
 import sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd"):
+        if name.split(".")[0] == "mxd":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hidden())
 import torch
@@ -211,7 +211,7 @@ def test_another_commit_is_warned_about(base_folder, tiny_llama, caplog, monkeyp
     mxd = decomposition(base_folder, tiny_llama)
     mxd.config.base_model_revision, tiny_llama.config._commit_hash = "a" * 40, "b" * 40
     warned = []
-    monkeypatch.setattr("modeling_mxd.modeling_mxd.logger.warning", warned.append)
+    monkeypatch.setattr("mxd.modeling_mxd.modeling_mxd.logger.warning", warned.append)
     with mxd.spliced(tiny_llama):
         pass
     assert "a" * 40 in warned[0]

@@ -7,7 +7,7 @@ import torch
 from doors_cases import IDS, decomposition, logits
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from modeling_mxd import MxDModel
+from mxd.modeling_mxd import MxDModel
 
 DTYPES = {
     "class": (torch.bfloat16, torch.bfloat16),

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from mxd_cases import FORMS, clear_inputs, gradients, random_layer, relative_error
+from reference import reference_forward
 from torch import nn
 
-from modeling_mxd import functional
-from modeling_mxd.reference import reference_forward
+from mxd.modeling_mxd import functional
 
 ROUTINGS = {
     "exact": {"num_experts": 200},

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from modeling_mxd import functional
-from modeling_mxd.functional import expert_sum, largest_positive, scatter_rows, topk_gate, weighted_rows
+from mxd.modeling_mxd import functional
+from mxd.modeling_mxd.functional import expert_sum, largest_positive, scatter_rows, topk_gate, weighted_rows
 
 
 def doubles(*shape):

@@ -4,10 +4,10 @@ import dataclasses
 import pytest
 import torch
 from mxd_cases import gradients, random_layer, relative_error
+from reference import dense_coefficients, reference_forward
 from torch import nn
 
-from modeling_mxd import MxDConfig, MxDModel, functional
-from modeling_mxd.reference import dense_coefficients, reference_forward
+from mxd.modeling_mxd import MxDConfig, MxDModel, functional
 
 FORMS = ["mxd", "mxd-glu", "transcoder", "skip_transcoder"]
 ROUTED = {"num_expert_groups": 5, "num_groups_per_tok": 2}  # of 24 experts: four groups of 5, one of 4

@@ -3,7 +3,7 @@ import pytest
 import torch
 from mxd_cases import FORMS, gradients, random_layer, relative_error
 
-from modeling_mxd import ExpertCoefficients, ExpertIntervention
+from mxd.modeling_mxd import ExpertCoefficients, ExpertIntervention
 
 EXPERT, OTHER = 3, 8
 

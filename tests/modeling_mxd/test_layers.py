@@ -3,10 +3,10 @@ import pickle
 
 import pytest
 import torch
+from reference import explicit_mixture, khatri_rao_unfolding, reference_forward
 from torch import nn
 
-from modeling_mxd import MxDLayerConfig, make_layer
-from modeling_mxd.reference import explicit_mixture, khatri_rao_unfolding, reference_forward
+from mxd.modeling_mxd import MxDLayerConfig, make_layer
 
 FORMS = {
     "mxd-mlp": {"encoder_type": "mlp", "hidden_act": "gelu_new"},

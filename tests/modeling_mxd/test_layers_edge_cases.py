@@ -4,11 +4,11 @@ import accelerate
 import pytest
 import torch
 from mxd_cases import FORMS, clear_inputs, gradients, random_layer, relative_error
+from reference import reference_forward
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling_mxd import functional
-from modeling_mxd.reference import reference_forward
+from mxd.modeling_mxd import functional
 
 each_form = pytest.mark.parametrize("form", FORMS)
 

@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-import modeling_mxd
-from modeling_mxd import MxDConfig, MxDLayer, MxDModel, MxDOutput, SurgeryError, TranscoderLayer
+from mxd import modeling_mxd
+from mxd.modeling_mxd import MxDConfig, MxDLayer, MxDModel, MxDOutput, SurgeryError, TranscoderLayer
 
 SIZES = {
     "hidden_size": 16,
@@ -236,7 +236,7 @@ def test_every_parameter_gets_a_gradient(form):
 def test_the_memory_is_weighed_in_the_dtype_of_the_load(tmp_path, monkeypatch, dtype, fits):
     model = random_model()
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("modeling_mxd.configuration_mxd.machine_memory", lambda: 2 * model.config.num_parameters)
+    monkeypatch.setattr("mxd.modeling_mxd.configuration_mxd.machine_memory", lambda: 2 * model.config.num_parameters)
     if fits:
         assert MxDModel.from_pretrained(tmp_path, dtype=dtype).dtype == dtype
     else:

@@ -1,13 +1,11 @@
 import pytest
 
-from modeling_mxd import (
-    MxDConfig,
-    MxDLayerConfig,
-    make_layer,
+from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, make_layer
+from mxd.trainers.parameter_budget import (
     num_experts_matching_transcoder,
     num_latents_matching_transcoder,
+    transcoder_parameters,
 )
-from modeling_mxd.parameter_budget import transcoder_parameters
 
 BIASES = ("gate_bias", "encoder_bias", "output_bias")
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from modeling_mxd import SplicedLanguageModel, SurgeryError
+from mxd.modeling_mxd import SplicedLanguageModel, SurgeryError
 
 OWN = ["gate", "encoder", "encoder_up", "decoder"]
 

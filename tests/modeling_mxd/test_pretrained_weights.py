@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.activations import ACT2FN
 
-from modeling_mxd import SurgeryError, find_mlp, find_mlps
-from modeling_mxd.pretrained_weights import PretrainedWeights
+from mxd.modeling_mxd import SurgeryError, find_mlp, find_mlps
+from mxd.modeling_mxd.pretrained_weights import PretrainedWeights
 
 # A type for every layout → what the layout says.
 DENSE = {

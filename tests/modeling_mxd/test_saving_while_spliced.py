@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from modeling_mxd import MxDConfig, MxDModel, SurgeryError, make_spliced
+from mxd.modeling_mxd import MxDConfig, MxDModel, SurgeryError, make_spliced
 
 IDS = torch.arange(2, 12)[None]
 REFUSED = r"this LlamaForCausalLM cannot be saved while MLPs are replaced \(layers {}\)"

@@ -10,11 +10,11 @@ from tiny_models import model_inputs, tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_mxd import (
+from mxd.base.capture import capture_mlps
+from mxd.modeling_mxd import (
     MxDConfig,
     MxDModel,
     SurgeryError,
-    capture_mlps,
     find_all_mlps,
     find_mlp,
     find_mlps,

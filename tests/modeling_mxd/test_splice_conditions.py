@@ -8,7 +8,7 @@ from census import decomposition_of, outputs
 from tiny_models import model_inputs, tiny_model
 from torch import nn
 
-from modeling_mxd import find_mlps
+from mxd.modeling_mxd import find_mlps
 
 FAMILIES = [
     "llama", "gpt2", "phi3", "gpt_neox", "opt", "bert", "albert", "bloom", "xlnet", "mixtral", "deepseek_v3",

@@ -7,12 +7,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.activations import ACT2FN
 
-from modeling_mxd import (
+from mxd.base.capture import capture_mlps
+from mxd.modeling_mxd import (
     MxDConfig,
     MxDLayerConfig,
     MxDModel,
     SurgeryError,
-    capture_mlps,
     find_mlp,
     find_mlps,
     make_layer,

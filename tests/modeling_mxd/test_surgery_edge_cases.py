@@ -7,8 +7,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import FalconConfig, FalconForCausalLM
 
-from modeling_mxd import SurgeryError, capture_mlps, find_mlp, find_mlps, replace_mlps, spliced_mlps
-from modeling_mxd.surgery import _move_to
+from mxd.base.capture import capture_mlps
+from mxd.modeling_mxd import SurgeryError, find_mlp, find_mlps, replace_mlps, spliced_mlps
+from mxd.modeling_mxd.surgery import _move_to
 
 
 def test_capture_of_a_layer_named_twice_stops_early(tiny_llama):

@@ -6,7 +6,7 @@ from doors_cases import IDS, decomposition, logits
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from modeling_mxd import SurgeryError, make_spliced
+from mxd.modeling_mxd import SurgeryError, make_spliced
 
 
 def by_hand(model, tmp_path):

@@ -6,8 +6,8 @@ from mxd_cases import random_layer
 from tiny_models import model_inputs, tiny_model
 from torch import nn
 
-from modeling_mxd import SurgeryError, find_mlp, find_mlps, replace_mlps, spliced_mlps, verify_sites
-from modeling_mxd.verification import StandIn, make_example_inputs
+from mxd.modeling_mxd import SurgeryError, find_mlp, find_mlps, replace_mlps, spliced_mlps, verify_sites
+from mxd.modeling_mxd.verification import StandIn, make_example_inputs
 
 
 def layer():

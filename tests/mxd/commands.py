@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 from transformers import TrainerCallback
 
-from mxd import cli
+from mxd.cli import main as cli
 
 SMALL = ["--experts", "64", "--k", "4", "--tokens", "8k", "--evaluation-tokens", "2048"]
 

@@ -15,12 +15,15 @@ import typer
 from commands import killed_at_the_end, refused, run
 from safetensors.torch import load_file
 
-from modeling_mxd import MxDModel
-from mxd import cli, cli_training, embedded, pipeline
-from mxd.cli_options import parse_count, parse_layers, report, split_arguments
-from mxd.decompositions import check_base_of, load_base_of
-from mxd.pipeline import evaluate
-from mxd.texts import TextOptions, warn_of_embedded_text
+from mxd import demo
+from mxd.cli import main as cli
+from mxd.cli import training as cli_training
+from mxd.cli.options import parse_count, parse_layers, report, split_arguments
+from mxd.data.texts import TextOptions, warn_of_embedded_text
+from mxd.jobs import pipeline
+from mxd.jobs.decompositions import check_base_of, load_base_of
+from mxd.jobs.pipeline import evaluate
+from mxd.modeling_mxd import MxDModel
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,7 @@ def test_decompose_leaves_a_folder_that_loads(finished):
     assert {path.name for path in (folder / "figures").iterdir()} == {"expert_frequency.png", "training_loss.png"}
     model, info = MxDModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert model.config.base_model_name_or_path == embedded.MODEL_NAME
+    assert model.config.base_model_name_or_path == demo.MODEL_NAME
     for word in ("NMSE", "FVU", "L0", "dead", "specialised", "zero-ablated", "recovered", "mxd evaluate"):
         assert word in output
     assert "tok/s" in error
@@ -115,9 +118,7 @@ def test_evaluation_is_complete(finished):
     assert results["settings"]["expert_statistics"] == "training tokens"
     assert results["settings"]["training"]["tokens_trained"] == 6144  # whole steps
     # The untouched model predicts its held-out text as well as the record of its training says.
-    assert results["cross_entropy"]["untouched"] == pytest.approx(
-        embedded.results()["heldout"]["cross_entropy"], abs=0.4
-    )
+    assert results["cross_entropy"]["untouched"] == pytest.approx(demo.results()["heldout"]["cross_entropy"], abs=0.4)
 
 
 def test_evaluate_again_gives_the_same_numbers(finished, tmp_path):
@@ -197,7 +198,7 @@ def test_an_evaluation_that_cannot_be_read_is_refused_before_measuring(finished,
 
 
 def test_embedded_model_beats_unigrams_by_far():
-    heldout = embedded.results()["heldout"]
+    heldout = demo.results()["heldout"]
     assert heldout["cross_entropy"] < 0.6 * heldout["unigram_cross_entropy"]
 
 
@@ -232,7 +233,7 @@ def test_what_the_base_cannot_do_is_refused_before_text_is_fetched(monkeypatch, 
 
 
 def test_a_stranger_s_base_of_absurd_sizes_is_refused_before_a_config_is_made_of_it(finished, tmp_path, monkeypatch):
-    base = shutil.copytree(embedded.model_path(), tmp_path / "base")
+    base = shutil.copytree(demo.model_path(), tmp_path / "base")
     values = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 10**9}
     (base / "config.json").write_text(json.dumps(values))
     monkeypatch.setattr("mxd.base_model.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was made"))
@@ -244,7 +245,7 @@ def test_a_stranger_s_base_of_absurd_sizes_is_refused_before_a_config_is_made_of
 
 
 def test_a_model_of_ones_own_on_the_embedded_text_is_warned_of(caplog):
-    warn_of_embedded_text(TextOptions(), embedded.MODEL_NAME)
+    warn_of_embedded_text(TextOptions(), demo.MODEL_NAME)
     warn_of_embedded_text(TextOptions(["a.txt"]), "gpt2")
     assert not caplog.text
     warn_of_embedded_text(TextOptions(), "gpt2")
@@ -280,7 +281,7 @@ def test_a_decomposition_is_no_model_to_decompose(monkeypatch, capsys, tmp_path,
 
 def test_evaluate_of_what_is_no_decomposition(monkeypatch, capsys, tmp_path, finished):
     assert "holds no decomposition" in refused(monkeypatch, capsys, "evaluate", tmp_path)
-    error = refused(monkeypatch, capsys, "evaluate", embedded.model_path())
+    error = refused(monkeypatch, capsys, "evaluate", demo.model_path())
     assert "no decomposition" in error
     config = MxDModel.from_pretrained(finished[0]).config
     config.method = "transcoder"
@@ -462,5 +463,5 @@ def test_version_of_torch_is_recorded(finished):
 
 
 def test_no_path_of_this_machine_in_the_embedded_files():
-    for path in embedded.model_path().glob("*.json"):
+    for path in demo.model_path().glob("*.json"):
         assert not re.search(r"/home/|/root/|/Users/|[A-Z]:\\\\", path.read_text()), path

@@ -5,7 +5,7 @@ import shutil
 from commands import refused, run
 
 from mxd import TextOptions, read_experts
-from mxd.experts import page, print_experts
+from mxd.jobs.experts import page, print_experts
 
 
 def test_a_random_sample_is_shown_and_written(finished, tmp_path):

@@ -5,11 +5,11 @@ import pytest
 from commands import interrupted, refused, run
 from transformers import AutoModelForCausalLM
 
-from modeling_mxd import MxDModel
-from mxd import FinetuningOptions, embedded, finetune
-from mxd import finetuning as command
-from mxd.runs import START_NAME, Interrupted
-from trainers import FinetuningTrainer
+from mxd import FinetuningOptions, demo, finetune
+from mxd.jobs import finetuning as command
+from mxd.jobs.runs import START_NAME, Interrupted
+from mxd.modeling_mxd import MxDModel
+from mxd.trainers import FinetuningTrainer
 
 FEW = {"tokens": 4096, "evaluation_tokens": 1024, "training": {"disable_tqdm": True, "statistics_tokens": 4096}}
 
@@ -49,7 +49,7 @@ def test_finetune_leaves_a_folder_that_loads(finetuned):
     model, info = MxDModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.layer(2).expert_frequency.any()
-    door = AutoModelForCausalLM.from_pretrained(folder, base_model_name_or_path=str(embedded.model_path()))
+    door = AutoModelForCausalLM.from_pretrained(folder, base_model_name_or_path=str(demo.model_path()))
     assert door.decomposition.config.layers == [2]
     for words in ("before → after", "NMSE", "dead", "specialised", "rise of cross-entropy", "recovered", "KL"):
         assert words in output
@@ -171,7 +171,7 @@ def test_documents_are_split_as_where_the_decomposition_was_trained(
 def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, finished, arguments, message):
     before = contents(finished[0])
     (tmp_path / "empty").mkdir()
-    places = {"tmp": tmp_path, "model": embedded.model_path(), "mxd": finished[0]}
+    places = {"tmp": tmp_path, "model": demo.model_path(), "mxd": finished[0]}
     arguments = [argument.format(**places) for argument in arguments]
     if "--output" not in arguments:
         arguments += ["--output", str(tmp_path / "out")]

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 from commands import killed_at_the_end, refused, run
 
-from evaluation_mxd import faithfulness, load_evaluation
-from modeling_mxd import MxDModel
-from mxd import FrontierOptions, TextOptions, frontier_point, frontier_processes, load_base_model, measure_frontier
-from mxd.frontier import _decomposition_options
-from mxd.frontier_processes import FrontierError
-from mxd.runs import Interrupted
+from mxd import FrontierOptions, TextOptions, load_base_model, measure_frontier
+from mxd.evaluation import faithfulness, load_evaluation
+from mxd.jobs import frontier_point, frontier_processes
+from mxd.jobs.frontier import _decomposition_options
+from mxd.jobs.frontier_processes import FrontierError
+from mxd.jobs.runs import Interrupted
+from mxd.modeling_mxd import MxDModel
 
 SMALL = {"match_transcoder": 8, "tokens": 4096, "batch_tokens": 1024, "evaluation_tokens": 1024}
 FLAGS = ["--match-transcoder", "8", "--tokens", "4096", "--batch-tokens", "1024", "--evaluation-tokens", "1024"]

@@ -5,10 +5,10 @@ from tiny_models import tiny_config
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from modeling_mxd import MxDConfig
-from mxd.base_model import BaseModelError
-from mxd.cli import app
-from mxd.layers import describe_layers, layer_groups, load_skeleton
+from mxd.base.base_model import BaseModelError
+from mxd.cli.main import app
+from mxd.jobs.layers import describe_layers, layer_groups, load_skeleton
+from mxd.modeling_mxd import MxDConfig
 
 
 def shown(*arguments):

@@ -7,10 +7,10 @@ import pytest
 from commands import refused
 from typer.testing import CliRunner
 
-from modeling_mxd import MxDModel
 from mxd import ProbingOptions, probe
-from mxd import probing as command
-from mxd.cli import app
+from mxd.cli.main import app
+from mxd.jobs import probing as command
+from mxd.modeling_mxd import MxDModel
 
 TEXTS = {
     "numbers": lambda draw: " ".join(str(draw.randrange(1000)) for _ in range(20)),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from mxd import embedded
+from mxd import demo
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -98,7 +98,7 @@ def test_measured_once_then_read_from_the_work_folder(benchmark, corpus, finishe
     monkeypatch.setattr(module, "problems", two)
     monkeypatch.setattr(module, "CANDIDATES", 5)
     out = tmp_path / "results.json"
-    arguments = ["probing.py", str(embedded.model_path()), str(finished[0]), "--corpus", str(corpus), "--texts", "6"]
+    arguments = ["probing.py", str(demo.model_path()), str(finished[0]), "--corpus", str(corpus), "--texts", "6"]
     arguments += ["--work", str(tmp_path / "work"), "--results", str(out), "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", arguments)
     module.main()

@@ -6,7 +6,7 @@ import pytest
 
 import mxd
 
-ROOMS = ["modeling_mxd", "evaluation_mxd", "hub_cards", "trainers", "mxd"]
+ROOMS = ["modeling_mxd", "hub_cards", "trainers", "mxd"]
 
 
 def test_every_public_name_is_there():

@@ -13,12 +13,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from modeling_mxd import MxDModel
-from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, embedded, pipeline
-from mxd.decompositions import is_held_out, results_folder
-from mxd.finetuning import _seen_before
-from mxd.runs import START_NAME, Interrupted, check_output, prepare_output
-from mxd.texts import (
+from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, demo
+from mxd.data.texts import (
     TextPart,
     common,
     count_documents,
@@ -30,6 +26,11 @@ from mxd.texts import (
     recorded_parts,
     text_parts,
 )
+from mxd.jobs import pipeline
+from mxd.jobs.decompositions import is_held_out, results_folder
+from mxd.jobs.finetuning import _seen_before
+from mxd.jobs.runs import START_NAME, Interrupted, check_output, prepare_output
+from mxd.modeling_mxd import MxDModel
 
 TRAINING = {"learning_rate": 0.01, "disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
 
@@ -56,7 +57,7 @@ def halved(tmp_path_factory):
     return folder
 
 
-SAMPLE = str(embedded.text_path("train"))
+SAMPLE = str(demo.text_path("train"))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_a_run_is_resumed_at_the_commit_that_it_began_with(halved, tmp_path, mon
     path = folder / "checkpoint-2" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_revision": "5e1f"}))
     monkeypatch.setattr(pipeline, "base_skeleton", look)
-    with pytest.raises(ValueError, match=f"{embedded.MODEL_NAME} at 5e1f"):
+    with pytest.raises(ValueError, match=f"{demo.MODEL_NAME} at 5e1f"):
         decompose(options(folder, resume=True))
 
 
@@ -167,7 +168,7 @@ def test_the_output_folder_itself_stays(tmp_path, monkeypatch):
 
 
 def test_a_pickled_base_is_refused_before_anything_is_trained(tmp_path):
-    source = embedded.model_path()
+    source = demo.model_path()
     folder = shutil.copytree(source, tmp_path / "base")
     for file in folder.glob("*.safetensors"):
         torch.save(load_file(file), folder / "pytorch_model.bin")
@@ -244,7 +245,7 @@ def test_options_of_a_dataset_are_not_of_the_embedded_text(tmp_path):
 
 
 def test_fewer_tokens_than_asked_for_are_warned_of(caplog):
-    tokenizer = AutoTokenizer.from_pretrained(embedded.model_path())
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
     documents = Dataset.from_dict({"text": ["some words " * 200]})
     batches = evaluation_batches(documents, tokenizer, 64, 10_000)
     tokens = sum(batch["input_ids"].numel() for batch in batches)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from mxd.tables import print_change, print_evaluation
+from mxd.cli.tables import print_change, print_evaluation
 
 LAYER = {"nmse": 0.1, "fvu": 0.1, "l0": 4.0, "dead_experts": 0.0, "expert_share": 0.9, "specialised_share": 0.9}
 EVALUATION = {

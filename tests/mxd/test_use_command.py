@@ -5,8 +5,8 @@ import pytest
 from commands import refused, run
 from datasets import ClassLabel, Dataset, Features, Value
 
-from mxd.domains import documents_by_domain
-from mxd.texts import TextOptions
+from mxd.data.texts import TextOptions
+from mxd.jobs.domains import documents_by_domain
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 CODE = "def f(x):\n    return x + 1\n\nfor i in range(10):\n    print(f(i))\n"

@@ -17,8 +17,8 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from modeling_mxd import MxDConfig, MxDModel, make_spliced
-from trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer
+from mxd.modeling_mxd import MxDConfig, MxDModel, make_spliced
+from mxd.trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer
 
 
 class Signal(TrainerCallback):

@@ -12,8 +12,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from trainers import FinetuningTrainer
-from trainers.chunked_logits import LanguageModelHead, chunked_sum
+from mxd.trainers import FinetuningTrainer
+from mxd.trainers.chunked_logits import LanguageModelHead, chunked_sum
 
 TOKENS, WIDTH, VOCABULARY = 13, 6, 11
 

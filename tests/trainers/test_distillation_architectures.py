@@ -5,8 +5,8 @@ import torch
 from tiny_models import model_inputs, tiny_model
 from trainer_cases import PLAIN
 
-from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, find_mlps
-from trainers import DistillationArguments, DistillationTrainer
+from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, find_mlps
+from mxd.trainers import DistillationArguments, DistillationTrainer
 
 # type → (what stands for its family, stack, site)
 FAMILIES = {

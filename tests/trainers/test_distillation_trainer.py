@@ -11,11 +11,13 @@ import torch
 from trainer_cases import PLAIN, arguments, decomposition, rows
 from transformers import TrainerCallback
 
-from evaluation_mxd import expert_ranks, faithfulness, token_mask
-from modeling_mxd import MxDModel, SurgeryError, capture_mlps
-from trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
-from trainers.decomposition_trainer import ROUTER_TOKENS
-from trainers.router import router_loss, routing_recall
+from mxd.base.capture import capture_mlps
+from mxd.base.masks import token_mask
+from mxd.evaluation import expert_ranks, faithfulness
+from mxd.modeling_mxd import MxDModel, SurgeryError
+from mxd.trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
+from mxd.trainers.decomposition_trainer import ROUTER_TOKENS
+from mxd.trainers.router import router_loss, routing_recall
 
 SCRIPT = Path(__file__).parent / "distil.py"
 

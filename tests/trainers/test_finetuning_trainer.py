@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from trainer_cases import ARGUMENTS, rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from evaluation_mxd import LogitSums, token_mask
-from modeling_mxd import MxDConfig, MxDModel, capture_mlps, make_spliced
-from trainers import FinetuningArguments, FinetuningTrainer, fit_router, routing_recall
+from mxd.base.capture import capture_mlps
+from mxd.base.masks import token_mask
+from mxd.evaluation import LogitSums
+from mxd.modeling_mxd import MxDConfig, MxDModel, make_spliced
+from mxd.trainers import FinetuningArguments, FinetuningTrainer, fit_router, routing_recall
 
 LAYERS = (0, 2)
 SIZES = {"hidden_size": 16, "intermediate_size": 40, "num_experts": 24, "num_experts_per_tok": 4}

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from modeling_mxd import MxDConfig, MxDModel, capture_mlps, find_mlp, make_layer
-from modeling_mxd.configuration_mxd import MxDLayerConfig
-from trainers.decomposition_trainer import _parameter_group
-from trainers.initialization import (
+from mxd.base.capture import capture_mlps
+from mxd.modeling_mxd import MxDConfig, MxDModel, find_mlp, make_layer
+from mxd.modeling_mxd.configuration_mxd import MxDLayerConfig
+from mxd.trainers.decomposition_trainer import _parameter_group
+from mxd.trainers.initialization import (
     ActivationScales,
     calibrate,
     initialize_decomposition,

@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 from trainer_cases import ARGUMENTS
 
-from modeling_mxd import MxDConfig, MxDModel, capture_mlps
-from trainers import DistillationArguments, DistillationTrainer, RecordedTeacher, ReplayTrainer
+from mxd.base.capture import capture_mlps
+from mxd.modeling_mxd import MxDConfig, MxDModel
+from mxd.trainers import DistillationArguments, DistillationTrainer, RecordedTeacher, ReplayTrainer
 
 LAYERS = [0, 2]
 

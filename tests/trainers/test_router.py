@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, make_layer
-from modeling_mxd.hierarchical_routing import default_num_expert_groups
-from trainers.router import (
+from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, make_layer
+from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
+from mxd.trainers.router import (
     balanced_groups,
     exact_coefficients,
     fit_router,

@@ -6,9 +6,10 @@ import pytest
 import torch
 from trainer_cases import arguments, decomposition, rows
 
-from modeling_mxd import MxDModel, capture_mlps
-from trainers import DistillationTrainer, last_complete_checkpoint
-from trainers.sparse_code import FILE_NAME
+from mxd.base.capture import capture_mlps
+from mxd.modeling_mxd import MxDModel
+from mxd.trainers import DistillationTrainer, last_complete_checkpoint
+from mxd.trainers.sparse_code import FILE_NAME
 
 
 def test_its_error_is_that_of_a_skip_transcoder_on_the_gate(tiny_llama, tmp_path):

@@ -10,8 +10,8 @@ from accelerate import dispatch_model
 from trainer_cases import arguments, decomposition, rows
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, TrainerCallback, TrainingArguments
 
-from modeling_mxd import MxDConfig, MxDModel, make_spliced
-from trainers import DistillationTrainer, DivergenceError, FinetuningArguments, FinetuningTrainer
+from mxd.modeling_mxd import MxDConfig, MxDModel, make_spliced
+from mxd.trainers import DistillationTrainer, DivergenceError, FinetuningArguments, FinetuningTrainer
 
 
 def trainer_of(model, teacher, folder, optimizers=(None, None), optimizer_cls_and_kwargs=None, **changes):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainers import last_complete_checkpoint
+from mxd.trainers import last_complete_checkpoint
 
 SCRIPT = str(Path(__file__).with_name("distil.py"))
 

@@ -3,8 +3,8 @@
 import torch
 from datasets import Dataset
 
-from modeling_mxd import MxDConfig, MxDModel
-from trainers import DistillationArguments
+from mxd.modeling_mxd import MxDConfig, MxDModel
+from mxd.trainers import DistillationArguments
 
 ARGUMENTS = {
     "per_device_train_batch_size": 8,

@@ -1,0 +1,112 @@
+"""Forward passes as evaluation needs them: without dropout, without padding on the left, each run once."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxd.modeling_mxd import MxDConfig, spliced_mlps
+
+from .allocation import freed_memory_kept
+from .capture import capture_mlps
+
+Batch = tuple[Tensor, Tensor | None]
+"""`input_ids` and `attention_mask`, both (batch, tokens)."""
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, where on a CPU freed memory is kept for the next batch; afterwards, also after an
+    exception, every module's own mode."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    on_cpu = any(parameter.device.type == "cpu" for model in models for parameter in model.parameters())
+    try:
+        with freed_memory_kept() if on_cpu else nullcontext():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def right_padded(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
+    """Token ids and mask on `device`, with every row's padding moved to its right.
+
+    Models with absolute positions count them from the left of the row: with padding there a plain forward pass
+    gives every token a wrong position (generation corrects this, forward does not).
+
+    Raises:
+        ValueError: when the batch has no tokens, or ids and mask differ in shape.
+    """
+    ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"input_ids must be (batch, tokens) with at least one token, got {tuple(ids.shape)}")
+    if mask is None:
+        return ids, None
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {tuple(ids.shape)}")
+    mask = mask.to(device)
+    order = padding_last(mask)
+    return ids.gather(-1, order), mask.gather(-1, order)
+
+
+def padding_last(mask: Tensor) -> Tensor:
+    """The order of a row's positions that moves its padding to its right, (batch, tokens) int64, from its mask."""
+    return (mask == 0).to(torch.int8).argsort(dim=-1, stable=True)
+
+
+def check_causal(model: nn.Module) -> None:
+    """Refuse an encoder–decoder model: it shifts its inputs for its decoder, and its logits are of other tokens.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder–decoder model: cross-entropies are of causal language models only"
+        )
+
+
+def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (batch, tokens, vocabulary) of a causal language model."""
+    ids, attention_mask = batch
+    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def capture_with_logits(
+    model: nn.Module, config: MxDConfig, batch: Batch
+) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
+    """What `capture_mlps` gives of a decomposition's layers, and `next_token_logits`, in one forward pass."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept.append(output.logits)
+
+    with model.register_forward_hook(keep):
+        captured = capture_mlps(model, config.layers, *batch, stop_after_last=False, **config.where)
+    return captured, kept[0]
+
+
+class ZeroMLP(nn.Module):
+    """An ablated MLP: (..., I) → zeros (..., O)."""
+
+    def __init__(self, output_size: int):
+        super().__init__()
+        self.output_size = output_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros of the output's shape, in the dtype of x."""
+        return x.new_zeros(*x.shape[:-1], self.output_size)
+
+
+@contextmanager
+def zero_ablated(model: nn.Module, config: MxDConfig) -> Iterator[None]:
+    """The MLPs of a decomposition's layers give zeros inside the block."""
+    zeros = {layer: ZeroMLP(config.layer(layer).output_size) for layer in config.layers}
+    with spliced_mlps(model, zeros, **config.where):
+        yield

@@ -1,0 +1,1 @@
+"""Text: documents, rows of tokens, labelled text."""

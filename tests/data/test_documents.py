@@ -1,0 +1,229 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, IterableDataset
+from text_cases import documents, ids_of, texts, write_shards
+
+from mxd.data import documents as documents_module
+from mxd.data.documents import DataError, load_text, split_documents
+from mxd.data.packing import pack
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+
+
+def write_mixture(folder):
+    folder.mkdir()
+    wide = pa.table({"text": pa.array(["in parquet"], pa.large_string()), "domain": ["web"]})
+    pq.write_table(wide, folder / "a.parquet")
+    lines = [{"text": f"in jsonl {i}", "extra": i} for i in range(2)]
+    (folder / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "c.json").write_text(json.dumps([{"text": "in json", "extra": 3}]))
+    (folder / "d.csv").write_text("text,n\nin csv,1\n")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes [1].txt").write_text("first line\n\nsecond line\n")
+    (folder / "sub" / "page.md").write_text("# title\n")
+    (folder / "sub" / "code.py").write_text("x = 1\n")
+    (folder / "sub" / "empty.txt").write_text("")
+    (folder / "sub" / ".hidden.txt").write_text("hidden")
+    (folder / "ignored.bin").write_bytes(b"\0")
+
+
+EXPECTED_MIXTURE = {
+    "in parquet": "web",
+    "in jsonl 0": "",
+    "in jsonl 1": "",
+    "in json": "",
+    "in csv": "",
+    "first line\n\nsecond line\n": "",
+    "# title\n": "",
+    "x = 1\n": "",
+}
+
+
+# --- loading
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_mixed_formats_give_text_and_domain(tmp_path, streaming):
+    write_mixture(tmp_path / "corpus")
+    loaded = load_text(str(tmp_path / "corpus"), streaming=streaming)
+    assert isinstance(loaded, IterableDataset if streaming else Dataset)
+    rows = list(loaded)
+    assert all(set(row) == {"text", "domain"} for row in rows)
+    assert {row["text"]: row["domain"] for row in rows} == EXPECTED_MIXTURE
+    assert len(rows) == len(EXPECTED_MIXTURE)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_formats_without_domain_give_text_alone(tmp_path, streaming):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.csv").write_text("text,domain_name\ntwo,x\n")
+    loaded = load_text([str(tmp_path / "b.csv"), str(tmp_path / "a.txt")], streaming=streaming)
+    assert list(loaded) == [{"text": "two"}, {"text": "one"}]
+
+
+def test_paths_globs_and_repetitions(tmp_path, monkeypatch):
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    everything = load_text([str(tmp_path / "c.md"), str(tmp_path / "*.txt"), str(tmp_path)])["text"]
+    assert list(everything) == ["c.md", "a.txt", "b.txt"]
+    assert list(load_text(str(tmp_path / "**"))["text"]) == ["a.txt", "b.txt", "c.md"]
+    monkeypatch.chdir(tmp_path)
+    assert list(load_text("a.txt")["text"]) == ["a.txt"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(load_text("~/b.txt")["text"]) == ["b.txt"]
+
+
+@pytest.mark.parametrize("name", ["notes [1]", "what?", "a*"])
+def test_a_folder_is_no_glob_whatever_it_is_called(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("a text")
+    (tmp_path / "a2").mkdir()
+    (tmp_path / "a2" / "b.txt").write_text("of another folder")
+    assert list(load_text(str(tmp_path / name))["text"]) == ["a text"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_column_is_renamed(tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"content": "hello", "text": 5, "domain": "web"}))
+    path = str(tmp_path / "a.jsonl")
+    assert list(load_text(path, text_column="content", streaming=streaming)) == [{"domain": "web", "text": "hello"}]
+    with pytest.raises(DataError, match=r"no column 'body'.*content, text, domain"):
+        load_text(path, text_column="body", streaming=streaming)
+    with pytest.raises(DataError, match=r"'text' of .* holds int, not text"):
+        load_text(path, streaming=streaming)
+
+
+def test_text_files_need_no_text_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"content": "hello"}))
+    (tmp_path / "b.txt").write_text("world")
+    assert list(load_text(str(tmp_path), text_column="content")["text"]) == ["hello", "world"]
+
+
+def test_split_may_be_a_slice(tmp_path):
+    path = write_shards(tmp_path / "shards")
+    assert len(load_text(path, split="train[:10]")) == 10
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./missing", r"no such file, folder or glob: '\./missing'"),
+        ("missing.parquet", "no such file, folder or glob"),
+        ("mis*ing", "no such file, folder or glob"),
+        ("~/missing-folder/deep", "no such file, folder or glob"),
+        ("one/two/three", "no such file or folder: 'one/two/three'; nor is it a Hub dataset's name"),
+        (["someone/something", "a.txt"], "no such file or folder: 'someone/something'; several sources"),
+        ([], "empty list"),
+        ("data.bin", "unknown ending '.bin'"),
+        ("./nothing", "'./nothing' matches nothing with a known ending; known are .parquet"),
+        ("*.bin", "matches nothing with a known ending"),
+        ("empty.jsonl", "every file of 'empty.jsonl' is empty"),
+        ("header.csv", r"csv file\(s\) header.csv.* no (rows|data)"),
+        ("broken.jsonl", "cannot read json file.*broken.jsonl"),
+        ("latin.txt", "latin.txt is not UTF-8; convert it"),
+        ("saved", "written by save_to_disk"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch, source, message, streaming):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(documents_module, "load_dataset", only_local(documents_module.load_dataset))
+    Path("data.bin").write_bytes(b"\0")
+    Path("nothing").mkdir()
+    Path("empty.jsonl").write_text("")
+    Path("header.csv").write_text("text,n\n")
+    Path("broken.jsonl").write_text('{"text": "a"}\n{"tex')
+    Path("latin.txt").write_bytes("café".encode("latin-1"))
+    Path("saved").mkdir()
+    Path("saved/state.json").write_text("{}")
+    with pytest.raises(DataError, match=message):
+        load_text(source, streaming=streaming)
+
+
+def only_local(load_dataset):
+    def checked(builder, *args, **kwargs):
+        assert builder in {"parquet", "json", "csv", "text"}, f"{builder} was sent to the Hub"
+        return load_dataset(builder, *args, **kwargs)
+
+    return checked
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_local_files_have_one_split_and_no_config(tmp_path, streaming):
+    path = write_shards(tmp_path / "shards", files=1)
+    with pytest.raises(DataError, match="test"):
+        load_text(path, split="test", streaming=streaming)
+    with pytest.raises(DataError, match="config_name and revision choose among Hub datasets"):
+        load_text(path, config_name="en")
+
+
+def test_hub_names_go_to_the_hub_and_failures_are_short(monkeypatch):
+    calls = []
+
+    def offline(*args, **kwargs):
+        calls.append((args, kwargs))
+        raise ConnectionError("Couldn't reach it\nand a long story")
+
+    monkeypatch.setattr(documents_module, "load_dataset", offline)
+    with pytest.raises(DataError, match=r"no local path 'foo/bar'.*Couldn't reach it; check the name") as caught:
+        load_text("foo/bar", config_name="en", split="test", revision="abc", streaming=True)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    assert "long story" not in str(caught.value)
+    assert calls == [(("foo/bar", "en"), {"split": "test", "revision": "abc", "streaming": True})]
+
+
+def test_hub_rows_pass_the_same_checks(monkeypatch):
+    hub = Dataset.from_dict({"content": ["a"], "score": [0.5], "domain": ["web"]})
+    monkeypatch.setattr(documents_module, "load_dataset", lambda *args, **kwargs: hub)
+    assert list(load_text("foo", text_column="content")) == [{"text": "a", "domain": "web"}]
+    with pytest.raises(DataError, match=r"dataset 'foo' has no column 'text'; set text_column to one of content"):
+        load_text("foo")
+
+
+# --- dividing
+
+
+def test_split_of_a_map_style_dataset():
+    train, heldout = split_documents(documents(40), heldout_fraction=0.1, seed=3)
+    assert (len(train), len(heldout)) == (36, 4)
+    assert sorted([*train["text"], *heldout["text"]]) == sorted(texts(40))
+    again = split_documents(documents(40), heldout_fraction=0.1, seed=3)
+    assert list(again[1]["text"]) == list(heldout["text"])
+    other = split_documents(documents(40), heldout_fraction=0.1, seed=4)
+    assert set(other[1]["text"]) != set(heldout["text"])
+
+
+def test_split_leaves_a_document_on_each_side():
+    for fraction in (1e-6, 1 - 1e-6):
+        assert min(map(len, split_documents(documents(2), fraction))) == 1
+    with pytest.raises(DataError, match=r"1 document\(s\).*pass a separate held-out dataset"):
+        split_documents(documents(1))
+    for fraction in (0.0, 1.0, -1, 2):
+        with pytest.raises(DataError, match="heldout_fraction must lie between 0 and 1"):
+            split_documents(documents(5), fraction)
+
+
+def test_split_of_a_stream_stays_apart_when_shards_are_shuffled(tmp_path, bare_tokenizer):
+    stream = load_text(write_shards(tmp_path / "shards", words=6), streaming=True)
+    train, heldout = split_documents(stream, heldout_fraction=0.2, seed=1)
+    held = {row["text"] for row in heldout}
+    assert 5 < len(held) < 40
+    for seed in range(3):
+        kept = {row["text"] for row in train.shuffle(seed=seed, buffer_size=10)}
+        assert held.isdisjoint(kept) and held | kept == set(texts(100, words=6))
+        rows = pack(train, bare_tokenizer, 8, seed=seed, buffer_size=10)
+        seen = " ".join(bare_tokenizer.decode(ids) for ids in ids_of(rows))
+        assert not any(text in seen for text in held)
+    assert {row["text"] for row in split_documents(stream, 0.2, seed=2)[1]} != held
+
+
+def test_split_of_too_short_a_stream():
+    stream = documents(2).to_iterable_dataset()
+    with pytest.raises(DataError, match="held-out side of the stream without documents"):
+        split_documents(stream, heldout_fraction=1e-9)
+    with pytest.raises(DataError, match="training side of the stream without documents"):
+        split_documents(stream, heldout_fraction=1 - 1e-9)
