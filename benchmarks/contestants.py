@@ -225,7 +225,6 @@ CONTESTANTS: dict[str, tuple[Callable[[Job], nn.Module], bool]] = {
     "exact, bf16 products": (ours, True),
     "hierarchical": (hierarchical, False),
     "exact, memory kept": (ours, False),
-    "hierarchical, sparse optimiser": (hierarchical, False),
     "hierarchical, bf16 products": (hierarchical, True),
     "exact, gate alone": (lambda job: GateAlone(ours(job)), False),
     "hierarchical, gate alone": (lambda job: GateAlone(hierarchical(job)), False),
@@ -243,7 +242,6 @@ PLAIN = ("dense PyTorch", "dense PyTorch, memory kept", *BESIDE)
 OF_ONE_MODE = {
     "exact, memory given back": "train",
     "exact, memory kept": "forward",
-    "hierarchical, sparse optimiser": "train",
     "sparsify skip transcoder, fused AdamW, memory kept": "train",
 }
 
@@ -309,11 +307,6 @@ class Running:
             # as long.
             fused = {} if name in PLAIN and "fused" not in name else {"fused": True}
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **fused)
-        if "sparse optimiser" in name:
-            from mxd.trainers.row_adamw import RowAdamW
-
-            self.model.sparse_gradients = True
-            self.optimizer = RowAdamW(self.model.parameters(), lr=1e-4)
 
     def _step(self) -> dict[int, int]:
         """Address and bytes of the gradients, which are freed at its end."""

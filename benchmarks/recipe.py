@@ -54,7 +54,7 @@ from mxd.evaluation.paired import half_width
 from mxd.evaluation.rank import decomposition_ranks
 from mxd.jobs.pipeline import DecompositionOptions, evaluation_batches
 from mxd.modeling_mxd import MxDModel
-from mxd.trainers import RecordedTeacher
+from mxd.trainers import ActivationCache
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipe.json"
@@ -82,7 +82,7 @@ def train(options: argparse.Namespace, name: str) -> None:
     decomposition, seconds = distil(model, point.layer, chosen, recording, options.work / "trainer" / name, **how)
     folder = options.work / "points" / name
     decomposition.save_pretrained(folder)
-    tokens = int(point.passes * RecordedTeacher(recording).rows.numel())
+    tokens = int(point.passes * ActivationCache(recording).rows.numel())
     where = {"machine": machine(1, "cpu"), "bf16": BFLOAT16}
     made = {"seconds": seconds, "tokens": tokens, **where, **asdict(point)}
     (folder / "point.json").write_text(json.dumps(made, indent=1) + "\n")

@@ -16,7 +16,7 @@ EVERY_K_NOT_TRAINED_ON = "Every K, one pass, Python sources"
 KS = (16, 32, 64, 128, 256)
 SEEDS = (0, 1, 2)
 BASELINE = {"learning_rate": 3e-3}  # what the command line gives a transcoder
-CODE, NO_CODE = {"sparse_code_weight": 1.0}, {"sparse_code_weight": 0.0}
+CODE, NO_CODE = {"auxiliary_weight": 1.0}, {"auxiliary_weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ def _points() -> dict[str, dict[str, Point]]:
     sparser = {name: replace(point, num_experts_per_tok=16) for name, point in both.items()}
     longer = {passes: {name: replace(point, passes=passes) for name, point in variants.items()} for passes in PASSES}
     longest = {f"{name}, K = 32, {PASSES[-1]} passes": point for name, point in longer[PASSES[-1]].items()}
-    shares = {f"MxD, {share}": Point(training={"expert_share": share} | NO_CODE) for share in SHARES}
+    shares = {f"MxD, {share}": Point(training={"min_mean_ablation_error": share} | NO_CODE) for share in SHARES}
     removed: dict[str, dict[str, Any]] = {
         "nothing removed": {},
-        "no expert_share": {"expert_share": 0.0},
-        "gate from nn.Linear": {"gate_initialization": "random"},
-        "encoder from nn.Linear": {"encoder_initialization": "random"},
-        "decoder from 0": {"decoder_initialization": "zero"},
-        "Cᵀa from around 0": {"modulation_initialization": "random"},
+        "no min_mean_ablation_error": {"min_mean_ablation_error": 0.0},
+        "gate from nn.Linear": {"gate_init": "random"},
+        "encoder from nn.Linear": {"encoder_init": "random"},
+        "decoder from 0": {"decoder_init": "zero"},
+        "Cᵀa from around 0": {"modulation_init": "random"},
         "slow gate, fast C": {"gate_learning_rate_factor": 0.3, "modulation_learning_rate_factor": 3.0},
         "no scaling": {"scale_activations": False},
         "no least norm": {"minimum_relative_norm": 0.0},
@@ -93,7 +93,7 @@ def _points() -> dict[str, dict[str, Point]]:
             f"MxD, 0.4, gate × {gate}, C × {modulation}": Point(
                 training=NO_CODE
                 | {
-                    "expert_share": 0.4,
+                    "min_mean_ablation_error": 0.4,
                     "gate_learning_rate_factor": gate,
                     "modulation_learning_rate_factor": modulation,
                 }

@@ -60,7 +60,7 @@ FEW = (
     "MLP",
     "bare products",
 )
-TRAINED = ("exact", "hierarchical", "hierarchical, sparse optimiser")
+TRAINED = ("exact", "hierarchical")
 SWEEP = ("dense PyTorch", "exact", "hierarchical", "exact, gate alone", "hierarchical, gate alone")
 SWEPT = [2**power for power in range(10, 18)]
 # What the others are compared with.

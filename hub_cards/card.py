@@ -26,12 +26,12 @@ from .safe_text import (
     MAX_TEXT,
     UNKNOWN,
     argument,
-    at,
     dataset_id,
     dataset_names,
     escaped,
     finite,
     formatted,
+    get_nested,
     last_part,
     percentage,
     plain,
@@ -68,11 +68,11 @@ _OPTIONS = {
     "--batch-tokens": ("batch_tokens",),
     "--learning-rate": ("learning_rate",),
     "--nmse-weight": ("nmse_weight",),
-    "--gate-start": ("gate_initialization",),
-    "--encoder-start": ("encoder_initialization",),
-    "--modulation-start": ("modulation_initialization",),
-    "--expert-share": ("expert_share",),
-    "--sparse-code-weight": ("sparse_code_weight",),
+    "--gate-init": ("gate_init",),
+    "--encoder-init": ("encoder_init",),
+    "--modulation-init": ("modulation_init",),
+    "--min-mean-ablation-error": ("min_mean_ablation_error",),
+    "--auxiliary-weight": ("auxiliary_weight",),
     "--dtype": ("dtype",),
     "--evaluation-tokens": ("evaluation_tokens",),
     "--seed": ("seed",),
@@ -127,7 +127,7 @@ def build_card(
             "configurations": [_configuration_row(layer, config.layer(layer)) for layer in config.layers],
             "parameters": f"{config.num_parameters:,}",
             "results": None if evaluation is None else _results(config, evaluation),
-            "training": _training(config, base, at(evaluation, "settings", "training")) or _trained_by(folder),
+            "training": _training(config, base, get_nested(evaluation, "settings", "training")) or _trained_by(folder),
             "finetunings": [_finetuning(run) for run in _finetunings(evaluation)],
             "figures": _figures(folder / "figures"),
         }
@@ -182,8 +182,8 @@ def _metadata(
     config: MxDConfig, evaluation: Mapping[str, Any], name: str, base: _Base, license_name: str | None
 ) -> ModelCardData:
     layers = [config.layer(layer) for layer in config.layers]
-    runs = [at(evaluation, "settings", "training"), *_finetunings(evaluation)]
-    datasets = [name for run in runs for name in texts(at(run, "text", "dataset"))]
+    runs = [get_nested(evaluation, "settings", "training"), *_finetunings(evaluation)]
+    datasets = [name for run in runs for name in texts(get_nested(run, "text", "dataset"))]
     own: dict[str, Any] = {
         "layers": config.layers,
         "method": layers[0].method,
@@ -213,15 +213,15 @@ def _metadata(
 
 
 def _cross_entropy_rise(evaluation: Mapping[str, Any]) -> float | None:
-    spliced = finite(at(evaluation, "cross_entropy", "spliced"))
-    untouched = finite(at(evaluation, "cross_entropy", "untouched"))
+    spliced = finite(get_nested(evaluation, "cross_entropy", "spliced"))
+    untouched = finite(get_nested(evaluation, "cross_entropy", "untouched"))
     return None if spliced is None or untouched is None else finite(spliced - untouched)
 
 
 def _rise_shown(evaluation: Mapping[str, Any]) -> Markup:
     """`+0.0081 ± 0.0012`, half the width of the 95 % interval where there is one."""
     shown = formatted(_cross_entropy_rise(evaluation), "+.4f")
-    interval = at(evaluation, "cross_entropy", "rise_interval")
+    interval = get_nested(evaluation, "cross_entropy", "rise_interval")
     ends = [finite(end) for end in interval] if isinstance(interval, list) else []
     if shown == UNKNOWN or len(ends) != 2 or ends[0] is None or ends[1] is None:
         return shown
@@ -233,19 +233,19 @@ def _eval_results(config: MxDConfig, evaluation: Mapping[str, Any]) -> list[Eval
     hub_ids = [name for name in names if dataset_id(name)]
     values = [
         ("cross_entropy_rise", "cross-entropy rise, nats per token", _cross_entropy_rise(evaluation)),
-        ("cross_entropy_recovered", "recovered share", finite(at(evaluation, "cross_entropy", "recovered"))),
+        ("cross_entropy_recovered", "recovered share", finite(get_nested(evaluation, "cross_entropy", "recovered"))),
     ]
     for layer in config.layers:
-        result = at(evaluation, "layers", str(layer))
+        result = get_nested(evaluation, "layers", str(layer))
         for key, label in _LAYER_METRICS.items():
-            values.append((key, f"{label}, layer {layer}", finite(at(result, key))))
+            values.append((key, f"{label}, layer {layer}", finite(get_nested(result, key))))
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=hub_ids[0] if len(names) == len(hub_ids) == 1 else "text",
             dataset_name=plain(", ".join(names)) or "unnamed text",
-            dataset_config=plain(at(text, "config_name")) or None,
-            dataset_split=plain(at(text, "split")) or None,
+            dataset_config=plain(get_nested(text, "config_name")) or None,
+            dataset_split=plain(get_nested(text, "split")) or None,
             metric_type=kind,
             metric_name=label,
             metric_value=value,
@@ -258,12 +258,12 @@ def _eval_results(config: MxDConfig, evaluation: Mapping[str, Any]) -> list[Eval
 def _evaluated_on(evaluation: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """The settings of the text that was measured on, and its names: those of a later `mxd evaluate`, else those of
     the training."""
-    text = at(evaluation, "settings", "evaluation")
+    text = get_nested(evaluation, "settings", "evaluation")
     if text is None:
-        text = at(evaluation, "settings", "training", "text")
-        split = at(text, "heldout_split")
-        if texts(at(text, "heldout_dataset")):  # it has no configuration of its own
-            return {"split": split}, dataset_names(at(text, "heldout_dataset"))
+        text = get_nested(evaluation, "settings", "training", "text")
+        split = get_nested(text, "heldout_split")
+        if texts(get_nested(text, "heldout_dataset")):  # it has no configuration of its own
+            return {"split": split}, dataset_names(get_nested(text, "heldout_dataset"))
         if split is not None:
             text = {**text, "split": split}
     return text, _text_names(text)
@@ -271,7 +271,7 @@ def _evaluated_on(evaluation: Mapping[str, Any]) -> tuple[Any, list[str]]:
 
 def _text_names(text: Any) -> list[str]:
     """Names of the data sets that the settings of a text have; an empty list there is mxd's own text."""
-    return [_EMBEDDED_TEXT] if at(text, "dataset") == [] else dataset_names(at(text, "dataset"))
+    return [_EMBEDDED_TEXT] if get_nested(text, "dataset") == [] else dataset_names(get_nested(text, "dataset"))
 
 
 def _configuration_row(layer: int, config: MxDLayerConfig) -> list[str | int]:
@@ -291,24 +291,32 @@ def _configuration_row(layer: int, config: MxDLayerConfig) -> list[str | int]:
 def _results(config: MxDConfig, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for layer in config.layers:
-        result = at(evaluation, "layers", str(layer))
-        errors = [formatted(at(result, "nmse")), formatted(at(result, "fvu")), formatted(at(result, "l0"), ".1f")]
-        shares = [percentage(at(result, key)) for key in ("dead_experts", "expert_share", "specialised_share")]
+        result = get_nested(evaluation, "layers", str(layer))
+        errors = [
+            formatted(get_nested(result, "nmse")),
+            formatted(get_nested(result, "fvu")),
+            formatted(get_nested(result, "l0"), ".1f"),
+        ]
+        shares = [percentage(get_nested(result, key)) for key in ("dead_experts", "expert_share", "specialised_share")]
         rows.append([layer, *errors, *shares])
-    cross_entropy = at(evaluation, "cross_entropy")
-    settings = at(evaluation, "settings")
-    frequency = finite(at(settings, "specialised_frequency"))
+    cross_entropy = get_nested(evaluation, "cross_entropy")
+    settings = get_nested(evaluation, "settings")
+    frequency = finite(get_nested(settings, "specialised_frequency"))
     return {
         "rows": rows,
-        "cross_entropy": [formatted(at(cross_entropy, key), ".4f") for key in ("untouched", "spliced", "zero_ablated")]
-        + [_rise_shown(evaluation), percentage(at(cross_entropy, "recovered"))],
-        "kl": formatted(at(evaluation, "kl"), ".4f"),
-        "agreement": percentage(at(evaluation, "top1_agreement")),
-        "tokens": formatted(at(settings, "tokens"), ",.0f"),
-        "dtype": at(settings, "dtype"),
+        "cross_entropy": [
+            formatted(get_nested(cross_entropy, key), ".4f") for key in ("untouched", "spliced", "zero_ablated")
+        ]
+        + [_rise_shown(evaluation), percentage(get_nested(cross_entropy, "recovered"))],
+        "kl": formatted(get_nested(evaluation, "kl"), ".4f"),
+        "agreement": percentage(get_nested(evaluation, "top1_agreement")),
+        "tokens": formatted(get_nested(settings, "tokens"), ",.0f"),
+        "dtype": get_nested(settings, "dtype"),
         "text": ", ".join(_evaluated_on(evaluation)[1]) or None,
         # What a training itself measured on is held out; null: it is not known what was trained on.
-        "held_out": at(settings, "evaluation", "held_out") if at(settings, "evaluation") is not None else True,
+        "held_out": get_nested(settings, "evaluation", "held_out")
+        if get_nested(settings, "evaluation") is not None
+        else True,
         "specialised_frequency": formatted(0.25 if frequency is None else frequency, ".0f", 100, " %"),
     }
 
@@ -319,7 +327,7 @@ def _training(config: MxDConfig, base: _Base, training: Any) -> dict[str, Any] |
         return None
     method = config.layer(config.layers[0]).method
     if method == "mxd":  # what was made before there were sparse codes says nothing of them
-        training = {"sparse_code_weight": 0.0, **training}
+        training = {"auxiliary_weight": 0.0, **training}
     start = [f"mxd decompose {quoted(base.argument)}" if base.argument else "mxd decompose"]
     chosen = [f"--layers {layer_ranges(config.layers)}", f"--method {method.replace('_', '-')}"]
     command = _command(start, chosen, training)
@@ -339,7 +347,7 @@ def _trained_by(folder: Path) -> dict[str, Any] | None:
 
 def _finetunings(evaluation: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """The settings of every fine-tuning that the decomposition went through after its training."""
-    runs = at(evaluation, "settings", "finetuning")
+    runs = get_nested(evaluation, "settings", "finetuning")
     return [run for run in runs if isinstance(run, Mapping)][:MAX_NAMES] if isinstance(runs, list) else []
 
 
@@ -348,8 +356,8 @@ def _finetuning(run: Mapping[str, Any]) -> dict[str, Any]:
     source = next(iter(texts(run.get("decomposition"))), "FOLDER")
     loss = {"kl": ["--loss kl"], "cross_entropy": ["--loss cross-entropy"]}.get(str(run.get("loss")), [])
     before = {
-        "Rise of cross-entropy before it": _rise_shown(at(run, "before") or {}),
-        "KL to the untouched model before it": formatted(at(run, "before", "kl"), ".4f"),
+        "Rise of cross-entropy before it": _rise_shown(get_nested(run, "before") or {}),
+        "KL to the untouched model before it": formatted(get_nested(run, "before", "kl"), ".4f"),
     }
     command = _command([f"mxd finetune {quoted(dataset_id(source) or last_part(source))}"], loss, run)
     return {"lines": _lines(run) | _known(before), "command": _joined(command)}
@@ -357,23 +365,23 @@ def _finetuning(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lines(run: Mapping[str, Any]) -> dict[str, Any]:
     """Names and values of what evaluation.json says of a training or of a fine-tuning."""
-    versions = at(run, "versions")
+    versions = get_nested(run, "versions")
     versions = list(versions.items())[:MAX_NAMES] if isinstance(versions, Mapping) else []
     return _known(
         {
             "Training tokens": formatted(run.get("tokens_trained"), ",.0f"),
             "Text": ", ".join(_text_names(run.get("text"))) or None,
-            "Context length": formatted(at(run, "text", "context_length"), ",.0f"),
+            "Context length": formatted(get_nested(run, "text", "context_length"), ",.0f"),
             "Tokens of a step": formatted(run.get("batch_tokens"), ",.0f"),
             "Learning rate": formatted(run.get("learning_rate"), "g"),
             "Its factor for the gate": formatted(run.get("gate_learning_rate_factor"), "g"),
             "Its factor for the modulations": formatted(run.get("modulation_learning_rate_factor"), "g"),
-            "Gate starts from": run.get("gate_initialization"),
-            "Encoder starts from": run.get("encoder_initialization"),
-            "Decoder starts from": run.get("decoder_initialization"),
-            "Modulations start from": run.get("modulation_initialization"),
-            "Expert share asked for": formatted(run.get("expert_share"), "g"),
-            "Weight of the sparse code": formatted(run.get("sparse_code_weight"), "g"),
+            "Gate starts from": run.get("gate_init"),
+            "Encoder starts from": run.get("encoder_init"),
+            "Decoder starts from": run.get("decoder_init"),
+            "Modulations start from": run.get("modulation_init"),
+            "Expert share asked for": formatted(run.get("min_mean_ablation_error"), "g"),
+            "Weight of the sparse code": formatted(run.get("auxiliary_weight"), "g"),
             "Loss": run.get("loss"),
             "Weight of the layers' own error": formatted(run.get("nmse_weight"), "g"),
             "Activations scaled": _yes_or_no(run.get("scale_activations")),
@@ -400,19 +408,22 @@ def _command(start: list[str], chosen: list[str], run: Mapping[str, Any]) -> lis
     """The lines of the command that would make it again, local data by the last parts of their paths; none where a
     command would be another: too many files to print, or several passes over recorded tokens (`mxd frontier`)."""
     files = {
-        option: texts(at(run, "text", key))
+        option: texts(get_nested(run, "text", key))
         for option, key in (("--dataset", "dataset"), ("--heldout-dataset", "heldout_dataset"))
     }
-    if sum(map(len, files.values())) > MAX_NAMES or finite(at(run, "training", "num_train_epochs")) not in (None, 1):
+    if sum(map(len, files.values())) > MAX_NAMES or finite(get_nested(run, "training", "num_train_epochs")) not in (
+        None,
+        1,
+    ):
         return []
     lines = list(start)
     for option, names in files.items():
         lines += [f"{option} {quoted(dataset_id(name) or last_part(name))}" for name in names]
-    if at(run, "text", "streaming") is True:
+    if get_nested(run, "text", "streaming") is True:
         lines.append("--streaming")
     lines += chosen
     for option, keys in _OPTIONS.items():
-        value = at(run, *keys)
+        value = get_nested(run, *keys)
         if isinstance(value, str) and argument(value) == value:  # an altered one would be another command
             lines.append(f"{option} {quoted(value)}")
         elif (number := finite(value)) is not None and abs(number) < 1e15:

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 
 from mxd.modeling_mxd import MxDConfig
 
-from .hub import HubRepo, look_up, retried, search
+from .hub import HubRepo, look_up, search, with_retries
 from .reading import MAX_JSON_BYTES, read_config, read_json
 from .safe_text import finite
 
@@ -144,7 +144,9 @@ def show_decomposition(
         if model.files.get(name, 0) > MAX_JSON_BYTES:
             raise ValueError(f"{name} of {repo_id} is larger than {MAX_JSON_BYTES:,} bytes: it is not read")
         return Path(
-            retried(lambda: hf_hub_download(repo_id, name, revision=model.commit, token=token), f"reading {repo_id}")
+            with_retries(
+                lambda: hf_hub_download(repo_id, name, revision=model.commit, token=token), f"reading {repo_id}"
+            )
         )
 
     if "config.json" not in model.files:

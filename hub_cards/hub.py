@@ -56,7 +56,7 @@ def cause_of(error: Exception) -> Exception:
     return cause_of(cause) if wrapped and isinstance(cause, Exception) else error
 
 
-def passes(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether trying again may help: the connection broke, or the server was busy."""
     error = cause_of(error)
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
@@ -64,7 +64,7 @@ def passes(error: Exception) -> bool:
     return is_broken_connection(error) or status_of(error) in PASSING
 
 
-def retried(call: Callable[[], Result], what: str) -> Result:
+def with_retries(call: Callable[[], Result], what: str) -> Result:
     """Call until it succeeds, at most `ATTEMPTS` times, waiting 1, 2, 4 … seconds in between.
 
     Raises:
@@ -74,7 +74,7 @@ def retried(call: Callable[[], Result], what: str) -> Result:
         try:
             return call()
         except Exception as error:
-            if not passes(error) or attempt == ATTEMPTS - 1:
+            if not is_transient(error) or attempt == ATTEMPTS - 1:
                 raise explained(error, what) from error
             logger.warning("%s failed (%s), trying again", what, first_line(error))
             time.sleep(2**attempt)
@@ -141,7 +141,7 @@ def look_up(repo_id: str, what: str, revision: str | None = None, token: str | b
         validate_repo_id(repo_id)
         return _repo(_json(_get(path, token, {"blobs": True})))
 
-    return retried(ask, what)
+    return with_retries(ask, what)
 
 
 def search(parameters: dict[str, Any], token: str | bool | None = None) -> Iterator[HubRepo]:
@@ -152,7 +152,7 @@ def search(parameters: dict[str, Any], token: str | bool | None = None) -> Itera
     """
     address: str | None = "/api/models"
     while address is not None:
-        page: Any = retried(partial(_get, address, token, parameters), "searching the Hub")
+        page: Any = with_retries(partial(_get, address, token, parameters), "searching the Hub")
         yield from map(_repo, _json(page))
         # The address of the next page holds the parameters.
         address, parameters = page.links.get("next", {}).get("url"), {}

@@ -20,7 +20,7 @@ from mxd.modeling_mxd.configuration_mxd import AUTO_MAP
 from mxd.modeling_mxd.sharing import REPLACED, check_base_id, save_tokenizer, with_known_class
 
 from .card import build_card
-from .hub import ATTEMPTS, HubError, HubRepo, explained, logger, look_up, passes, retried, status_of
+from .hub import ATTEMPTS, HubError, HubRepo, explained, is_transient, logger, look_up, status_of, with_retries
 from .reading import check_weights, read_config, read_json
 from .safe_text import DATA_ENDINGS, dataset_id, last_part
 from .updating import LICENSE, generated_figures, license_of, update_card
@@ -104,7 +104,7 @@ def push_decomposition(
     pushed = commit.push(_Content(content, spare, partial(describe, repo_id), license is None, folders))
     if tag:
         # Not there before: one that is there now is of an attempt whose reply was lost.
-        retried(
+        with_retries(
             lambda: api.create_tag(repo_id, tag=tag, revision=pushed.oid, exist_ok=True),
             f"the commit {pushed.oid[:8]} is on the Hub, but tagging it {tag}",
         )
@@ -135,10 +135,12 @@ def _make_repo(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool, tag: str | None
 ) -> str:
     """Make repo and branch where they are not there, and refuse a tag that is; the repo's id with the user's name."""
-    repo = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making the repo {repo_id}")
+    repo = with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making the repo {repo_id}")
     repo_id = repo.repo_id
     if revision and not create_pr and not revision.startswith("refs/"):
-        retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), f"making the branch {revision}")
+        with_retries(
+            lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), f"making the branch {revision}"
+        )
     if tag:
         _check_free(repo_id, tag, api.token)
     return repo_id
@@ -225,7 +227,7 @@ class _Commit:
                     parent_commit=parent.commit,  # so that a repeat cannot be a second commit
                 )
             except Exception as error:
-                if status_of(error) != 412 and not passes(error):
+                if status_of(error) != 412 and not is_transient(error):
                     raise explained(error, what) from error
                 if self.create_pr and status_of(error) is None:
                     raise HubError(f"{what}: the reply was lost; see whether the pull request is there") from error
@@ -240,7 +242,7 @@ class _Commit:
         raise AssertionError("unreachable")
 
     def _made(self) -> CommitInfo | None:
-        commits = retried(
+        commits = with_retries(
             lambda: self.api.list_repo_commits(self.repo_id, revision=self.branch), f"looking into {self.repo_id}"
         )
         for commit in commits[:20]:
@@ -259,7 +261,7 @@ class _Commit:
             )
             return Path(path).read_text(encoding="utf-8", errors="replace")
 
-        return retried(load, f"reading the card of {self.repo_id}")
+        return with_retries(load, f"reading the card of {self.repo_id}")
 
 
 def _base(config: MxDConfig, base_model: str | None, token: str | bool | None) -> tuple[HubRepo, dict[str, str]]:
@@ -297,7 +299,7 @@ def _tokenizer_of(base: HubRepo, token: str | bool | None) -> dict[str, bytes | 
         return {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            retried(
+            with_retries(
                 lambda: save_tokenizer(base.repo_id, base.commit, folder, token),
                 f"reading the tokenizer of {base.repo_id}",
             )

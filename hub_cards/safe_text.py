@@ -70,7 +70,7 @@ def percentage(value: Any) -> Markup:
     return formatted(value, ".1f", 100, " %")
 
 
-def at(value: Any, *keys: str) -> Any:
+def get_nested(value: Any, *keys: str) -> Any:
     """`value[keys[0]][keys[1]]…`, None where there is no such thing."""
     for key in keys:
         if not isinstance(value, Mapping):

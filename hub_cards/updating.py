@@ -12,7 +12,6 @@ from mxd.modeling_mxd.sharing import BEGIN, END
 
 from .card import METHOD_TAGS
 from .reading import texts
-from .safe_text import at
 
 MAX_CARD = 1_000_000  # characters
 MAX_METADATA = 100_000
@@ -65,7 +64,7 @@ def _merged(metadata: dict[str, Any], own: dict[str, Any], generated: str, keep_
     if "pipeline_tag" not in own and metadata.get("pipeline_tag") == "text-generation":  # earlier cards all had it
         stale.add("pipeline_tag")
     merged = {name: value for name, value in metadata.items() if name not in stale} | own
-    method = METHOD_TAGS.get(str(at(metadata, "mxd", "method")))
+    method = METHOD_TAGS.get(str(get_nested(metadata, "mxd", "method")))
     gone = {method, *own["tags"]}
     tags = [tag for tag in texts(metadata.get("tags")) if tag not in gone and not _LAYER_TAG.fullmatch(tag)]
     merged["tags"] = list(dict.fromkeys(tags)) + own["tags"]

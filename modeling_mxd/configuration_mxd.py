@@ -44,18 +44,18 @@ AUTO_MAP = {
 
 def _listed(layers: Any) -> list[int]:
     if isinstance(layers, str) or not isinstance(layers, Sequence):
-        raise ValueError(f"layers must be a list of layer indices, got {shown(layers)}")
+        raise ValueError(f"layers must be a list of layer indices, got {shorten(layers)}")
     return list(layers)
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """For a message: of what a stranger's file holds, however large, only the start."""
     return reprlib.repr(value)
 
 
 def _check_size(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-        raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {shown(value)}")
+        raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {shorten(value)}")
 
 
 @dataclass(frozen=True)
@@ -105,24 +105,24 @@ class MxDLayerConfig:
             )
         for name, allowed in (("method", METHODS), ("encoder_type", ENCODER_TYPES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shorten(getattr(self, name))}")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"hidden_act must be a name in transformers.activations.ACT2FN "
-                f"(such as gelu, gelu_new, silu, relu), got {shown(self.hidden_act)}"
+                f"(such as gelu, gelu_new, silu, relu), got {shorten(self.hidden_act)}"
             )
         if self.hidden_act in _LEARNED_ACTIVATIONS:
-            raise ValueError(f"hidden_act must not have parameters of its own, got {shown(self.hidden_act)}")
+            raise ValueError(f"hidden_act must not have parameters of its own, got {shorten(self.hidden_act)}")
         for name in ("gate_bias", "encoder_bias", "output_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {shown(getattr(self, name))}")
+                raise ValueError(f"{name} must be true or false, got {shorten(getattr(self, name))}")
         self._check_groups()
 
     def _check_groups(self) -> None:
         groups, opened = self.num_expert_groups, self.num_groups_per_tok
         if (groups is None) != (opened is None):
             raise ValueError(
-                f"num_expert_groups ({shown(groups)}) and num_groups_per_tok ({shown(opened)}) go together: "
+                f"num_expert_groups ({shorten(groups)}) and num_groups_per_tok ({shorten(opened)}) go together: "
                 "give both, or neither for a gate without groups"
             )
         if groups is None or opened is None:
@@ -254,14 +254,16 @@ class MxDConfig(PretrainedConfig):
         self.num_groups_per_tok = num_groups_per_tok
         overrides = {} if layer_overrides is None else layer_overrides
         if not isinstance(overrides, Mapping) or not all(isinstance(value, Mapping) for value in overrides.values()):
-            raise ValueError(f"layer_overrides must map layers to the fields that differ there, got {shown(overrides)}")
+            raise ValueError(
+                f"layer_overrides must map layers to the fields that differ there, got {shorten(overrides)}"
+            )
         self.layer_overrides = {str(key): dict(value) for key, value in overrides.items()}
         self.check()
         self._check_stock(kwargs)
         try:
             super().__init__(**kwargs)
         except (AttributeError, TypeError) as error:  # transformers' own fields, of another type than it expects
-            raise ValueError(f"the configuration cannot be read: {shown(str(error))}") from None
+            raise ValueError(f"the configuration cannot be read: {shorten(str(error))}") from None
         # Saving a class writes only its own entry: every copy names all doors.
         self.auto_map = dict(AUTO_MAP)
 
@@ -276,21 +278,21 @@ class MxDConfig(PretrainedConfig):
         for layer in self.layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= MAX_SIZE:
                 raise ValueError(
-                    f"layers must be whole numbers from 0 to {MAX_SIZE}, got {shown(layer)} in {shown(self.layers)}"
+                    f"layers must be whole numbers from 0 to {MAX_SIZE}, got {shorten(layer)} in {shorten(self.layers)}"
                 )
         repeated = [layer for layer, times in Counter(self.layers).items() if times > 1]
         if repeated:
-            raise ValueError(f"layers names layer {min(repeated)} more than once: {shown(self.layers)}")
+            raise ValueError(f"layers names layer {min(repeated)} more than once: {shorten(self.layers)}")
         if not isinstance(self.site, str) or len(self.site) > MAX_NAME or not _SITE.fullmatch(self.site):
             raise ValueError(
                 "site must be 'mlp', or dotted paths of modules in a transformer layer, separated by commas, got "
-                f"{shown(self.site)}"
+                f"{shorten(self.site)}"
             )
         stack_fits = isinstance(self.stack, str) and len(self.stack) <= MAX_NAME and _STACK.fullmatch(self.stack)
         if self.stack is not None and not stack_fits:
             raise ValueError(
                 "stack must be None, 'encoder', 'decoder' or the dotted path of a list of transformer layers, got "
-                f"{shown(self.stack)}"
+                f"{shorten(self.stack)}"
             )
         self._check_names()
         self._check_overrides()
@@ -309,13 +311,13 @@ class MxDConfig(PretrainedConfig):
                 continue
             if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME or not value.isprintable():
                 raise ValueError(
-                    f"{name} must be a text of at most {MAX_NAME} printable characters, got {shown(value)}"
+                    f"{name} must be a text of at most {MAX_NAME} printable characters, got {shorten(value)}"
                 )
         for name in ("vocab_size", "num_attention_heads"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and (not whole or not 1 <= value <= MAX_SIZE):
-                raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {shown(value)}")
+                raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, got {shorten(value)}")
 
     def _check_stock(self, values: Mapping[str, Any]) -> None:
         """Refuse what transformers would take from a config file without a question: names of methods, a label for
@@ -324,25 +326,25 @@ class MxDConfig(PretrainedConfig):
             known = getattr(type(self), name, None)
             unset = isinstance(known, property) and known.fset is None
             if unset or callable(known) or isinstance(known, dict | list | tuple) or name in _FOREIGN:
-                raise ValueError(f"{shown(name)} is no field that a decomposition's config can set")
+                raise ValueError(f"{shorten(name)} is no field that a decomposition's config can set")
         if values.get("num_labels") not in (None, 2):  # 2 is what transformers assumes without labels
-            raise ValueError(f"num_labels: a decomposition has no labels, got {shown(values['num_labels'])}")
+            raise ValueError(f"num_labels: a decomposition has no labels, got {shorten(values['num_labels'])}")
         for name in ("dtype", "torch_dtype"):
             dtype = values.get(name)
             dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
             if values.get(name) is not None and not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{name} must name a dtype of torch, got {shown(values[name])}")
+                raise ValueError(f"{name} must name a dtype of torch, got {shorten(values[name])}")
 
     def _check_overrides(self) -> None:
         unknown = sorted(set(self.layer_overrides) - {str(layer) for layer in self.layers})
         if unknown:
             raise ValueError(
-                f"layer_overrides names layer {shown(unknown[0])}, which is not in layers {shown(self.layers)}"
+                f"layer_overrides names layer {shorten(unknown[0])}, which is not in layers {shorten(self.layers)}"
             )
         for key, override in self.layer_overrides.items():
             odd = sorted(set(override) - set(_LAYER_FIELDS))
             if odd:
-                raise ValueError(f"layer_overrides[{key!r}] has the unknown field {shown(odd[0])}")
+                raise ValueError(f"layer_overrides[{key!r}] has the unknown field {shorten(odd[0])}")
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:

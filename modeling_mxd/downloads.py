@@ -15,7 +15,7 @@ PASSING = (429, 500, 502, 503, 504)
 Result = TypeVar("Result")
 
 
-def tried(call: Callable[[], Result], name: Any) -> Result:
+def with_retries(call: Callable[[], Result], name: Any) -> Result:
     """`call()`, up to `ATTEMPTS` times if the connection to the Hub breaks or it is busy. Files that are complete are
     in the cache by then.
 
@@ -53,7 +53,7 @@ def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:
                 raise
             return None
 
-    return tried(find, name)
+    return with_retries(find, name)
 
 
 def first_line(error: BaseException) -> str:

@@ -152,38 +152,6 @@ def _(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
     return numbers.new_empty(num_experts)
 
 
-def gradient_of_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int, sparse: bool) -> Tensor:
-    """`scatter_rows`, if `sparse` as a sparse tensor that holds only the experts with a weight that is not zero."""
-    if not sparse:
-        return scatter_rows(indices, weights, rows, num_experts)
-    # Pairs without weight are counted for an expert after the last, which is then left out.
-    named = indices.where(weights != 0, num_experts)
-    order, counts = _by_expert(named, num_experts + 1)
-    fired = counts[:-1].nonzero()[:, 0]
-    ends = counts.cumsum(0)
-    order = order[: ends[-2]]
-    values = F.embedding_bag(
-        order // indices.shape[1],
-        rows,
-        (ends - counts)[fired],
-        mode="sum",
-        per_sample_weights=weights.reshape(-1)[order].to(rows.dtype),
-    )
-    shape = (num_experts, rows.shape[1])
-    return torch.sparse_coo_tensor(fired[None], values, shape, is_coalesced=True, check_invariants=False)
-
-
-def gradient_of_numbers(indices: Tensor, numbers: Tensor, num_experts: int, sparse: bool) -> Tensor:
-    """`scatter_numbers`, if `sparse` as a sparse tensor that holds only the experts with a number that is not zero."""
-    if not sparse:
-        return scatter_numbers(indices, numbers, num_experts)
-    ones = numbers.new_ones(len(numbers), 1)
-    column = gradient_of_rows(indices, numbers, ones, num_experts, sparse)
-    return torch.sparse_coo_tensor(
-        column.indices(), column.values()[:, 0], (num_experts,), is_coalesced=True, check_invariants=False
-    )
-
-
 def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The (token, k) pairs in the order of their experts, earlier tokens first, and how many each expert has."""
     flat = indices.reshape(-1)
@@ -192,7 +160,7 @@ def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 @operator("topk_gate")
 def _topk_gate(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype, sparse: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = x.shape[0], weight.shape[0]
     values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
@@ -220,19 +188,17 @@ def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, k: i
 
 
 @_topk_gate.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype, sparse: bool
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """What `gate_gradients` needs, of an operator whose first arguments are x, weight and bias, its last `sparse`."""
+    """What `gate_gradients` needs, of an operator whose first arguments are x, weight and bias."""
     x, weight, bias = inputs[:3]
     values, indices = output
     ctx.save_for_backward(x, weight, values, indices)
     ctx.mark_non_differentiable(indices)
-    ctx.has_bias, ctx.num_inputs, ctx.sparse = bias is not None, len(inputs), inputs[-1]
+    ctx.has_bias, ctx.num_inputs = bias is not None, len(inputs)
 
 
 def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -243,9 +209,9 @@ def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Ten
     if ctx.needs_input_grad[0]:
         grad_x = weighted_rows(indices, grad, weight)
     if ctx.needs_input_grad[1]:
-        grad_weight = gradient_of_rows(indices, grad, x, weight.shape[0], ctx.sparse)
+        grad_weight = scatter_rows(indices, grad, x, weight.shape[0])
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_bias = gradient_of_numbers(indices, grad, weight.shape[0], ctx.sparse)
+        grad_bias = scatter_numbers(indices, grad, weight.shape[0])
     return grad_x, grad_weight, grad_bias, *[None] * (ctx.num_inputs - 3)
 
 
@@ -253,18 +219,17 @@ _topk_gate.register_autograd(gate_gradients, setup_context=save_gate)
 
 
 @operator("expert_sum")
-def _expert_sum(values: Tensor, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
+def _expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     return weighted_rows(indices, values, table)
 
 
 @_expert_sum.register_fake
-def _(values: Tensor, indices: Tensor, table: Tensor, sparse: bool) -> Tensor:
+def _(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     return values.new_empty(values.shape[0], table.shape[1])
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.sparse = inputs[3]
+    ctx.save_for_backward(*inputs)
 
 
 def _sum_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -273,16 +238,11 @@ def _sum_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     grad_values = row_products(indices, grad_output, table) if ctx.needs_input_grad[0] else None
     grad_table = None
     if ctx.needs_input_grad[2]:
-        grad_table = gradient_of_rows(indices, values, grad_output, table.shape[0], ctx.sparse)
-    return grad_values, None, grad_table, None
+        grad_table = scatter_rows(indices, values, grad_output, table.shape[0])
+    return grad_values, None, grad_table
 
 
 _expert_sum.register_autograd(_sum_gradients, setup_context=_save_sum)
-
-
-def can_be_sparse(wanted: bool) -> bool:
-    """Whether gradients are sparse tensors where that is wanted: compiled code holds none."""
-    return wanted and not torch.compiler.is_compiling()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -293,9 +253,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def topk_gate(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, sparse_gradients: bool = False
-) -> tuple[Tensor, Tensor]:
+def topk_gate(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Coefficients of the K experts with the largest pre-activations (paper eq. 2: TopK(ReLU(Gx + g))).
 
     Under autocast only the large product runs in the lower precision, and only of 32 tokens and more: it names K + 8
@@ -307,33 +265,27 @@ def topk_gate(
         weight: gate weight G, (N, I).
         bias: gate bias g, (N), or None.
         k: experts kept per token.
-        sparse_gradients: whether the gradients of weight and bias are sparse tensors of the active experts' rows.
-            Compiled code holds no sparse tensors: there they are dense.
 
     Returns:
         values (..., K) >= 0 and indices (..., K) int64, in no particular order; where fewer than K
         pre-activations are positive the rest of the values are 0. Only `values` carries a gradient, through
         the selected positive entries. Second derivatives through the weights' gradients are refused.
     """
-    sparse = can_be_sparse(sparse_gradients)
-    values, indices = _topk_gate(x.reshape(-1, x.shape[-1]), weight, bias, k, product_dtype(x), sparse)
+    values, indices = _topk_gate(x.reshape(-1, x.shape[-1]), weight, bias, k, product_dtype(x))
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 
-def expert_sum(values: Tensor, indices: Tensor, table: Tensor, sparse_gradients: bool = False) -> Tensor:
+def expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """Cᵀa from sparse coefficients: Σ_k values[..., k] · table[indices[..., k]].
 
     Args:
         values: coefficients, (..., K), of the dtype of `table`.
         indices: experts, (..., K) int64; an expert named twice counts twice.
         table: one row per expert, (N, O).
-        sparse_gradients: whether the gradient of `table` is a sparse tensor of the rows with a coefficient; not in
-            compiled code, as for `topk_gate`.
 
     Returns:
         (..., O).
     """
     k = values.shape[-1]
-    sparse = can_be_sparse(sparse_gradients)
-    out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table, sparse)
+    out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table)
     return out.reshape(*values.shape[:-1], table.shape[1])

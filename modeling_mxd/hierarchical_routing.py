@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import can_be_sparse, chunks, gate_gradients, largest, operator, save_gate
+from .functional import chunks, gate_gradients, largest, operator, save_gate
 
 
 def default_num_expert_groups(num_experts: int) -> int:
@@ -27,7 +27,7 @@ def default_num_expert_groups(num_experts: int) -> int:
 
 @operator("routed_gate", synchronises=True)
 def _routed_gate(
-    x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int, sparse: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = x.shape[0], weight.shape[0]
     values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
@@ -63,9 +63,7 @@ def _scores_of_group(x: Tensor, weight: Tensor, bias: Tensor | None, group: int,
 
 
 @_routed_gate.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int, sparse: bool
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
@@ -79,7 +77,6 @@ def routed_gate(
     opened: Tensor,
     group_size: int,
     k: int,
-    sparse_gradients: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Coefficients of the K experts with the largest pre-activations in a token's open groups.
 
@@ -87,7 +84,7 @@ def routed_gate(
     would cost as much.
 
     Args:
-        x, weight, bias, k, sparse_gradients: as for `functional.topk_gate`.
+        x, weight, bias, k: as for `functional.topk_gate`.
         opened: groups that each token opens, each at most once, (..., M) int64.
         group_size: experts in every group but the last.
 
@@ -96,6 +93,5 @@ def routed_gate(
         none.
     """
     flat, groups = x.reshape(-1, x.shape[-1]), opened.reshape(-1, opened.shape[-1])
-    sparse = can_be_sparse(sparse_gradients)
-    values, indices = _routed_gate(flat, weight, bias, groups, group_size, k, sparse)
+    values, indices = _routed_gate(flat, weight, bias, groups, group_size, k)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)

@@ -44,8 +44,6 @@ class SparseLayer(nn.Module):
         expert_frequency: buffer (N), share of training tokens on which each expert was active.
         expert_mean: buffer (N), mean coefficient of each expert over training tokens, zeros included. Both are
             zero until training has measured them.
-        sparse_gradients: off by default. On, the gradients of gate and expert table are sparse tensors that hold
-            the rows of the experts that fired, for an optimiser that follows them; not where the layer is compiled.
     """
 
     def __init__(self, config: MxDLayerConfig):
@@ -57,7 +55,6 @@ class SparseLayer(nn.Module):
         self.router = nn.Linear(config.hidden_size, groups) if groups is not None else None
         self.register_buffer("expert_frequency", torch.zeros(config.num_experts))
         self.register_buffer("expert_mean", torch.zeros(config.num_experts))
-        self.sparse_gradients = False
         self._coefficient_hooks: OrderedDict[int, CoefficientHook] = OrderedDict()
 
     expert_frequency: Tensor
@@ -86,11 +83,11 @@ class SparseLayer(nn.Module):
         x = x.to(self.expert_table.dtype)
         k, opened = self.config.num_experts_per_tok, self.open_groups(x)
         if _is_plain_linear(self.gate):
-            weight, bias, sparse = self.gate.weight, self.gate.bias, self.sparse_gradients
+            weight, bias = self.gate.weight, self.gate.bias
             if opened is None:
-                return ExpertCoefficients(*topk_gate(x, weight, bias, k, sparse))
+                return ExpertCoefficients(*topk_gate(x, weight, bias, k))
             size = self.config.expert_group_size
-            return ExpertCoefficients(*routed_gate(x, weight, bias, opened, size, k, sparse))
+            return ExpertCoefficients(*routed_gate(x, weight, bias, opened, size, k))
         scores = self.gate(x)
         if opened is not None:
             scores = scores.masked_fill(~self.in_groups(opened), -torch.inf)
@@ -121,7 +118,7 @@ class SparseLayer(nn.Module):
         """Cᵀa (..., O) in the dtype of the weights."""
         values, indices = coefficients
         table = self.expert_table
-        return expert_sum(values.to(table.dtype), indices, table, self.sparse_gradients)
+        return expert_sum(values.to(table.dtype), indices, table)
 
     def decode(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
         """Output y (..., O), in the dtype of x, for given coefficients; the input is needed too."""

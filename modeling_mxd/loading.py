@@ -16,8 +16,8 @@ from transformers import PretrainedConfig  # by the name that transformers 4 kno
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, extract_commit_hash
 
-from .configuration_mxd import DEMO_MODEL, MAX_LAYERS, MAX_SIZE, MxDConfig, shown
-from .downloads import file_if_any, tried
+from .configuration_mxd import DEMO_MODEL, MAX_LAYERS, MAX_SIZE, MxDConfig, shorten
+from .downloads import file_if_any, with_retries
 from .weight_files import layer_of, weight_files
 
 # What says where files come from: as good for the base model's files as for ours,
@@ -32,7 +32,7 @@ _TAKEN = (
 _CONFIG_FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"}
 
 
-def pinned(name: Any, access: dict[str, Any]) -> dict[str, Any]:
+def pin_revision(name: Any, access: dict[str, Any]) -> dict[str, Any]:
     """`access` at the commit that it leads to now, so that all files are of one commit, whoever pushes meanwhile."""
     config = file_if_any(name, CONFIG_NAME, access)
     commit = extract_commit_hash(config, None)
@@ -82,7 +82,7 @@ def _stored_config(name: Any, access: dict[str, Any], needed: bool) -> MxDConfig
     if name is None:
         return None
     try:
-        values, _ = tried(partial(MxDConfig.get_config_dict, name, **access), name)
+        values, _ = with_retries(partial(MxDConfig.get_config_dict, name, **access), name)
     except OSError:
         if needed:
             raise
@@ -136,7 +136,7 @@ def base_source(
             raise ValueError(f"the base model that the repo names is a folder of this machine: {name!r}")
         revision = None
     try:
-        source = pinned(name, {**access, "revision": revision})
+        source = pin_revision(name, {**access, "revision": revision})
         check_language_model(name, source)
         source = once(source)
     except OSError as error:
@@ -158,13 +158,13 @@ def check_language_config(name: str, access: dict[str, Any]) -> list[int]:
         ValueError: saying which.
         OSError: it is not there.
     """
-    values, _ = tried(partial(PretrainedConfig.get_config_dict, name, **access), name)
+    values, _ = with_retries(partial(PretrainedConfig.get_config_dict, name, **access), name)
     kind = values.get("model_type")
     if kind == MxDConfig.model_type:
         raise ValueError(f"the base model {name!r} is a decomposition itself: name the language model")
     if not is_causal(kind):
         raise ValueError(
-            f"the base model {name!r} is of type {shown(kind)}, which AutoModelForCausalLM does not load: load it with "
+            f"the base model {name!r} is of type {shorten(kind)}, which AutoModelForCausalLM does not load: load it with "
             "its own class, and the decomposition with AutoModel, whose spliced(model) puts it in"
         )
     text = values.get("text_config")

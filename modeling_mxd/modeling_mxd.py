@@ -18,12 +18,22 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, Model
 # Every sibling is imported here, also the unused: a Hub repo carries only what its entry file names.
 from .architectures import layer_chains  # noqa: F401
 from .configuration_mxd import MxDConfig
-from .downloads import tried
+from .downloads import with_retries
 from .functional import topk_gate  # noqa: F401
 from .hierarchical_routing import routed_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
-from .loading import ACCESS, OWN, arguments_of_base, base_source, check_loaded, commit_of, load_config, once, pinned
+from .loading import (
+    ACCESS,
+    OWN,
+    arguments_of_base,
+    base_source,
+    check_loaded,
+    commit_of,
+    load_config,
+    once,
+    pin_revision,
+)
 from .pretrained_weights import PretrainedWeights  # noqa: F401
 from .sharing import push_to_hub
 from .sites import SurgeryError, find_mlps
@@ -100,7 +110,7 @@ class MxDModel(PreTrainedModel):
         """
         access = {name: kwargs.pop(name) for name in (*ACCESS, *OWN) if name in kwargs}
         if pretrained_model_name_or_path is not None:
-            access = pinned(pretrained_model_name_or_path, access)
+            access = pin_revision(pretrained_model_name_or_path, access)
         config, _ = load_config(config, pretrained_model_name_or_path, access, kwargs)
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         name = pretrained_model_name_or_path
@@ -113,7 +123,7 @@ class MxDModel(PreTrainedModel):
             if not files.whole:
                 kwargs["state_dict"], name, access = load_layers(files.paths, config.layers), None, {}
         load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
-        model, info = tried(load, pretrained_model_name_or_path)
+        model, info = with_retries(load, pretrained_model_name_or_path)
         check_loaded(info, config.layers)
         return (model, info) if output_loading_info else model
 
@@ -312,7 +322,7 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         adapter, adapter_name = kwargs.pop("adapter_kwargs", None), kwargs.pop("adapter_name", None)
         for name in ("trust_remote_code", "code_revision", "_commit_hash", "_from_auto", "use_safetensors"):
             kwargs.pop(name, None)
-        here = pinned(pretrained_model_name_or_path, {**access, **own})
+        here = pin_revision(pretrained_model_name_or_path, {**access, **own})
         config, stored = load_config(config, pretrained_model_name_or_path, here, kwargs)
         kwargs = {**arguments_of_base(config, stored), **kwargs}
         name, source = base_source(
@@ -322,7 +332,7 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
             local=os.path.isdir(pretrained_model_name_or_path),  # noqa: PTH112
         )
         load = partial(AutoModelForCausalLM.from_pretrained, name, *model_args, use_safetensors=True, **source)
-        base = tried(partial(load, trust_remote_code=False, **kwargs), name)
+        base = with_retries(partial(load, trust_remote_code=False, **kwargs), name)
         base.config._commit_hash = source.get("revision")  # newer transformers don't keep it; it is never saved
         mxd, info = MxDModel.from_pretrained(
             pretrained_model_name_or_path, config=config, dtype=base.dtype, output_loading_info=True, **here

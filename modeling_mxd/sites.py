@@ -161,14 +161,14 @@ class MLPSite:
             kinds = ", ".join(type(module).__name__ for module in self.modules)
             raise SurgeryError(
                 f"no rule finds the pretrained weights of layer {self.layer} ({kinds}): undo a replacement first, or "
-                "start the encoder at random (encoder_initialization='random', --encoder-start random)"
+                "start the encoder at random (encoder_init='random', --encoder-init random)"
             )
         try:
             return read_weights(self.modules, self.layout)
         except ValueError as error:
             raise SurgeryError(
-                f"layer {self.layer}: {error}; start the encoder at random (encoder_initialization='random', "
-                "--encoder-start random)"
+                f"layer {self.layer}: {error}; start the encoder at random (encoder_init='random', "
+                "--encoder-init random)"
             ) from error
 
 

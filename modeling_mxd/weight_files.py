@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_files
 
-from .configuration_mxd import MAX_FILE_BYTES, MxDConfig, shown
-from .downloads import file_if_any, tried
+from .configuration_mxd import MAX_FILE_BYTES, MxDConfig, shorten
+from .downloads import file_if_any, with_retries
 from .layers import make_layer
 
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -48,7 +48,7 @@ def weight_files(name: Any, layers: list[int] | None, access: dict[str, Any]) ->
         return WeightFiles([] if file is None else [Path(file)], True)
     weight_map = read_index(Path(index), name)
     wanted = {file for key, file in weight_map.items() if layers is None or layer_of(key) in (None, *layers)}
-    paths = tried(partial(cached_files, name, sorted(wanted), **access), name)
+    paths = with_retries(partial(cached_files, name, sorted(wanted), **access), name)
     return WeightFiles(list(map(Path, paths or [])), wanted == set(weight_map.values()))
 
 
@@ -115,15 +115,15 @@ def check_headers(paths: Iterable[Path], config: MxDConfig) -> dict[str, str]:
             found[key] = path.name
             if key not in wanted:
                 if layer_of(key) in (None, *config.layers):
-                    raise ValueError(f"the weights do not fit the config: {shown(key)} is not the decomposition's")
+                    raise ValueError(f"the weights do not fit the config: {shorten(key)} is not the decomposition's")
             elif entry.get("shape") != wanted[key]:
                 raise ValueError(
-                    f"the weights do not fit the config: {key} has the shape {shown(entry.get('shape'))}, by the "
+                    f"the weights do not fit the config: {key} has the shape {shorten(entry.get('shape'))}, by the "
                     f"config it must be {wanted[key]}"
                 )
             elif entry.get("dtype") not in DTYPES:
                 raise ValueError(
-                    f"{key} in {path.name} has the dtype {shown(entry.get('dtype'))}, a floating-point one is expected"
+                    f"{key} in {path.name} has the dtype {shorten(entry.get('dtype'))}, a floating-point one is expected"
                 )
     missing = sorted(wanted.keys() - found.keys())
     if missing:
@@ -151,7 +151,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, times in Counter(name for name, _ in pairs).items():
         if times > 1:
-            raise ValueError(f"a safetensors file has {shown(name)} twice in its header")
+            raise ValueError(f"a safetensors file has {shorten(name)} twice in its header")
     return dict(pairs)
 
 

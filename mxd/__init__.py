@@ -52,11 +52,11 @@ if TYPE_CHECKING:
         spliced_mlps,
     )
     from mxd.trainers import (
+        ActivationCache,
         DistillationArguments,
         DistillationTrainer,
         FinetuningArguments,
         FinetuningTrainer,
-        RecordedTeacher,
         ReplayTrainer,
         fit_routers,
         routing_recall,
@@ -112,7 +112,7 @@ _HOME = {
         "DistillationTrainer",
         "FinetuningArguments",
         "FinetuningTrainer",
-        "RecordedTeacher",
+        "ActivationCache",
         "ReplayTrainer",
         "fit_routers",
         "routing_recall",

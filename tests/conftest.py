@@ -9,6 +9,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mxd-tests-")
 import datasets
 import pytest
 import torch
+from text_cases import build_tokenizer
 from tiny_llama import make_tiny_llama
 from transformers.utils import logging as transformers_logging
 
@@ -36,3 +37,24 @@ def library_verbosity():
     transformers_logging.set_verbosity_warning()
     transformers_logging.enable_progress_bar()
     datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    built = build_tokenizer(bos_token="<s>", eos_token="</s>")
+    assert (built.bos_token_id, built.eos_token_id) == (0, 1)
+    return built
+
+
+@pytest.fixture(scope="module")
+def bare_tokenizer():
+    built = build_tokenizer()
+    assert built.bos_token_id is None and built.eos_token_id is None
+    return built
+
+
+@pytest.fixture
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
+    # newer versions pause for 5 s after each shuffled pass over streamed parquet files
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)

@@ -111,7 +111,7 @@ class DecompositionTrainer(HubPushes):
         """{layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
         raise NotImplementedError
 
-    def counted(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def loss_mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Which positions the loss is of; bool, of any shape."""
         return token_mask(inputs["input_ids"], inputs.get("attention_mask"))
 
@@ -127,13 +127,13 @@ class DecompositionTrainer(HubPushes):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         if not batch_samples:
             return None
-        count = torch.stack([self.counted(batch).sum().to(device) for batch in batch_samples]).sum()
+        count = torch.stack([self.loss_mask(batch).sum().to(device) for batch in batch_samples]).sum()
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
         # Stock counts the elements of the model's own main input, which is in no batch here.
         if self.args.include_num_input_tokens_seen != "no":
-            self.state.num_input_tokens_seen += int(self.accelerator.gather(self.counted(inputs).sum()).sum())
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(self.loss_mask(inputs).sum()).sum())
 
     # Training
 
@@ -248,7 +248,7 @@ class DecompositionTrainer(HubPushes):
         first = next(self._training_batches(), None)
         if first is None:
             return
-        batches = -(-self.args.statistics_tokens // self.counted(first).numel())
+        batches = -(-self.args.statistics_tokens // self.loss_mask(first).numel())
         measure_expert_statistics(self.capture, self.decomposition, islice(self._training_batches(), batches))
 
     def _use_token_progress(self) -> None:
@@ -260,7 +260,7 @@ class DecompositionTrainer(HubPushes):
         self.remove_callback(ProgressCallback)
         self.remove_callback(TokenProgressCallback)
         accumulated = self.args.gradient_accumulation_steps * self.args.world_size
-        self.add_callback(TokenProgressCallback(self.counted(first).numel() * accumulated, self.progress_name))
+        self.add_callback(TokenProgressCallback(self.loss_mask(first).numel() * accumulated, self.progress_name))
 
     def trained_modules(self, layer: int) -> dict[str, nn.Module]:
         """What is trained for a layer, by what its parameters' names begin with: the layer itself."""

@@ -22,12 +22,11 @@ from mxd.base.masks import activation_mask, token_mask
 from mxd.evaluation import normalised_error
 from mxd.modeling_mxd import MxDModel, find_mlps, site_of
 
+from .auxiliary_transcoder import PARAMETERS as AUXILIARY_PARAMETERS
+from .auxiliary_transcoder import AuxiliaryTranscoders, FreshGradients
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
-from .initialization import check_encoder_start, initialize_decomposition
-from .row_adamw import RowAdamW
-from .sparse_code import PARAMETERS as SPARSE_CODE_PARAMETERS
-from .sparse_code import FreshGradients, SparseCodes
+from .initialization import check_encoder_init, init_decomposition
 
 
 class DistillationTrainer(DecompositionTrainer):
@@ -69,11 +68,11 @@ class DistillationTrainer(DecompositionTrainer):
         model.record_base(teacher)
         found = find_mlps(teacher, **model.config.where)
         self.sites = [site_of(found, layer) for layer in model.config.layers]
-        starts = args.encoder_initialization == "pretrained" and args.gate_initialization != "keep"
+        starts = args.encoder_init == "pretrained" and args.gate_init != "keep"
         for site in self.sites:
             site.check_fits(model.config.layer(site.layer))
             if starts and model.config.layer(site.layer).method == "mxd":
-                check_encoder_start(model.config.layer(site.layer), site)
+                check_encoder_init(model.config.layer(site.layer), site)
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
         super().__init__(
@@ -87,16 +86,16 @@ class DistillationTrainer(DecompositionTrainer):
         )
         self.codes = self._make_codes()
         if len(self.codes) and self._optimizer_was_given:
-            raise ValueError("an optimizer of your own does not step the sparse codes: set sparse_code_weight to 0")
+            raise ValueError("an optimizer of your own does not step the sparse codes: set auxiliary_weight to 0")
         self.teacher = teacher.eval().requires_grad_(False)
         if getattr(teacher, "hf_device_map", None) is None:  # else accelerate has placed it
             self.teacher.to(args.device)
         self._restart_layer_losses()
 
-    def _make_codes(self) -> SparseCodes:
-        codes = SparseCodes(self.model, wanted=self.args.sparse_code_weight > 0)
+    def _make_codes(self) -> AuxiliaryTranscoders:
+        codes = AuxiliaryTranscoders(self.model, wanted=self.args.auxiliary_weight > 0)
         if len(codes) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("neither FSDP nor DeepSpeed trains a sparse code: set sparse_code_weight to 0")
+            raise ValueError("neither FSDP nor DeepSpeed trains a sparse code: set auxiliary_weight to 0")
         self.add_callback(FreshGradients(codes))
         return codes.to(self.args.device)
 
@@ -119,7 +118,7 @@ class DistillationTrainer(DecompositionTrainer):
         device = self.args.device
         return {layer: (x.to(device), y.to(device)) for layer, (x, y) in captured.items()}
 
-    def counted(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def loss_mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Which positions the loss is of, (batch, tokens) bool. What is no text, and what a layer meets several times,
         is counted by a forward pass of its own."""
         ids = inputs.get("input_ids")
@@ -172,20 +171,20 @@ class DistillationTrainer(DecompositionTrainer):
         with self.codes.reading(self.model):
             loss, rest = self._losses(model, layer, x, y, mask)
             coefficients = self.codes.coefficients.pop(layer)
-        coded = code(coefficients, x, self.model.layer(layer).sparse_gradients)
+        coded = code(coefficients, x)
         error = self.distillation_loss(coded, y, mask, self.args.loss_normalization, self.least_norm(layer))
-        return loss, rest + self.args.sparse_code_weight * error
+        return loss, rest + self.args.auxiliary_weight * error
 
     def _losses(self, model: nn.Module, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the batch's tokens of the distillation loss, and of what is missing to the experts' share:
 
             λ max(0, τ − ē),  ē = mean_t min(1, ‖m̄ * Dᵀz_t + b − y_t‖² / max(‖y_t‖², m)),  m̄ = mean_t Cᵀa_t
 
-        with τ = `expert_share`, λ = `expert_share_weight`. A dense encoder that starts at the MLP's own can do
-        everything by itself with Cᵀa = 1, and by the error alone it would: this asks that the layer fails where it is
+        with τ = `min_mean_ablation_error`, λ = `mean_ablation_weight`. A dense encoder that starts at the MLP's own can
+        do everything by itself with Cᵀa = 1, and by the error alone it would: this asks that the layer fails where it is
         not told which experts are active."""
         least, normalization = self.least_norm(layer), self.args.loss_normalization
-        asked = self.args.expert_share * self.args.expert_share_weight > 0
+        asked = self.args.min_mean_ablation_error * self.args.mean_ablation_weight > 0
         if not asked or self.model.config.layer(layer).method != "mxd" or not mask.any():
             loss = self.distillation_loss(model(x, layer=layer).output, y, mask, normalization, least)
             return loss, torch.zeros_like(loss)
@@ -193,7 +192,9 @@ class DistillationTrainer(DecompositionTrainer):
         of_mean, target = outputs.output_of_mean[mask].float(), y[mask].float()
         squared_norm = _at_least(target.square().sum(-1), least)
         error = ((of_mean - target).square().sum(-1) / squared_norm).clamp_max(1).mean()
-        missing = self.args.expert_share_weight * len(target) * (self.args.expert_share - error).clamp_min(0)
+        missing = (
+            self.args.mean_ablation_weight * len(target) * (self.args.min_mean_ablation_error - error).clamp_min(0)
+        )
         return self.distillation_loss(outputs.output, y, mask, normalization, least), missing
 
     def training_step(
@@ -202,7 +203,7 @@ class DistillationTrainer(DecompositionTrainer):
         """Forward and backward of every layer in turn; returns the mean loss of the layers, detached."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        tokens = self.counted(inputs).sum() if num_items_in_batch is None else num_items_in_batch
+        tokens = self.loss_mask(inputs).sum() if num_items_in_batch is None else num_items_in_batch
         captured = self.capture(inputs)
         if self._layer_losses_since is None:
             self._layer_losses_since = self.state.global_step
@@ -238,36 +239,19 @@ class DistillationTrainer(DecompositionTrainer):
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in dense]))
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: DistillationArguments, model: PreTrainedModel | None = None) -> Any:
-        """The stock optimiser, or `RowAdamW` with `sparse_optimizer`."""
-        optimizer_class, kwargs = DecompositionTrainer.get_optimizer_cls_and_kwargs(args, model)
-        if args.sparse_optimizer:
-            optimizer_class = RowAdamW
-            kwargs.pop("fused", None)
-        return optimizer_class, kwargs
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `DecompositionTrainer.train`."""
-        layers = [self.model.layer(layer) for layer in self.model.config.layers]
         self._restart_layer_losses()
-        for layer in layers:
-            layer.sparse_gradients = self.args.sparse_optimizer
-        try:
-            # For all steps at once: with another hook at every step a compiled layer would be compiled anew.
-            with self.codes.reading(self.model):
-                return super().train(*args, **kwargs)
-        finally:
-            for layer in layers:
-                layer.sparse_gradients = False
+        # For all steps at once: with another hook at every step a compiled layer would be compiled anew.
+        with self.codes.reading(self.model):
+            return super().train(*args, **kwargs)
 
     def trained_modules(self, layer: int) -> dict[str, nn.Module]:
         """The layer itself, and its sparse code."""
         code = self.codes.of_layer(layer)
-        return super().trained_modules(layer) | ({} if code is None else {SPARSE_CODE_PARAMETERS: code})
+        return super().trained_modules(layer) | ({} if code is None else {AUXILIARY_PARAMETERS: code})
 
     def save_beside(self, checkpoint: Path) -> None:
         """As `DecompositionTrainer.save_beside`, and the sparse codes."""
@@ -317,17 +301,17 @@ class DistillationTrainer(DecompositionTrainer):
 
     def _start(self) -> None:
         most = max(self.model.config.layer(layer).num_experts for layer in self.model.config.layers)
-        from_data = self.args.gate_initialization == "data"
+        from_data = self.args.gate_init == "data"
         calibrations = self._calibrate(max(self.args.calibration_tokens, most if from_data else 0))
-        if self.args.gate_initialization != "keep":
-            initialize_decomposition(
+        if self.args.gate_init != "keep":
+            init_decomposition(
                 self.model,
                 self.teacher,
                 calibrations,
-                gate_start=self.args.gate_initialization,
-                encoder_start=self.args.encoder_initialization,
-                modulation_start=self.args.modulation_initialization,
-                decoder_start=self.args.decoder_initialization,
+                gate_init=self.args.gate_init,
+                encoder_init=self.args.encoder_init,
+                modulation_init=self.args.modulation_init,
+                decoder_init=self.args.decoder_init,
                 scale_activations=self.args.scale_activations,
                 seed=self.args.seed,
             )

@@ -84,9 +84,9 @@ class FinetuningTrainer(DecompositionTrainer):
                 self.model, config.layers, inputs["input_ids"], inputs.get("attention_mask"), **config.where
             )
 
-    def counted(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def loss_mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Which predictions the loss is of: (batch, tokens − 1)."""
-        return next_token_mask(super().counted(inputs))
+        return next_token_mask(super().loss_mask(inputs))
 
     @staticmethod
     def kl_loss(logits: Tensor, reference: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from mxd.hub_cards import HubError, build_card, push_decomposition, update_card
-from mxd.hub_cards.hub import retried
+from mxd.hub_cards.hub import with_retries
 from mxd.hub_cards.push import without_folders
 from mxd.modeling_mxd import MxDModel
 from mxd.modeling_mxd.sharing import check_base_id
@@ -60,7 +60,7 @@ class HubPushes(Trainer):
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         private = self.args.hub_private_repo if private is None else private
         api = HfApi(token=token or self.args.hub_token)
-        repo = retried(lambda: api.create_repo(name, private=private, exist_ok=True), f"making the repo {name}")
+        repo = with_retries(lambda: api.create_repo(name, private=private, exist_ok=True), f"making the repo {name}")
         self.hub_model_id, self.push_in_progress = repo.repo_id, None
 
     def create_model_card(self, *_: Any, **__: Any) -> None:

@@ -21,10 +21,10 @@ from mxd.modeling_mxd import MLPSite, MxDLayer, MxDLayerConfig, MxDModel, Sparse
 
 from .router import fit_router
 
-GATE_STARTS = ("data", "random", "keep")
-ENCODER_STARTS = ("pretrained", "random")
-DECODER_STARTS = ("pretrained", "zero")
-MODULATION_STARTS = ("random", "unit")
+GATE_INITS = ("data", "random", "keep")
+ENCODER_INITS = ("pretrained", "random")
+DECODER_INITS = ("pretrained", "zero")
+MODULATION_INITS = ("random", "unit")
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ def _measure(layer: int, x: Tensor, outputs: _OutputSums) -> Calibration:
 
 @torch.no_grad()
 def initialize_layer(
-    layer: SparseLayer, calibration: Calibration, gate_start: str = "data", scale_activations: bool = True
+    layer: SparseLayer, calibration: Calibration, gate_init: str = "data", scale_activations: bool = True
 ) -> None:
-    """The authors' start, scaled to the activations; with `gate_start="data"` the gate starts from inputs.
+    """The authors' start, scaled to the activations; with `gate_init="data"` the gate starts from inputs.
 
     Scaled: G, E, U ← ·/s_x and b ← mean(y), the start of a layer that sees x / s_x and predicts y − mean(y).
     From data: expert n's gate row is the direction of one training input x_n from the mean,
@@ -133,10 +133,10 @@ def initialize_layer(
     Args:
         layer: is changed in place.
         calibration: of the same MLP.
-        gate_start: `"data"` or `"random"`; `"keep"` leaves the whole layer as it is.
+        gate_init: `"data"` or `"random"`; `"keep"` leaves the whole layer as it is.
         scale_activations: off, the start is the authors' own on raw activations.
     """
-    if gate_start == "keep":
+    if gate_init == "keep":
         return
     layer.reset_parameters()
     scale = calibration.scales.input_scale if scale_activations else 1.0
@@ -144,7 +144,7 @@ def initialize_layer(
         linear.weight.div_(scale)
     if scale_activations and layer.output_bias is not None:
         layer.output_bias.copy_(calibration.output_mean)
-    if gate_start == "data":
+    if gate_init == "data":
         _gate_from_data(layer, calibration, scale)
 
 
@@ -167,7 +167,7 @@ def _gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) 
         layer.gate.bias.copy_(-(weight @ calibration.input_mean))
 
 
-def check_encoder_start(config: MxDLayerConfig, site: MLPSite) -> None:
+def check_encoder_init(config: MxDLayerConfig, site: MLPSite) -> None:
     """Refuse an encoder that cannot start from the pretrained MLP, by its sizes alone.
 
     Raises:
@@ -193,7 +193,7 @@ def start_encoder_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool 
     Raises:
         ValueError: when its encoder has another form or width than the MLP's.
     """
-    check_encoder_start(layer.config, site)
+    check_encoder_init(layer.config, site)
     weights = site.weights()
     if layer.config.intermediate_size < len(weights.encoder):
         weights = weights.strongest(layer.config.intermediate_size)
@@ -239,15 +239,15 @@ def parameter_scales(module: nn.Module, scales: ActivationScales) -> dict[str, f
     return {name: by_name.get(name, 1.0) for name, _ in module.named_parameters()}
 
 
-def initialize_decomposition(
+def init_decomposition(
     decomposition: MxDModel,
     model: nn.Module,
     calibrations: Mapping[int, Calibration],
     *,
-    gate_start: str,
-    encoder_start: str,
-    modulation_start: str,
-    decoder_start: str,
+    gate_init: str,
+    encoder_init: str,
+    modulation_init: str,
+    decoder_init: str,
     scale_activations: bool,
     seed: int,
 ) -> None:
@@ -257,13 +257,13 @@ def initialize_decomposition(
     where the encoder does, whose units it reads."""
     for index in decomposition.config.layers:
         layer = decomposition.layer(index)
-        initialize_layer(layer, calibrations[index], gate_start, scale_activations)
+        initialize_layer(layer, calibrations[index], gate_init, scale_activations)
         if layer.router is not None:
             fit_router(layer, calibrations[index].inputs, seed=seed)  # it decides which experts are active
         if not isinstance(layer, MxDLayer):
             continue
-        if encoder_start == "pretrained":
+        if encoder_init == "pretrained":
             site = find_mlp(model, index, **decomposition.config.where)
-            start_encoder_from_pretrained(layer, site, decoder=decoder_start == "pretrained")
-        if modulation_start == "unit":
+            start_encoder_from_pretrained(layer, site, decoder=decoder_init == "pretrained")
+        if modulation_init == "unit":
             start_modulation_at_unit(layer, calibrations[index])

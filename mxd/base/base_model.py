@@ -21,7 +21,7 @@ from transformers import (
 
 from mxd import demo
 from mxd.modeling_mxd import MxDConfig
-from mxd.modeling_mxd.downloads import first_line, tried
+from mxd.modeling_mxd.downloads import first_line, with_retries
 from mxd.modeling_mxd.loading import check_language_config, check_language_model
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def check_base_model(
         if not pickles:  # a stranger chose it: before transformers makes anything of its config
             check_language_config(source, {"revision": revision})
         load = partial(AutoConfig.from_pretrained, source, revision=revision, trust_remote_code=False)
-        config = tried(load, name)
+        config = with_retries(load, name)
         _check_config(config, name, context_length)
     return config
 
@@ -118,9 +118,9 @@ def load_base_model(
     with _explained(name, pickles):
         if not pickles:
             check_language_model(source, {"revision": revision})
-        tokenizer = tried(partial(AutoTokenizer.from_pretrained, source, **how), name)
+        tokenizer = with_retries(partial(AutoTokenizer.from_pretrained, source, **how), name)
         how |= {"dtype": DTYPES[dtype]} if pickles else {"dtype": DTYPES[dtype], "use_safetensors": True}
-        model = tried(partial(AutoModelForCausalLM.from_pretrained, source, **how), name)
+        model = with_retries(partial(AutoModelForCausalLM.from_pretrained, source, **how), name)
     commit = _loaded_commit(source, revision)
     model.config._commit_hash = commit  # newer transformers don't keep it; it is never saved
     return model.eval(), tokenizer, commit

@@ -76,20 +76,20 @@ def decompose(
             "[for some 1M: 0.001, of transcoders 0.003]"
         ),
     ] = None,
-    gate_start: Annotated[Literal["data", "random"], typer.Option(help="Where the gate starts from.")] = "data",
-    encoder_start: Annotated[
+    gate_init: Annotated[Literal["data", "random"], typer.Option(help="Where the gate starts from.")] = "data",
+    encoder_init: Annotated[
         Literal["pretrained", "random"] | None,
         typer.Option(help="Where the encoder starts from. [the pretrained MLP's, unless --intermediate-size is given]"),
     ] = None,
-    modulation_start: Annotated[
+    modulation_init: Annotated[
         Literal["unit", "random"],
         typer.Option(help="unit: from C^T a = 1; random: around 0, the authors' start."),
     ] = "unit",
-    expert_share: Annotated[
+    min_mean_ablation_error: Annotated[
         float,
         typer.Option(help="Least error with the experts' mean for every token, against idle experts; 0: none."),
     ] = 0.45,
-    sparse_code_weight: Annotated[
+    auxiliary_weight: Annotated[
         float,
         typer.Option(help="Weight of the error of a decoder of an MxD's coefficients, dropped at the end; 0: none."),
     ] = 1.0,
@@ -116,7 +116,7 @@ def decompose(
     quiet()
 
     # What is not asked for has a default that follows from the rest.
-    given = {"learning_rate": learning_rate, "encoder_initialization": encoder_start}
+    given = {"learning_rate": learning_rate, "encoder_init": encoder_init}
     options = DecompositionOptions(
         model=model or demo.MODEL_NAME,
         revision=revision,
@@ -142,10 +142,10 @@ def decompose(
         ),
         training={
             **{name: value for name, value in given.items() if value is not None},
-            "expert_share": expert_share,
-            "sparse_code_weight": sparse_code_weight,
-            "gate_initialization": gate_start,
-            "modulation_initialization": modulation_start,
+            "min_mean_ablation_error": min_mean_ablation_error,
+            "auxiliary_weight": auxiliary_weight,
+            "gate_init": gate_init,
+            "modulation_init": modulation_init,
             "bf16": bf16,
             "report_to": report_to,
         },

@@ -12,7 +12,7 @@ from mxd.base.base_model import BaseModelError, check_base_model, default_device
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.hub_cards.reading import check_weights, read_config, read_json
 from mxd.modeling_mxd import MxDModel
-from mxd.modeling_mxd.downloads import file_if_any, first_line, tried
+from mxd.modeling_mxd.downloads import file_if_any, first_line, with_retries
 
 
 def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
@@ -27,7 +27,7 @@ def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
         path = Path(source) / "config.json"
     else:
         try:
-            path = Path(tried(partial(cached_file, source, "config.json", **how), name))
+            path = Path(with_retries(partial(cached_file, source, "config.json", **how), name))
         except (OSError, ValueError) as error:
             raise ValueError(f"{name!r} is no folder with a decomposition, and: {first_line(error)}") from error
     config = read_config(path, name)

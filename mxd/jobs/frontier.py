@@ -38,8 +38,8 @@ from mxd.data.packing import materialize, pack
 from mxd.data.texts import evaluation_batches, load_documents, warn_of_embedded_text
 from mxd.evaluation import UntouchedLosses, plot_frontier
 from mxd.modeling_mxd import MxDConfig
-from mxd.trainers import DistillationArguments, RecordedTeacher
-from mxd.trainers.recording import check_free_space, recording_bytes, rows_digest, weights_digest
+from mxd.trainers import ActivationCache, DistillationArguments
+from mxd.trainers.activation_cache import check_free_space, recording_bytes, rows_digest, weights_digest
 
 from .decompositions import output_folder
 from .frontier_point import (
@@ -54,7 +54,7 @@ from .frontier_point import (
 )
 from .frontier_processes import run_points
 from .pipeline import LEARNING_RATES, DecompositionOptions, build_config
-from .runs import RunOptions, rows_per_step, shown, step_arguments, versions, warn_of_whole_rows
+from .runs import RunOptions, rows_per_step, step_arguments, versions, visible_entries, warn_of_whole_rows
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def _earlier(
 def _check_root(options: FrontierOptions) -> Path:
     root = output_folder(options.output)
     ours = {FRONTIER_NAME, FIGURE_NAME, RECORDING, HELDOUT, POINTS}
-    names = sorted(path.name for path in shown(root)) if root.is_dir() else []
+    names = sorted(path.name for path in visible_entries(root)) if root.is_dir() else []
     if others := [name for name in names if name not in ours and not name.startswith(f"{FRONTIER_NAME}.")]:
         raise ValueError(f"the output folder {root} holds {others[0]!r}, which is of no frontier: name another")
     return root
@@ -266,7 +266,7 @@ def _record(
     teacher = model
     if options.teacher_dtype not in (None, options.dtype):
         teacher, _, _ = load_base_model(options.model, commit or options.revision, str(options.teacher_dtype))
-    RecordedTeacher.record(
+    ActivationCache.record(
         root / RECORDING, teacher.to(default_device()), config.layers, rows,
         rows_per_step=rows_per_step(options),
         overwrite=options.overwrite, progress=progress, **config.where,

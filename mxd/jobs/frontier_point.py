@@ -22,7 +22,7 @@ from mxd.base.files import replace_text
 from mxd.data.texts import TextOptions
 from mxd.evaluation import UntouchedLosses, faithfulness, save_evaluation
 from mxd.modeling_mxd import MxDConfig, MxDModel
-from mxd.trainers import DistillationArguments, RecordedTeacher, ReplayTrainer
+from mxd.trainers import ActivationCache, DistillationArguments, ReplayTrainer
 
 from .decompositions import load_decomposition, made_how
 from .pipeline import DecompositionOptions, build_config, run_settings
@@ -142,7 +142,7 @@ def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, 
     else:
         decomposition = MxDModel(build_config(model, commit, options))
         arguments = DistillationArguments(**step_arguments(options, folder))
-        trainer = ReplayTrainer(decomposition, model, arguments, RecordedTeacher(root / RECORDING))
+        trainer = ReplayTrainer(decomposition, model, arguments, ActivationCache(root / RECORDING))
         trainer.add_callback(ProgressFile(folder.with_name(f"{folder.name}.progress")))
         made = {"training": run_settings(options, trainer, run_training(trainer, tokenizer, options, None))}
         made["training"]["tokens_trained"] = int(settings["tokens"] * options.training["num_train_epochs"])

@@ -100,7 +100,7 @@ class DecompositionOptions(RunOptions):
         defaults = {
             "learning_rate": LEARNING_RATES.get(self.method),
             # For an encoder of another width the pretrained one is no start.
-            "encoder_initialization": "pretrained" if self.intermediate_size is None else "random",
+            "encoder_init": "pretrained" if self.intermediate_size is None else "random",
         }
         self.training = {**defaults, **self.training}
 
@@ -235,12 +235,12 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
 def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, how: dict[str, Any]) -> dict[str, Any]:
     """How a decomposition was made, for evaluation.json; `how` is what `run_training` gave."""
     arguments = trainer.args
-    of_mxd = ("encoder_initialization", "decoder_initialization", "modulation_initialization")
-    terms = ("expert_share", "expert_share_weight", "sparse_code_weight")
-    names = ("gate_initialization", *(of_mxd + terms if options.method == "mxd" else ()))
+    of_mxd = ("encoder_init", "decoder_init", "modulation_init")
+    terms = ("min_mean_ablation_error", "mean_ablation_weight", "auxiliary_weight")
+    names = ("gate_init", *(of_mxd + terms if options.method == "mxd" else ()))
     chosen = {name: getattr(arguments, name) for name in names}
-    if chosen.get("encoder_initialization") == "random":
-        chosen["decoder_initialization"] = "zero"  # the pretrained one reads the pretrained encoder's units
+    if chosen.get("encoder_init") == "random":
+        chosen["decoder_init"] = "zero"  # the pretrained one reads the pretrained encoder's units
     return {
         **asked_for(options),
         **chosen,

@@ -81,7 +81,7 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
     if resume and (folder / "config.json").is_file() and not (folder / START_NAME).is_file():
         raise ValueError(f"what is in {folder} is finished, there is nothing to resume: --overwrite makes it anew")
     # A run that was ended before its first checkpoint left nothing but what it was asked for.
-    if folder.is_dir() and any(entry.name != START_NAME for entry in shown(folder)) and not resume:
+    if folder.is_dir() and any(entry.name != START_NAME for entry in visible_entries(folder)) and not resume:
         if not overwrite:
             raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
         if not _ours(folder):
@@ -89,7 +89,7 @@ def check_output(output: str, overwrite: bool, resume: bool) -> Path:
     return folder
 
 
-def shown(folder: Path) -> list[Path]:
+def visible_entries(folder: Path) -> list[Path]:
     """What is in a folder but for hidden files (.git, .DS_Store), which neither make it full nor are deleted."""
     return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
@@ -100,7 +100,7 @@ def _ours(folder: Path) -> bool:
         return bool(read_json(config).get("model_type") == MxDConfig.model_type)
     return (folder / START_NAME).is_file() or all(
         entry.name.startswith("checkpoint-") and (entry / "config.json").is_file() and _ours(entry)
-        for entry in shown(folder)
+        for entry in visible_entries(folder)
     )
 
 
@@ -140,7 +140,9 @@ def prepare_output(folder: Path, options: RunOptions, **kept: Any) -> None:
     if options.resume:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for entry in shown(folder):  # the folder itself may be where something is mounted, or the one that we are in
+    for entry in visible_entries(
+        folder
+    ):  # the folder itself may be where something is mounted, or the one that we are in
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

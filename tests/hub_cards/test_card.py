@@ -62,9 +62,9 @@ EVALUATION = {
             "learning_rate": 0.003,
             "gate_learning_rate_factor": 0.3,
             "modulation_learning_rate_factor": 3.0,
-            "gate_initialization": "data",
-            "encoder_initialization": "pretrained",
-            "modulation_initialization": "random",
+            "gate_init": "data",
+            "encoder_init": "pretrained",
+            "modulation_init": "random",
             "scale_activations": True,
             "bf16": True,
             "loss": "squared_norm",
@@ -154,14 +154,14 @@ def test_every_table_has_as_many_cells_as_its_head(tmp_path):
 
 
 def test_the_rise_has_its_interval_where_there_is_one(tmp_path):
-    def shown(name, interval):
+    def shorten(name, interval):
         loss = EVALUATION["cross_entropy"] | {"rise": 0.0135, "rise_interval": interval}
         folder = write_folder(tmp_path / name, evaluation=EVALUATION | {"cross_entropy": loss})
         return section(build_card(folder), "Results")
 
-    assert "| +0.0135 ± 0.0012 |" in shown("measured", [0.0123, 0.0147])
+    assert "| +0.0135 ± 0.0012 |" in shorten("measured", [0.0123, 0.0147])
     for index, interval in enumerate(([None, None], None, [0.1], "0.1", ["<b>", 1])):
-        assert "| +0.0135 |" in shown(str(index), interval)
+        assert "| +0.0135 |" in shorten(str(index), interval)
 
 
 def test_metadata(tmp_path):

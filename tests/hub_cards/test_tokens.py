@@ -143,7 +143,7 @@ def test_a_distillation(secret, base, tiny_llama, tmp_path):
     )
     arguments = DistillationArguments(
         str(tmp_path / "run"), hub_model_id=REPO, calibration_tokens=200, statistics_tokens=200,
-        encoder_initialization="random", **STEPS, **PUSHES,
+        encoder_init="random", **STEPS, **PUSHES,
     )  # fmt: skip
     trainer = DistillationTrainer(MxDModel(config), tiny_llama, arguments, train_dataset=rows())
     assert_pushed(trainer, secret, tmp_path / "run")

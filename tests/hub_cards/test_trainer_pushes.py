@@ -31,7 +31,7 @@ def train(hub, base, tiny_llama, tmp_path):
         options = {"push_to_hub": True, "hub_model_id": REPO, "max_steps": 4, "save_steps": 2, "save_total_limit": 1}
         arguments = DistillationArguments(
             str(tmp_path / "run"), use_cpu=True, per_device_train_batch_size=8, disable_tqdm=True,
-            calibration_tokens=200, statistics_tokens=200, encoder_initialization="random", **(options | changes),
+            calibration_tokens=200, statistics_tokens=200, encoder_init="random", **(options | changes),
         )  # fmt: skip
         return DistillationTrainer(MxDModel(config), tiny_llama, arguments, train_dataset=rows)
 

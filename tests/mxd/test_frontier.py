@@ -132,7 +132,7 @@ def test_what_is_finished_is_not_done_again(tmp_path, started, monkeypatch):
     assert recorded == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "recording").iterdir()}
     # Defaults count as settings: another version's may be others.
     settings = json.loads((tmp_path / "out" / "points" / "mxd-k2.json").read_text())["settings"]
-    assert {"expert_share", "gate_initialization", "learning_rate"} <= settings["training"].keys()
+    assert {"min_mean_ablation_error", "gate_init", "learning_rate"} <= settings["training"].keys()
     # Other settings of the training: these points anew, from the same recording.
     with pytest.raises(ValueError, match=r"mxd-k2\.json is finished, with num_train_epochs 1, not 2: --overwrite"):
         measured(tmp_path / "out", num_train_epochs=2, num_experts_per_tok=[2])

@@ -11,21 +11,21 @@ from mxd.jobs.layers import describe_layers, layer_groups, load_skeleton
 from mxd.modeling_mxd import MxDConfig
 
 
-def shown(*arguments):
+def shorten(*arguments):
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["layers", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def test_the_embedded_model():
-    output = shown()
+    output = shorten()
     assert "model.layers of LlamaForCausalLM" in output
     assert "0-4" in output and "192 → 512 → 192" in output and "gate_proj, up_proj, down_proj" in output
 
 
 def test_layers_that_are_alike_share_a_line_and_those_without_say_why(tmp_path):
     tiny_config("nemotron_h").save_pretrained(tmp_path)
-    output = shown(tmp_path)
+    output = shorten(tmp_path)
     assert output.count("mixture-of-experts") == 1
     assert (
         "NemotronHBlock has no module that is an MLP, only norm (NemotronHRMSNorm), mixer (NemotronHMamba2Mixer)"
@@ -35,7 +35,7 @@ def test_layers_that_are_alike_share_a_line_and_those_without_say_why(tmp_path):
 
 def test_every_stack_has_a_table(tmp_path):
     tiny_config("t5").save_pretrained(tmp_path)
-    output = shown(tmp_path)
+    output = shorten(tmp_path)
     assert "encoder.block of T5ForConditionalGeneration" in output and "decoder.block of" in output
 
 

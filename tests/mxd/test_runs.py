@@ -182,15 +182,15 @@ def test_a_pickled_base_is_refused_before_anything_is_trained(tmp_path):
     ("changes", "decoder"),
     [
         ({}, "pretrained"),
-        ({"training": {**TRAINING, "encoder_initialization": "random"}}, "zero"),
+        ({"training": {**TRAINING, "encoder_init": "random"}}, "zero"),
         ({"method": "transcoder"}, None),
     ],
 )
 def test_what_is_said_of_the_start_is_what_happened(tmp_path, changes, decoder):
     results = decompose(options(tmp_path / "made", tokens=1024, **changes))
     said = results["settings"]["training"]
-    assert said.get("decoder_initialization") == decoder
-    assert ("sparse_code_weight" in said) == ("encoder_initialization" in said) == (decoder is not None)
+    assert said.get("decoder_init") == decoder
+    assert ("auxiliary_weight" in said) == ("encoder_init" in said) == (decoder is not None)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_what_is_said_of_the_start_is_what_happened(tmp_path, changes, decoder):
     [
         ({"training": {**TRAINING, "learning_rate": -1.0}}, "learning_rate must be a finite number from 0, got -1.0"),
         (
-            {"intermediate_size": 100, "training": {"encoder_initialization": "pretrained"}},
+            {"intermediate_size": 100, "training": {"encoder_init": "pretrained"}},
             "intermediate_size 100 cannot start from the pretrained MLP",
         ),
     ],

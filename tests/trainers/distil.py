@@ -85,13 +85,12 @@ def main(output, kind, *options):
         trainer = FinetuningTrainer(model, FinetuningArguments(**arguments), **common)
     else:
         arguments |= {
-            "sparse_optimizer": kind == "sparse",
-            "sparse_code_weight": float(kind in ("coded", "sparse", "routed")),
+            "auxiliary_weight": float(kind in ("coded", "routed")),
         }
         model = MxDModel(config)
         if "plain" in options:  # each process would start it from its own rows, and scale it by them
             model = started(config)
-            arguments |= {"gate_initialization": "keep", "scale_activations": False}
+            arguments |= {"gate_init": "keep", "scale_activations": False}
         trainer = DistillationTrainer(model, teacher, DistillationArguments(**arguments), **common)
     trainer.train(resume_from_checkpoint="resume" in options)
     trainer.save_model(output + "/final")

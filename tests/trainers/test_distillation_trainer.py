@@ -53,7 +53,7 @@ def test_loss_falls_and_every_parameter_moves(tiny_llama, tmp_path, method):
     )
     trainer._start()
     start = {name: value.clone() for name, value in model.named_parameters()}
-    trainer.args.gate_initialization = "keep"  # not anew: what was recorded is the start
+    trainer.args.gate_init = "keep"  # not anew: what was recorded is the start
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
@@ -66,7 +66,10 @@ def test_loss_falls_and_every_parameter_moves(tiny_llama, tmp_path, method):
 def test_what_is_missing_to_the_experts_share_by_hand(tiny_llama, tmp_path):
     model = decomposition()
     trainer = DistillationTrainer(
-        model, tiny_llama, arguments(tmp_path, expert_share=0.9, expert_share_weight=2.0), train_dataset=rows()
+        model,
+        tiny_llama,
+        arguments(tmp_path, min_mean_ablation_error=0.9, mean_ablation_weight=2.0),
+        train_dataset=rows(),
     )
     layer = model.layer(1)
     for parameter in layer.parameters():
@@ -87,7 +90,7 @@ def test_experts_come_to_carry_the_share_that_is_asked_for(tiny_llama, tmp_path)
     for asked in (0.0, 0.5):
         torch.manual_seed(0)
         model, data = decomposition(), rows()
-        settings = arguments(tmp_path, max_steps=60, expert_share=asked, learning_rate=3e-3)
+        settings = arguments(tmp_path, max_steps=60, min_mean_ablation_error=asked, learning_rate=3e-3)
         DistillationTrainer(model, tiny_llama, settings, train_dataset=data).train()
         ids = torch.tensor(data["input_ids"])
         shares.append(faithfulness(tiny_llama, model, [{"input_ids": ids}])["layers"]["1"]["clipped_expert_share"])
@@ -134,8 +137,8 @@ def test_after_a_resume_it_logs_every_layer_over_the_steps_since(tiny_llama, tmp
 
 def test_layerwise_backward_equals_the_whole_loss(tiny_llama, tmp_path):
     model = decomposition(layers=(0, 2))
-    start = {"encoder_initialization": "pretrained", "decoder_initialization": "pretrained"}
-    settings = arguments(tmp_path, modulation_initialization="unit", expert_share=0.9, sparse_code_weight=0.0, **start)
+    start = {"encoder_init": "pretrained", "decoder_init": "pretrained"}
+    settings = arguments(tmp_path, modulation_init="unit", min_mean_ablation_error=0.9, auxiliary_weight=0.0, **start)
     trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
     trainer._start()
     batch = trainer.data_collator([{"input_ids": row} for row in rows(8)["input_ids"]])
@@ -164,9 +167,9 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
             gradient_accumulation_steps=accumulation,
             max_steps=2,
             optim="sgd",
-            gate_initialization="random",
+            gate_init="random",
             train_sampling_strategy="sequential",
-            expert_share=0.0,  # which is of the tokens that are there at once
+            min_mean_ablation_error=0.0,  # which is of the tokens that are there at once
         )
         trainer = DistillationTrainer(model, tiny_llama, values, train_dataset=data)
         torch.manual_seed(1)
@@ -290,9 +293,9 @@ def test_evaluate_gives_the_nmse_of_the_evaluation_room(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("gate_initialization", "nonsense"),
-        ("encoder_initialization", "keep"),
-        ("modulation_initialization", "one"),
+        ("gate_init", "nonsense"),
+        ("encoder_init", "keep"),
+        ("modulation_init", "one"),
         ("loss_normalization", "l2"),
         ("calibration_tokens", 0),
         ("statistics_tokens", 0),
@@ -300,7 +303,7 @@ def test_evaluate_gives_the_nmse_of_the_evaluation_room(tiny_llama, tmp_path):
         ("gate_learning_rate_factor", -0.1),
         ("modulation_learning_rate_factor", math.inf),
         ("modulation_learning_rate_factor", math.nan),
-        ("sparse_code_weight", -1.0),
+        ("auxiliary_weight", -1.0),
         ("learning_rate", -1e-3),
         ("learning_rate", math.nan),
         ("learning_rate", math.inf),
@@ -316,7 +319,7 @@ def test_gate_and_modulations_learn_at_their_own_rates(tiny_llama, tmp_path):
     settings = arguments(
         tmp_path,
         scale_activations=False,
-        sparse_code_weight=0.0,
+        auxiliary_weight=0.0,
         gate_learning_rate_factor=0.0,
         modulation_learning_rate_factor=4.0,
     )
@@ -329,42 +332,6 @@ def test_gate_and_modulations_learn_at_their_own_rates(tiny_llama, tmp_path):
     others = [value for name, value in layer.named_parameters() if not name.startswith(("gate.", "modulation"))]
     assert {rates[id(parameter)] for parameter in others} == {1e-2}
     assert len(rates) == len(list(layer.parameters()))
-
-
-def test_the_sparse_optimizer_leaves_experts_that_did_not_fire_as_they_were(tiny_llama, tmp_path):
-    model, fired, start = decomposition(num_experts=400), torch.zeros(400), {}
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            start.update({name: value.clone() for name, value in model.layer(1).state_dict().items()})
-            watch.handle = model.layer(1).register_coefficient_hook(count)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                fired.zero_()  # the decoder starts at zero, which lets no gradient through to gate and modulations
-
-        def on_train_end(self, args, state, control, **kwargs):
-            watch.handle.remove()
-
-    def count(layer, x, coefficients):
-        fired.add_(coefficients.to_dense(400).detach().flatten(0, -2).sum(0))
-
-    watch = Watch()
-    changes = {"sparse_optimizer": True, "per_device_train_batch_size": 1, "max_steps": 3, "warmup_steps": 0}
-    settings = arguments(tmp_path, **changes, **PLAIN)
-    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows(), callbacks=[watch])
-    trainer.train()
-    assert 20 < (fired > 0).sum() < 200
-    for name in ("gate.weight", "gate.bias", "modulation"):
-        moved = (model.layer(1).state_dict()[name] != start[name]).reshape(400, -1).any(1)
-        assert torch.equal(moved, fired > 0), name
-    assert not model.layer(1).sparse_gradients
-
-
-@pytest.mark.parametrize(("field", "value"), [("max_grad_norm", 1.0), ("optim", "sgd"), ("torch_compile", True)])
-def test_the_sparse_optimizer_refuses_what_it_cannot_do(tmp_path, field, value):
-    with pytest.raises(ValueError, match=f"sparse_optimizer .*{field}"):
-        arguments(tmp_path, sparse_optimizer=True, **{field: value})
 
 
 ROUTED = {"num_expert_groups": 6, "num_groups_per_tok": 2}
@@ -433,8 +400,8 @@ def test_unknown_layer_is_refused_before_training(tiny_llama, tmp_path):
     [
         ({"intermediate_size": 39}, {}, True),
         ({"encoder_type": "mlp"}, {}, True),
-        ({"intermediate_size": 39}, {"encoder_initialization": "random", "decoder_initialization": "zero"}, False),
-        ({"intermediate_size": 39}, {"gate_initialization": "keep"}, False),
+        ({"intermediate_size": 39}, {"encoder_init": "random", "decoder_init": "zero"}, False),
+        ({"intermediate_size": 39}, {"gate_init": "keep"}, False),
         ({"intermediate_size": 39, "method": "transcoder"}, {}, False),
     ],
 )

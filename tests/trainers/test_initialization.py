@@ -8,17 +8,17 @@ from mxd.trainers.decomposition_trainer import _parameter_group
 from mxd.trainers.initialization import (
     ActivationScales,
     calibrate,
-    initialize_decomposition,
+    init_decomposition,
     initialize_layer,
     parameter_scales,
     start_encoder_from_pretrained,
 )
 
 START = {
-    "gate_start": "data",
-    "encoder_start": "random",
-    "modulation_start": "random",
-    "decoder_start": "zero",
+    "gate_init": "data",
+    "encoder_init": "random",
+    "modulation_init": "random",
+    "decoder_init": "zero",
     "scale_activations": True,
     "seed": 0,
 }
@@ -105,7 +105,7 @@ def test_unscaled_start_is_the_authors_own(calibrations):
 
 def test_pretrained_encoder_gives_the_mlps_hidden_units(tiny_llama, calibrations):
     decomposition = model()
-    initialize_decomposition(decomposition, tiny_llama, calibrations, **START | {"encoder_start": "pretrained"})
+    init_decomposition(decomposition, tiny_llama, calibrations, **START | {"encoder_init": "pretrained"})
     x, mlp = torch.randn(5, 16), tiny_llama.model.layers[1].mlp
     expected = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
     torch.testing.assert_close(decomposition.layer(1).hidden(x), expected)
@@ -113,8 +113,8 @@ def test_pretrained_encoder_gives_the_mlps_hidden_units(tiny_llama, calibrations
 
 def test_pretrained_encoder_and_decoder_are_the_mlp_where_the_experts_sum_to_one(tiny_llama, calibrations):
     decomposition = model()
-    start = START | {"encoder_start": "pretrained", "decoder_start": "pretrained"}
-    initialize_decomposition(decomposition, tiny_llama, calibrations, **start)
+    start = START | {"encoder_init": "pretrained", "decoder_init": "pretrained"}
+    init_decomposition(decomposition, tiny_llama, calibrations, **start)
     x, mlp = torch.randn(5, 16), tiny_llama.model.layers[1].mlp
     torch.testing.assert_close(decomposition.layer(1).combine(torch.ones(5, 16), x), mlp(x))
 
@@ -129,7 +129,7 @@ def test_pretrained_encoder_of_another_form_is_refused(tiny_llama, changes):
 
 def test_unit_modulation_starts_around_one(tiny_llama, calibrations):
     decomposition = model(num_experts=256, num_experts_per_tok=16)
-    initialize_decomposition(decomposition, tiny_llama, calibrations, **START | {"modulation_start": "unit"})
+    init_decomposition(decomposition, tiny_llama, calibrations, **START | {"modulation_init": "unit"})
     layer = decomposition.layer(1)
     summed = layer.sum_experts(layer.encode(calibrations[1].inputs))
     assert summed.mean().item() == pytest.approx(1, rel=0.1)

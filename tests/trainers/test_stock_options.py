@@ -101,9 +101,9 @@ def test_a_chosen_optimizer_trains(tiny_llama, tmp_path):
 def test_a_given_optimizer_is_refused_where_a_sparse_code_would_not_learn(tiny_llama, tmp_path):
     model = decomposition()
     given = (torch.optim.SGD(model.parameters(), lr=0.01), None)
-    with pytest.raises(ValueError, match="sparse_code_weight"):
+    with pytest.raises(ValueError, match="auxiliary_weight"):
         trainer_of(model, tiny_llama, tmp_path, optimizers=given)
-    trainer = trainer_of(model, tiny_llama, tmp_path, optimizers=given, sparse_code_weight=0.0)
+    trainer = trainer_of(model, tiny_llama, tmp_path, optimizers=given, auxiliary_weight=0.0)
     trainer.train()
     assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is given[0]
 
@@ -115,7 +115,7 @@ def test_a_teacher_that_accelerate_has_placed(tiny_llama, tmp_path):
     places = {f"model.{name}": "cpu" for name in names} | {"lm_head": "cpu"}
     places |= {f"model.layers.{layer}": "disk" for layer in range(len(tiny_llama.model.layers))}
     dispatch_model(tiny_llama, places, main_device="cpu", offload_dir=str(tmp_path / "offloaded"))
-    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, encoder_initialization="random", max_steps=2)
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, encoder_init="random", max_steps=2)
     for found, wanted in zip(trainer.capture(batch)[1], expected, strict=True):
         torch.testing.assert_close(found, wanted)
     trainer.train()

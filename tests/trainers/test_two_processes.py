@@ -23,7 +23,7 @@ def run(*command):
 
 def trained(folder, kind, *launcher):
     run(*launcher, SCRIPT, str(folder), kind, "plain")
-    files = [*(folder / "final").glob("*.safetensors"), *folder.glob("checkpoint-10/sparse_code.safetensors")]
+    files = [*(folder / "final").glob("*.safetensors"), *folder.glob("checkpoint-10/auxiliary_transcoder.safetensors")]
     return {name: value for file in files for name, value in load_file(file).items()}
 
 

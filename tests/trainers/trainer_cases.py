@@ -18,10 +18,10 @@ ARGUMENTS = {
 }
 # A start far from the MLP and nothing but the error to learn: what a training then has to do is known.
 PLAIN = {
-    "decoder_initialization": "zero",
-    "modulation_initialization": "random",
-    "expert_share": 0.0,
-    "sparse_code_weight": 0.0,
+    "decoder_init": "zero",
+    "modulation_init": "random",
+    "min_mean_ablation_error": 0.0,
+    "auxiliary_weight": 0.0,
 }
 
 

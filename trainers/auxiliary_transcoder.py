@@ -23,12 +23,12 @@ from transformers import TrainerCallback
 from mxd.modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel
 from mxd.modeling_mxd.functional import expert_sum
 
-FILE_NAME = "sparse_code.safetensors"
-PARAMETERS = "sparse_code."
+FILE_NAME = "auxiliary_transcoder.safetensors"
+PARAMETERS = "auxiliary."
 """What the names of a layer's sparse code's parameters begin with among the trained ones."""
 
 
-class SparseCode(nn.Module):
+class AuxiliaryTranscoder(nn.Module):
     """ŷ = Vᵀa + Sᵀx + v, a skip transcoder without a gate of its own. Starts at 0.
 
     Attributes:
@@ -45,15 +45,15 @@ class SparseCode(nn.Module):
         nn.init.zeros_(self.skip.weight)
         self.output_bias = nn.Parameter(torch.zeros(config.output_size))
 
-    def forward(self, coefficients: ExpertCoefficients, x: Tensor, sparse_gradients: bool = False) -> Tensor:
+    def forward(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
         """ŷ (..., O) for coefficients (..., K) and the MLP's input x (..., I)."""
         values, indices = coefficients
-        coded = expert_sum(values.to(self.decoder.dtype), indices, self.decoder, sparse_gradients)
+        coded = expert_sum(values.to(self.decoder.dtype), indices, self.decoder)
         return coded + self.skip(x.to(self.decoder.dtype)) + self.output_bias
 
 
-class SparseCodes(nn.ModuleDict):
-    """The `SparseCode` of every MxD layer of a decomposition, by index in words; transcoders have none.
+class AuxiliaryTranscoders(nn.ModuleDict):
+    """The `AuxiliaryTranscoder` of every MxD layer of a decomposition, by index in words; transcoders have none.
 
     Args:
         decomposition: whose gates they read.
@@ -66,16 +66,16 @@ class SparseCodes(nn.ModuleDict):
     def __init__(self, decomposition: MxDModel, wanted: bool = True):
         layers = decomposition.config.layers if wanted else ()
         configs = {index: decomposition.config.layer(index) for index in layers}
-        super().__init__({str(index): SparseCode(c) for index, c in configs.items() if c.method == "mxd"})
+        super().__init__({str(index): AuxiliaryTranscoder(c) for index, c in configs.items() if c.method == "mxd"})
         self.coefficients: dict[int, ExpertCoefficients] = {}
         self._reading = False
 
-    def of_layer(self, layer: int) -> SparseCode | None:
+    def of_layer(self, layer: int) -> AuxiliaryTranscoder | None:
         """That of a layer, if it has one."""
         if str(layer) not in self:
             return None
         code = self[str(layer)]
-        assert isinstance(code, SparseCode)
+        assert isinstance(code, AuxiliaryTranscoder)
         return code
 
     def save(self, checkpoint: Path) -> None:
@@ -92,11 +92,11 @@ class SparseCodes(nn.ModuleDict):
         """
         path = checkpoint / FILE_NAME
         if path.is_file() and not len(self):
-            raise ValueError(f"{checkpoint} was trained with a sparse code: resume it with its sparse_code_weight")
+            raise ValueError(f"{checkpoint} was trained with a sparse code: resume it with its auxiliary_weight")
         if not len(self):
             return
         if not path.is_file():
-            raise ValueError(f"{checkpoint} has no {FILE_NAME}: it was trained with sparse_code_weight 0, resume it so")
+            raise ValueError(f"{checkpoint} has no {FILE_NAME}: it was trained with auxiliary_weight 0, resume it so")
         found, own = load_file(path), self.state_dict()
         if {name: tensor.shape for name, tensor in found.items()} != {name: t.shape for name, t in own.items()}:
             raise ValueError(f"{path} is of a decomposition with other layers or sizes")

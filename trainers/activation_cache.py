@@ -4,7 +4,7 @@ The frozen model is the largest cost of a distillation. Decompositions of the sa
 same tokens, so one pass serves all, and serves several epochs:
 
     rows = materialize(pack(documents, tokenizer, 256), tokens=10**6)[:]["input_ids"]    # (rows, tokens)
-    teacher = RecordedTeacher.record("recording", model, [15], rows)
+    teacher = ActivationCache.record("recording", model, [15], rows)
     ReplayTrainer(decomposition, model, arguments, teacher).train()    # as often as is wanted
 
 A token takes 2 (I + O) bytes a layer, in bfloat16: 2.3 kB with I = O = 576, so that 10 M tokens are 23 GB.
@@ -44,7 +44,7 @@ _SAVE_SECONDS = 10
 _SAMPLE = 4096
 
 
-class RecordedTeacher(Dataset[dict[str, Tensor]]):
+class ActivationCache(Dataset[dict[str, Tensor]]):
     """Inputs and outputs of a model's MLPs for rows of token ids, on disk in bfloat16.
 
     It is the training data, rows `{"input_ids": (tokens)}` in the order of recording, and gives for a batch of them
@@ -67,7 +67,7 @@ class RecordedTeacher(Dataset[dict[str, Tensor]]):
         state = _read_state(folder)
         self.fingerprint: dict[str, Any] = state.get("fingerprint", {})
         if not state or state["recorded"] < self.fingerprint["shape"][0]:
-            raise ValueError(f"{folder} holds no complete recording: make it with RecordedTeacher.record")
+            raise ValueError(f"{folder} holds no complete recording: make it with ActivationCache.record")
         files = _open(folder, self.fingerprint, "r")
         self.layers: list[int] = list(self.fingerprint["layers"])
         self.rows = _tensor(files[_ROWS_NAME])
@@ -117,7 +117,7 @@ class RecordedTeacher(Dataset[dict[str, Tensor]]):
         rows_per_step: int = 8,
         overwrite: bool = False,
         progress: bool = False,
-    ) -> "RecordedTeacher":
+    ) -> "ActivationCache":
         """Run a model over rows once. What is there of the same recording is kept: one that was interrupted goes on,
         a finished one is opened.
 
@@ -177,7 +177,7 @@ class ReplayTrainer(DistillationTrainer):
         model: MxDModel,
         teacher: PreTrainedModel,
         args: DistillationArguments,
-        recording: RecordedTeacher,
+        recording: ActivationCache,
         **kwargs: Any,
     ):
         config, recorded = model.config, recording.fingerprint
@@ -283,7 +283,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
         return {}
     state = json.loads(path.read_text())
     if not isinstance(state, dict) or not {"fingerprint", "recorded"} <= state.keys():
-        raise ValueError(f"{path} is not what RecordedTeacher.record writes")
+        raise ValueError(f"{path} is not what ActivationCache.record writes")
     return state
 
 

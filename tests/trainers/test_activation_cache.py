@@ -9,7 +9,7 @@ from trainer_cases import ARGUMENTS
 
 from mxd.base.capture import capture_mlps
 from mxd.modeling_mxd import MxDConfig, MxDModel
-from mxd.trainers import DistillationArguments, DistillationTrainer, RecordedTeacher, ReplayTrainer
+from mxd.trainers import ActivationCache, DistillationArguments, DistillationTrainer, ReplayTrainer
 
 LAYERS = [0, 2]
 
@@ -21,7 +21,7 @@ def rows():
 
 @pytest.fixture
 def recording(tiny_llama, rows, tmp_path):
-    return RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, rows, rows_per_step=3)
+    return ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, rows, rows_per_step=3)
 
 
 def decomposition(layers=(0, 2), **changes):
@@ -54,7 +54,7 @@ def test_it_is_the_training_data_in_its_order(rows, recording):
 
 def test_replay_trains_as_the_live_teacher_does(tiny_llama, rows, recording, tmp_path):
     tiny_llama.bfloat16()  # so that rounding what is recorded changes nothing
-    recording = RecordedTeacher.record(tmp_path / "second", tiny_llama, LAYERS, rows)
+    recording = ActivationCache.record(tmp_path / "second", tiny_llama, LAYERS, rows)
     trained = {}
     for kind, data in ((DistillationTrainer, [{"input_ids": row} for row in rows]), (ReplayTrainer, recording)):
         torch.manual_seed(0)
@@ -104,32 +104,32 @@ def test_an_interrupted_recording_goes_on(tiny_llama, rows, recording, tmp_path,
 
     handle = tiny_llama.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        RecordedTeacher.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3)
+        ActivationCache.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3)
     handle.remove()
     assert json.loads((folder / "recording.json").read_text())["recorded"] == 9
     with pytest.raises(ValueError, match="no complete recording"):
-        RecordedTeacher(folder)
+        ActivationCache(folder)
     seen = []
     tiny_llama.register_forward_pre_hook(lambda _, args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
-    resumed = RecordedTeacher.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3)
+    resumed = ActivationCache.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3)
     assert sum(seen[1:]) == len(rows) - 9
     got = resumed({"input_ids": rows})
     assert all(torch.equal(a, b) for layer in LAYERS for a, b in zip(got[layer], expected[layer], strict=True))
     # A finished one is only opened.
-    RecordedTeacher.record(folder, tiny_llama, LAYERS, rows)
+    ActivationCache.record(folder, tiny_llama, LAYERS, rows)
     assert sum(seen[1:]) == len(rows) - 9 + 1
 
 
 def test_another_recording_is_refused_or_replaced(tiny_llama, rows, recording, tmp_path):
     folder = tmp_path / "recording"
     with pytest.raises(ValueError, match="another, by the text:"):
-        RecordedTeacher.record(folder, tiny_llama, LAYERS, rows.flip(0))
+        ActivationCache.record(folder, tiny_llama, LAYERS, rows.flip(0))
     with pytest.raises(ValueError, match="another, by the layers"):
-        RecordedTeacher.record(folder, tiny_llama, [1], rows)
+        ActivationCache.record(folder, tiny_llama, [1], rows)
     tiny_llama.model.layers[0].mlp.up_proj.weight.data.add_(1e-3)
     with pytest.raises(ValueError, match="another, by the model or its dtype"):
-        RecordedTeacher.record(folder, tiny_llama, LAYERS, rows)
-    replaced = RecordedTeacher.record(folder, tiny_llama, LAYERS, rows, overwrite=True)
+        ActivationCache.record(folder, tiny_llama, LAYERS, rows)
+    replaced = ActivationCache.record(folder, tiny_llama, LAYERS, rows, overwrite=True)
     (x, y), (x_before, y_before) = (teacher({"input_ids": rows[:1]})[0] for teacher in (replaced, recording))
     assert torch.equal(x, x_before) and not torch.equal(y, y_before)
 
@@ -139,10 +139,10 @@ def test_a_full_disk_is_told_of_before_anything_runs(tiny_llama, rows, tmp_path,
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free))
     with pytest.raises(ValueError, match=r"the recording takes .* GB left"):
-        RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, rows)
+        ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, rows)
     assert not (tmp_path / "recording").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free + 1))
-    RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, rows)
+    ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, rows)
     assert sum(path.stat().st_size for path in (tmp_path / "recording").glob("*.bin")) == free + 1
 
 
@@ -150,12 +150,12 @@ def test_a_recording_is_not_given_up_for_one_that_does_not_fit(tiny_llama, rows,
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0))
     with pytest.raises(ValueError, match=r"the recording takes .* GB left"):
-        RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, torch.cat([rows, rows]), overwrite=True)
-    assert len(RecordedTeacher(tmp_path / "recording")) == len(rows)
-    RecordedTeacher.record(
+        ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, torch.cat([rows, rows]), overwrite=True)
+    assert len(ActivationCache(tmp_path / "recording")) == len(rows)
+    ActivationCache.record(
         tmp_path / "recording", tiny_llama, LAYERS, rows[:4], overwrite=True
     )  # in the old one's place
-    assert len(RecordedTeacher(tmp_path / "recording")) == 4
+    assert len(ActivationCache(tmp_path / "recording")) == 4
 
 
 def test_some_layers_alone_are_read(rows, recording):
@@ -168,4 +168,4 @@ def test_some_layers_alone_are_read(rows, recording):
 @pytest.mark.parametrize("shape", [(0, 12), (12,)])
 def test_rows_that_are_none(tiny_llama, tmp_path, shape):
     with pytest.raises(ValueError, match="at least one token"):
-        RecordedTeacher.record(tmp_path / "recording", tiny_llama, LAYERS, torch.zeros(shape, dtype=torch.int64))
+        ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, torch.zeros(shape, dtype=torch.int64))

@@ -9,12 +9,12 @@ from trainer_cases import arguments, decomposition, rows
 from mxd.base.capture import capture_mlps
 from mxd.modeling_mxd import MxDModel
 from mxd.trainers import DistillationTrainer, last_complete_checkpoint
-from mxd.trainers.sparse_code import FILE_NAME
+from mxd.trainers.auxiliary_transcoder import FILE_NAME
 
 
 def test_its_error_is_that_of_a_skip_transcoder_on_the_gate(tiny_llama, tmp_path):
     model = decomposition()
-    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, sparse_code_weight=0.5), train_dataset=rows())
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, auxiliary_weight=0.5), train_dataset=rows())
     layer, code = model.layer(1), trainer.codes.of_layer(1)
     for parameter in (*layer.parameters(), *code.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
@@ -37,7 +37,7 @@ def test_the_gate_learns_to_code_the_output(tiny_llama, tmp_path):
     for weight in (0.0, 3.0):
         torch.manual_seed(0)
         model, data = decomposition(), rows()
-        settings = arguments(tmp_path, max_steps=150, learning_rate=3e-3, sparse_code_weight=weight)
+        settings = arguments(tmp_path, max_steps=150, learning_rate=3e-3, auxiliary_weight=weight)
         DistillationTrainer(model, tiny_llama, settings, train_dataset=data).train()
         x, y = capture_mlps(tiny_llama, [1], torch.tensor(data["input_ids"]))[1]
         values, indices = model.layer(1).encode(x)
@@ -51,7 +51,7 @@ def test_the_gate_learns_to_code_the_output(tiny_llama, tmp_path):
 
 def test_it_learns_at_a_transcoders_rate_and_scales(tiny_llama, tmp_path):
     model = decomposition()
-    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, sparse_code_weight=1.0), train_dataset=rows())
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, auxiliary_weight=1.0), train_dataset=rows())
     trainer._start()
     optimizer = trainer.create_optimizer()
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -62,7 +62,7 @@ def test_it_learns_at_a_transcoders_rate_and_scales(tiny_llama, tmp_path):
 
 def test_only_checkpoints_keep_it_and_in_a_file_beside(tiny_llama, tmp_path):
     model = decomposition()
-    settings = arguments(tmp_path, sparse_code_weight=1.0, save_strategy="steps", save_steps=10)
+    settings = arguments(tmp_path, auxiliary_weight=1.0, save_strategy="steps", save_steps=10)
     trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
     names = set(model.state_dict())
     trainer.train()
@@ -74,11 +74,11 @@ def test_only_checkpoints_keep_it_and_in_a_file_beside(tiny_llama, tmp_path):
         assert not info["missing_keys"] and not info["unexpected_keys"]
     assert (tmp_path / "checkpoint-10" / FILE_NAME).exists()
     assert not (tmp_path / "final" / FILE_NAME).exists()
-    assert json.loads((tmp_path / "final" / "training_arguments.json").read_text())["sparse_code_weight"] == 1.0
+    assert json.loads((tmp_path / "final" / "training_arguments.json").read_text())["auxiliary_weight"] == 1.0
 
 
 def test_a_second_training_starts_it_anew(tiny_llama, tmp_path):
-    settings = arguments(tmp_path, sparse_code_weight=1.0, max_steps=2)
+    settings = arguments(tmp_path, auxiliary_weight=1.0, max_steps=2)
     trainer = DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=rows())
     trainer.train()
     assert trainer.codes.of_layer(1).decoder.any()
@@ -87,7 +87,7 @@ def test_a_second_training_starts_it_anew(tiny_llama, tmp_path):
 
 
 def test_transcoders_have_none(tiny_llama, tmp_path):
-    settings = arguments(tmp_path, sparse_code_weight=1.0, save_strategy="steps", save_steps=10)
+    settings = arguments(tmp_path, auxiliary_weight=1.0, save_strategy="steps", save_steps=10)
     trainer = DistillationTrainer(decomposition(method="transcoder"), tiny_llama, settings, train_dataset=rows())
     trainer.train()
     assert not len(trainer.codes)
@@ -105,7 +105,7 @@ def test_sharded_training_is_refused(tiny_llama, tmp_path, sharding):
 def test_a_checkpoint_with_it_is_not_resumed_without(tiny_llama, tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 5}
     DistillationTrainer(decomposition(), tiny_llama, arguments(tmp_path, **changes), train_dataset=rows()).train()
-    settings = arguments(tmp_path, sparse_code_weight=0.0, max_steps=20)
+    settings = arguments(tmp_path, auxiliary_weight=0.0, max_steps=20)
     trainer = DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=rows())
     with pytest.raises(ValueError, match="was trained with a sparse code"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -116,16 +116,16 @@ def test_a_checkpoint_without_it_is_not_resumed_from(tiny_llama, tmp_path, damag
     saved = {"save_strategy": "steps", "save_steps": 5}
     layers = (1,) if damage == "missing" else (0, 1)
     weight = 0.0 if damage == "missing" else 1.0
-    settings = arguments(tmp_path, sparse_code_weight=weight, **saved)
+    settings = arguments(tmp_path, auxiliary_weight=weight, **saved)
     DistillationTrainer(decomposition(layers), tiny_llama, settings, train_dataset=rows()).train()
     if damage == "other":
-        settings = arguments(tmp_path / "one", sparse_code_weight=1.0, **saved)
+        settings = arguments(tmp_path / "one", auxiliary_weight=1.0, **saved)
         DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=rows()).train()
         (tmp_path / "checkpoint-10" / FILE_NAME).replace(tmp_path / "one" / "checkpoint-10" / FILE_NAME)
     folder = tmp_path / "one" if damage == "other" else tmp_path
     trainer = DistillationTrainer(
-        decomposition(), tiny_llama, arguments(folder, sparse_code_weight=1.0), train_dataset=rows()
+        decomposition(), tiny_llama, arguments(folder, auxiliary_weight=1.0), train_dataset=rows()
     )
-    message = "it was trained with sparse_code_weight 0" if damage == "missing" else "other layers or sizes"
+    message = "it was trained with auxiliary_weight 0" if damage == "missing" else "other layers or sizes"
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
