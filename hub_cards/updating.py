@@ -12,6 +12,7 @@ from mxd.modeling_mxd.sharing import BEGIN, END
 
 from .card import METHOD_TAGS
 from .reading import texts
+from .safe_text import get_nested
 
 MAX_CARD = 1_000_000  # characters
 MAX_METADATA = 100_000

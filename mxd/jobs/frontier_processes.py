@@ -97,7 +97,7 @@ def start(point: Point, jobs: int) -> "subprocess.Popen[bytes]":
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, _cores() // jobs))
     # The process runs this very library, also where it is not installed.
-    home = str(Path(__file__).parents[1])
+    home = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (home, environment.get("PYTHONPATH"))))
     command = [sys.executable, "-m", f"{__package__}.frontier_point"]
     with point.file(".log").open("wb") as log:

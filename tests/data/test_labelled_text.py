@@ -50,7 +50,7 @@ def test_some_classes_and_rows_without_one(tmp_path):
 def test_a_class_label_gives_its_names(monkeypatch):
     features = Features({"body": Value("string"), "kind": ClassLabel(names=["World", "Sports"])})
     hub = Dataset.from_dict({"body": ["x", "y", "z"], "kind": [1, 0, -1]}, features=features)
-    monkeypatch.setattr("mxd.trainers.documents.load_dataset", lambda *_, **__: hub)
+    monkeypatch.setattr("mxd.data.documents.load_dataset", lambda *_, **__: hub)
     found = load_labelled_text("owner/news", label_column="kind", text_column="body")
     assert found.labels.tolist() == ["Sports", "World"] and list(found.texts) == ["x", "y"]
 

@@ -111,7 +111,7 @@ def test_new_process_gives_the_same_rows(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     script = (
         "import json, sys, datasets, transformers\n"
-        "from trainers import load_text, pack\n"
+        "from mxd import load_text, pack\n"
         "datasets.config.HF_DATASETS_CACHE = sys.argv[1] + '/.cache'\n"
         "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1] + '/tokenizer')\n"
         "rows = [[r['input_ids'] for r in pack(load_text(sys.argv[2], streaming=s), tokenizer, 16, seed=5)]\n"

@@ -253,7 +253,7 @@ if {hide}:
                 raise ModuleNotFoundError(name)
     sys.meta_path.insert(0, Hidden())
 else:
-    import modeling_mxd
+    from mxd import modeling_mxd
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 kwargs = dict(trust_remote_code=True, **json.loads({kwargs!r}))

@@ -236,7 +236,7 @@ def test_a_stranger_s_base_of_absurd_sizes_is_refused_before_a_config_is_made_of
     base = shutil.copytree(demo.model_path(), tmp_path / "base")
     values = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 10**9}
     (base / "config.json").write_text(json.dumps(values))
-    monkeypatch.setattr("mxd.base_model.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was made"))
+    monkeypatch.setattr("mxd.base.base_model.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was made"))
     decomposition = MxDModel.from_pretrained(finished[0])
     decomposition.config.base_model_name_or_path = str(base)
     for load in (check_base_of, load_base_of):
@@ -325,7 +325,7 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
     script = (
         "import resource, sys, runpy\n"
         "from transformers import Trainer\n"
-        "from trainers import DistillationTrainer\n"
+        "from mxd import DistillationTrainer\n"
         "save = DistillationTrainer._save_checkpoint\n"
         "def limited(self, *a):\n"
         "    if self.state.global_step > 5:\n"

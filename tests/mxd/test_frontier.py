@@ -294,7 +294,7 @@ def test_another_text_is_refused_unless_it_shall_replace(tmp_path, started):
     ],
 )
 def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, arguments, message):
-    monkeypatch.setattr("mxd.frontier.load_base_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mxd.jobs.frontier.load_base_model", lambda *_, **__: pytest.fail("weights were loaded"))
     error = refused(monkeypatch, capsys, "frontier", *FLAGS, "--output", tmp_path / "out", *arguments)
     assert message in " ".join(error.replace("│", " ").split())
     assert not (tmp_path / "out").exists()

@@ -226,7 +226,7 @@ def test_which_text_is_held_out(monkeypatch, heldout, expected):
         loaded.append((dataset, config_name, split))
         return Dataset.from_dict({"text": ["a", "b"]})
 
-    monkeypatch.setattr("mxd.texts.load_text", load)
+    monkeypatch.setattr("mxd.data.texts.load_text", load)
     text = TextOptions(["wikitext"], config_name="wikitext-2", **heldout)
     load_documents(text, seed=0)
     assert loaded == [(["wikitext"], "wikitext-2", "train"), *([expected] if heldout else [])]
@@ -301,7 +301,7 @@ def test_what_was_recorded_is_not_looked_for(monkeypatch):
     def look(source):
         raise AssertionError(f"looked for {source}")
 
-    monkeypatch.setattr("mxd.texts.local_files", look)
+    monkeypatch.setattr("mxd.data.texts.local_files", look)
     assert recorded_parts({"dataset": ["/", "/**"], "split": "test"}) == {
         TextPart("/", None, "test"),
         TextPart("/**", None, "test"),
