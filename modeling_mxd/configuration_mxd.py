@@ -3,18 +3,21 @@
 Parameter names follow transformers (`hidden_size`, `num_experts`, `num_experts_per_tok`, `hidden_act`).
 """
 
+import json
 import os
 import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig  # by the name that transformers 4 knows too
 from transformers.activations import ACT2FN
 
+FORMAT_VERSION = 1
 METHODS = ("mxd", "transcoder", "skip_transcoder")
 ENCODER_TYPES = ("mlp", "glu")
 _LEARNED_ACTIVATIONS = ("prelu", "xielu")
@@ -51,6 +54,23 @@ def _listed(layers: Any) -> list[int]:
 def shorten(value: Any) -> str:
     """For a message: of what a stranger's file holds, however large, only the start."""
     return reprlib.repr(value)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object from a file of bounded size.
+
+    Raises:
+        ValueError: the file is too large, is not JSON or is not an object.
+    """
+    if os.stat(path).st_size > MAX_FILE_BYTES:  # noqa: PTH116, transformers passes a str or a path
+        raise ValueError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes: it is not read")
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not valid JSON, or is nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _check_size(name: str, value: Any) -> None:
@@ -226,8 +246,12 @@ class MxDConfig(PretrainedConfig):
         num_expert_groups: int | None = None,
         num_groups_per_tok: int | None = None,
         layer_overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
+        if format_version != FORMAT_VERSION:
+            raise ValueError(f"this decomposition was saved by a newer mxd (format {shorten(format_version)})")
+        self.format_version = format_version
         self.layers = _listed(layers)
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
@@ -358,6 +382,12 @@ class MxDConfig(PretrainedConfig):
         if not isinstance(values, dict):
             raise ValueError(f"{json_file} must hold a JSON object, got {type(values).__name__}")
         return values
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if "format_version" not in config_dict:
+            raise ValueError("this decomposition was saved by a version before the first release: decompose again")
+        return super().from_dict(config_dict, **kwargs)
 
     def keep_layers(self, layers: Sequence[int]) -> None:
         """Name only these layers.

@@ -33,7 +33,7 @@ def with_retries(call: Callable[[], Result], name: Any) -> Result:
                 raise OSError(
                     f"{name} cannot be had from the Hub ({reason}); what was downloaded is kept: try again"
                 ) from error
-            logger.warning(f"loading {name} failed ({reason}), trying again")
+            logger.warning(f"{name}: {reason}; trying again")
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
 
@@ -65,6 +65,11 @@ def is_transport_error(error: BaseException) -> bool:
     """Whether the connection broke. By name: the client's HTTP library is httpx up to huggingface_hub 1, and httpx2
     from 2."""
     return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether another try may succeed."""
+    return _broken(error) is not None
 
 
 def _broken(error: BaseException | None) -> str | None:

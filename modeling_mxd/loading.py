@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import CONFIG_NAME, extract_commit_hash
 
 from .configuration_mxd import DEMO_MODEL, MAX_LAYERS, MAX_SIZE, MxDConfig, shorten
-from .downloads import file_if_any, with_retries
-from .weight_files import layer_of, weight_files
+from .downloads import file_if_any, first_line, is_transient, with_retries  # noqa: F401
+from .weight_files import check_headers, layer_of, read_index, weight_files  # noqa: F401
 
 # What says where files come from: as good for the base model's files as for ours,
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")

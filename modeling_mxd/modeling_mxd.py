@@ -35,7 +35,6 @@ from .loading import (
     pin_revision,
 )
 from .pretrained_weights import PretrainedWeights  # noqa: F401
-from .sharing import push_to_hub
 from .sites import SurgeryError, find_mlps
 from .spliced_language_model import make_spliced
 from .surgery import ReplacedMLP, replace_mlps, spliced_mlps
@@ -43,9 +42,6 @@ from .verification import verify_sites  # noqa: F401
 from .weight_files import check_headers, check_one_set, expected_shapes, load_layers, weight_files
 
 logger = logging.get_logger(__name__)
-
-# What says where `save_pretrained(push_to_hub=True)` pushes to.
-_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 @dataclass
@@ -140,7 +136,6 @@ class MxDModel(PreTrainedModel):
         Raises:
             ValueError: there are other parameters than the config says, such as an adapter's.
         """
-        push, how = kwargs.pop("push_to_hub", False), {name: kwargs.pop(name) for name in _PUSH if name in kwargs}
         extra = sorted((state_dict or self.state_dict()).keys() - expected_shapes(self.config).keys())
         if extra:
             raise ValueError(f"{extra[0]} is no weight of a decomposition: save adapters alone, or merge them first")
@@ -154,12 +149,6 @@ class MxDModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process and index.exists():
             single.unlink(missing_ok=True)
-        if push and is_main_process:
-            self.push_to_hub(how.pop("repo_id", Path(save_directory).name), **how)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """As transformers' `push_to_hub`, and complete: see `sharing.push_to_hub`."""
-        return push_to_hub(self, self.config, repo_id, **kwargs)
 
     def layer(self, layer: int) -> SparseLayer:
         """The layer that stands for the MLP of transformer layer `layer`.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .sharing import push_to_hub
 from .sites import SurgeryError
 from .surgery import ReplacedMLP
 
@@ -113,13 +112,6 @@ class SplicedLanguageModel:
                 f"another module stands in the place of the decomposition's layer {replaced[0]}, and would not be "
                 "saved: name single linears in an adapter's modules_to_save, not a whole layer"
             )
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Push the decomposition, with a tokenizer, so that both doors load it (with a PEFT adapter in the model, only
-        the adapter, as transformers does)."""
-        if getattr(self, "_hf_peft_config_loaded", False):
-            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
-        return push_to_hub(self, self.decomposition.config, repo_id, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Also takes the decomposition's own state, as `save_pretrained` wrote it: so a Trainer resumes."""
