@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-)
+)  # fmt: skip
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from mxd.modeling_mxd import loading
@@ -99,17 +99,8 @@ def _advice(error: Exception) -> str | None:
 
 @dataclass(frozen=True)
 class HubRepo:
-    """A repo as the Hub describes it.
-
-    Anybody may have written its card. The client's own `ModelInfo` cannot be built from every card, and a single such
-    card would end a search.
-
-    Attributes:
-        repo_id, commit, private, likes, last_modified: as on the Hub.
-        gated: whether its files are only given to users who asked for access.
-        files: name of each file and its size in bytes; without sizes in the results of a search.
-        card: metadata of the README, with values of any type.
-    """
+    """A repo as the Hub describes it. Anybody may have written its card: the client's own `ModelInfo` cannot be built
+    from every card, and a single such card would end a search."""
 
     repo_id: str
     commit: str | None
@@ -117,8 +108,11 @@ class HubRepo:
     likes: int
     last_modified: datetime | None
     files: dict[str, int]
+    """name and bytes of each file; 0 bytes in the results of a search"""
     card: dict[str, Any]
+    """metadata of the README, with values of any type"""
     gated: bool
+    """whether its files are only given to users who asked for access"""
 
 
 def get_repo(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> HubRepo:
@@ -164,9 +158,7 @@ def search(parameters: dict[str, Any], token: str | bool | None = None) -> Itera
 def _get(path: str, token: str | bool | None, parameters: dict[str, Any]) -> Any:
     url = path if "://" in path else constants.ENDPOINT + path
     # Empty parameters must be None: {} would take the cursor out of the address of a page.
-    response = get_session().get(
-        url, headers=build_hf_headers(token=token), params=parameters or None, timeout=TIMEOUT
-    )
+    response = get_session().get(url, headers=build_hf_headers(token=token), params=parameters or None, timeout=TIMEOUT)
     hf_raise_for_status(response)
     return response
 

@@ -5,7 +5,6 @@ load a decomposition read through these functions; `from_pretrained` with `trust
 """
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,33 +13,17 @@ import torch
 from safetensors import safe_open
 
 from mxd.modeling_mxd import MxDConfig
-from mxd.modeling_mxd.configuration_mxd import FORMAT_VERSION, shorten
+from mxd.modeling_mxd.configuration_mxd import FORMAT_VERSION, MAX_FILE_BYTES, read_json, shorten
 from mxd.modeling_mxd.loading import check_headers, first_line, read_index
 
-MAX_JSON_BYTES = 10_000_000
-MAX_STRING = 4096
-# Fields of config.json: ours, and those that transformers writes. Of any other field transformers would set an
-# attribute, which may replace a method, rename a field, or ask for a label for each of 10^12 classes.
+__all__ = ["MAX_FILE_BYTES", "check_weights", "read_config", "read_json"]
+
+MAX_TEXT = 4096
+# Fields of config.json: ours, and those that transformers writes. transformers would set an attribute for any other
+# field, which may replace a method, rename a field, or ask for a label for each of 10^12 classes.
 _FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"} | {
-    "architectures", "auto_map", "dtype", "format_version", "model_type", "torch_dtype", "transformers_version",
+    "architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version",
 }  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ValueError: the file is over 10 MB, nested too deeply, or holds something else.
-    """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} is larger than {MAX_JSON_BYTES:,} bytes: it is not read")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON that can be read: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def read_config(path: Path, where: str | Path) -> MxDConfig:
@@ -60,7 +43,7 @@ def read_config(path: Path, where: str | Path) -> MxDConfig:
     if values.get("model_type") != MxDConfig.model_type:
         raise ValueError(f"{where} holds a model, but no decomposition (its config.json says so)")
     try:
-        # A newer format may have fields that are unknown here: say that it is newer, not that they are unknown.
+        # A newer format may have further fields: then say that it is newer, not that its fields are unknown.
         if values.get("format_version") == FORMAT_VERSION:
             _check_values(values)
         config = MxDConfig.from_dict(values)
@@ -72,18 +55,16 @@ def read_config(path: Path, where: str | Path) -> MxDConfig:
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Refuse fields that no decomposition has, text that could steer a terminal, and what is not a dtype.
+    """Refuse fields that no decomposition has, text that could steer a terminal, and dtypes that are none.
 
     Raises:
         ValueError: naming the field.
     """
     for name, value in values.items():
         if name not in _FIELDS:
-            raise ValueError(f"{shorten(name)} is no field that a decomposition's config can set")
-        if isinstance(value, str) and not (len(value) <= MAX_STRING and value.isprintable()):
-            raise ValueError(
-                f"{name} must be a text of at most {MAX_STRING} printable characters, got {shorten(value)}"
-            )
+            raise ValueError(f"{shorten(name)} is not a field of a decomposition's config")
+        if isinstance(value, str) and not (len(value) <= MAX_TEXT and value.isprintable()):
+            raise ValueError(f"{name} must be a text of at most {MAX_TEXT} printable characters, got {shorten(value)}")
         if name in ("dtype", "torch_dtype") and value is not None:
             dtype = getattr(torch, value, None) if isinstance(value, str) else None
             if not isinstance(dtype, torch.dtype):

@@ -16,7 +16,6 @@ def push(
     private: Annotated[bool | None, typer.Option(help="Of a new repo. [the account's default]")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, made if need be.")] = None,
     create_pr: Annotated[bool, typer.Option(help="Propose it as a pull request.")] = False,
-    tag: Annotated[str | None, typer.Option(help="Tag the commit.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, if config.json has a folder.")] = None,
     license_name: Annotated[str | None, typer.Option("--license", help="[the base model's]")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
@@ -32,7 +31,6 @@ def push(
         private=private,
         revision=revision,
         create_pr=create_pr,
-        tag=tag,
         base_model=base_model,
         license=license_name,
         message=message,
@@ -78,8 +76,7 @@ def show(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
     """Configuration, results and size of a decomposition on the Hub; no weights are downloaded, no code is run."""
-    from mxd.hub_cards import show_decomposition
-    from mxd.modeling_mxd.sharing import OLDEST_TRANSFORMERS
+    from mxd.hub_cards import OLDEST_TRANSFORMERS, show_decomposition
 
     details = show_decomposition(repo, revision=revision)
     config = details.config
