@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors.torch import load, save
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -127,7 +127,8 @@ def test_a_private_repo_needs_the_token(hub, pushed, expected, monkeypatch):
 
 def test_another_revision_is_the_decompositions_alone(hub, pushed, folder, expected, tmp_path):
     MxDModel.from_pretrained(folder, layers=[2]).save_pretrained(tmp_path / "one")
-    push_decomposition(tmp_path / "one", REPO, tag="single")
+    single = push_decomposition(tmp_path / "one", REPO)
+    HfApi().create_tag(REPO, tag="single", revision=single.oid)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(REPO, revision=pushed)), expected)
     model = AutoModelForCausalLM.from_pretrained(REPO, revision="single")
     assert model.decomposition.config.layers == [2]
