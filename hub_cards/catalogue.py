@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+
 from mxd.modeling_mxd import MxDConfig
 
-from .hub import HubRepo, download, look_up, search
+from .hub import HubRepo, get_repo, search, with_retries
 from .reading import MAX_FILE_BYTES, read_config, read_json
 from .safe_text import finite_number
 
@@ -118,12 +121,13 @@ def show_decomposition(
         HubError: the repo does not exist, or the Hub cannot be asked.
         ValueError: it holds no decomposition, or one that this version refuses.
     """
-    repo = look_up(repo_id, f"looking up {repo_id}", revision, token)
+    repo = with_retries(partial(get_repo, repo_id, revision, token), f"looking up {repo_id}")
 
     def fetch(name: str) -> Path:
         if repo.files.get(name, 0) > MAX_FILE_BYTES:
             raise ValueError(f"{name} of {repo_id} is larger than {MAX_FILE_BYTES:,} bytes: it is not read")
-        return download(repo, name, token)
+        get = partial(hf_hub_download, repo_id, name, revision=repo.commit, token=token)
+        return Path(with_retries(get, f"reading {repo_id}"))
 
     if "config.json" not in repo.files:
         raise ValueError(f"{repo_id} holds no decomposition: there is no config.json in it")

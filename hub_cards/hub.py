@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -120,25 +119,6 @@ def get_repo(repo_id: str, revision: str | None = None, token: str | bool | None
     validate_repo_id(repo_id)
     path = f"/api/models/{repo_id}" + (f"/revision/{quote(revision, safe='')}" if revision else "")
     return _repo(_json(_get(path, token, {"blobs": True})))
-
-
-def look_up(repo_id: str, what: str, revision: str | None = None, token: str | bool | None = None) -> HubRepo:
-    """Return a repo at a revision.
-
-    Raises:
-        HubError: as `with_retries`.
-    """
-    return with_retries(partial(get_repo, repo_id, revision, token), what)
-
-
-def download(repo: HubRepo, name: str, token: str | bool | None = None) -> Path:
-    """Download one file of a repo into the cache, and return its path.
-
-    Raises:
-        HubError: as `with_retries`.
-    """
-    fetch = partial(hf_hub_download, repo.repo_id, name, revision=repo.commit, token=token)
-    return Path(with_retries(fetch, f"reading {repo.repo_id}"))
 
 
 def search(parameters: dict[str, Any], token: str | bool | None = None) -> Iterator[HubRepo]:

@@ -4,7 +4,7 @@ import json
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from mxd.modeling_mxd import MxDConfig
 from mxd.modeling_mxd.configuration_mxd import AUTO_MAP, DEMO_MODEL, shorten
 
 from .card import build_card
-from .hub import HubError, HubRepo, get_repo, logger, look_up, status_of, with_retries
+from .hub import HubError, HubRepo, get_repo, logger, status_of, with_retries
 from .reading import check_weights, read_config, read_json
 from .safe_text import is_hub_id, one_line, without_folders
 from .updating import LICENSE, generated_figures, license_of, update_card
@@ -77,35 +77,17 @@ def push_decomposition(
         ValueError: the folder holds no complete decomposition, or others cannot load its base model. Nothing was sent.
         HubError: the Hub refuses; the repo is as it was before.
     """
-    folder, api, also = Path(folder), HfApi(token=token), also or {}
+    folder, api = Path(folder), HfApi(token=token)
     config = read_config(folder / "config.json", folder)
     check_weights(folder, config)
     check_base_id(base_model or config.base_model_name_or_path)
     base = _look_up_base(config, base_model, token)
     if base.gated and not private:
-        logger.warning(
-            "the base model %s is gated: check that its licence allows sharing what was made from it, or push "
-            "privately (--private, private=True)",
-            base.repo_id,
-        )
-    files = {**_files_of(folder, base), **also}
-    tokenizer = {} if "tokenizer_config.json" in files else _tokenizer_of(base, token)
-    push = _Push(api, repo_id, revision or "main", create_pr, message or "Upload decomposition", folder, base)
-    push.license, push.tags, push.files, push.tokenizer = license, tags or (), files, tokenizer
-    push.folders = {name.split("/")[0] for name in also}
-    push.card({})  # refuse what cannot be described before a repo is created
-    create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
-    push.repo_id = with_retries(create, f"creating the repo {repo_id}").repo_id
-    if revision and not create_pr and not revision.startswith("refs/"):
-        branch = partial(api.create_branch, push.repo_id, branch=revision, exist_ok=True)
-        with_retries(branch, f"creating the branch {revision}")
-    for _ in range(_ATTEMPTS):
-        try:
-            return with_retries(push.attempt, f"pushing to {push.repo_id}")
-        except HubError as error:
-            if status_of(error.__cause__) != 412:  # 412: somebody else committed in between
-                raise
-    raise HubError(f"pushing to {push.repo_id}: others commit to it at the same time; run it again")
+        advice = "check that its licence allows sharing what was made from it, or push privately (--private)"
+        logger.warning("the base model %s is gated: %s", base.repo_id, advice)
+    title = message or "Upload decomposition"
+    push = _Push(api, repo_id, revision or "main", create_pr, title, folder, base, license, tags or (), also or {})
+    return push.run(private)
 
 
 def check_base_id(name: str | None) -> None:
@@ -131,13 +113,10 @@ def _look_up_base(config: MxDConfig, base_model: str | None, token: str | bool |
     assert name
     commit = config.base_model_revision if name == config.base_model_name_or_path else None
     try:
-        base = look_up(name, f"looking up the base model {name}", commit, token)
+        base = with_retries(partial(get_repo, name, commit, token), f"looking up the base model {name}")
     except HubError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
-            raise HubError(
-                f"{error}; nobody else could load the decomposition: give the Hub id of the same model "
-                "(--base-model, base_model=)"
-            ) from error
+            raise HubError(f"{error}; name the same model by its Hub id (--base-model, base_model=)") from error
         raise
     if base.card.get("library_name") == "mxd":
         raise ValueError(f"the base model {name} is a decomposition itself: name the language model")
@@ -166,33 +145,51 @@ class _Push:
     message: str
     folder: Path
     base: HubRepo
-    license: str | None = None
-    tags: Iterable[str] = ()
+    license: str | None
+    tags: Sequence[str]
+    also: Mapping[str, bytes | Path]
     files: dict[str, bytes | Path] = field(default_factory=dict)
-    """by path in the repo"""
+    """content by path in the repo"""
     tokenizer: dict[str, bytes | Path] = field(default_factory=dict)
     """files for a repo without a tokenizer"""
-    folders: set[str] = field(default_factory=set)
-    """folders of the repo whose other files are deleted"""
     failed: bool = False
-    lost: bool = False  # no reply came to the last attempt
-    mark: str = field(default_factory=lambda: f"mxd push {uuid.uuid4()}")  # tells our own commit from others'
+    lost: bool = False
+    """the last attempt got no reply"""
+    mark: str = field(default_factory=lambda: f"mxd push {uuid.uuid4()}")
+    """text that tells our own commit from others'"""
+
+    def run(self, private: bool | None) -> CommitInfo:
+        """Create repo and branch if they do not exist, and make the commit."""
+        self.files = {**_files_of(self.folder, self.base), **self.also}
+        if "tokenizer_config.json" not in self.files:
+            self.tokenizer = _tokenizer_of(self.base, self.api.token)
+        self.card({})  # refuse what cannot be described before a repo is created
+        create = partial(self.api.create_repo, self.repo_id, private=private, exist_ok=True)
+        self.repo_id = with_retries(create, f"creating the repo {self.repo_id}").repo_id
+        if self.branch != "main" and not self.create_pr and not self.branch.startswith("refs/"):
+            create = partial(self.api.create_branch, self.repo_id, branch=self.branch, exist_ok=True)
+            with_retries(create, f"creating the branch {self.branch}")
+        for _ in range(_ATTEMPTS):
+            try:
+                return with_retries(self.attempt, f"pushing to {self.repo_id}")
+            except HubError as error:
+                if status_of(error.__cause__) != 412:  # 412: somebody else committed in between
+                    raise
+        raise HubError(f"pushing to {self.repo_id}: others commit to it at the same time; run it again")
 
     def card(self, earlier_license: Mapping[str, str]) -> ModelCard:
         """Build a card with the licence that was asked for, or else the earlier card's, or else the base model's."""
         inherited = _license_of_base(self.base)
         # An earlier card may have inherited `other` without its name: take it anew.
         kept = "license" in earlier_license and earlier_license != {"license": inherited.get("license")}
-        card = build_card(self.folder, self.repo_id, base_model=self.base.repo_id, base_commit=self.base.commit)
-        licence = {"license": self.license} if self.license else earlier_license if kept else inherited
-        for name, value in licence.items():
+        card = build_card(self.folder, self.repo_id, self.license, self.base.repo_id, self.base.commit)
+        for name, value in ({} if self.license else earlier_license if kept else inherited).items():
             card.data[name] = value
         card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *self.tags]))
         return card
 
     def operations(self, repo: HubRepo, text: str | None) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """Return the operations of a commit over a repo, whose card has this text. The client changes operations:
-        each attempt needs new ones."""
+        """Return new operations (the client changes them) of a commit over a repo, whose card has this text."""
         if text is None and (own := self.folder / "README.md").is_file():
             text = own.read_text(encoding="utf-8")
         keep_license = self.license is None
@@ -201,7 +198,8 @@ class _Push:
             card = update_card(text, card, keep_license=keep_license)
         tokenizer = {} if "tokenizer_config.json" in repo.files else self.tokenizer
         files = {**tokenizer, **self.files, "README.md": str(card).encode()}
-        stale = {name for name in repo.files if _STALE.fullmatch(name) or name.split("/")[0] in self.folders}
+        folders = {name.split("/")[0] for name in self.also}
+        stale = {name for name in repo.files if _STALE.fullmatch(name) or name.split("/")[0] in folders}
         stale |= generated_figures(text or "") & repo.files.keys()
         return [
             *(CommitOperationAdd(name, data) for name, data in files.items()),
