@@ -57,7 +57,8 @@ def update_card(existing: str, card: ModelCard, keep_license: bool = False) -> M
 
 def _merged(metadata: dict[str, Any], new: dict[str, Any], keep_license: bool) -> dict[str, Any]:
     """Merge old and new metadata; new values win."""
-    stale = {"mxd"}  # numbers of an earlier evaluation must not outlive it
+    # Numbers of an earlier evaluation must not outlive it, and the client refuses a model-index that is none.
+    stale = {"mxd", "model-index"}
     if keep_license and metadata.get("license"):
         new = {name: value for name, value in new.items() if name not in LICENSE or name not in metadata}
     elif new.get("license") not in (None, metadata.get("license")):

@@ -540,6 +540,7 @@ tags:
 extra:
   date: 2024-01-02
   note: "yes"
+model-index: of another time
 ---
 
 # My own title
