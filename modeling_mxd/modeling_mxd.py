@@ -1,24 +1,24 @@
-"""The two doors of a decomposition's repo. `MxDModel`, by `AutoModel`: its layers as a transformers model, saved
-and loaded like any other. `MxDForCausalLM`, by `AutoModelForCausalLM`: the base language model with them spliced in."""
+"""The models of a decomposition's repo.
 
-import os
+`AutoModel` loads `MxDModel`, the decomposition's layers as a transformers model. `AutoModelForCausalLM` calls
+`MxDForCausalLM.from_pretrained`, which returns the base language model with the decomposition spliced in.
+"""
+
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, logging
 
-# Every sibling is imported here, also the unused: a Hub repo carries only what its entry file names.
-from .architectures import layer_chains  # noqa: F401
+# Every sibling is imported here, also the unused: transformers copies only what the entry file names into a repo.
+from .architectures import configured_activations
 from .configuration_mxd import MxDConfig
-from .downloads import with_retries
 from .functional import topk_gate  # noqa: F401
 from .hierarchical_routing import routed_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
@@ -26,20 +26,18 @@ from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .loading import (
     ACCESS,
     OWN,
-    arguments_of_base,
-    base_source,
-    check_loaded,
     commit_of,
-    load_config,
-    once,
-    pin_revision,
+    decomposition_config,
+    decomposition_files,
+    expected_shapes,
+    load_language_model,
+    read_weights,
+    resolve,
+    resolve_base,
 )
-from .pretrained_weights import PretrainedWeights  # noqa: F401
-from .sites import SurgeryError, find_mlps
+from .sites import SurgeryError
 from .spliced_language_model import make_spliced
 from .surgery import ReplacedMLP, replace_mlps, spliced_mlps
-from .verification import verify_sites  # noqa: F401
-from .weight_files import check_headers, check_one_set, expected_shapes, load_layers, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -50,17 +48,15 @@ class MxDOutput(ModelOutput):
 
     output: Tensor | None = None
     """(..., O), the layer's approximation of the MLP's output"""
-    output_of_mean: Tensor | None = None
-    """(..., O), the same with Cᵀa replaced by its mean, where that was asked for"""
 
 
 class MxDModel(PreTrainedModel):
     """The decomposed layers of one base model, without the base model.
 
-    `model.layers["8"]` (or `model.layer(8)`) is the layer that stands for the MLP of transformer layer 8.
+    `model.layers["8"]`, or `model.layer(8)`, replaces the MLP of transformer layer 8.
 
     Raises:
-        ValueError: when the config names no layer, or sizes that this machine cannot hold.
+        ValueError: the config names no layer, or sizes that this machine cannot hold.
 
     Example:
         >>> mxd = MxDModel.from_pretrained("gpt2-l8")  # doctest: +SKIP
@@ -96,32 +92,32 @@ class MxDModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `from_pretrained`, and stricter: only safetensors are read, and weights that are missing,
-        of another shape or not the decomposition's are an error. Of several layers, `layers=[8]` loads some, and
-        downloads no other's weights if the repo is sharded by layer, as `save_pretrained` does.
+        """Load a decomposition, as transformers' `from_pretrained`.
+
+        Only safetensors are read, and they must match the config. `layers=[8]` loads some of several layers, and
+        downloads no other layer's weights if the repo is sharded by layer, as `save_pretrained` does. Any other field
+        of the config can be given too.
 
         Raises:
             ValueError: weights and config do not fit, or `layers` names one that is not there.
             OSError: files are not there.
         """
         access = {name: kwargs.pop(name) for name in (*ACCESS, *OWN) if name in kwargs}
-        if pretrained_model_name_or_path is not None:
-            access = pin_revision(pretrained_model_name_or_path, access)
-        config, _ = load_config(config, pretrained_model_name_or_path, access, kwargs)
-        kwargs |= {"use_safetensors": True, "output_loading_info": True}
-        name = pretrained_model_name_or_path
-        if name is not None:
-            check_one_set(name)
-            files = weight_files(name, config.layers, access)
-            if files.paths:  # else transformers says what is missing
-                check_headers(files.paths, config)
-                access = once(access)
-            if not files.whole:
-                kwargs["state_dict"], name, access = load_layers(files.paths, config.layers), None, {}
-        load = partial(super().from_pretrained, name, *model_args, config=config, **kwargs, **access)
-        model, info = with_retries(load, pretrained_model_name_or_path)
-        check_loaded(info, config.layers)
+        repo = resolve(pretrained_model_name_or_path, access)
+        config = decomposition_config(repo, config, kwargs)
+        files = decomposition_files(repo, config)
+        model, info = cls._load(repo.name, config, files, *model_args, **kwargs)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load(cls, name: str, config: MxDConfig, files: list[Path], *model_args: Any, **kwargs: Any) -> Any:
+        """Load a decomposition from files that were checked. Returns the model and transformers' loading info."""
+        weights = read_weights(files, config.layers)
+        model, info = super().from_pretrained(
+            None, *model_args, config=config, state_dict=weights, output_loading_info=True, **kwargs
+        )
+        model.name_or_path = model.config.name_or_path = name
+        return model, info
 
     def save_pretrained(
         self,
@@ -130,19 +126,19 @@ class MxDModel(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As transformers' `save_pretrained`; by default in shards as large as the largest layer, so that one layer
-        can be had without the others.
+        """Save a decomposition, as transformers' `save_pretrained`.
+
+        By default every layer gets a file of its own, so that one can be downloaded without the others.
 
         Raises:
-            ValueError: there are other parameters than the config says, such as an adapter's.
+            ValueError: there are parameters that the config does not describe, such as an adapter's.
         """
         extra = sorted((state_dict or self.state_dict()).keys() - expected_shapes(self.config).keys())
         if extra:
             raise ValueError(f"{extra[0]} is no weight of a decomposition: save adapters alone, or merge them first")
-        largest = max(sum(t.nbytes for t in layer.state_dict().values()) for layer in self.layers.values())
         if kwargs.get("max_shard_size", "50GB") == "50GB":  # the stock default, which push_to_hub spells out
-            kwargs["max_shard_size"] = largest
-        # Of an earlier saving transformers leaves the files that this one does not replace, and loads them.
+            kwargs["max_shard_size"] = max(sum(t.nbytes for t in m.state_dict().values()) for m in self.layers.values())
+        # transformers leaves the files of an earlier saving that this one does not replace, and would load them.
         index, single = (Path(save_directory) / name for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
         if is_main_process:
             index.unlink(missing_ok=True)
@@ -151,10 +147,10 @@ class MxDModel(PreTrainedModel):
             single.unlink(missing_ok=True)
 
     def layer(self, layer: int) -> SparseLayer:
-        """The layer that stands for the MLP of transformer layer `layer`.
+        """Return the layer that replaces the MLP of transformer layer `layer`.
 
         Raises:
-            KeyError: when this decomposition has no such layer.
+            KeyError: this decomposition has no such layer.
         """
         if str(layer) not in self.layers:
             raise KeyError(f"layer {layer} is not in this decomposition, which has layers {self.config.layers}")
@@ -162,113 +158,79 @@ class MxDModel(PreTrainedModel):
         assert isinstance(module, SparseLayer)
         return module
 
-    def forward(self, hidden_states: Tensor, layer: int | None = None, mean_over: Tensor | None = None) -> MxDOutput:
+    def forward(self, hidden_states: Tensor, layer: int | None = None) -> MxDOutput:
         """Run one layer.
 
         Args:
             hidden_states: the MLP's input x, (..., I).
-            layer: which layer; may be left out when there is only one.
-            mean_over: (...) bool, asks for `output_of_mean`: tokens over which the mean is taken.
+            layer: index of the transformer layer; may be left out if there is only one.
 
         Raises:
-            ValueError: when `layer` is left out and there are several.
+            ValueError: `layer` is left out and there are several.
         """
         if layer is None:
             if len(self.config.layers) > 1:
                 raise ValueError(f"this decomposition has layers {self.config.layers}: say which with layer=")
             layer = self.config.layers[0]
-        if mean_over is None:
-            return MxDOutput(output=self.layer(layer)(hidden_states))
-        output, output_of_mean = self.layer(layer).forward_with_mean(hidden_states, mean_over)
-        return MxDOutput(output=output, output_of_mean=output_of_mean)
+        return MxDOutput(output=self.layer(layer)(hidden_states))
 
     def splice(self, model: nn.Module, cast: bool = True, **options: Any) -> list[ReplacedMLP]:
-        """Put every layer in place of the base model's MLP, until `restore()` is called on what is returned. Options
-        are `verify` and `example_inputs` of `replace_mlps`.
+        """Replace the base model's MLPs by the layers, until `restore()` is called on what is returned.
+
+        `cast` and the options (`verify`, `example_inputs`) are those of `replace_mlps`.
 
         Raises:
-            SurgeryError: as `replace_mlp`; the model is then as it was.
+            SurgeryError: as `replace_mlps`, or the model is not the base that the config names.
         """
         self.check_base(model)
         return replace_mlps(model, self._modules_by_layer(), cast, **self.config.where, **options)
 
     @contextmanager
     def spliced(self, model: nn.Module, cast: bool = True, **options: Any) -> Iterator[list[ReplacedMLP]]:
-        """As `splice`, inside the block; afterwards, also after an exception, the base model is as it was."""
+        """Replace the base model's MLPs inside the block; afterwards, also after an exception, they are restored."""
         self.check_base(model)
         with spliced_mlps(model, self._modules_by_layer(), cast, **self.config.where, **options) as replaced:
             yield replaced
 
-    def record_base(self, model: PreTrainedModel) -> None:
-        """Note in the config which base model this decomposition is of, where it does not say yet.
-
-        Raises:
-            SurgeryError: when the model type is not supported.
-        """
-        text_config = model.config.get_text_config(decoder=True)
-        found = {
-            "base_model_name_or_path": model.config._name_or_path or None,
-            "base_model_type": model.config.model_type,
-            "base_hidden_act": self._hidden_act(model),
-            **{name: getattr(text_config, name, None) for name in ("vocab_size", "num_attention_heads")},
-        }
-        # Swin has a number of heads for every stage.
-        found = {name: value for name, value in found.items() if isinstance(value, int | str)}
-        if self.config.base_model_name_or_path in (None, found.get("base_model_name_or_path")):
-            commit, certain = commit_of(model.config)
-            found["base_model_revision"] = commit
-            if not certain and self.config.base_model_revision is None:
-                logger.warning(
-                    f"{'no commit' if commit is None else f'commit {commit}'} of {model.config._name_or_path} is "
-                    "recorded: if the model was loaded with revision=, set config.base_model_revision"
-                )
-        if model.config.is_encoder_decoder:
-            found["stack"] = "decoder"  # which None means there; said, so that nobody has to know
-        for name, value in found.items():
-            if getattr(self.config, name) is None:
-                setattr(self.config, name, value)
-
     def check_base(self, model: nn.Module) -> None:
-        """Refuse a base model that is not the one that the config names; another commit of it is only warned about.
+        """Check that a model is the base that the config names. Another commit of it is only warned about.
 
         Raises:
-            SurgeryError: saying both, theirs and ours.
+            SurgeryError: it is of another type, or its config names other activations.
         """
-        config = getattr(model, "config", None)
-        have = {"base_model_type": getattr(config, "model_type", None)}
-        have["base_hidden_act"] = self._hidden_act(model)
-        for name, value in have.items():
-            named = getattr(self.config, name)
-            if named is not None and value is not None and named != value:
-                raise SurgeryError(f"the decomposition is of a base with {name} {named!r}, this model's is {value!r}")
-        self._check_commit(config)
+        config, ours = getattr(model, "config", None), self.config
+        kind, activations = getattr(config, "model_type", None), configured_activations(model)
+        if None not in (kind, ours.base_model_type) and kind != ours.base_model_type:
+            raise SurgeryError(
+                f"the decomposition is of a base with base_model_type {ours.base_model_type!r}, this model's is {kind!r}"
+            )
+        if activations and ours.base_hidden_act not in (None, *activations):
+            raise SurgeryError(
+                f"the decomposition is of a base with base_hidden_act {ours.base_hidden_act!r}, this model's config "
+                f"names {', '.join(map(repr, activations))}"
+            )
+        if re.fullmatch(r"[0-9a-f]{40}", ours.base_model_revision or ""):
+            self._check_commit(config)
 
     def _check_commit(self, config: Any) -> None:
         named = self.config.base_model_revision
-        if named is None or not re.fullmatch(r"[0-9a-f]{40}", named):
-            return
         commit, certain = commit_of(config)
-        if commit is not None and commit != named:
+        if commit not in (None, named):
             unless = "" if certain else f", unless it was loaded with revision={named!r},"
             logger.warning(
                 f"the decomposition is of commit {named} of {self.config.base_model_name_or_path}; this model{unless} "
                 f"is commit {commit} of {config._name_or_path}: its weights may differ"
             )
 
-    def _hidden_act(self, model: nn.Module) -> str | None:
-        """Activation of the base's MLPs; None where they all are replaced."""
-        sites = find_mlps(model, **self.config.where)
-        # Of the decomposed layers first, then of others: some may be replaced already.
-        ordered = sorted(sites.values(), key=lambda site: site.layer not in self.config.layers)
-        return next(filter(None, (site.hidden_act for site in ordered if site.slots)), None)
-
     def _modules_by_layer(self) -> dict[int, nn.Module]:
         return {layer: self.layer(layer) for layer in self.config.layers}
 
 
 class MxDForCausalLM(PreTrainedModel, GenerationMixin):
-    """The door for `AutoModelForCausalLM`: `from_pretrained` gives the base language model, of its own class, with
-    the decomposition spliced in. It has no instances."""
+    """Load the base language model, of its own class, with the decomposition spliced in.
+
+    `AutoModelForCausalLM` calls its `from_pretrained`; it has no instances.
+    """
 
     config_class = MxDConfig
     base_model_prefix = "mxd"
@@ -290,45 +252,37 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Load base model and decomposition, and splice.
 
-        The base comes from where the config says, at the commit that it names; `base_model_name_or_path=` (and
-        `base_model_revision=`) have it loaded from elsewhere. All other arguments (dtype, device_map,
-        quantization_config, attn_implementation …) are the base's, and the decomposition follows its dtype and
-        device. No remote code of the base is run and no pickle is read: for a base that needs them, load it yourself
-        and use `MxDModel.spliced`.
+        The base is the one that the config names, at the commit that it names; `base_model_name_or_path=` and
+        `base_model_revision=` name another. `layers=[8]` splices some of several layers. All other arguments (dtype,
+        device_map, quantization_config, attn_implementation …) are the base's, and the decomposition follows its dtype
+        and device. No remote code of the base is run and no pickle is read: load a base that needs them yourself, and
+        use `MxDModel.spliced`.
 
         Returns:
-            The base model in eval mode; its `decomposition` is the `MxDModel`, `unsplice()` undoes it. With
-            `output_loading_info` also the decomposition's loading info.
+            The base model in eval mode. Its `decomposition` is the `MxDModel`, and `unsplice()` undoes the splice.
+            With `output_loading_info` also the decomposition's loading info.
 
         Raises:
-            ValueError: the config names no base model, or one that is a decomposition itself; weights do not fit, or
-                `layers` names one that is not there.
+            ValueError: the config names no base model, or a decomposition as one; weights do not fit, or `layers`
+                names one that is not there.
             SurgeryError: the base is not the one that the config names.
             OSError: files are not there.
         """
         access = {name: kwargs.pop(name) for name in ACCESS if name in kwargs}
         own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
-        adapter, adapter_name = kwargs.pop("adapter_kwargs", None), kwargs.pop("adapter_name", None)
+        base_name = kwargs.pop("base_model_name_or_path", None)
+        base_revision = kwargs.pop("base_model_revision", None)
+        adapter, adapter_name = kwargs.pop("adapter_kwargs", None) or {}, kwargs.pop("adapter_name", None)
         for name in ("trust_remote_code", "code_revision", "_commit_hash", "_from_auto", "use_safetensors"):
             kwargs.pop(name, None)
-        here = pin_revision(pretrained_model_name_or_path, {**access, **own})
-        config, stored = load_config(config, pretrained_model_name_or_path, here, kwargs)
-        kwargs = {**arguments_of_base(config, stored), **kwargs}
-        name, source = base_source(
-            config,
-            stored,
-            access,
-            local=os.path.isdir(pretrained_model_name_or_path),  # noqa: PTH112
-        )
-        load = partial(AutoModelForCausalLM.from_pretrained, name, *model_args, use_safetensors=True, **source)
-        base = with_retries(partial(load, trust_remote_code=False, **kwargs), name)
-        base.config._commit_hash = source.get("revision")  # newer transformers don't keep it; it is never saved
-        mxd, info = MxDModel.from_pretrained(
-            pretrained_model_name_or_path, config=config, dtype=base.dtype, output_loading_info=True, **here
-        )
-        model = make_spliced(base, mxd.eval(), str(pretrained_model_name_or_path))
-        if adapter is not None and adapter.get("_adapter_model_path"):
-            path = adapter.pop("_adapter_model_path")
+        repo = resolve(pretrained_model_name_or_path, {**access, **own})
+        config = decomposition_config(repo, config, kwargs)
+        base = resolve_base(repo, config, access, base_name, base_revision)
+        files = decomposition_files(repo, config)
+        language_model = load_language_model(base, *model_args, **kwargs)
+        mxd, info = MxDModel._load(repo.name, config, files, dtype=language_model.dtype)
+        model = make_spliced(language_model, mxd.eval(), repo.name)
+        if path := adapter.pop("_adapter_model_path", None):
             model.load_adapter(path, adapter_name=adapter_name, adapter_kwargs={**access, **adapter})
         return (model, info) if output_loading_info else model
 

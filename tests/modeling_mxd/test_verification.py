@@ -6,8 +6,8 @@ from mxd_cases import random_layer
 from tiny_models import model_inputs, tiny_model
 from torch import nn
 
-from mxd.modeling_mxd import SurgeryError, find_mlp, find_mlps, replace_mlps, spliced_mlps, verify_sites
-from mxd.modeling_mxd.verification import StandIn, make_example_inputs
+from mxd.modeling_mxd import MLPReplacement, SurgeryError, find_mlp, find_mlps, replace_mlps, spliced_mlps, verify_sites
+from mxd.modeling_mxd.architectures import make_example_inputs
 
 
 def layer():
@@ -133,7 +133,7 @@ def test_what_callers_pass_and_expect_besides(model_type, batch):
             return 2 * x
 
     with torch.no_grad(), spliced_mlps(model, {site.layer: Double()}):
-        assert isinstance(model.get_submodule(site.slots[0]), StandIn)
+        assert isinstance(model.get_submodule(site.slots[0]), MLPReplacement)
         together = model(**inputs).logits
         alone = torch.cat([model(**{k: v[row : row + 1] for k, v in inputs.items()}).logits for row in range(batch)])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
