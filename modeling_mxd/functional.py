@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores of the largest temporary, and its fewest tokens: products of fewer rows read the weights more often than needed.
+# Scores of the largest temporary, and its fewest tokens: with fewer rows the weights are read more often.
 CHUNK_ELEMENTS = 2**23
 CHUNK_TOKENS = 256
 # Tokens from which a product in lower precision saves more than rounding the weights for it costs.
@@ -46,7 +46,7 @@ def operator(name: str, synchronises: bool = False) -> Any:
 
 
 def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
-    """Yield parts of nearly equal size, of at most CHUNK_ELEMENTS elements or CHUNK_TOKENS tokens, whichever is more."""
+    """Yield parts of nearly equal size, of at most CHUNK_ELEMENTS elements, or CHUNK_TOKENS tokens if that is more."""
     count = -(-tokens // max(CHUNK_TOKENS, CHUNK_ELEMENTS // row_elements))
     size = max(1, -(-tokens // max(1, count)))
     for start in range(0, tokens, size):
@@ -54,8 +54,8 @@ def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x Wᵀ + b, without autograd. Large float32 products on a CPU use oneDNN: as exact as the BLAS that `F.linear`
-    calls, and 1.4 times as fast on processors that are not Intel's."""
+    """Return x Wᵀ + b, without autograd. Large float32 products on a CPU use oneDNN, as exact as `F.linear`
+    and 1.4 times as fast on processors that are not Intel's."""
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if onednn and x.device.type == "cpu" and x.dtype == torch.float32 and weight.numel() >= 2**20 and len(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -118,9 +118,7 @@ def row_products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     return products.view(tokens, k)
 
 
-@row_products.register_fake
-def _(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-    return rows.new_empty(indices.shape)
+row_products.register_fake(lambda indices, rows, table: rows.new_empty(indices.shape))
 
 
 @operator("scatter_rows", synchronises=True)
@@ -132,9 +130,7 @@ def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: in
     return F.embedding_bag(order // indices.shape[1], rows, offsets, mode="sum", per_sample_weights=weights)
 
 
-@scatter_rows.register_fake
-def _(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
-    return rows.new_empty(num_experts, rows.shape[1])
+scatter_rows.register_fake(lambda indices, weights, rows, num_experts: rows.new_empty(num_experts, rows.shape[1]))
 
 
 @operator("scatter_numbers", synchronises=True)
@@ -145,9 +141,7 @@ def scatter_numbers(indices: Tensor, numbers: Tensor, num_experts: int) -> Tenso
     return sums.to(numbers.dtype)
 
 
-@scatter_numbers.register_fake
-def _(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
-    return numbers.new_empty(num_experts)
+scatter_numbers.register_fake(lambda indices, numbers, num_experts: numbers.new_empty(num_experts))
 
 
 def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -156,12 +150,17 @@ def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=num_experts)
 
 
+def empty_coefficients(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return uninitialised values and indices (T, K) for x (T, I)."""
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
 @operator("topk_gate")
 def _topk_gate(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = x.shape[0], weight.shape[0]
-    values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
+    values, indices = empty_coefficients(x, k)
     exact = product_dtype.itemsize >= x.dtype.itemsize or tokens < ROUNDED_TOKENS
     dtype = x.dtype if exact else product_dtype
     inputs, matrix = x.to(dtype), weight.to(dtype)
@@ -177,7 +176,7 @@ def _topk_gate(
 
 
 def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return TopK(ReLU(·)) among a token's candidate experts, (T, more than K), in the precision of `x` and `weight`."""
+    """Return TopK(ReLU(·)) among a token's candidates, (T, more than K), in the precision of `x` and `weight`."""
     scores = row_products(chosen, x, weight)
     if bias is not None:
         scores = scores + bias[chosen]
@@ -185,9 +184,7 @@ def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, k: i
     return values, chosen.gather(1, at)
 
 
-@_topk_gate.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+_topk_gate.register_fake(lambda x, weight, bias, k, product_dtype: empty_coefficients(x, k))
 
 
 def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -221,9 +218,7 @@ def _expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     return weighted_rows(indices, values, table)
 
 
-@_expert_sum.register_fake
-def _(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    return values.new_empty(values.shape[0], table.shape[1])
+_expert_sum.register_fake(lambda values, indices, table: values.new_empty(values.shape[0], table.shape[1]))
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -72,7 +72,7 @@ class _Original(MLPReplacement):
 
 
 class ReplacedMLP:
-    """Hold a replacement that can be undone; made by `replace_mlp`.
+    """A replacement that can be undone; made by `replace_mlp`.
 
     Attributes:
         site: where the MLP is.
@@ -91,13 +91,20 @@ class ReplacedMLP:
 
     def _install(self) -> None:
         self.site.put(self._installed)
-        if not self._savable:
-            _set_savable(self.site, False)
+        self._refuse_saving(True)
+
+    def _refuse_saving(self, refuse: bool) -> None:
+        attributes = vars(self.site.model)
+        for method in () if self._savable else ("save_pretrained", "push_to_hub"):
+            refusal = attributes.setdefault(method, _SavingRefused(self.site.model, method))
+            (refusal.layers.append if refuse else refusal.layers.remove)(self.site.layer)
+            if not refusal.layers:
+                del attributes[method]
 
     def permit_saving(self) -> None:
         """Let the model be saved while this replacement is in it: its class then saves what it should."""
+        self._refuse_saving(False)
         self._savable = True
-        _set_savable(self.site, True)
 
     def restore(self) -> None:
         """Restore the original module objects.
@@ -111,16 +118,11 @@ class ReplacedMLP:
                 "first, in reverse order"
             )
         self.site.put(self.original)
-        if not self._savable:
-            _set_savable(self.site, True)
+        self._refuse_saving(False)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Restore the original modules inside the block, and replace them again afterwards.
-
-        Raises:
-            SurgeryError: as `restore`.
-        """
+        """Restore the original modules inside the block, and replace them again afterwards."""
         self.restore()
         try:
             yield
@@ -142,15 +144,6 @@ class _SavingRefused:
             f"this {type(self.model).__name__} cannot be saved while MLPs are replaced (layers {sorted(self.layers)}): "
             "save the decomposition by its own save_pretrained, and the base model after it is restored"
         )
-
-
-def _set_savable(site: MLPSite, savable: bool) -> None:
-    attributes = vars(site.model)
-    for method in ("save_pretrained", "push_to_hub"):
-        refusal = attributes.setdefault(method, _SavingRefused(site.model, method))
-        (refusal.layers.remove if savable else refusal.layers.append)(site.layer)
-        if not refusal.layers:
-            del attributes[method]
 
 
 def replace_mlp(model: nn.Module, layer: int, module: nn.Module, **options: Any) -> ReplacedMLP:
@@ -199,8 +192,12 @@ def replace_mlps(
     widths = verify_sites(model, list(sites.values()), example_inputs) if verify else {}
     for layer, module in modules.items():
         have = widths.get(sites[layer].slots)
-        if have is not None and isinstance(module, SparseLayer):
-            check_widths(layer, have, (module.config.hidden_size, module.config.output_size))
+        want = (module.config.hidden_size, module.config.output_size) if isinstance(module, SparseLayer) else have
+        if have not in (None, want):
+            raise SurgeryError(
+                f"the MLP of layer {layer} maps {have[0]} to {have[1]} dimensions, the decomposition's layer {want[0]} "
+                f"to {want[1]}: is it of another base model?"
+            )
     for layer, module in modules.items():
         _move_to(sites[layer], model, module, cast)
     return [ReplacedMLP(sites[layer], module) for layer, module in modules.items()]
@@ -210,24 +207,18 @@ def replace_mlps(
 def spliced_mlps(
     model: nn.Module, modules: Mapping[int, nn.Module], cast: bool = True, **options: Any
 ) -> Iterator[list[ReplacedMLP]]:
-    """Replace the MLPs of several layers inside the block, as `replace_mlps`, and restore them afterwards.
-
-    If one was changed meanwhile, the others are still restored and the error is raised.
-    """
-    with ExitStack() as stack:  # calls every restore, also after one that failed
-        replaced = replace_mlps(model, modules, cast, **options)
-        for replacement in replaced:
-            stack.callback(replacement.restore)
+    """Replace the MLPs of several layers inside the block, as `replace_mlps`, and restore them afterwards."""
+    with restored_afterwards(replace_mlps(model, modules, cast, **options)) as replaced:
         yield replaced
 
 
-def check_widths(layer: int, have: tuple[int, int], want: tuple[int, int]) -> None:
-    """Raise a SurgeryError if an MLP's input and output width are not those of a decomposition's layer."""
-    if have != want:
-        raise SurgeryError(
-            f"the MLP of layer {layer} maps {have[0]} to {have[1]} dimensions, the decomposition's layer {want[0]} to "
-            f"{want[1]}: is it of another base model?"
-        )
+@contextmanager
+def restored_afterwards(replaced: list[ReplacedMLP]) -> Iterator[list[ReplacedMLP]]:
+    """Restore all replacements at the block's end. If one was changed, the others are restored and the error raised."""
+    with ExitStack() as stack:  # calls every restore, also after one that failed
+        for replacement in replaced:
+            stack.callback(replacement.restore)
+        yield replaced
 
 
 def _check_routers(model: nn.Module, found: Mapping[int, MLPSite], sites: Mapping[int, MLPSite]) -> None:
