@@ -133,27 +133,23 @@ class MxDLayerConfig:
 
     def _check_groups(self) -> None:
         groups, opened = self.num_expert_groups, self.num_groups_per_tok
-        if (groups is None) != (opened is None):
+        if groups is None and opened is None:
+            return
+        if groups is None or opened is None:
             given = f"num_expert_groups ({shorten(groups)}) and num_groups_per_tok ({shorten(opened)})"
             raise ValueError(f"{given} go together: give both, or neither for a gate without groups")
-        if groups is None or opened is None:
-            return
         _check_size("num_expert_groups", groups)
         _check_size("num_groups_per_tok", opened)
-        if opened > groups:
-            raise ValueError(f"num_groups_per_tok ({opened}) must not exceed num_expert_groups ({groups})")
         size, experts = self.expert_group_size, self.num_experts
         fewest = experts - (groups - opened) * size  # in the open groups, the last among them
+        if opened > groups:
+            raise ValueError(f"num_groups_per_tok ({opened}) must not exceed num_expert_groups ({groups})")
         if experts <= (groups - 1) * size:
-            raise ValueError(
-                f"num_expert_groups ({groups}) groups of {size} are more than num_experts ({experts}) fill: use "
-                f"{-(-experts // size)}"
-            )
+            wrong = f"num_expert_groups ({groups}) groups of {size} are more than num_experts ({experts}) fill"
+            raise ValueError(f"{wrong}: use {-(-experts // size)}")
         if fewest < self.num_experts_per_tok:
-            raise ValueError(
-                f"num_groups_per_tok ({opened}) groups may hold {fewest} experts, fewer than num_experts_per_tok "
-                f"({self.num_experts_per_tok}): open more, or use larger groups"
-            )
+            wrong = f"num_groups_per_tok ({opened}) groups may hold {fewest} experts, fewer than num_experts_per_tok"
+            raise ValueError(f"{wrong} ({self.num_experts_per_tok}): open more, or use larger groups")
 
     @property
     def expert_group_size(self) -> int:
@@ -378,10 +374,8 @@ def _check_format(version: Any, others: Mapping[str, Any]) -> None:
     if type(version) is not int or version < 1:
         raise ValueError(f"format_version must be a whole number from 1, got {shorten(version)}")
     if version > FORMAT_VERSION:
-        raise ValueError(
-            f"this decomposition was saved by a newer mxd (format {version}, this one reads {FORMAT_VERSION}): update "
-            "with pip install -U mxd"
-        )
+        newer = f"saved by a newer mxd (format {version}, this one reads {FORMAT_VERSION})"
+        raise ValueError(f"this decomposition was {newer}: update with pip install -U mxd")
     # Names with an underscore are transformers' own state, in the dictionaries of to_dict().
     unknown = sorted(name for name in others if name not in _STOCK_FIELDS and not name.startswith("_"))
     if unknown:

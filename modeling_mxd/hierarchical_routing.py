@@ -24,7 +24,7 @@ def default_num_expert_groups(num_experts: int) -> int:
     return -(-num_experts // max(1, round(math.sqrt(num_experts))))
 
 
-@operator("routed_gate", synchronises=True)
+@operator("routed_gate", lambda x, weight, bias, opened, group_size, k: empty_coefficients(x, k), synchronises=True)
 def _routed_gate(
     x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int
 ) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,6 @@ def _scores_of_group(x: Tensor, weight: Tensor, bias: Tensor | None, group: int,
     return F.pad(scores, (0, size - scores.shape[1]), value=-math.inf) if scores.shape[1] < size else scores
 
 
-_routed_gate.register_fake(lambda x, weight, bias, opened, group_size, k: empty_coefficients(x, k))
 _routed_gate.register_autograd(gate_gradients, setup_context=save_gate)
 
 

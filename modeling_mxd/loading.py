@@ -9,10 +9,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -101,19 +100,14 @@ def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:
 # The way of a repo id: resolve, choose layers, resolve the base, check the files of both.
 
 
-@dataclass(frozen=True)
-class ResolvedRepo:
-    """A folder, or a Hub repo at one commit.
-
-    Attributes:
-        name: folder or Hub id.
-        access: keyword arguments that download its files; the revision is a commit.
-        config_file: path of its config.json.
-    """
+class ResolvedRepo(NamedTuple):
+    """A folder, or a Hub repo at one commit."""
 
     name: str
     access: dict[str, Any]
+    """keyword arguments that download its files; the revision is a commit"""
     config_file: str
+    """path of its config.json"""
 
 
 def resolve(name: Any, access: dict[str, Any]) -> ResolvedRepo:
@@ -126,12 +120,7 @@ def resolve(name: Any, access: dict[str, Any]) -> ResolvedRepo:
 def resolve_base(
     repo: ResolvedRepo, config: MxDConfig, access: dict[str, Any], name: str | None, revision: str | None
 ) -> ResolvedRepo:
-    """Resolve the base model, and check that it is a language model.
-
-    Args:
-        repo, config: the decomposition's; the config names the base.
-        access: keyword arguments that download files.
-        name, revision: another base, or another commit of it, to load instead.
+    """Resolve the base model that a decomposition's config names, or the given one, and check what kind it is.
 
     Raises:
         ValueError: there is no name, it is no language model, or a Hub repo names a folder of this machine.

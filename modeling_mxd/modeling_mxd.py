@@ -52,9 +52,6 @@ class MxDModel(PreTrainedModel):
 
     `model.layers["8"]`, or `model.layer(8)`, replaces the MLP of transformer layer 8.
 
-    Raises:
-        ValueError: the config names no layer, or sizes that this machine cannot hold.
-
     Example:
         >>> mxd = MxDModel.from_pretrained("gpt2-l8")  # doctest: +SKIP
         >>> with mxd.spliced(base_model):  # doctest: +SKIP
@@ -160,7 +157,7 @@ class MxDModel(PreTrainedModel):
         """Check that a model is the base that the config names. Another commit of it is only warned about.
 
         Raises:
-            SurgeryError: it is of another type, or its config names other activations.
+            SurgeryError: its type is another, or its config names other activations.
         """
         config, ours = getattr(model, "config", None), self.config
         kind, activations = getattr(config, "model_type", None), configured_activations(model)
@@ -227,10 +224,8 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         base = resolve_base(repo, config, access, *other_base)
         files = decomposition_files(repo, config)
         language_model = load_language_model(base, *args, **kwargs)
-        load = partial(
-            super(MxDModel, MxDModel).from_pretrained, None, dtype=language_model.dtype, output_loading_info=True
-        )
-        mxd, info = load_decomposition(load, repo, config, files)
+        load = partial(super(MxDModel, MxDModel).from_pretrained, None, output_loading_info=True)
+        mxd, info = load_decomposition(load, repo, config, files, dtype=language_model.dtype)
         model = make_spliced(language_model, mxd.eval(), repo.name)
         if path := adapter.pop("_adapter_model_path", None):
             model.load_adapter(path, adapter_name=adapter_name, adapter_kwargs={**access, **adapter})

@@ -95,9 +95,7 @@ def find_stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
     transformer) are one stack, `encoder.layers.*.blocks`.
     """
     if not isinstance(model, PreTrainedModel):
-        raise SurgeryError(
-            f"{type(model).__name__} is not a transformers model itself: pass the model inside the wrapper"
-        )
+        raise SurgeryError(f"{type(model).__name__} is not a transformers model itself: pass the model inside of it")
     found: dict[str, list[tuple[str, nn.Module]]] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
@@ -107,16 +105,7 @@ def find_stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
             inside = (*inside, f"{path}.")
             pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
             found.setdefault(pattern, []).extend((f"{path}.{name}", layer) for name, layer in module.named_children())
-    return found or _layers_without_mlp(model)
-
-
-def _layers_without_mlp(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """Return the longest list of a model without any MLP (Mamba), so that each layer can say that it has none."""
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return {}
-    path, longest = max(lists, key=lambda item: len(item[1]))
-    return {path: [(f"{path}.{name}", layer) for name, layer in longest.named_children()]}
+    return found
 
 
 def choose_stack(model: PreTrainedModel, stack: str | None, stacks: Mapping[str, Any]) -> str:
@@ -131,7 +120,9 @@ def choose_stack(model: PreTrainedModel, stack: str | None, stacks: Mapping[str,
     Raises:
         SurgeryError: no stack or several are meant; the message lists those that there are.
     """
-    kind, found, names = type(model).__name__, list(stacks), ", ".join(stacks) or "no stack"
+    kind, found, names = type(model).__name__, list(stacks), ", ".join(stacks)
+    if not stacks:
+        raise SurgeryError(f"{kind} has no MLP: no list of its modules holds layers with one")
     if stack in ("encoder", "decoder"):
         found = [path for path in stacks if re.search(rf"(^|[._]){stack}([._]|$)", path)]
     elif stack is not None:

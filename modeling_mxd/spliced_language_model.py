@@ -65,11 +65,7 @@ class SplicedLanguageModel:
 
     @contextmanager
     def untouched(self) -> Iterator[PreTrainedModel]:
-        """Restore the base's own MLPs inside the block; no weights are copied.
-
-        Raises:
-            SurgeryError: an MLP was replaced again since.
-        """
+        """Restore the base's own MLPs inside the block, as `unsplice`; no weights are copied."""
         assert isinstance(self, PreTrainedModel)
         with ExitStack() as stack:
             for replaced in self._splice.replaced:
@@ -124,19 +120,16 @@ class SplicedLanguageModel:
 
 
 def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: bool = True) -> PreTrainedModel:
-    """Splice a decomposition into a base model in place: its class becomes a subclass of the same name.
+    """Splice an `MxDModel` into a base model, in place: its class becomes a subclass of the same name.
 
     Args:
-        base: a causal language model that fits the decomposition.
+        base: a causal language model that fits the decomposition; it is returned.
         decomposition: the `MxDModel`.
         name: folder or Hub id of the decomposition; adapters name it as their base.
         cast: move the decomposition to the base's dtype. If False it keeps its own, which training needs.
 
-    Returns:
-        `base`.
-
     Raises:
-        SurgeryError: it does not fit, or a decomposition is spliced into this class already; `base` is then as it was.
+        SurgeryError: it does not fit, or a decomposition is spliced in already; `base` is then as it was.
     """
     if isinstance(base, SplicedLanguageModel):
         raise SurgeryError(

@@ -59,7 +59,7 @@ class _Original(MLPReplacement):
     """Call an MLP's own modules, one after another, the way a replacement is called."""
 
     def __init__(self, site: MLPSite):
-        super().__init__(nn.ModuleList(site.modules), second_output(site))
+        super().__init__(nn.ModuleList(site.modules), SECOND_OUTPUT.get(type(site.output_module).__name__))
         self.widths: tuple[int, int] | None = None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,8 +84,7 @@ class ReplacedMLP:
         self.site = site
         self.original = site.modules
         self.replacement = replacement
-        first = MLPReplacement(replacement, second_output(site)) if needs_mlp_replacement(site) else replacement
-        self._installed = (first, *(nn.Identity() for _ in self.original[1:]))
+        self._installed = (as_replacement(site, replacement), *(nn.Identity() for _ in self.original[1:]))
         self._savable = False
         self._install()
 
@@ -165,7 +164,7 @@ def replace_mlps(
 
     Args:
         model: a transformers model, itself rather than inside a wrapper.
-        modules: new modules by index of the transformer layer; each maps (..., I) to (..., O).
+        modules: new module by index of the transformer layer; maps (..., I) to (..., O).
         cast: move each module, in place, to the replaced MLP's device and dtype. If False, only to its device.
         stack, site: which list of layers, and which MLP of a layer; see `find_mlps`.
         verify: run 8 tokens through the model first, to check that surgery is exact and the widths fit.
@@ -188,7 +187,6 @@ def replace_mlps(
                 f"the MLP of layer {place.layer} is already replaced by a decomposition: restore it first, or use the "
                 "model that `unsplice()` returns"
             )
-    _check_routers(model, found, sites)
     widths = verify_sites(model, list(sites.values()), example_inputs) if verify else {}
     for layer, module in modules.items():
         have = widths.get(sites[layer].slots)
@@ -221,17 +219,6 @@ def restored_afterwards(replaced: list[ReplacedMLP]) -> Iterator[list[ReplacedML
         yield replaced
 
 
-def _check_routers(model: nn.Module, found: Mapping[int, MLPSite], sites: Mapping[int, MLPSite]) -> None:
-    """Check that a model which returns router logits keeps a router."""
-    routed = {layer for layer, site in found.items() if site.kind == "mixture-of-experts"}
-    whole = {layer for layer in routed & sites.keys() if not sites[layer].slots[0].endswith("experts")}
-    if routed and routed == whole and getattr(model.config, "output_router_logits", False):
-        raise SurgeryError(
-            f"{type(model).__name__} is configured to return router logits (config.output_router_logits), and no "
-            "router would be left: turn that off, or replace the experts alone (site='mlp.experts')"
-        )
-
-
 def is_quantised(weight: Tensor) -> bool:
     """Return whether a weight holds codes (integers or float8) that only its module can read."""
     return not weight.is_floating_point() or weight.dtype.itemsize < 2
@@ -247,17 +234,12 @@ def _move_to(site: MLPSite, model: nn.Module, module: nn.Module, cast: bool) -> 
         module.to(device=like.device if device is None else device, dtype=dtype if cast else None)
 
 
-def needs_mlp_replacement(site: MLPSite) -> bool:
-    """Return whether the site's callers pass more than the input, or expect more than the output."""
-    if second_output(site) is not None:
-        return True
+def as_replacement(site: MLPSite, layer: nn.Module) -> nn.Module:
+    """Wrap a layer where the site's callers pass more than the input, or expect more than the output."""
+    second = SECOND_OUTPUT.get(type(site.output_module).__name__)
     parameters = inspect.signature(site.input_module.forward).parameters.values()
-    return len(parameters) != 1 or any(p.kind == p.VAR_KEYWORD for p in parameters)
-
-
-def second_output(site: MLPSite) -> str | None:
-    """Return the second value that the site's block returns, None if it returns its output alone."""
-    return SECOND_OUTPUT.get(type(site.output_module).__name__)
+    plain = len(parameters) == 1 and not any(p.kind == p.VAR_KEYWORD for p in parameters)
+    return layer if plain and second is None else MLPReplacement(layer, second)
 
 
 # Verification
@@ -265,14 +247,8 @@ def second_output(site: MLPSite) -> str | None:
 
 @torch.no_grad()
 def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping[str, Any] | None = None) -> Widths:
-    """Check that replacing MLPs is exact: run a few tokens twice, the second time through `originals_routed`.
-
-    Sites that were verified before are not run again.
-
-    Args:
-        model: is as it was afterwards, its random state too. A model on the meta device is not run.
-        sites: MLPs that will be replaced.
-        example_inputs: inputs to run; by default 8 tokens.
+    """Check that replacing MLPs is exact: run `example_inputs` (8 tokens) twice, the second time through
+    `originals_routed`. Sites that were verified before, and a model on the meta device, are not run.
 
     Returns:
         The widths of the model's verified MLPs.
