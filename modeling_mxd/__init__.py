@@ -11,33 +11,11 @@ from .spliced_language_model import SplicedLanguageModel, make_spliced
 from .surgery import MLPReplacement, ReplacedMLP, replace_mlp, replace_mlps, spliced_mlps, verify_sites
 
 __all__ = [
-    "ExpertCoefficients",
-    "ExpertIntervention",
-    "MLPReplacement",
-    "MLPSite",
-    "MxDConfig",
-    "MxDForCausalLM",
-    "MxDLayer",
-    "MxDLayerConfig",
-    "MxDModel",
-    "MxDOutput",
-    "ReplacedMLP",
-    "SparseLayer",
-    "SplicedLanguageModel",
-    "SurgeryError",
-    "TranscoderLayer",
-    "find_all_mlps",
-    "find_mlp",
-    "find_mlps",
-    "find_stacks",
-    "make_layer",
-    "make_spliced",
-    "replace_mlp",
-    "replace_mlps",
-    "site_of",
-    "spliced_mlps",
-    "verify_sites",
-]
+    "ExpertCoefficients", "ExpertIntervention", "MLPReplacement", "MLPSite", "MxDConfig", "MxDForCausalLM",
+    "MxDLayer", "MxDLayerConfig", "MxDModel", "MxDOutput", "ReplacedMLP", "SparseLayer", "SplicedLanguageModel",
+    "SurgeryError", "TranscoderLayer", "find_all_mlps", "find_mlp", "find_mlps", "find_stacks", "make_layer",
+    "make_spliced", "replace_mlp", "replace_mlps", "site_of", "spliced_mlps", "verify_sites",
+]  # fmt: skip
 
 # All or none: a local config would meet a remote model.
 AutoConfig.register(MxDConfig.model_type, MxDConfig, exist_ok=True)

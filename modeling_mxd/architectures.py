@@ -3,8 +3,7 @@
 A few rules fit nearly all of transformers; the exceptions are listed with their reasons. An MLP is a chain of one or
 more modules of a transformer layer, its *slots*: `("mlp",)` if it is a module of its own, `("fc1", "activation_fn",
 "fc2")` if the layer (or a block with a residual or a norm inside) calls the linears itself. The MLP's input is that of
-the first slot and its output that of the last. Paths are dotted, from the transformer layer; `-1` names the last item
-of a list.
+the first slot and its output that of the last. Paths are dotted, from the transformer layer.
 """
 
 import re
@@ -23,8 +22,7 @@ RULES: tuple[tuple[str, ...], ...] = (
     ("mlp_block",),
     ("ff",),
     ("shared_mlp",),
-    ("layer.-1.DenseReluDense",),
-    ("layer.-1.mlp",),
+    *((f"layer.{last}.{name}",) for last in (2, 1) for name in ("DenseReluDense", "mlp")),
     ("fc1", "activation_fn", "fc2"),
     ("ffn", "activation", "ffn_output"),
     ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
@@ -54,6 +52,7 @@ _ADDS_RESIDUAL = "the block takes the residual and adds it itself"
 _NORM_INSIDE = "the block holds residual or layer norm"
 _HALF_STEPS = "an MLP of half a step before the attention and one at the end, which is the main one"
 _TIED = "the block's weights are tied over layers; each layer's is replaced on its own"
+_SIDE_BY_SIDE = "experts and a shared MLP side by side, their outputs added"
 # Reasons for replacing a block's linears rather than the block.
 RESIDUAL_INSIDE = (_ADDS_RESIDUAL, _NORM_INSIDE)
 
@@ -76,23 +75,16 @@ LAYER_EXCEPTIONS: dict[str, LayerException] = {
     "LongcatFlashDecoderLayer": LayerException(
         (("mlp",), ("mlps.0",), ("mlps.1",)), "a mixture of experts and two dense MLPs a layer"
     ),
-    "GraniteMoeHybridDecoderLayer": LayerException(
-        (("block_sparse_moe",), ("shared_mlp",)), "experts and a shared MLP side by side, their outputs added"
-    ),
-    "GraniteMoeSharedDecoderLayer": LayerException(
-        (("block_sparse_moe",), ("shared_mlp",)), "experts and a shared MLP side by side, their outputs added"
-    ),
+    "GraniteMoeHybridDecoderLayer": LayerException((("block_sparse_moe",), ("shared_mlp",)), _SIDE_BY_SIDE),
+    "GraniteMoeSharedDecoderLayer": LayerException((("block_sparse_moe",), ("shared_mlp",)), _SIDE_BY_SIDE),
     "Gemma4TextDecoderLayer": LayerException(
         (("mlp",), ("experts",)), "a dense MLP and, in some models, experts beside it that read another input"
     ),
     "FunnelLayer": LayerException((("ffn.linear_1", "ffn.activation_function", "ffn.linear_2"),), _NORM_INSIDE),
     "MobileBertLayer": LayerException(
-        (
-            ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
-            *(
-                (f"ffn.{i}.intermediate.dense", f"ffn.{i}.intermediate.intermediate_act_fn", f"ffn.{i}.output.dense")
-                for i in range(8)
-            ),
+        tuple(
+            (f"{p}intermediate.dense", f"{p}intermediate.intermediate_act_fn", f"{p}output.dense")
+            for p in ("", *(f"ffn.{i}." for i in range(8)))
         ),
         "several MLPs one after another, each with a norm; the last is the main one",
     ),
@@ -124,30 +116,10 @@ _OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|sound|video|patch"
 
 def resolve(layer: nn.Module, path: str) -> nn.Module | None:
     """Return the module at a dotted path, None if there is none."""
-    module: object = layer
-    for name in path.split("."):
-        if name == "-1":
-            if not isinstance(module, nn.ModuleList) or not len(module):
-                return None
-            module = module[-1]
-        else:
-            module = getattr(module, name, None)
-        if not isinstance(module, nn.Module):
-            return None
-    assert isinstance(module, nn.Module)
-    return module
-
-
-def spelled_out(layer: nn.Module, path: str) -> str:
-    """Replace `-1` in a path by the index of the last item."""
-    names: list[str] = []
-    for name in path.split("."):
-        if name == "-1":
-            items = resolve(layer, ".".join(names)) if names else layer
-            assert isinstance(items, nn.ModuleList)
-            name = str(len(items) - 1)  # noqa: PLW2901
-        names.append(name)
-    return ".".join(names)
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def layer_chains(layer: nn.Module) -> list[tuple[str, ...]]:
@@ -157,7 +129,7 @@ def layer_chains(layer: nn.Module) -> list[tuple[str, ...]]:
         return [chain for chain in exception.slots if _is_there(layer, chain)]
     for chain in RULES:
         if _is_there(layer, chain):
-            return [tuple(spelled_out(layer, path) for path in chain)]
+            return [chain]
     mixer = getattr(layer, "mixer", None)  # NemotronH: a layer is either attention, Mamba or an MLP
     if isinstance(mixer, nn.Module) and re.search("MLP|MoE", type(mixer).__name__):
         return [("mixer",)]
@@ -167,9 +139,7 @@ def layer_chains(layer: nn.Module) -> list[tuple[str, ...]]:
 
 def _is_there(layer: nn.Module, chain: tuple[str, ...]) -> bool:
     modules = [resolve(layer, path) for path in chain]
-    if any(module is None for module in modules):
-        return False
-    return not (len(chain) == 1 and isinstance(modules[0], _NO_MLP))
+    return None not in modules and not (len(chain) == 1 and isinstance(modules[0], _NO_MLP))
 
 
 def is_other_tower(path: str) -> bool:

@@ -3,6 +3,7 @@
 Parameter names follow transformers (`hidden_size`, `num_experts`, `num_experts_per_tok`, `hidden_act`).
 """
 
+import copy
 import json
 import os
 import re
@@ -36,8 +37,8 @@ _STOCK_FIELDS = frozenset(PretrainedConfig().to_dict()) | {
     "tie_word_embeddings", "is_decoder", "torchscript", "use_bfloat16", "pruned_heads", "task_specific_params",
 }  # fmt: skip
 
-# `-1` is the last item of a list, `*` stands for the numbers of a list of lists.
-_PATH = r"[A-Za-z_]\w*(\.(\w+|-1))*"
+# `*` stands for the numbers of a list of lists.
+_PATH = r"[A-Za-z_]\w*(\.\w+)*"
 _SITE = re.compile(rf"{_PATH}(, ?{_PATH})*", re.ASCII)
 _STACK = re.compile(r"[A-Za-z_]\w*(\.(\w+|\*))*", re.ASCII)
 
@@ -54,11 +55,7 @@ def shorten(value: Any) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object from a file of bounded size.
-
-    Raises:
-        ValueError: the file is too large, is not JSON or is not an object.
-    """
+    """Read a JSON object from a file, or raise a ValueError if it is none, or larger than `MAX_FILE_BYTES`."""
     if os.stat(path).st_size > MAX_FILE_BYTES:  # noqa: PTH116, transformers passes a str or a path
         raise ValueError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes: it is not read")
     try:
@@ -86,17 +83,14 @@ class MxDLayerConfig:
     """Hold the sizes and form of one layer, checked when it is built.
 
     Attributes:
-        hidden_size: width I of the MLP's input.
-        output_size: width O of the MLP's output.
+        hidden_size, output_size: widths I and O of the MLP's input and output.
         intermediate_size: hidden units H of the dense encoder (ignored by the transcoders).
         num_experts: experts N of an MxD, latents of a transcoder.
         num_experts_per_tok: K, at most this many coefficients of a token are non-zero.
         hidden_act: activation of the dense encoder, a name in transformers' `ACT2FN`.
         encoder_type: `"mlp"` for z = act(Ex + e), `"glu"` for z = act(Ex + e) * (Ux + u).
         method: `"mxd"`, `"transcoder"` or `"skip_transcoder"`.
-        gate_bias: whether the gate has the bias g.
-        encoder_bias: whether the encoder has the biases e and u.
-        output_bias: whether the output has the bias b.
+        gate_bias, encoder_bias, output_bias: whether there are the biases g, e (and u), b.
         num_expert_groups: groups G of neighbouring experts that a router chooses from (about √N), see
             `hierarchical_routing`. None for the exact gate, which scores every expert.
         num_groups_per_tok: groups M that each token opens, from fast (few) to exact (all).
@@ -122,10 +116,9 @@ class MxDLayerConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "output_size", "intermediate_size", "num_experts", "num_experts_per_tok"):
             _check_size(name, getattr(self, name))
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_experts ({self.num_experts})"
-            )
+        experts, k = self.num_experts, self.num_experts_per_tok
+        if k > experts:
+            raise ValueError(f"num_experts_per_tok ({k}) must not exceed num_experts ({experts})")
         for name, allowed in (("method", METHODS), ("encoder_type", ENCODER_TYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shorten(getattr(self, name))}")
@@ -140,29 +133,23 @@ class MxDLayerConfig:
 
     def _check_groups(self) -> None:
         groups, opened = self.num_expert_groups, self.num_groups_per_tok
-        if (groups is None) != (opened is None):
-            raise ValueError(
-                f"num_expert_groups ({shorten(groups)}) and num_groups_per_tok ({shorten(opened)}) go together: "
-                "give both, or neither for a gate without groups"
-            )
-        if groups is None or opened is None:
+        if groups is None and opened is None:
             return
+        if groups is None or opened is None:
+            given = f"num_expert_groups ({shorten(groups)}) and num_groups_per_tok ({shorten(opened)})"
+            raise ValueError(f"{given} go together: give both, or neither for a gate without groups")
         _check_size("num_expert_groups", groups)
         _check_size("num_groups_per_tok", opened)
+        size, experts = self.expert_group_size, self.num_experts
+        fewest = experts - (groups - opened) * size  # in the open groups, the last among them
         if opened > groups:
             raise ValueError(f"num_groups_per_tok ({opened}) must not exceed num_expert_groups ({groups})")
-        size = self.expert_group_size
-        in_last = self.num_experts - (groups - 1) * size
-        if in_last < 1:
-            raise ValueError(
-                f"num_expert_groups ({groups}) groups of {size} are more than num_experts ({self.num_experts}) fill: "
-                f"use {-(-self.num_experts // size)}"
-            )
-        if (opened - 1) * size + in_last < self.num_experts_per_tok:
-            raise ValueError(
-                f"num_groups_per_tok ({opened}) groups may hold {(opened - 1) * size + in_last} experts, fewer than "
-                f"num_experts_per_tok ({self.num_experts_per_tok}): open more, or use larger groups"
-            )
+        if experts <= (groups - 1) * size:
+            wrong = f"num_expert_groups ({groups}) groups of {size} are more than num_experts ({experts}) fill"
+            raise ValueError(f"{wrong}: use {-(-experts // size)}")
+        if fewest < self.num_experts_per_tok:
+            wrong = f"num_groups_per_tok ({opened}) groups may hold {fewest} experts, fewer than num_experts_per_tok"
+            raise ValueError(f"{wrong} ({self.num_experts_per_tok}): open more, or use larger groups")
 
     @property
     def expert_group_size(self) -> int:
@@ -173,7 +160,7 @@ class MxDLayerConfig:
     def num_parameters(self) -> int:
         """Trainable parameters: gate N·I (+N), expert table N·O, output bias O, router G·(I + 1), the method's own."""
         inputs, outputs, units, experts = self.hidden_size, self.output_size, self.intermediate_size, self.num_experts
-        count = experts * (inputs + outputs) + experts * self.gate_bias + outputs * self.output_bias
+        count = experts * (inputs + outputs + self.gate_bias) + outputs * self.output_bias
         count += (self.num_expert_groups or 0) * (inputs + 1)
         if self.method == "mxd":
             halves = 2 if self.encoder_type == "glu" else 1
@@ -194,17 +181,15 @@ class MxDConfig(PretrainedConfig):
 
     Args:
         layers: indices of the base model's decomposed layers, each at most once.
-        base_model_name_or_path: Hub id or folder of the base model.
-        base_model_revision: commit of the base model on the Hub, if it came from there.
+        base_model_name_or_path, base_model_revision: Hub id or folder of the base model, and its commit on the Hub.
         base_model_type: `model_type` of the base model; splicing into another type is refused.
         base_hidden_act: activation of the base model's MLPs; a model whose config names only others is refused.
         vocab_size, num_attention_heads: of the base model. PEFT reads them.
         site: `"mlp"` for a layer's main MLP, from its input (after the layer norm) to its output (before the residual
             is added), or the dotted paths of the modules that make up another MLP; see `find_mlps`.
         stack: the list of transformer layers that `layers` counts; see `choose_stack`.
-        hidden_size, output_size, intermediate_size, num_experts, num_experts_per_tok, hidden_act, encoder_type,
-        method, gate_bias, encoder_bias, output_bias, num_expert_groups, num_groups_per_tok: see `MxDLayerConfig`.
-            `output_size` defaults to `hidden_size`, `intermediate_size` to four times `hidden_size`.
+        hidden_size and the other fields of `MxDLayerConfig`: `output_size` defaults to `hidden_size`,
+            `intermediate_size` to four times `hidden_size`.
         layer_overrides: `{"8": {"num_experts": 1024}}`, layer index as text to the fields that differ there.
         format_version: version of the stored format.
         **kwargs: fields that transformers adds to every config.
@@ -221,33 +206,16 @@ class MxDConfig(PretrainedConfig):
     model_type = "mxd"
 
     def __init__(
-        self,
-        layers: Sequence[int] = (),
-        base_model_name_or_path: str | None = None,
-        base_model_revision: str | None = None,
-        base_model_type: str | None = None,
-        base_hidden_act: str | None = None,
-        vocab_size: int | None = None,
-        num_attention_heads: int | None = None,
-        site: str = "mlp",
-        stack: str | None = None,
-        hidden_size: int = 768,
-        output_size: int | None = None,
-        intermediate_size: int | None = None,
-        num_experts: int = 4096,
-        num_experts_per_tok: int = 32,
-        hidden_act: str = "gelu",
-        encoder_type: str = "mlp",
-        method: str = "mxd",
-        gate_bias: bool = True,
-        encoder_bias: bool = True,
-        output_bias: bool = True,
-        num_expert_groups: int | None = None,
-        num_groups_per_tok: int | None = None,
-        layer_overrides: Mapping[str, Mapping[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
-        **kwargs: Any,
-    ):
+        self, layers: Sequence[int] = (), base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None, base_model_type: str | None = None, base_hidden_act: str | None = None,
+        vocab_size: int | None = None, num_attention_heads: int | None = None, site: str = "mlp",
+        stack: str | None = None, hidden_size: int = 768, output_size: int | None = None,
+        intermediate_size: int | None = None, num_experts: int = 4096, num_experts_per_tok: int = 32,
+        hidden_act: str = "gelu", encoder_type: str = "mlp", method: str = "mxd", gate_bias: bool = True,
+        encoder_bias: bool = True, output_bias: bool = True, num_expert_groups: int | None = None,
+        num_groups_per_tok: int | None = None, layer_overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION, **kwargs: Any,
+    ):  # fmt: skip
         _check_format(format_version, kwargs)
         given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         for name, value in given.items():
@@ -269,11 +237,7 @@ class MxDConfig(PretrainedConfig):
         self.auto_map = dict(AUTO_MAP)
 
     def check(self) -> None:
-        """Check all fields again, after some were set.
-
-        Raises:
-            ValueError: as when the config is built.
-        """
+        """Check all fields again, after some were set."""
         if len(self.layers) > MAX_LAYERS:
             raise ValueError(f"layers must be at most {MAX_LAYERS}, got {len(self.layers)}")
         for layer in self.layers:
@@ -330,23 +294,35 @@ class MxDConfig(PretrainedConfig):
         stock = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("_") or name == "name_or_path"}
         return super().from_dict(dict(config_dict), **stock), kwargs
 
-    def keep_layers(self, layers: Sequence[int]) -> None:
-        """Keep only these layers, in this order.
+    @classmethod
+    def of_repo(cls, name: str, path: str, given: Any, kwargs: dict[str, Any]) -> "MxDConfig":
+        """Return the config to load: a repo's or a copy of the given one, with the fields taken out of `kwargs`."""
+        values = read_json(path)
+        if values.get("model_type") != cls.model_type:
+            kind = shorten(values.get("model_type"))
+            raise ValueError(f"{name} holds a model of type {kind}, not a decomposition")
+        config = cls.from_dict(values) if given is None else copy.deepcopy(given)
+        there, layers = config.layers, kwargs.pop("layers", None)
+        for field in kwargs.keys() & _LAYER_FIELDS:
+            setattr(config, field, kwargs.pop(field))
+        config.keep_layers(there if layers is None else layers)  # checks all fields
+        if not config.layers:
+            raise ValueError("config.layers is empty: a decomposition needs at least one layer")
+        unknown = [layer for layer in config.layers if layer not in there]
+        if unknown:
+            raise ValueError(f"layer {unknown[0]} is not in the decomposition {name}, which has layers {there}")
+        config.check_memory(torch.float8_e4m3fn)  # the narrowest dtype of weights
+        return config
 
-        Raises:
-            ValueError: `layers` is not a list of layer indices.
-        """
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """Keep only these layers, in this order."""
         self.layers = _as_list(layers)
         kept = {str(layer) for layer in self.layers}
         self.layer_overrides = {key: value for key, value in self.layer_overrides.items() if key in kept}
         self.check()
 
     def layer(self, layer: int) -> MxDLayerConfig:
-        """Return the resolved configuration of one layer.
-
-        Raises:
-            KeyError: this decomposition has no such layer.
-        """
+        """Return the resolved configuration of one layer, or raise a KeyError."""
         if layer not in self.layers:
             raise KeyError(f"layer {layer} is not in this decomposition, which has layers {self.layers}")
         values = {name: getattr(self, name) for name in _LAYER_FIELDS}
@@ -354,19 +330,15 @@ class MxDConfig(PretrainedConfig):
 
     @classmethod
     def from_layer_configs(cls, layer_configs: Mapping[int, MxDLayerConfig], **kwargs: Any) -> "MxDConfig":
-        """Build the shortest config that resolves to `layer_configs`: the first layer's values are shared.
-
-        Raises:
-            ValueError: `layer_configs` is empty.
-        """
+        """Build the shortest config that resolves to `layer_configs`: the first layer's values are shared."""
         if not layer_configs:
             raise ValueError("layer_configs is empty: name at least one layer")
         shared = vars(next(iter(layer_configs.values())))
-        overrides = {
+        changed = {
             str(layer): {name: value for name, value in vars(config).items() if value != shared[name]}
             for layer, config in layer_configs.items()
         }
-        overrides = {layer: changed for layer, changed in overrides.items() if changed}
+        overrides = {layer: fields for layer, fields in changed.items() if fields}
         return cls(layers=list(layer_configs), layer_overrides=overrides, **shared, **kwargs)
 
     @property
@@ -385,19 +357,15 @@ class MxDConfig(PretrainedConfig):
         return sum(self.layer(layer).num_parameters for layer in self.layers)
 
     def check_memory(self, dtype: torch.dtype) -> None:
-        """Check that this machine can hold the decomposition, before anything is allocated.
-
-        Raises:
-            ValueError: it cannot; the message names the layer with the most parameters and its sizes.
-        """
+        """Raise a ValueError if this machine cannot hold the decomposition, before anything is allocated."""
         needed, held = self.num_parameters * dtype.itemsize, machine_memory()
         if needed > held:
             largest = max(self.layers, key=lambda layer: self.layer(layer).num_parameters)
-            sizes = self.layer(largest)
+            c = self.layer(largest)
             raise ValueError(
                 f"the decomposition needs {needed / 2**30:,.1f} GiB for its parameters, this machine has "
-                f"{held / 2**30:,.1f} GiB; reduce num_experts ({sizes.num_experts}), hidden_size "
-                f"({sizes.hidden_size}) or intermediate_size ({sizes.intermediate_size}) of layer {largest}"
+                f"{held / 2**30:,.1f} GiB; reduce num_experts ({c.num_experts}), hidden_size ({c.hidden_size}) or "
+                f"intermediate_size ({c.intermediate_size}) of layer {largest}"
             )
 
 
@@ -406,10 +374,8 @@ def _check_format(version: Any, others: Mapping[str, Any]) -> None:
     if type(version) is not int or version < 1:
         raise ValueError(f"format_version must be a whole number from 1, got {shorten(version)}")
     if version > FORMAT_VERSION:
-        raise ValueError(
-            f"this decomposition was saved by a newer mxd (format {version}, this one reads {FORMAT_VERSION}): update "
-            "with pip install -U mxd"
-        )
+        newer = f"saved by a newer mxd (format {version}, this one reads {FORMAT_VERSION})"
+        raise ValueError(f"this decomposition was {newer}: update with pip install -U mxd")
     # Names with an underscore are transformers' own state, in the dictionaries of to_dict().
     unknown = sorted(name for name in others if name not in _STOCK_FIELDS and not name.startswith("_"))
     if unknown:
@@ -418,9 +384,8 @@ def _check_format(version: Any, others: Mapping[str, Any]) -> None:
 
 def machine_memory() -> int:
     """Return the bytes of physical memory and of all GPUs together."""
-    total = 0
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
     if torch.cuda.is_available():
         total += sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     # Where the system does not say, only what no machine holds is refused.

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores of the largest temporary, and its fewest tokens: products of fewer rows read the weights more often than needed.
+# Scores of the largest temporary, and its fewest tokens: with fewer rows the weights are read more often.
 CHUNK_ELEMENTS = 2**23
 CHUNK_TOKENS = 256
 # Tokens from which a product in lower precision saves more than rounding the weights for it costs.
@@ -33,20 +33,27 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def operator(name: str, synchronises: bool = False) -> Any:
+def operator(name: str, fake: Any, synchronises: bool = False) -> Any:
     """Make a function an operator of torch's library, under this copy's own name; a decorator.
 
     Args:
         name: of the operator.
+        fake: returns empty tensors like the operator's, for the same arguments.
         synchronises: whether it waits for the device, which a CUDA graph cannot do: compiled code is split there.
     """
     known = hasattr(torch.Tag, "cudagraph_unsafe")  # not in older torch
     tags: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if synchronises and known else {}
-    return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=(), **tags)
+
+    def register(function: Any) -> Any:
+        made = torch.library.custom_op(f"{_NAMESPACE}::{name}", function, mutates_args=(), **tags)
+        made.register_fake(fake)
+        return made
+
+    return register
 
 
 def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
-    """Yield parts of nearly equal size, of at most CHUNK_ELEMENTS elements or CHUNK_TOKENS tokens, whichever is more."""
+    """Yield parts of nearly equal size, of at most CHUNK_ELEMENTS elements, or CHUNK_TOKENS tokens if that is more."""
     count = -(-tokens // max(CHUNK_TOKENS, CHUNK_ELEMENTS // row_elements))
     size = max(1, -(-tokens // max(1, count)))
     for start in range(0, tokens, size):
@@ -54,8 +61,8 @@ def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x Wᵀ + b, without autograd. Large float32 products on a CPU use oneDNN: as exact as the BLAS that `F.linear`
-    calls, and 1.4 times as fast on processors that are not Intel's."""
+    """Return x Wᵀ + b, without autograd. Large float32 products on a CPU use oneDNN, as exact as `F.linear`
+    and 1.4 times as fast on processors that are not Intel's."""
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if onednn and x.device.type == "cpu" and x.dtype == torch.float32 and weight.numel() >= 2**20 and len(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -106,7 +113,7 @@ def weighted_rows(indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
 
 
-@operator("row_products")
+@operator("row_products", lambda indices, rows, table: rows.new_empty(indices.shape))
 def row_products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     """Return out[t, k] = rows[t] · table[indices[t, k]]; (T, K), (T, D), (N, D) → (T, K)."""
     tokens, k = indices.shape
@@ -118,12 +125,11 @@ def row_products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     return products.view(tokens, k)
 
 
-@row_products.register_fake
-def _(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-    return rows.new_empty(indices.shape)
-
-
-@operator("scatter_rows", synchronises=True)
+@operator(
+    "scatter_rows",
+    lambda indices, weights, rows, num_experts: rows.new_empty(num_experts, rows.shape[1]),
+    synchronises=True,
+)
 def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
     """Return out[n] = Σ_{t,k: indices[t,k] = n} weights[t, k] · rows[t]; (T, K), (T, K), (T, D) → (N, D)."""
     order, counts = _by_expert(indices, num_experts)
@@ -132,22 +138,12 @@ def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: in
     return F.embedding_bag(order // indices.shape[1], rows, offsets, mode="sum", per_sample_weights=weights)
 
 
-@scatter_rows.register_fake
-def _(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
-    return rows.new_empty(num_experts, rows.shape[1])
-
-
-@operator("scatter_numbers", synchronises=True)
+@operator("scatter_numbers", lambda indices, numbers, num_experts: numbers.new_empty(num_experts), synchronises=True)
 def scatter_numbers(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
     """Return out[n] = Σ_{t,k: indices[t,k] = n} numbers[t, k], added in float64; (T, K), (T, K) → (N)."""
     order, counts = _by_expert(indices, num_experts)
     sums = torch.segment_reduce(numbers.reshape(-1)[order].double(), "sum", lengths=counts, unsafe=True)
     return sums.to(numbers.dtype)
-
-
-@scatter_numbers.register_fake
-def _(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
-    return numbers.new_empty(num_experts)
 
 
 def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -156,12 +152,17 @@ def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=num_experts)
 
 
-@operator("topk_gate")
+def empty_coefficients(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return uninitialised values and indices (T, K) for x (T, I)."""
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+@operator("topk_gate", lambda x, weight, bias, k, product_dtype: empty_coefficients(x, k))
 def _topk_gate(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = x.shape[0], weight.shape[0]
-    values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
+    values, indices = empty_coefficients(x, k)
     exact = product_dtype.itemsize >= x.dtype.itemsize or tokens < ROUNDED_TOKENS
     dtype = x.dtype if exact else product_dtype
     inputs, matrix = x.to(dtype), weight.to(dtype)
@@ -177,17 +178,12 @@ def _topk_gate(
 
 
 def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return TopK(ReLU(·)) among a token's candidate experts, (T, more than K), in the precision of `x` and `weight`."""
+    """Return TopK(ReLU(·)) among a token's candidates, (T, more than K), in the precision of `x` and `weight`."""
     scores = row_products(chosen, x, weight)
     if bias is not None:
         scores = scores + bias[chosen]
     values, at = scores.relu_().topk(k, dim=-1, sorted=False)
     return values, chosen.gather(1, at)
-
-
-@_topk_gate.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -216,14 +212,9 @@ def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Ten
 _topk_gate.register_autograd(gate_gradients, setup_context=save_gate)
 
 
-@operator("expert_sum")
+@operator("expert_sum", lambda values, indices, table: values.new_empty(values.shape[0], table.shape[1]))
 def _expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     return weighted_rows(indices, values, table)
-
-
-@_expert_sum.register_fake
-def _(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    return values.new_empty(values.shape[0], table.shape[1])
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

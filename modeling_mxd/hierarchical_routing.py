@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import chunks, gate_gradients, largest, operator, save_gate
+from .functional import chunks, empty_coefficients, gate_gradients, largest, operator, save_gate
 
 
 def default_num_expert_groups(num_experts: int) -> int:
@@ -24,12 +24,12 @@ def default_num_expert_groups(num_experts: int) -> int:
     return -(-num_experts // max(1, round(math.sqrt(num_experts))))
 
 
-@operator("routed_gate", synchronises=True)
+@operator("routed_gate", lambda x, weight, bias, opened, group_size, k: empty_coefficients(x, k), synchronises=True)
 def _routed_gate(
     x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = x.shape[0], weight.shape[0]
-    values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
+    values, indices = empty_coefficients(x, k)
     for part in chunks(tokens, opened.shape[1] * group_size):
         with torch.autocast(x.device.type, enabled=False):
             scores = _group_scores(x[part], weight, bias, opened[part], group_size)
@@ -61,11 +61,6 @@ def _scores_of_group(x: Tensor, weight: Tensor, bias: Tensor | None, group: int,
     return F.pad(scores, (0, size - scores.shape[1]), value=-math.inf) if scores.shape[1] < size else scores
 
 
-@_routed_gate.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
-
-
 _routed_gate.register_autograd(gate_gradients, setup_context=save_gate)
 
 
@@ -83,7 +78,7 @@ def routed_gate(
         group_size: experts in every group but the last.
 
     Returns:
-        values (..., K) and indices (..., K) as `functional.topk_gate`, with its gradients; the choice of groups has none.
+        values (..., K) and indices (..., K) as `functional.topk_gate`, with its gradients; groups have none.
     """
     flat, groups = x.reshape(-1, x.shape[-1]), opened.reshape(-1, opened.shape[-1])
     values, indices = _routed_gate(flat, weight, bias, groups, group_size, k)

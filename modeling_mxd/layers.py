@@ -76,10 +76,7 @@ class SparseLayer(nn.Module):
         raise NotImplementedError
 
     def encode(self, x: Tensor) -> ExpertCoefficients:
-        """Return the coefficients of the at most K active experts; x (..., I) → values and indices (..., K).
-
-        Interventions are not applied here: this is what the gate says.
-        """
+        """Return the gate's coefficients, without interventions: x (..., I) → values and indices (..., K)."""
         x, k, opened = x.to(self.expert_table.dtype), self.config.num_experts_per_tok, self.open_groups(x)
         gate = self.gate
         if not _is_plain_linear(gate):

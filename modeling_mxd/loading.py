@@ -5,22 +5,18 @@ safetensors must match the config, and no config may ask for more memory than it
 Downloads are retried, since transformers gives up at the first fault, or takes one for a missing file.
 """
 
-import copy
-import inspect
 import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, extract_commit_hash, logging
 from transformers.utils.hub import cached_file, cached_files
@@ -36,7 +32,6 @@ DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 # and what to download from the decomposition's repo; never passed on to the base model's.
 OWN = ("revision", "subfolder")
-_FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"}
 # Names of the number of layers, the width, the MLPs' units and the vocabulary in configs of language models.
 _SIZES = (
     ("num_hidden_layers", "n_layer"),
@@ -50,11 +45,7 @@ Result = TypeVar("Result")
 
 
 def with_retries(call: Callable[[], Result], name: Any) -> Result:
-    """Return `call()`, tried up to `ATTEMPTS` times while its errors are transient. Downloaded files stay cached.
-
-    Raises:
-        OSError: it failed each time; the message has `name` and the reason. Other errors pass.
-    """
+    """Return `call()`, tried up to `ATTEMPTS` times while its errors are transient; then raise an OSError."""
     for attempt in range(ATTEMPTS):
         try:
             return call()
@@ -93,11 +84,7 @@ def first_line(error: BaseException) -> str:
 
 
 def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:
-    """Return the path of a file of a folder or repo, downloaded if need be; None if it has no such file.
-
-    Raises:
-        OSError: as `with_retries`.
-    """
+    """Return the path of a file of a folder or repo, downloaded if need be; None if it has no such file."""
 
     def find() -> str | None:
         try:
@@ -113,66 +100,27 @@ def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:
 # The way of a repo id: resolve, choose layers, resolve the base, check the files of both.
 
 
-@dataclass(frozen=True)
-class ResolvedRepo:
-    """A folder, or a Hub repo at one commit.
-
-    Attributes:
-        name: folder or Hub id.
-        access: keyword arguments that download its files; the revision is a commit.
-        values: what its config.json holds.
-    """
+class ResolvedRepo(NamedTuple):
+    """A folder, or a Hub repo at one commit."""
 
     name: str
     access: dict[str, Any]
-    values: dict[str, Any]
+    """keyword arguments that download its files; the revision is a commit"""
+    config_file: str
+    """path of its config.json"""
 
 
 def resolve(name: Any, access: dict[str, Any]) -> ResolvedRepo:
-    """Download config.json, and pin the commit that it comes from.
-
-    Raises:
-        OSError: there is none.
-        ValueError: it cannot be read.
-    """
+    """Download config.json, and pin the commit that it comes from."""
     path = with_retries(partial(cached_file, name, CONFIG_NAME, **access), name)
     commit = extract_commit_hash(path, None)
-    return ResolvedRepo(str(name), access if commit is None else {**access, "revision": commit}, read_json(path))
-
-
-def decomposition_config(repo: ResolvedRepo, config: MxDConfig | None, kwargs: dict[str, Any]) -> MxDConfig:
-    """Return the config to load: the repo's or a copy of the given one, with the fields among `kwargs`, which are
-    removed there.
-
-    Raises:
-        ValueError: it is not a decomposition's, names layers that are not there, or more than memory holds.
-    """
-    kind = repo.values.get("model_type")
-    if kind != MxDConfig.model_type:
-        raise ValueError(f"{repo.name} holds a model of type {shorten(kind)}, not a decomposition")
-    config = MxDConfig.from_dict(repo.values) if config is None else copy.deepcopy(config)
-    there, layers = config.layers, kwargs.pop("layers", None)
-    for field in _FIELDS & kwargs.keys():
-        setattr(config, field, kwargs.pop(field))
-    config.keep_layers(there if layers is None else layers)  # checks all fields
-    if not config.layers:
-        raise ValueError("config.layers is empty: a decomposition needs at least one layer")
-    unknown = [layer for layer in config.layers if layer not in there]
-    if unknown:
-        raise ValueError(f"layer {unknown[0]} is not in the decomposition {repo.name}, which has layers {there}")
-    config.check_memory(torch.float8_e4m3fn)  # the narrowest dtype of weights
-    return config
+    return ResolvedRepo(str(name), access if commit is None else {**access, "revision": commit}, path)
 
 
 def resolve_base(
     repo: ResolvedRepo, config: MxDConfig, access: dict[str, Any], name: str | None, revision: str | None
 ) -> ResolvedRepo:
-    """Resolve the base model, and check that it is a language model.
-
-    Args:
-        repo, config: the decomposition's; the config names the base.
-        access: keyword arguments that download files.
-        name, revision: another base, or another commit of it, to load instead.
+    """Resolve the base model that a decomposition's config names, or the given one, and check what kind it is.
 
     Raises:
         ValueError: there is no name, it is no language model, or a Hub repo names a folder of this machine.
@@ -200,15 +148,9 @@ def resolve_base(
 
 
 def check_language_config(base: ResolvedRepo) -> int:
-    """Check that a config is a language model's, of sizes for which transformers can build it.
-
-    Returns:
-        About the number of its parameters.
-
-    Raises:
-        ValueError: it is not.
-    """
-    kind, text = base.values.get("model_type"), base.values.get("text_config")
+    """Check that a config is a language model's, of sizes that one has. Returns about the number of its parameters."""
+    values, _ = PretrainedConfig.get_config_dict(base.name, **base.access)
+    kind, text = values.get("model_type"), values.get("text_config")
     if kind == MxDConfig.model_type:
         raise ValueError(f"the base model {base.name!r} is a decomposition itself: name the language model")
     if not is_causal(kind):
@@ -216,7 +158,7 @@ def check_language_config(base: ResolvedRepo) -> int:
             f"the base model {base.name!r} is of type {shorten(kind)}, which AutoModelForCausalLM does not load: load "
             "it with its own class, and the decomposition with AutoModel, whose spliced(model) splices it in"
         )
-    values = text if isinstance(text, dict) else base.values
+    values = text if isinstance(text, dict) else values
     sizes = [max((values[name] for name in names if isinstance(values.get(name), int)), default=1) for names in _SIZES]
     if max(sizes) > MAX_SIZE or sizes[0] > MAX_LAYERS:
         raise ValueError(f"config.json of the base model {base.name!r} has sizes that no model has: {sizes}")
@@ -225,13 +167,7 @@ def check_language_config(base: ResolvedRepo) -> int:
 
 
 def check_language_model(base: ResolvedRepo) -> None:
-    """Download a base model's weights, and check that its config does not describe many more: the rest would be filled
-    with random numbers.
-
-    Raises:
-        ValueError: as `check_language_config`, or it does.
-        OSError: files are not there.
-    """
+    """Download a base model's weights, and check that its config describes no more: they would be made at random."""
     described = check_language_config(base)
     held = sum(path.stat().st_size for path in weight_files(base.name, None, base.access))
     if held and described > 16 * held:  # more parameters in a byte than any quantisation puts there
@@ -273,12 +209,7 @@ def commit_of(config: Any) -> tuple[str | None, bool]:
 
 
 def decomposition_files(repo: ResolvedRepo, config: MxDConfig) -> list[Path]:
-    """Download the weights of the config's layers, and check their headers.
-
-    Raises:
-        ValueError: they do not fit the config; see `check_headers`.
-        OSError: there are no safetensors.
-    """
+    """Download the weights of the config's layers, and check their headers."""
     both = [file for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if Path(repo.name, file).is_file()]
     if len(both) > 1:
         raise ValueError(f"{repo.name} holds {' and '.join(both)}; delete the one that is left from an earlier saving")
@@ -290,12 +221,7 @@ def decomposition_files(repo: ResolvedRepo, config: MxDConfig) -> list[Path]:
 
 
 def weight_files(name: Any, layers: list[int] | None, access: dict[str, Any]) -> list[Path]:
-    """Return the safetensors files with the weights of some layers (None: of all), downloaded if need be.
-
-    Raises:
-        ValueError: the index is not one of this repo's files.
-        OSError: files are not there.
-    """
+    """Return the safetensors files with the weights of some layers (None: of all), downloaded if need be."""
     in_cache = {**access, "local_files_only": True}  # asked first, since the Hub may be out of reach
     if not access.get("force_download") and (cached := file_if_any(name, SAFE_WEIGHTS_NAME, in_cache)):
         return [Path(cached)]
@@ -309,11 +235,7 @@ def weight_files(name: Any, layers: list[int] | None, access: dict[str, Any]) ->
 
 
 def read_index(path: Path, name: Any) -> dict[str, str]:
-    """Return weight → file, from the index of a sharded repo.
-
-    Raises:
-        ValueError: it is not an index, or names a file elsewhere.
-    """
+    """Return weight → file from the index of a sharded repo, which may name no file elsewhere."""
     values = read_json(path)
     weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not isinstance(values.get("metadata"), dict):
@@ -331,8 +253,7 @@ def check_headers(paths: Iterable[Path], config: MxDConfig) -> dict[str, str]:
         Weight → name of its file, for all weights.
 
     Raises:
-        ValueError: a weight is missing, unknown, there twice, of another shape or not floating-point, or a file is
-            incomplete.
+        ValueError: a file is incomplete, or a weight is missing, unknown, there twice or of another shape or dtype.
     """
     wanted, found = expected_shapes(config), dict[str, str]()
     for path in paths:
@@ -368,17 +289,21 @@ def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
 def expected_shapes(config: MxDConfig) -> dict[str, list[int]]:
     """Return weight → shape for all layers of a config; nothing is allocated."""
     with torch.device("meta"):
-        states = {layer: make_layer(config.layer(layer)).state_dict() for layer in config.layers}
-    return {f"layers.{layer}.{key}": list(value.shape) for layer in states for key, value in states[layer].items()}
+        layers = dict(zip(config.layers, map(make_layer, map(config.layer, config.layers)), strict=True))
+        weights = [(layer, key, value) for layer in layers for key, value in layers[layer].state_dict().items()]
+    return {f"layers.{layer}.{key}": list(value.shape) for layer, key, value in weights}
 
 
-def read_weights(paths: Iterable[Path], layers: list[int]) -> dict[str, Tensor]:
-    """Read the weights of some layers."""
-    tensors = {}
-    for path in paths:
+def load_decomposition(load: Any, repo: ResolvedRepo, config: MxDConfig, files: list[Path], **kwargs: Any) -> Any:
+    """Load a decomposition from files that were checked, by `load`, transformers' own `from_pretrained`."""
+    weights = {}
+    for path in files:
         with safe_open(path, framework="pt") as shard:
-            tensors.update({key: shard.get_tensor(key) for key in shard.keys() if layer_of(key) in layers})  # noqa: SIM118
-    return tensors
+            weights.update({key: shard.get_tensor(key) for key in shard.keys() if layer_of(key) in config.layers})  # noqa: SIM118
+    loaded = load(config=config, state_dict=weights, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config.name_or_path = repo.name
+    return loaded
 
 
 def layer_of(key: str) -> int | None:

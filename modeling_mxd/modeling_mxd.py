@@ -1,13 +1,11 @@
-"""The models of a decomposition's repo.
-
-`AutoModel` loads `MxDModel`, the decomposition's layers as a transformers model. `AutoModelForCausalLM` calls
-`MxDForCausalLM.from_pretrained`, which returns the base language model with the decomposition spliced in.
-"""
+"""The models of a decomposition's repo: `MxDModel`, its layers as a transformers model, by `AutoModel`; and the base
+language model with the decomposition spliced in, by `AutoModelForCausalLM`."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +20,21 @@ from .configuration_mxd import MxDConfig
 from .functional import topk_gate  # noqa: F401
 from .hierarchical_routing import routed_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
-from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
+from .layers import SparseLayer, make_layer
 from .loading import (
     ACCESS,
     OWN,
     commit_of,
-    decomposition_config,
     decomposition_files,
     expected_shapes,
+    load_decomposition,
     load_language_model,
-    read_weights,
     resolve,
     resolve_base,
 )
 from .sites import SurgeryError
 from .spliced_language_model import make_spliced
-from .surgery import ReplacedMLP, replace_mlps, spliced_mlps
+from .surgery import ReplacedMLP, replace_mlps, restored_afterwards
 
 logger = logging.get_logger(__name__)
 
@@ -54,9 +51,6 @@ class MxDModel(PreTrainedModel):
     """The decomposed layers of one base model, without the base model.
 
     `model.layers["8"]`, or `model.layer(8)`, replaces the MLP of transformer layer 8.
-
-    Raises:
-        ValueError: the config names no layer, or sizes that this machine cannot hold.
 
     Example:
         >>> mxd = MxDModel.from_pretrained("gpt2-l8")  # doctest: +SKIP
@@ -80,55 +74,33 @@ class MxDModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MxDLayer | TranscoderLayer):
+        if isinstance(module, SparseLayer):
             module.reset_parameters()
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *model_args: Any,
-        config: Any = None,
-        output_loading_info: bool = False,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: MxDConfig | None = None, **kwargs: Any
     ) -> Any:
         """Load a decomposition, as transformers' `from_pretrained`.
 
         Only safetensors are read, and they must match the config. `layers=[8]` loads some of several layers, and
-        downloads no other layer's weights if the repo is sharded by layer, as `save_pretrained` does. Any other field
-        of the config can be given too.
+        downloads no other layer's weights if the repo is sharded by layer, as `save_pretrained` does. Other fields of
+        the config can be given too.
 
         Raises:
             ValueError: weights and config do not fit, or `layers` names one that is not there.
             OSError: files are not there.
         """
-        access = {name: kwargs.pop(name) for name in (*ACCESS, *OWN) if name in kwargs}
+        access = {key: kwargs.pop(key) for key in (*ACCESS, *OWN) if key in kwargs}
         repo = resolve(pretrained_model_name_or_path, access)
-        config = decomposition_config(repo, config, kwargs)
+        config = MxDConfig.of_repo(repo.name, repo.config_file, config, kwargs)
         files = decomposition_files(repo, config)
-        model, info = cls._load(repo.name, config, files, *model_args, **kwargs)
-        return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _load(cls, name: str, config: MxDConfig, files: list[Path], *model_args: Any, **kwargs: Any) -> Any:
-        """Load a decomposition from files that were checked. Returns the model and transformers' loading info."""
-        weights = read_weights(files, config.layers)
-        model, info = super().from_pretrained(
-            None, *model_args, config=config, state_dict=weights, output_loading_info=True, **kwargs
-        )
-        model.name_or_path = model.config.name_or_path = name
-        return model, info
+        return load_decomposition(partial(super().from_pretrained, None, *args), repo, config, files, **kwargs)
 
     def save_pretrained(
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
     ) -> None:
-        """Save a decomposition, as transformers' `save_pretrained`.
-
-        By default every layer gets a file of its own, so that one can be downloaded without the others.
+        """Save a decomposition, as transformers' `save_pretrained`, by default every layer in a file of its own.
 
         Raises:
             ValueError: there are parameters that the config does not describe, such as an adapter's.
@@ -147,16 +119,10 @@ class MxDModel(PreTrainedModel):
             single.unlink(missing_ok=True)
 
     def layer(self, layer: int) -> SparseLayer:
-        """Return the layer that replaces the MLP of transformer layer `layer`.
-
-        Raises:
-            KeyError: this decomposition has no such layer.
-        """
+        """Return the layer that replaces the MLP of transformer layer `layer`, or raise a KeyError."""
         if str(layer) not in self.layers:
             raise KeyError(f"layer {layer} is not in this decomposition, which has layers {self.config.layers}")
-        module = self.layers[str(layer)]
-        assert isinstance(module, SparseLayer)
-        return module
+        return self.layers[str(layer)]  # type: ignore[return-value]
 
     def forward(self, hidden_states: Tensor, layer: int | None = None) -> MxDOutput:
         """Run one layer.
@@ -164,15 +130,10 @@ class MxDModel(PreTrainedModel):
         Args:
             hidden_states: the MLP's input x, (..., I).
             layer: index of the transformer layer; may be left out if there is only one.
-
-        Raises:
-            ValueError: `layer` is left out and there are several.
         """
-        if layer is None:
-            if len(self.config.layers) > 1:
-                raise ValueError(f"this decomposition has layers {self.config.layers}: say which with layer=")
-            layer = self.config.layers[0]
-        return MxDOutput(output=self.layer(layer)(hidden_states))
+        if layer is None and len(self.config.layers) > 1:
+            raise ValueError(f"this decomposition has layers {self.config.layers}: say which with layer=")
+        return MxDOutput(output=self.layer(self.config.layers[0] if layer is None else layer)(hidden_states))
 
     def splice(self, model: nn.Module, cast: bool = True, **options: Any) -> list[ReplacedMLP]:
         """Replace the base model's MLPs by the layers, until `restore()` is called on what is returned.
@@ -183,47 +144,36 @@ class MxDModel(PreTrainedModel):
             SurgeryError: as `replace_mlps`, or the model is not the base that the config names.
         """
         self.check_base(model)
-        return replace_mlps(model, self._modules_by_layer(), cast, **self.config.where, **options)
+        modules = {layer: self.layer(layer) for layer in self.config.layers}
+        return replace_mlps(model, modules, cast, **self.config.where, **options)
 
     @contextmanager
     def spliced(self, model: nn.Module, cast: bool = True, **options: Any) -> Iterator[list[ReplacedMLP]]:
-        """Replace the base model's MLPs inside the block; afterwards, also after an exception, they are restored."""
-        self.check_base(model)
-        with spliced_mlps(model, self._modules_by_layer(), cast, **self.config.where, **options) as replaced:
+        """Replace the base model's MLPs as `splice`, inside the block; they are restored also after an exception."""
+        with restored_afterwards(self.splice(model, cast, **options)) as replaced:
             yield replaced
 
     def check_base(self, model: nn.Module) -> None:
         """Check that a model is the base that the config names. Another commit of it is only warned about.
 
         Raises:
-            SurgeryError: it is of another type, or its config names other activations.
+            SurgeryError: its type is another, or its config names other activations.
         """
         config, ours = getattr(model, "config", None), self.config
         kind, activations = getattr(config, "model_type", None), configured_activations(model)
+        of = "the decomposition is of a base with"
         if None not in (kind, ours.base_model_type) and kind != ours.base_model_type:
-            raise SurgeryError(
-                f"the decomposition is of a base with base_model_type {ours.base_model_type!r}, this model's is {kind!r}"
-            )
+            raise SurgeryError(f"{of} base_model_type {ours.base_model_type!r}, this model's is {kind!r}")
         if activations and ours.base_hidden_act not in (None, *activations):
-            raise SurgeryError(
-                f"the decomposition is of a base with base_hidden_act {ours.base_hidden_act!r}, this model's config "
-                f"names {', '.join(map(repr, activations))}"
-            )
-        if re.fullmatch(r"[0-9a-f]{40}", ours.base_model_revision or ""):
-            self._check_commit(config)
-
-    def _check_commit(self, config: Any) -> None:
-        named = self.config.base_model_revision
-        commit, certain = commit_of(config)
-        if commit not in (None, named):
+            names = ", ".join(map(repr, activations))
+            raise SurgeryError(f"{of} base_hidden_act {ours.base_hidden_act!r}, this model's config names {names}")
+        (commit, certain), named = commit_of(config), ours.base_model_revision
+        if commit not in (None, named) and re.fullmatch(r"[0-9a-f]{40}", named or ""):
             unless = "" if certain else f", unless it was loaded with revision={named!r},"
             logger.warning(
-                f"the decomposition is of commit {named} of {self.config.base_model_name_or_path}; this model{unless} "
-                f"is commit {commit} of {config._name_or_path}: its weights may differ"
+                f"the decomposition is of commit {named} of {ours.base_model_name_or_path}; this model{unless} is "
+                f"commit {commit} of {config._name_or_path}: its weights may differ"
             )
-
-    def _modules_by_layer(self) -> dict[int, nn.Module]:
-        return {layer: self.layer(layer) for layer in self.config.layers}
 
 
 class MxDForCausalLM(PreTrainedModel, GenerationMixin):
@@ -237,54 +187,49 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MxDConfig, *_: Any, **__: Any):
         raise TypeError(
-            "MxDForCausalLM has no instances: use MxDForCausalLM.from_pretrained(repo), or, for a base model that is "
-            "in memory, mxd.spliced(model)"
+            "MxDForCausalLM has no instances: use its from_pretrained, or MxDModel.spliced for a loaded base"
         )
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *model_args: Any,
-        config: Any = None,
-        output_loading_info: bool = False,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: MxDConfig | None = None, **kwargs: Any
     ) -> Any:
         """Load base model and decomposition, and splice.
 
-        The base is the one that the config names, at the commit that it names; `base_model_name_or_path=` and
-        `base_model_revision=` name another. `layers=[8]` splices some of several layers. All other arguments (dtype,
-        device_map, quantization_config, attn_implementation …) are the base's, and the decomposition follows its dtype
-        and device. No remote code of the base is run and no pickle is read: load a base that needs them yourself, and
-        use `MxDModel.spliced`.
+        The base is the one that the config names, at its commit; `base_model_name_or_path=` and `base_model_revision=`
+        name another. `layers=[8]` splices some of several layers. All other arguments (dtype, device_map,
+        quantization_config, attn_implementation …) are the base's, and the decomposition follows its dtype and device.
+        No remote code of the base is run and no pickle is read: load a base that needs them yourself, and use
+        `MxDModel.spliced`.
 
         Returns:
             The base model in eval mode. Its `decomposition` is the `MxDModel`, and `unsplice()` undoes the splice.
             With `output_loading_info` also the decomposition's loading info.
 
         Raises:
-            ValueError: the config names no base model, or a decomposition as one; weights do not fit, or `layers`
-                names one that is not there.
+            ValueError: the config names no language model as its base, weights do not fit, or `layers` names one that
+                is not there.
             SurgeryError: the base is not the one that the config names.
             OSError: files are not there.
         """
-        access = {name: kwargs.pop(name) for name in ACCESS if name in kwargs}
-        own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
-        base_name = kwargs.pop("base_model_name_or_path", None)
-        base_revision = kwargs.pop("base_model_revision", None)
+        access = {key: kwargs.pop(key) for key in ACCESS if key in kwargs}
+        own = {key: kwargs.pop(key) for key in OWN if key in kwargs}
+        other_base = [kwargs.pop(f"base_model_{key}", None) for key in ("name_or_path", "revision")]
         adapter, adapter_name = kwargs.pop("adapter_kwargs", None) or {}, kwargs.pop("adapter_name", None)
-        for name in ("trust_remote_code", "code_revision", "_commit_hash", "_from_auto", "use_safetensors"):
-            kwargs.pop(name, None)
+        with_info = kwargs.pop("output_loading_info", False)
+        for key in ("trust_remote_code", "code_revision", "_commit_hash", "_from_auto", "use_safetensors"):
+            kwargs.pop(key, None)
         repo = resolve(pretrained_model_name_or_path, {**access, **own})
-        config = decomposition_config(repo, config, kwargs)
-        base = resolve_base(repo, config, access, base_name, base_revision)
+        config = MxDConfig.of_repo(repo.name, repo.config_file, config, kwargs)
+        base = resolve_base(repo, config, access, *other_base)
         files = decomposition_files(repo, config)
-        language_model = load_language_model(base, *model_args, **kwargs)
-        mxd, info = MxDModel._load(repo.name, config, files, dtype=language_model.dtype)
+        language_model = load_language_model(base, *args, **kwargs)
+        load = partial(super(MxDModel, MxDModel).from_pretrained, None, output_loading_info=True)
+        mxd, info = load_decomposition(load, repo, config, files, dtype=language_model.dtype)
         model = make_spliced(language_model, mxd.eval(), repo.name)
         if path := adapter.pop("_adapter_model_path", None):
             model.load_adapter(path, adapter_name=adapter_name, adapter_kwargs={**access, **adapter})
-        return (model, info) if output_loading_info else model
+        return (model, info) if with_info else model
 
 
 # A saved copy carries this code and can save itself again.

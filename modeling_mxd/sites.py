@@ -1,8 +1,7 @@
 """Find the MLPs of a model: its stacks of transformer layers, and one `MLPSite` for every layer.
 
-A stack is a list of transformer layers. Most models have one; others have an encoder's and a decoder's, or a language
-model's and a vision tower's. The rules in `architectures` say where a layer keeps its MLP; for a model that they do
-not know, the caller gives the paths of stack and MLP.
+A stack is a list of transformer layers; an encoder–decoder or multimodal model has several. The rules in
+`architectures` say where a layer keeps its MLP; for a model that they do not know, the caller gives the paths.
 """
 
 import re
@@ -13,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import LAYER_EXCEPTIONS, RESIDUAL_INSIDE, is_other_tower, layer_chains, resolve, spelled_out
+from .architectures import LAYER_EXCEPTIONS, RESIDUAL_INSIDE, is_other_tower, layer_chains, resolve
 
 MAIN = "mlp"
 """Name of a layer's main MLP, whatever the model calls it."""
@@ -30,8 +29,7 @@ class MLPSite:
     Attributes:
         model: the model.
         stack: dotted path of the list of transformer layers; `*` for the numbers of a list of lists.
-        layer: index of the transformer layer in its stack.
-        path: dotted path of the transformer layer.
+        layer, path: index of the transformer layer in its stack, and its dotted path.
         name: `"mlp"` for the layer's main MLP, else the paths that the caller gave.
         slots: dotted paths, from the model, of the modules that make up the MLP, in the order in which they run;
             empty if the layer has none.
@@ -53,11 +51,7 @@ class MLPSite:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that are in the slots now.
-
-        Raises:
-            SurgeryError: the layer has no MLP, or was changed since it was found.
-        """
+        """The modules that are in the slots now."""
         self.check_exists()
         try:
             return tuple(self.model.get_submodule(slot) for slot in self.slots)
@@ -99,14 +93,9 @@ def find_stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
 
     Lists inside a layer of another list do not count; lists that differ only in a number (the stages of a Swin
     transformer) are one stack, `encoder.layers.*.blocks`.
-
-    Raises:
-        SurgeryError: it is not a transformers model.
     """
     if not isinstance(model, PreTrainedModel):
-        raise SurgeryError(
-            f"{type(model).__name__} is not a transformers model itself: pass the model inside the wrapper"
-        )
+        raise SurgeryError(f"{type(model).__name__} is not a transformers model itself: pass the model inside of it")
     found: dict[str, list[tuple[str, nn.Module]]] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
@@ -116,16 +105,7 @@ def find_stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
             inside = (*inside, f"{path}.")
             pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
             found.setdefault(pattern, []).extend((f"{path}.{name}", layer) for name, layer in module.named_children())
-    return found or _layers_without_mlp(model)
-
-
-def _layers_without_mlp(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """Return the longest list of a model without any MLP (Mamba), so that each layer can say that it has none."""
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return {}
-    path, longest = max(lists, key=lambda item: len(item[1]))
-    return {path: [(f"{path}.{name}", layer) for name, layer in longest.named_children()]}
+    return found
 
 
 def choose_stack(model: PreTrainedModel, stack: str | None, stacks: Mapping[str, Any]) -> str:
@@ -140,30 +120,25 @@ def choose_stack(model: PreTrainedModel, stack: str | None, stacks: Mapping[str,
     Raises:
         SurgeryError: no stack or several are meant; the message lists those that there are.
     """
-    kind, names = type(model).__name__, ", ".join(stacks) or "no stack"
-    if stack in stacks:
-        return str(stack)
+    kind, found, names = type(model).__name__, list(stacks), ", ".join(stacks)
+    if not stacks:
+        raise SurgeryError(f"{kind} has no MLP: no list of its modules holds layers with one")
     if stack in ("encoder", "decoder"):
         found = [path for path in stacks if re.search(rf"(^|[._]){stack}([._]|$)", path)]
-    elif stack is None:
-        found = _under_decoder(model, list(stacks))
-    else:
-        raise SurgeryError(f"{kind} has no stack {stack!r}; it has {names}")
-    of_language = [path for path in found if not is_other_tower(path)]
-    if len(found) != 1 and len(of_language) != 1:
-        if not found and stack is not None:
-            raise SurgeryError(f"{kind} has no {stack}; it has {names}")
+    elif stack is not None:
+        found = [path for path in stacks if path == stack]
+    elif len(stacks) > 1:
+        decoder = model.get_decoder()
+        prefix = next((f"{path}." for path, module in model.named_modules() if module is decoder and path), "")
+        found = [path for path in stacks if path.startswith(prefix)] or found
+    if stack is not None and not found:
+        what = stack if stack in ("encoder", "decoder") else f"stack {stack!r}"
+        raise SurgeryError(f"{kind} has no {what}; it has {names}")
+    if len(found) > 1:
+        found = [path for path in found if not is_other_tower(path)]
+    if len(found) != 1:
         raise SurgeryError(f"{kind} has the stacks {names}: say which is meant with stack=")
-    return (found if len(found) == 1 else of_language)[0]
-
-
-def _under_decoder(model: PreTrainedModel, paths: list[str]) -> list[str]:
-    """Keep the stacks inside the model's decoder; all of them if there is only one, or none is inside."""
-    if len(paths) < 2:
-        return paths
-    decoder = model.get_decoder()
-    prefix = next((f"{path}." for path, module in model.named_modules() if module is decoder and path), "")
-    return [path for path in paths if path.startswith(prefix)] or paths
+    return found[0]
 
 
 # Sites
@@ -210,7 +185,7 @@ def _site(model: nn.Module, stack: str, index: int, path: str, layer: nn.Module,
     if name != MAIN:
         chain = tuple(_physical(layer, part.strip(), chains) for part in name.split(","))
         there = all(resolve(layer, part) is not None for part in chain)
-        chains = [tuple(spelled_out(layer, part) for part in chain)] if there else []
+        chains = [chain] if there else []
     if not chains:
         inside = ", ".join(f"{child} ({type(module).__name__})" for child, module in layer.named_children())
         what = "an MLP" if name == MAIN else name
@@ -241,11 +216,7 @@ def _kind(modules: list[nn.Module], reason: str) -> str:
 
 
 def site_of(sites: Mapping[int, MLPSite], layer: int) -> MLPSite:
-    """Return the MLP of one of the layers that `find_mlps` found.
-
-    Raises:
-        SurgeryError: there is no such layer, or it has no MLP.
-    """
+    """Return the MLP of one of the layers that `find_mlps` found, or raise a SurgeryError if it has none."""
     if layer not in sites:
         raise SurgeryError(f"layer {layer} is out of range: the model has layers 0 to {len(sites) - 1}")
     sites[layer].check_exists()
@@ -253,11 +224,7 @@ def site_of(sites: Mapping[int, MLPSite], layer: int) -> MLPSite:
 
 
 def find_mlp(model: nn.Module, layer: int, stack: str | None = None, site: str = MAIN) -> MLPSite:
-    """Return the MLP of one layer; see `find_mlps`.
-
-    Raises:
-        SurgeryError: as `find_mlps`, or the model has no such layer, or the layer has no MLP.
-    """
+    """Return the MLP of one layer, or raise a SurgeryError if it has none; see `find_mlps`."""
     return site_of(find_mlps(model, stack, site), layer)
 
 

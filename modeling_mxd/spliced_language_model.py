@@ -3,8 +3,10 @@ decomposition."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -12,6 +14,17 @@ from .sites import SurgeryError
 from .surgery import ReplacedMLP
 
 _CLASSES: dict[type, type] = {}
+
+
+@dataclass
+class _Splice:
+    """What `unsplice` needs: the MxDModel, its replacements, and the base's dtype, name and trainable parameters."""
+
+    decomposition: Any
+    replaced: list[ReplacedMLP]
+    dtype: torch.dtype
+    base_name: str
+    trainable: set[str]
 
 
 class SplicedLanguageModel:
@@ -22,6 +35,8 @@ class SplicedLanguageModel:
     usual, or `model.unsplice().save_pretrained(...)` for the base.
     """
 
+    _splice: _Splice
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: pickle and deepcopy make it anew from the base's.
         return _new_spliced, (_base_class(self),), self.__dict__
@@ -29,7 +44,7 @@ class SplicedLanguageModel:
     @property
     def decomposition(self) -> Any:
         """The `MxDModel` whose layers replace the MLPs."""
-        return self.__dict__["_decomposition"]
+        return self._splice.decomposition
 
     def unsplice(self) -> PreTrainedModel:
         """Restore the base's own MLPs, in place, and return the base model with its class, name and trainable weights.
@@ -40,26 +55,20 @@ class SplicedLanguageModel:
         assert isinstance(self, PreTrainedModel)
         with self.untouched():  # raises, if it must, before anything is undone for good
             pass
-        for replaced in reversed(self.__dict__["_replaced"]):
+        splice = self.__dict__.pop("_splice")
+        for replaced in reversed(splice.replaced):
             replaced.restore()
-        self.__dict__.update(self.__dict__.pop("_base_attributes"))
-        trainable = self.__dict__["_trainable"]
-        for name in ("_decomposition", "_replaced", "_trainable", "_spliced_dtype"):
-            del self.__dict__[name]
         self.__class__ = _base_class(self)
-        _set_trainable(self, trainable)
+        self.name_or_path = splice.base_name
+        _set_trainable(self, splice.trainable)
         return self
 
     @contextmanager
     def untouched(self) -> Iterator[PreTrainedModel]:
-        """Restore the base's own MLPs inside the block; no weights are copied.
-
-        Raises:
-            SurgeryError: an MLP was replaced again since.
-        """
+        """Restore the base's own MLPs inside the block, as `unsplice`; no weights are copied."""
         assert isinstance(self, PreTrainedModel)
         with ExitStack() as stack:
-            for replaced in self.__dict__["_replaced"]:
+            for replaced in self._splice.replaced:
                 self._fetch(replaced)
                 stack.enter_context(replaced.undone())
             yield self
@@ -68,7 +77,7 @@ class SplicedLanguageModel:
         # Modules that are out of the model were left out when it was moved, cast or put into another mode.
         assert isinstance(self, PreTrainedModel)
         device = next(replaced.replacement.parameters()).device
-        dtype = None if self.dtype == self.__dict__["_spliced_dtype"] else self.dtype
+        dtype = None if self.dtype == self._splice.dtype else self.dtype
         for module in replaced.original:
             module.train(self.training)
             if all(p.is_floating_point() and not p.is_meta for p in module.parameters()):
@@ -83,24 +92,25 @@ class SplicedLanguageModel:
             ValueError: an adapter on the decomposition is not merged, or replaced a whole layer of it.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[misc]
-            return
-        self._check_layers()
-        kwargs.pop("save_peft_format", None)
-        if state_dict is not None:
-            state_dict = self._of_decomposition(state_dict)
-        self.decomposition.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-
-    def _check_layers(self) -> None:
-        """Check that the decomposition's layers are the modules that run."""
+            return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[misc]
         assert isinstance(self, nn.Module)
-        present = {id(module) for module in self.modules()}
-        replaced = [name for name, layer in self.decomposition.layers.items() if id(layer) not in present]
+        places = {id(module): name for name, module in self.named_modules()}
+        prefixes = {name: places.get(id(layer)) for name, layer in self.decomposition.layers.items()}
+        replaced = [name for name, prefix in prefixes.items() if prefix is None]
         if replaced:
             raise ValueError(
                 f"another module replaced the decomposition's layer {replaced[0]}, and would not be saved: name "
                 "single linears in an adapter's modules_to_save, not a whole layer"
             )
+        if state_dict is not None:
+            state_dict = {
+                f"layers.{name}.{key.removeprefix(f'{prefix}.')}": value
+                for name, prefix in prefixes.items()
+                for key, value in state_dict.items()
+                if key.startswith(f"{prefix}.")
+            }
+        kwargs.pop("save_peft_format", None)
+        return self.decomposition.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Accept also the decomposition's own state, as `save_pretrained` wrote it, so that a Trainer can resume."""
@@ -108,39 +118,24 @@ class SplicedLanguageModel:
             return self.decomposition.load_state_dict(state_dict, *args, **kwargs)
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
-    def _of_decomposition(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert isinstance(self, nn.Module)
-        places = {id(module): name for name, module in self.named_modules()}
-        own = {}
-        for name, module in self.decomposition.layers.items():
-            prefix = places[id(module)] + "."
-            for key, value in state_dict.items():
-                if key.startswith(prefix):
-                    own[f"layers.{name}.{key.removeprefix(prefix)}"] = value
-        return own
-
 
 def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: bool = True) -> PreTrainedModel:
-    """Splice a decomposition into a base model in place: its class becomes a subclass of the same name.
+    """Splice an `MxDModel` into a base model, in place: its class becomes a subclass of the same name.
 
     Args:
-        base: a causal language model that fits the decomposition.
+        base: a causal language model that fits the decomposition; it is returned.
         decomposition: the `MxDModel`.
         name: folder or Hub id of the decomposition; adapters name it as their base.
         cast: move the decomposition to the base's dtype. If False it keeps its own, which training needs.
 
-    Returns:
-        `base`.
-
     Raises:
-        SurgeryError: it does not fit, or a decomposition is spliced into this class already; `base` is then as it was.
+        SurgeryError: it does not fit, or a decomposition is spliced in already; `base` is then as it was.
     """
     if isinstance(base, SplicedLanguageModel):
         raise SurgeryError(
-            "a decomposition is spliced into this model: unsplice() it first, or use mxd.splice(model) for further "
-            "layers"
+            "a decomposition is spliced in: unsplice() it first, or use mxd.splice(model) for more layers"
         )
-    trainable = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    trainable = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     base.requires_grad_(False)
     try:
         replaced: list[ReplacedMLP] = decomposition.splice(base, cast=cast)
@@ -149,20 +144,16 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: boo
         raise
     for replacement in replaced:
         replacement.permit_saving()  # the class saves the decomposition alone
-    attributes = {"name_or_path": base.name_or_path}
     # Not registered as a module: its layers already are, where the MLPs were.
-    base.__dict__.update(_decomposition=decomposition, _replaced=replaced, _trainable=trainable)
-    base.__dict__["_spliced_dtype"] = base.dtype
-    base.__dict__["_base_attributes"] = attributes
+    base.__dict__["_splice"] = _Splice(decomposition, replaced, base.dtype, base.name_or_path, trainable)
     base.name_or_path = name
     base.__class__ = _spliced_class(type(base))
     return base
 
 
-def _set_trainable(model: nn.Module, names: list[str]) -> None:
-    wanted = set(names)
+def _set_trainable(model: nn.Module, names: set[str]) -> None:
     for name, parameter in model.named_parameters():
-        if name in wanted:
+        if name in names:
             parameter.requires_grad_(True)
 
 

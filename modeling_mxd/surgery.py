@@ -59,7 +59,7 @@ class _Original(MLPReplacement):
     """Call an MLP's own modules, one after another, the way a replacement is called."""
 
     def __init__(self, site: MLPSite):
-        super().__init__(nn.ModuleList(site.modules), second_output(site))
+        super().__init__(nn.ModuleList(site.modules), SECOND_OUTPUT.get(type(site.output_module).__name__))
         self.widths: tuple[int, int] | None = None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ class _Original(MLPReplacement):
 
 
 class ReplacedMLP:
-    """Hold a replacement that can be undone; made by `replace_mlp`.
+    """A replacement that can be undone; made by `replace_mlp`.
 
     Attributes:
         site: where the MLP is.
@@ -84,20 +84,26 @@ class ReplacedMLP:
         self.site = site
         self.original = site.modules
         self.replacement = replacement
-        first = MLPReplacement(replacement, second_output(site)) if needs_mlp_replacement(site) else replacement
-        self._installed = (first, *(nn.Identity() for _ in self.original[1:]))
+        self._installed = (as_replacement(site, replacement), *(nn.Identity() for _ in self.original[1:]))
         self._savable = False
         self._install()
 
     def _install(self) -> None:
         self.site.put(self._installed)
-        if not self._savable:
-            _set_savable(self.site, False)
+        self._refuse_saving(True)
+
+    def _refuse_saving(self, refuse: bool) -> None:
+        attributes = vars(self.site.model)
+        for method in () if self._savable else ("save_pretrained", "push_to_hub"):
+            refusal = attributes.setdefault(method, _SavingRefused(self.site.model, method))
+            (refusal.layers.append if refuse else refusal.layers.remove)(self.site.layer)
+            if not refusal.layers:
+                del attributes[method]
 
     def permit_saving(self) -> None:
         """Let the model be saved while this replacement is in it: its class then saves what it should."""
+        self._refuse_saving(False)
         self._savable = True
-        _set_savable(self.site, True)
 
     def restore(self) -> None:
         """Restore the original module objects.
@@ -111,16 +117,11 @@ class ReplacedMLP:
                 "first, in reverse order"
             )
         self.site.put(self.original)
-        if not self._savable:
-            _set_savable(self.site, True)
+        self._refuse_saving(False)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Restore the original modules inside the block, and replace them again afterwards.
-
-        Raises:
-            SurgeryError: as `restore`.
-        """
+        """Restore the original modules inside the block, and replace them again afterwards."""
         self.restore()
         try:
             yield
@@ -144,15 +145,6 @@ class _SavingRefused:
         )
 
 
-def _set_savable(site: MLPSite, savable: bool) -> None:
-    attributes = vars(site.model)
-    for method in ("save_pretrained", "push_to_hub"):
-        refusal = attributes.setdefault(method, _SavingRefused(site.model, method))
-        (refusal.layers.remove if savable else refusal.layers.append)(site.layer)
-        if not refusal.layers:
-            del attributes[method]
-
-
 def replace_mlp(model: nn.Module, layer: int, module: nn.Module, **options: Any) -> ReplacedMLP:
     """Replace the MLP of one layer; returns the replacement, and takes the options of `replace_mlps`."""
     return replace_mlps(model, {layer: module}, **options)[0]
@@ -172,7 +164,7 @@ def replace_mlps(
 
     Args:
         model: a transformers model, itself rather than inside a wrapper.
-        modules: new modules by index of the transformer layer; each maps (..., I) to (..., O).
+        modules: new module by index of the transformer layer; maps (..., I) to (..., O).
         cast: move each module, in place, to the replaced MLP's device and dtype. If False, only to its device.
         stack, site: which list of layers, and which MLP of a layer; see `find_mlps`.
         verify: run 8 tokens through the model first, to check that surgery is exact and the widths fit.
@@ -195,12 +187,15 @@ def replace_mlps(
                 f"the MLP of layer {place.layer} is already replaced by a decomposition: restore it first, or use the "
                 "model that `unsplice()` returns"
             )
-    _check_routers(model, found, sites)
     widths = verify_sites(model, list(sites.values()), example_inputs) if verify else {}
     for layer, module in modules.items():
         have = widths.get(sites[layer].slots)
-        if have is not None and isinstance(module, SparseLayer):
-            check_widths(layer, have, (module.config.hidden_size, module.config.output_size))
+        want = (module.config.hidden_size, module.config.output_size) if isinstance(module, SparseLayer) else have
+        if have not in (None, want):
+            raise SurgeryError(
+                f"the MLP of layer {layer} maps {have[0]} to {have[1]} dimensions, the decomposition's layer {want[0]} "
+                f"to {want[1]}: is it of another base model?"
+            )
     for layer, module in modules.items():
         _move_to(sites[layer], model, module, cast)
     return [ReplacedMLP(sites[layer], module) for layer, module in modules.items()]
@@ -210,35 +205,18 @@ def replace_mlps(
 def spliced_mlps(
     model: nn.Module, modules: Mapping[int, nn.Module], cast: bool = True, **options: Any
 ) -> Iterator[list[ReplacedMLP]]:
-    """Replace the MLPs of several layers inside the block, as `replace_mlps`, and restore them afterwards.
-
-    If one was changed meanwhile, the others are still restored and the error is raised.
-    """
-    with ExitStack() as stack:  # calls every restore, also after one that failed
-        replaced = replace_mlps(model, modules, cast, **options)
-        for replacement in replaced:
-            stack.callback(replacement.restore)
+    """Replace the MLPs of several layers inside the block, as `replace_mlps`, and restore them afterwards."""
+    with restored_afterwards(replace_mlps(model, modules, cast, **options)) as replaced:
         yield replaced
 
 
-def check_widths(layer: int, have: tuple[int, int], want: tuple[int, int]) -> None:
-    """Raise a SurgeryError if an MLP's input and output width are not those of a decomposition's layer."""
-    if have != want:
-        raise SurgeryError(
-            f"the MLP of layer {layer} maps {have[0]} to {have[1]} dimensions, the decomposition's layer {want[0]} to "
-            f"{want[1]}: is it of another base model?"
-        )
-
-
-def _check_routers(model: nn.Module, found: Mapping[int, MLPSite], sites: Mapping[int, MLPSite]) -> None:
-    """Check that a model which returns router logits keeps a router."""
-    routed = {layer for layer, site in found.items() if site.kind == "mixture-of-experts"}
-    whole = {layer for layer in routed & sites.keys() if not sites[layer].slots[0].endswith("experts")}
-    if routed and routed == whole and getattr(model.config, "output_router_logits", False):
-        raise SurgeryError(
-            f"{type(model).__name__} is configured to return router logits (config.output_router_logits), and no "
-            "router would be left: turn that off, or replace the experts alone (site='mlp.experts')"
-        )
+@contextmanager
+def restored_afterwards(replaced: list[ReplacedMLP]) -> Iterator[list[ReplacedMLP]]:
+    """Restore all replacements at the block's end. If one was changed, the others are restored and the error raised."""
+    with ExitStack() as stack:  # calls every restore, also after one that failed
+        for replacement in replaced:
+            stack.callback(replacement.restore)
+        yield replaced
 
 
 def is_quantised(weight: Tensor) -> bool:
@@ -256,17 +234,12 @@ def _move_to(site: MLPSite, model: nn.Module, module: nn.Module, cast: bool) -> 
         module.to(device=like.device if device is None else device, dtype=dtype if cast else None)
 
 
-def needs_mlp_replacement(site: MLPSite) -> bool:
-    """Return whether the site's callers pass more than the input, or expect more than the output."""
-    if second_output(site) is not None:
-        return True
+def as_replacement(site: MLPSite, layer: nn.Module) -> nn.Module:
+    """Wrap a layer where the site's callers pass more than the input, or expect more than the output."""
+    second = SECOND_OUTPUT.get(type(site.output_module).__name__)
     parameters = inspect.signature(site.input_module.forward).parameters.values()
-    return len(parameters) != 1 or any(p.kind == p.VAR_KEYWORD for p in parameters)
-
-
-def second_output(site: MLPSite) -> str | None:
-    """Return the second value that the site's block returns, None if it returns its output alone."""
-    return SECOND_OUTPUT.get(type(site.output_module).__name__)
+    plain = len(parameters) == 1 and not any(p.kind == p.VAR_KEYWORD for p in parameters)
+    return layer if plain and second is None else MLPReplacement(layer, second)
 
 
 # Verification
@@ -274,14 +247,8 @@ def second_output(site: MLPSite) -> str | None:
 
 @torch.no_grad()
 def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping[str, Any] | None = None) -> Widths:
-    """Check that replacing MLPs is exact: run a few tokens twice, the second time through `originals_routed`.
-
-    Sites that were verified before are not run again.
-
-    Args:
-        model: is as it was afterwards, its random state too. A model on the meta device is not run.
-        sites: MLPs that will be replaced.
-        example_inputs: inputs to run; by default 8 tokens.
+    """Check that replacing MLPs is exact: run `example_inputs` (8 tokens) twice, the second time through
+    `originals_routed`. Sites that were verified before, and a model on the meta device, are not run.
 
     Returns:
         The widths of the model's verified MLPs.

@@ -311,7 +311,7 @@ def test_a_base_that_is_nowhere(repo, name):
 def test_a_base_that_is_not_named_is_refused(repo):
     config = json.loads((repo / "config.json").read_text())
     (repo / "config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="ships with the library mxd: pass base_model_name_or_path="):
+    with pytest.raises(ValueError, match="base model ships with mxd: pass base_model_name_or_path="):
         AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=DEMO_MODEL)
     with pytest.raises(ValueError, match="names no base_model_name_or_path"):
         AutoModelForCausalLM.from_pretrained(repo)
