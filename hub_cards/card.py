@@ -246,9 +246,8 @@ def _runs(config: MxDConfig, base: _Base, evaluation: Any, folder: Path) -> list
     runs: list[dict[str, Any]] = []
     training = get_nested(evaluation, "settings", "training")
     if isinstance(training, Mapping):
-        method = config.layer(config.layers[0]).method.replace("_", "-")
-        start = [f"mxd decompose {shell_word(base.argument)}", f"--layers {layer_ranges(config.layers)}"]
-        start.append(f"--method {method}")
+        layers = [f"--layers {layer_ranges(config.layers)}", f"--method {config.layer(config.layers[0]).method}"]
+        start = [f"mxd decompose {shell_word(base.argument)}", *layers]
         if training.get("num_experts") is not None:  # it takes precedence over the budget that is otherwise matched
             training = {**training, "match_transcoder": None}
         runs.append(_run("Training", start, training))
@@ -256,8 +255,9 @@ def _runs(config: MxDConfig, base: _Base, evaluation: Any, folder: Path) -> list
         runs.append({"title": "Training", "lines": _lines(read_json(arguments), _OPTIONS), "command": None})
     for finetuning in _finetunings(evaluation):
         source = next(iter(strings_in(finetuning.get("decomposition"))), "FOLDER")
-        loss = {"kl": ["--loss kl"], "cross_entropy": ["--loss cross-entropy"]}.get(str(finetuning.get("loss")), [])
-        start = [f"mxd finetune {shell_word(dataset_id(source) or last_path_part(source))}", *loss]
+        start = [f"mxd finetune {shell_word(dataset_id(source) or last_path_part(source))}"]
+        if finetuning.get("loss") in ("kl", "cross_entropy"):
+            start.append(f"--loss {finetuning['loss']}")
         run = _run("Fine-tuning in the language model", start, finetuning)
         before = get_nested(finetuning, "before") or {}
         run["lines"]["Cross-entropy rise before"] = _format_rise(before)

@@ -476,7 +476,7 @@ def test_a_fine_tuning_is_told_after_the_training(tmp_path):
     words, options = options_of(command_in(made))
     assert words == ["mxd", "finetune", "gpt2-l4"]
     assert options == {
-        "loss": ["cross-entropy"],
+        "loss": ["cross_entropy"],
         "dataset": ["plays.parquet", "ann/plays"],
         "context_length": ["256"],
         "tokens": ["200000"],
