@@ -100,8 +100,8 @@ def build_card(
             "own_tokenizer": any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")),
             "first": config.layers[0],
             "dense": any(layer.method == "mxd" for layer in layers),
-            "experts": _range(layer.num_experts for layer in layers),
-            "active": _range(layer.num_experts_per_tok for layer in layers),
+            "experts": f"{max(layer.num_experts for layer in layers):,}",
+            "active": max(layer.num_experts_per_tok for layer in layers),
             "rows": [_layer_row(layer, config.layer(layer), evaluation) for layer in config.layers],
             "results": None if evaluation is None else _results(evaluation),
             "runs": _runs(config, base, evaluation, folder),
@@ -121,13 +121,6 @@ class _Base:
         shown = name if on_hub or name is None else last_path_part(name)
         self.name = one_line(shown) or "an unnamed language model"
         self.argument = code_word(self.name if name else "MODEL")
-
-
-def _range(numbers: Iterable[int]) -> str:
-    """Format numbers as `64`, or as `64 to 128`."""
-    known = list(numbers)
-    least, most = min(known), max(known)
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def layer_ranges(layers: list[int], separator: str = ",") -> str:

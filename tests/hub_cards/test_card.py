@@ -206,7 +206,7 @@ def test_transcoders_are_called_so(tmp_path):
     assert {"transcoder", "skip-transcoder"} <= set(card.data.tags)
     assert "mixture-of-decoders" not in card.data.tags
     assert "| 8 | skip transcoder | 32 | 4 | 1,328 |" in section(card, "Results")
-    assert "with 32 latents, at most 4 of them active per token" in card.text
+    assert "with up to 32 latents, at most 4 of them active per token" in card.text
 
 
 def test_without_evaluation_nothing_was_measured(tmp_path):
