@@ -31,7 +31,7 @@ from mxd.base.capture import capture_mlps
 from mxd.base.files import replace_text
 from mxd.base.forward import evaluating
 from mxd.modeling_mxd import MxDModel, find_mlps, site_of
-from mxd.modeling_mxd.verification import running_device
+from mxd.modeling_mxd.surgery import running_device
 
 from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer

@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from mxd.base.capture import capture_mlps
 from mxd.base.masks import activation_mask, token_mask
+from mxd.base.pretrained_weights import check_widths, record_base
 from mxd.evaluation import normalised_error
 from mxd.modeling_mxd import MxDModel, find_mlps, site_of
 
@@ -65,12 +66,12 @@ class DistillationTrainer(DecompositionTrainer):
         compute_metrics: Any = None,
         **kwargs: Any,
     ):
-        model.record_base(teacher)
+        record_base(model, teacher)
         found = find_mlps(teacher, **model.config.where)
         self.sites = [site_of(found, layer) for layer in model.config.layers]
         starts = args.encoder_init == "pretrained" and args.gate_init != "keep"
         for site in self.sites:
-            site.check_fits(model.config.layer(site.layer))
+            check_widths(site, model.config.layer(site.layer))
             if starts and model.config.layer(site.layer).method == "mxd":
                 check_encoder_init(model.config.layer(site.layer), site)
         if len(model.config.layers) > 1 and args.ddp_find_unused_parameters is None:

@@ -15,11 +15,10 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from mxd.hub_cards import HubError, build_card, push_decomposition, update_card
+from mxd.hub_cards import HubError, build_card, check_base_id, push_decomposition, update_card
 from mxd.hub_cards.hub import with_retries
-from mxd.hub_cards.push import without_folders
+from mxd.hub_cards.safe_text import without_folders
 from mxd.modeling_mxd import MxDModel
-from mxd.modeling_mxd.sharing import check_base_id
 
 from .decomposition_arguments import DecompositionArguments
 

@@ -21,8 +21,7 @@ from transformers import (
 
 from mxd import demo
 from mxd.modeling_mxd import MxDConfig
-from mxd.modeling_mxd.downloads import first_line, with_retries
-from mxd.modeling_mxd.loading import check_language_config, check_language_model
+from mxd.modeling_mxd.loading import check_language_config, check_language_model, first_line, resolve, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ def check_base_model(
     source = model_source(name)
     with _explained(name):
         if not pickles:  # a stranger chose it: before transformers makes anything of its config
-            check_language_config(source, {"revision": revision})
+            check_language_config(resolve(source, {"revision": revision}))
         load = partial(AutoConfig.from_pretrained, source, revision=revision, trust_remote_code=False)
         config = with_retries(load, name)
         _check_config(config, name, context_length)
@@ -117,7 +116,7 @@ def load_base_model(
     how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with _explained(name, pickles):
         if not pickles:
-            check_language_model(source, {"revision": revision})
+            check_language_model(resolve(source, {"revision": revision}))
         tokenizer = with_retries(partial(AutoTokenizer.from_pretrained, source, **how), name)
         how |= {"dtype": DTYPES[dtype]} if pickles else {"dtype": DTYPES[dtype], "use_safetensors": True}
         model = with_retries(partial(AutoModelForCausalLM.from_pretrained, source, **how), name)

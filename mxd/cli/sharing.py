@@ -78,8 +78,7 @@ def show(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> None:
     """Configuration, results and size of a decomposition on the Hub; no weights are downloaded, no code is run."""
-    from mxd.hub_cards import show_decomposition
-    from mxd.modeling_mxd.sharing import OLDEST_TRANSFORMERS
+    from mxd.hub_cards import OLDEST_TRANSFORMERS, show_decomposition
 
     details = show_decomposition(repo, revision=revision)
     config = details.config

@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 
 from mxd.hub_cards.safe_text import DATA_ENDINGS
-from mxd.modeling_mxd.downloads import first_line
+from mxd.modeling_mxd.loading import first_line
 
 logger = logging.getLogger(__name__)
 

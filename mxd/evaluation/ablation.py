@@ -19,7 +19,7 @@ from mxd.base.forward import (
 )
 from mxd.base.masks import token_mask
 from mxd.modeling_mxd import ExpertCoefficients, MxDLayer, MxDModel, SparseLayer, spliced_mlps
-from mxd.modeling_mxd.verification import running_device
+from mxd.modeling_mxd.surgery import running_device
 
 from .expert_use import SPECIALISED_FREQUENCY
 from .faithfulness import Statistics, expert_statistics

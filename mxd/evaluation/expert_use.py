@@ -9,7 +9,7 @@ from mxd.base.capture import Capture, capture_mlps
 from mxd.base.forward import evaluating, right_padded
 from mxd.base.masks import activation_mask
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel
-from mxd.modeling_mxd.verification import running_device
+from mxd.modeling_mxd.surgery import running_device
 
 from .metrics import normalised_entropy
 

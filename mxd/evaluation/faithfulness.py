@@ -21,7 +21,7 @@ from mxd.base.forward import (
 )
 from mxd.base.masks import next_token_mask, token_mask
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer
-from mxd.modeling_mxd.verification import running_device
+from mxd.modeling_mxd.surgery import running_device
 
 from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, count_expert_use
 from .metrics import ErrorSums, LogitSums, explained_share, recovered_share

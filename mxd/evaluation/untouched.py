@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from mxd.base.forward import check_causal, evaluating, next_token_logits, right_padded, zero_ablated
 from mxd.base.masks import next_token_mask, token_mask
 from mxd.modeling_mxd import MxDConfig, MxDModel
-from mxd.modeling_mxd.verification import running_device
+from mxd.modeling_mxd.surgery import running_device
 
 from .metrics import LogitSums
 from .paired import PairedDifference

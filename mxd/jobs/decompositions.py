@@ -12,7 +12,7 @@ from mxd.base.base_model import BaseModelError, check_base_model, default_device
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.hub_cards.reading import check_weights, read_config, read_json
 from mxd.modeling_mxd import MxDModel
-from mxd.modeling_mxd.downloads import file_if_any, first_line, with_retries
+from mxd.modeling_mxd.loading import file_if_any, first_line, with_retries
 
 
 def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:

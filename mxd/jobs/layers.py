@@ -16,10 +16,11 @@ from transformers import (
 )
 
 from mxd.base.base_model import BaseModelError, model_source
+from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout, mlp_widths
 from mxd.cli.tables import cell
 from mxd.hub_cards.card import layer_ranges
 from mxd.modeling_mxd import MLPSite, MxDConfig, find_all_mlps
-from mxd.modeling_mxd.downloads import first_line
+from mxd.modeling_mxd.loading import first_line
 
 
 @dataclass
@@ -41,7 +42,7 @@ class LayerGroup:
         if not site.slots:
             return site.stack, site.name, site.reason
         slots = tuple(slot.removeprefix(site.path) for slot in site.slots)
-        return site.stack, site.name, site.kind, slots, str(site.layout), site.widths, site.hidden_act
+        return site.stack, site.name, site.kind, slots, str(mlp_layout(site)), mlp_widths(site), mlp_hidden_act(site)
 
 
 def load_skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
@@ -89,8 +90,9 @@ def print_layers(model: PreTrainedModel) -> None:
         notes = []
         rows = [(group.site, describe_layers(group.layers)) for group in groups if group.site.stack == stack]
         for site, indices in rows:
-            widths = " → ".join(f"{width:,}" for width in site.widths) if site.slots and site.widths else "–"
-            own = (site.hidden_act or "–", site.layout or "–") if site.slots else ("–", "–")
+            found = mlp_widths(site) if site.slots else None
+            widths = " → ".join(f"{width:,}" for width in found) if found else "–"
+            own = (mlp_hidden_act(site) or "–", mlp_layout(site) or "–") if site.slots else ("–", "–")
             table.add_row(*map(cell, (indices, site.name, site.kind, widths, *own)))
             notes += [f"{indices}, {site.name}: {site.reason}"] if site.reason else []
         console.print(table)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mxd.base.files import replace_text
+from mxd.base.pretrained_weights import check_widths
 from mxd.data.labelled_text import count_texts, cut_texts, load_labelled_text
 from mxd.evaluation import (
     Representation,
@@ -239,7 +240,7 @@ def make_representations(
                 f"a decomposition is called {name!r}, as a representation of the MLP is: rename its folder"
             )
         try:
-            site.check_fits(decomposition.config.layer(site.layer))
+            check_widths(site, decomposition.config.layer(site.layer))
         except SurgeryError as error:
             raise SurgeryError(f"{name}: {error}") from error
         found[name] = expert_representation(decomposition.eval().layer(site.layer))

@@ -1,9 +1,9 @@
-"""The fault table: every fault at every call of push and pull, as data and one runner.
+"""Faults of the Hub, and a runner that lets one call of an operation fail.
 
-`record` runs an operation once without faults and notes the calls that it made; `try_fault` runs it with one of them
-failing and judges what came of it. A cell is broken, with the reason, unless the operation was complete, or refused
-with a message (and exit code 1, where it is a command), the repo as before or complete, every file in the cache as on
-the server, and a repeat without the fault complete.
+`record` runs an operation without faults and returns the calls that it made. `try_fault` runs it with one of them
+failing. The outcome is broken, with the reason, unless all of this holds: the operation was complete, or was refused
+with a message (a command: and exit code 1); the repo is as before, or complete; every file in the cache is as on the
+server; a repeat without the fault is complete.
 """
 
 import contextlib
@@ -216,7 +216,7 @@ def _replaced(path, own):
 
 
 def try_fault(scene, operation, call, fault, times):
-    """One cell: what came of the operation, or why it is broken."""
+    """Run an operation with a failing call: what came of it, or why it is broken."""
     repo = scene.fresh(operation)
     scene.hub.fail(call.method, call.pattern(repo), times=TIMES[times], **FAULTS[fault])
     outcome = operation.run(scene, repo)
