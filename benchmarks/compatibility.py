@@ -1,12 +1,13 @@
-"""Whether a pushed decomposition loads with torch and transformers alone, and which versions of transformers do.
+"""Check that a pushed decomposition loads with torch and transformers alone, and with which versions of transformers.
 
     python benchmarks/compatibility.py
 
-A decomposition of the embedded model is pushed to a Hub on loopback, and so is the embedded model. For each version of
+Decompositions of the embedded model are pushed to a Hub on loopback, and so is the embedded model. For each version of
 transformers a fresh virtual environment gets the pinned torch, that transformers, and nothing else; for the versions
-that the library supports, a second one gets the library too. In each, both doors load the repo, from the Hub and then
-offline from the cache, and what they compute is compared with what the pusher computed, bit by bit. Writes
-benchmarks/results/compatibility.json; exits with 1 if anything differs.
+that the library supports, a second one gets the library too. In each, AutoModel and AutoModelForCausalLM load the
+repos, from the Hub and then offline from the cache, and what they compute is compared with what the pusher computed,
+bit by bit. Among the repos are two of equal last name and different code, one with a dot in its id, and a folder with
+a space in its name. Writes benchmarks/results/compatibility.json; exits with 1 if anything differs.
 """
 
 import argparse
@@ -27,6 +28,9 @@ RESULTS = HERE / "results" / "compatibility.json"
 VERSIONS = ("4.56.0", "4.57.6", "5.0.0", "5.3.0", "pinned", "newest")
 OF_LIBRARY = (5, 3)
 BASE, REPO = "user/embedded", "user/mxd-embedded"
+# Of equal last name as REPO, with other code and weights; and with a dot, which is no name of a Python module.
+SAME_NAME, WITH_DOT = "other/mxd-embedded", "user/mxd-embedded-v1.5"
+ORIGIN = "SOURCE_OF_THIS_CODE"
 LAYERS = (1, 3)
 
 
@@ -73,17 +77,21 @@ def push(hub: Any, expected: Path) -> None:
         encoder_type="glu",
     )
     torch.manual_seed(0)
-    decomposition = MxDModel(config)
-    for tensor in (*decomposition.parameters(), *decomposition.buffers()):
-        nn.init.normal_(tensor, std=0.05)
-    record_base(decomposition, base)
-    with tempfile.TemporaryDirectory() as folder:
-        decomposition.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
-        push_decomposition(folder, REPO)
-    with decomposition.spliced(base):
-        spliced = computed(base, decomposition)
-    torch.save({"spliced": spliced, "base": computed(base, decomposition)}, expected)
+    outcomes = {}
+    for repo in (REPO, SAME_NAME, WITH_DOT):
+        decomposition = MxDModel(config)
+        for tensor in (*decomposition.parameters(), *decomposition.buffers()):
+            nn.init.normal_(tensor, std=0.05)
+        record_base(decomposition, base)
+        with tempfile.TemporaryDirectory() as folder:
+            decomposition.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+            push_decomposition(folder, repo)
+        layers = hub.files(repo)["layers.py"] + f"\n{ORIGIN} = {repo!r}\n".encode()
+        hub.repos[repo].add("main", {**hub.files(repo), "layers.py": layers}, "code of its own")
+        with decomposition.spliced(base):
+            outcomes[repo] = computed(base, decomposition)
+    torch.save({**outcomes, "base": computed(base, decomposition)}, expected)
 
 
 def computed(model: Any, decomposition: Any) -> dict[str, Any]:
@@ -100,8 +108,14 @@ def computed(model: Any, decomposition: Any) -> dict[str, Any]:
         }
 
 
+def origin(decomposition: Any) -> str | None:
+    """Return the repo whose code a decomposition's layers run."""
+    module = sys.modules[type(decomposition.layer(LAYERS[0])).__module__]
+    return getattr(module, ORIGIN, None)
+
+
 def load(expected: str, library: bool) -> None:
-    """In an environment of its own: load by both doors, compute, compare, print the outcome."""
+    """Load by both Auto classes in an environment of its own, compute, compare, and print the outcome."""
     if library:
         from mxd import MxDModel  # noqa: F401, so that the library's classes are the ones that load
     import huggingface_hub
@@ -120,24 +134,36 @@ def load(expected: str, library: bool) -> None:
     got, untouched = computed(model, decomposition), computed(base, decomposition)
     with decomposition.spliced(base):
         by_hand = computed(base, decomposition)
-    with tempfile.TemporaryDirectory(prefix="saved_again_") as folder:
+    with tempfile.TemporaryDirectory(prefix="saved again ") as folder:  # the space is one of the cases
         model.save_pretrained(folder)
         again = computed(AutoModelForCausalLM.from_pretrained(folder, **how), decomposition)
+    others = {}
+    for repo in (SAME_NAME, WITH_DOT):
+        other = AutoModelForCausalLM.from_pretrained(repo, **how)
+        others[repo] = (computed(other, other.decomposition), origin(other.decomposition))
     written = pipeline("text-generation", REPO, trust_remote_code=True)("The state of the", max_new_tokens=4)
     outcome = {
         "transformers": transformers.__version__,
         "huggingface_hub": huggingface_hub.__version__,
         "torch": torch.__version__,
-        "code": "library" if type(decomposition).__module__.startswith("modeling_mxd") else "repo",
+        "code": "library" if type(decomposition).__module__.startswith("mxd.") else "repo",
     }
     checks = {
-        "layers equal the pusher's": all(map(torch.equal, got["layers"], want["spliced"]["layers"])),
-        "logits equal the pusher's": torch.equal(got["logits"], want["spliced"]["logits"]),
-        "tokens equal the pusher's": torch.equal(got["tokens"], want["spliced"]["tokens"]),
+        "layers equal the pusher's": all(map(torch.equal, got["layers"], want[REPO]["layers"])),
+        "logits equal the pusher's": torch.equal(got["logits"], want[REPO]["logits"]),
+        "tokens equal the pusher's": torch.equal(got["tokens"], want[REPO]["tokens"]),
         "base's logits equal the pusher's": torch.equal(untouched["logits"], want["base"]["logits"]),
         "logits equal a splice by hand": torch.equal(got["logits"], by_hand["logits"]),
         "logits equal after saving and loading": torch.equal(got["logits"], again["logits"]),
         "one layer alone loads": one.config.layers == [LAYERS[1]],
+        "a repo of equal last name gives its own": torch.equal(
+            others[SAME_NAME][0]["logits"], want[SAME_NAME]["logits"]
+        ),
+        "a repo with a dot in its id gives its own": torch.equal(
+            others[WITH_DOT][0]["logits"], want[WITH_DOT]["logits"]
+        ),
+        "every repo runs its own code": library
+        or [origin(decomposition), *(found for _, found in others.values())] == [REPO, SAME_NAME, WITH_DOT],
         "the pipeline writes": len(written[0]["generated_text"]) > len("The state of the"),
     }
     print(json.dumps({**outcome, "checks": checks}))  # noqa: T201

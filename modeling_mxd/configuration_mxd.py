@@ -4,6 +4,7 @@ Parameter names follow transformers (`hidden_size`, `num_experts`, `num_experts_
 """
 
 import copy
+import inspect
 import json
 import os
 import re
@@ -303,7 +304,7 @@ class MxDConfig(PretrainedConfig):
             raise ValueError(f"{name} holds a model of type {kind}, not a decomposition")
         config = cls.from_dict(values) if given is None else copy.deepcopy(given)
         there, layers = config.layers, kwargs.pop("layers", None)
-        for field in kwargs.keys() & _LAYER_FIELDS:
+        for field in inspect.signature(cls.__init__).parameters.keys() & kwargs.keys():
             setattr(config, field, kwargs.pop(field))
         config.keep_layers(there if layers is None else layers)  # checks all fields
         if not config.layers:

@@ -24,6 +24,7 @@ from .layers import SparseLayer, make_layer
 from .loading import (
     ACCESS,
     OWN,
+    check_language_model,
     commit_of,
     decomposition_files,
     expected_shapes,
@@ -223,6 +224,7 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         config = MxDConfig.of_repo(repo.name, repo.config_file, config, kwargs)
         base = resolve_base(repo, config, access, *other_base)
         files = decomposition_files(repo, config)
+        check_language_model(base)
         language_model = load_language_model(base, *args, **kwargs)
         load = partial(super(MxDModel, MxDModel).from_pretrained, None, output_loading_info=True)
         mxd, info = load_decomposition(load, repo, config, files, dtype=language_model.dtype)

@@ -3,9 +3,11 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from transformers import AutoConfig, PretrainedConfig
 
 from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
 from mxd.modeling_mxd import modeling_mxd as model_module
+from mxd.modeling_mxd.configuration_mxd import FORMAT_VERSION
 
 VALID = {"hidden_size": 16, "output_size": 12, "intermediate_size": 20, "num_experts": 24, "num_experts_per_tok": 4}
 SIZES = tuple(VALID)
@@ -223,3 +225,65 @@ def test_a_folder_whose_weights_have_other_sizes_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**written, "num_experts": 30}))
     with pytest.raises(ValueError, match=r"has the shape \[24.*by the config it must be \[30"):
         MxDModel.from_pretrained(tmp_path)
+
+
+def stored(tmp_path, **changes):
+    """A folder with a config.json that is so changed; None removes a field."""
+    MxDConfig(layers=[4], **VALID).save_pretrained(tmp_path)
+    values = {**json.loads((tmp_path / "config.json").read_text()), **changes}
+    values = {name: value for name, value in values.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+def test_every_save_writes_the_format_version(tmp_path):
+    MxDModel(MxDConfig(layers=[4], **VALID)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == FORMAT_VERSION
+    assert MxDConfig.from_pretrained(tmp_path).format_version == MxDConfig().format_version == FORMAT_VERSION
+
+
+@pytest.mark.parametrize("load", [MxDConfig.from_pretrained, MxDModel.from_pretrained, AutoConfig.from_pretrained])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": None}, "was saved by a version before the first release: decompose again"),
+        (
+            {"format_version": FORMAT_VERSION + 1, "a_field_of_tomorrow": 1},
+            rf"newer mxd \(format {FORMAT_VERSION + 1}, this one reads {FORMAT_VERSION}\): update with pip",
+        ),
+        ({"format_version": "1"}, "format_version must be a whole number"),
+        ({"a_field_of_nobody": 1}, "'a_field_of_nobody' is not a field of a decomposition's config"),
+        ({"num_labels": 10**12}, "'num_labels' is not a field"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'quantization_config' is not a field"),
+        ({"check_memory": 1}, "'check_memory' is not a field"),
+    ],
+)
+def test_other_formats_and_unknown_fields_are_refused(tmp_path, load, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load(stored(tmp_path, **changes))
+
+
+def test_an_unknown_field_is_refused_when_built():
+    with pytest.raises(ValueError, match="'num_expert' is not a field"):
+        MxDConfig(layers=[4], num_expert=3)
+
+
+def test_fields_that_transformers_and_its_trainer_write_are_accepted(tmp_path):
+    # What transformers 4.56 writes, the special tokens that Trainer aligns, and the whole of to_dict().
+    written = {
+        "torch_dtype": "bfloat16", "transformers_version": "4.56.0", "use_cache": False, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "architectures": ["MxDModel"], "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = MxDConfig.from_pretrained(stored(tmp_path, **written))
+    assert config.layer(4) == MxDLayerConfig(**VALID)
+    again = MxDConfig.from_dict({**PretrainedConfig().to_dict(), **config.to_dict()})
+    assert again.layer(4) == config.layer(4)
+
+
+def test_auto_classes_pass_on_what_is_not_the_configs(tmp_path):
+    folder = stored(tmp_path)
+    given = {"layers": [4], "attn_implementation": "eager"}
+    config, unused = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **given)
+    assert given.items() <= unused.items()
+    assert not unused.keys() & {"_from_auto", "name_or_path"}
+    assert config.layers == [4]
