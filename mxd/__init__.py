@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mxd.base.activation_cache import ActivationCache
     from mxd.base.base_model import BaseModelError, load_base_model
     from mxd.base.capture import capture_mlps
     from mxd.base.masks import token_mask
@@ -52,18 +53,17 @@ if TYPE_CHECKING:
         spliced_mlps,
     )
     from mxd.trainers import (
-        ActivationCache,
         DistillationArguments,
         DistillationTrainer,
         FinetuningArguments,
         FinetuningTrainer,
-        ReplayTrainer,
         fit_routers,
         routing_recall,
     )
     from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 
 _HOME = {
+    "mxd.base.activation_cache": ["ActivationCache"],
     "mxd.base.base_model": ["BaseModelError", "load_base_model"],
     "mxd.base.capture": ["capture_mlps"],
     "mxd.base.masks": ["token_mask"],
@@ -112,8 +112,6 @@ _HOME = {
         "DistillationTrainer",
         "FinetuningArguments",
         "FinetuningTrainer",
-        "ActivationCache",
-        "ReplayTrainer",
         "fit_routers",
         "routing_recall",
     ],

@@ -25,6 +25,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from mxd import demo
+from mxd.base.activation_cache import (
+    ActivationCache,
+    check_free_space,
+    model_identity,
+    recording_bytes,
+    rows_digest,
+)
 from mxd.base.base_model import (
     DTYPES,
     BaseModelError,
@@ -38,8 +45,7 @@ from mxd.data.packing import materialize, pack
 from mxd.data.texts import evaluation_batches, load_documents, warn_of_embedded_text
 from mxd.evaluation import UntouchedLosses, plot_frontier
 from mxd.modeling_mxd import MxDConfig
-from mxd.trainers import ActivationCache, DistillationArguments
-from mxd.trainers.activation_cache import check_free_space, recording_bytes, rows_digest, weights_digest
+from mxd.trainers import DistillationArguments
 
 from .decompositions import output_folder
 from .frontier_point import (
@@ -148,7 +154,7 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
     asked = [replace(chosen, revision=commit or options.revision) for chosen in asked]
     training, heldout = _texts(options, tokenizer)
     common = {
-        "weights": weights_digest(model),
+        "weights": model_identity(model),
         "text": rows_digest(training),
         "tokens": training.numel(),
         "heldout": rows_digest(heldout),
@@ -276,7 +282,7 @@ def _record(
 def _measure_untouched(root: Path, model: PreTrainedModel, config: MxDConfig, rows: Tensor, progress: bool) -> None:
     """Keep the held-out rows and the untouched model's losses on them, or see that they are kept."""
     folder = root / HELDOUT
-    about = {"weights": weights_digest(model), "text": rows_digest(rows), "layers": config.layers, **config.where}
+    about = {"weights": model_identity(model), "text": rows_digest(rows), "layers": config.layers, **config.where}
     if (folder / _ABOUT).is_file() and json.loads((folder / _ABOUT).read_text()) == about:
         return
     if folder.is_dir():

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from mxd.base.activation_cache import ActivationCache
 from mxd.base.base_model import default_device, load_base_model
 from mxd.base.files import replace_text
 from mxd.data.texts import TextOptions
 from mxd.evaluation import UntouchedLosses, faithfulness, save_evaluation
 from mxd.modeling_mxd import MxDConfig, MxDModel
-from mxd.trainers import ActivationCache, DistillationArguments, ReplayTrainer
+from mxd.trainers import DistillationArguments, DistillationTrainer
 
 from .decompositions import load_decomposition, made_how
 from .pipeline import DecompositionOptions, build_config, run_settings
@@ -142,7 +143,8 @@ def run_point(root: Path, options: DecompositionOptions, settings: Mapping[str, 
     else:
         decomposition = MxDModel(build_config(model, commit, options))
         arguments = DistillationArguments(**step_arguments(options, folder))
-        trainer = ReplayTrainer(decomposition, model, arguments, ActivationCache(root / RECORDING))
+        activations = ActivationCache(root / RECORDING)
+        trainer = DistillationTrainer(decomposition, model, arguments, activations=activations)
         trainer.add_callback(ProgressFile(folder.with_name(f"{folder.name}.progress")))
         made = {"training": run_settings(options, trainer, run_training(trainer, tokenizer, options, None))}
         made["training"]["tokens_trained"] = int(settings["tokens"] * options.training["num_train_epochs"])

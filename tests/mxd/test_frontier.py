@@ -201,7 +201,7 @@ def test_what_is_trained_and_could_not_be_measured_is_only_measured_again(tmp_pa
     assert json.loads(point.file(".json").read_text()) == {"settings": point.settings, "results": None}
     assert point.trained() and point.finished() is None
     started.instead = {}
-    monkeypatch.setattr(frontier_point, "ReplayTrainer", lambda *args: pytest.fail("it was trained again"))
+    monkeypatch.setattr(frontier_point, "DistillationTrainer", lambda *args, **_: pytest.fail("it was trained again"))
     (row,) = measured(tmp_path / "out", num_experts_per_tok=[2])["points"]
     assert started == ["mxd-k2", "mxd-k2"]
     assert row["tokens_trained"] == 4096 and row["learning_rate"] == 1e-3 and row["cross_entropy"]["rise"]
