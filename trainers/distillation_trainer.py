@@ -262,7 +262,7 @@ class DistillationTrainer(DecompositionTrainer):
         for layer in layers:
             x, y = captured.pop(layer)
             mask = self._mask(inputs, x)
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
                 of_layer = LayerLosses(*self._as_forward(model, self.layer_losses, layer, x, y, mask))
             loss = scale * sum(of_layer) + self.router_loss(layer, x, mask)
             self.accelerator.backward(loss / len(layers))
