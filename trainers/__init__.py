@@ -1,6 +1,7 @@
 """Making decompositions: data, initialisation, the distillation trainer and its arguments."""
 
-from .activation_cache import ActivationCache, ReplayTrainer
+from mxd.base.activation_cache import ActivationCache
+
 from .decomposition_trainer import DivergenceError, last_complete_checkpoint
 from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer
@@ -15,7 +16,6 @@ __all__ = [
     "DivergenceError",
     "FinetuningArguments",
     "FinetuningTrainer",
-    "ReplayTrainer",
     "RoutingRecall",
     "fit_router",
     "fit_routers",

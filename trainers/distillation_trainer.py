@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
+from mxd.base.activation_cache import ActivationCache
 from mxd.base.capture import capture_mlps
 from mxd.base.masks import activation_mask, token_mask
 from mxd.evaluation import normalised_error
@@ -63,8 +64,12 @@ class DistillationTrainer(DecompositionTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         compute_metrics: Any = None,
+        activations: ActivationCache | None = None,
         **kwargs: Any,
     ):
+        self.activations = activations
+        if activations is not None and train_dataset is None:
+            train_dataset = activations
         model.record_base(teacher)
         found = find_mlps(teacher, **model.config.where)
         self.sites = [site_of(found, layer) for layer in model.config.layers]
@@ -113,6 +118,10 @@ class DistillationTrainer(DecompositionTrainer):
 
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """{layer: (x, y)} of the teacher's MLPs for a batch; x (batch, tokens, I), y (batch, tokens, O)."""
+        if self.activations is not None:
+            recorded, dtype = self.activations(inputs, self.model.config.layers), next(self.teacher.parameters()).dtype
+            device = self.args.device
+            return {layer: (x.to(device, dtype), y.to(device, dtype)) for layer, (x, y) in recorded.items()}
         given: dict[str, Any] = {**inputs, **self.model.config.where}
         captured = capture_mlps(self.teacher, self.model.config.layers, **given)
         device = self.args.device
