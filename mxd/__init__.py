@@ -78,7 +78,7 @@ _MODULES = {
     if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mxd.")
     for alias in node.names
 }
-__all__ = [*_MODULES]
+__all__ = list(_MODULES)
 __version__ = version("mxd")
 
 

@@ -1,11 +1,8 @@
 import pytest
-from commands import SMALL, run
+from commands import decomposed
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """The main job on the embedded default, made small."""
-    folder = tmp_path_factory.mktemp("cli") / "decomposition"
-    code, output, error = run("decompose", *SMALL, "--output", folder)
-    assert code == 0, error
-    return folder, output, error
+def finished():
+    """A small decomposition, made by the command: folder, stdout, stderr."""
+    return decomposed()

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from mxd import ProbingOptions, probe
 from mxd.cli.main import app
-from mxd.jobs import probing as command
+from mxd.jobs import probe as command
 from mxd.modeling_mxd import MxDModel
 
 TEXTS = {
@@ -127,12 +127,9 @@ def test_same_seed_same_figures(finished, labelled, tmp_path):
         (["--classes", "prose"], "has only prose"),
         (["--classes", "prose,verse"], "has no class 'verse'"),
         (["--group-column", "kind"], "fewer documents than the 5 folds"),
-        (["--folds", "11"], "fewer documents than the 11 folds"),
         (["--layer", "0"], "not every decomposition has layer 0 (decomposition: 2)"),
         (["--against", "input,soul"], "the MLP has no representation 'soul'"),
-        (["--k", "1,two"], "is no list of numbers"),
-        (["--k", "0"], "must be at least 1"),
-        (["--context-length", "4"], "context_length must be at least"),
+        (["--layer", "two"], "is no whole number"),
         (["--dataset", "missing.parquet"], "missing.parquet"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["{tmp}/nothing"], "is no folder with a decomposition"),
