@@ -18,8 +18,8 @@ def make_command(options: type, job: Job) -> Callable[..., None]:
     """Return the typer command of a job.
 
     Args:
-        options: dataclass; a field is an option or a positional argument.
-        job: runs with an instance of it; its docstring is the command's help.
+        options: dataclass; a field is an option or a positional argument, its docstring the command's help.
+        job: runs with an instance of it.
     """
     known = {one.name: one for one in fields(options)}
     hints = get_type_hints(options)
@@ -55,8 +55,7 @@ def make_command(options: type, job: Job) -> Callable[..., None]:
         # A shell makes several arguments of `--dataset *.parquet`.
         name, kind = ("arguments", list[str]) if "dataset" in known else (one.name, str)
         parameters.insert(number, _parameter(name, kind | None, argument))
-    command.__name__ = command.__qualname__ = job.__name__
-    command.__doc__ = job.__doc__
+    command.__doc__ = options.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command

@@ -1,104 +1,54 @@
-"""What each command does: run the job, show its results, and say what was saved. torch is imported only then."""
+"""What each command does: run its job, show the results, and say what was saved. torch is imported only then."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 
-from mxd.jobs.options import (
-    STDOUT,
-    DecompositionOptions,
-    EvaluationOptions,
-    ExpertsOptions,
-    FinetuningOptions,
-    FrontierOptions,
-    LayersOptions,
-    ProbingOptions,
-    PushOptions,
-    SearchOptions,
-    ShowOptions,
-)
+from mxd.jobs import options as classes
 
 from . import tables
 
-
-def decompose(options: DecompositionOptions) -> None:
-    """Replace MLPs of a language model by a decomposition, trained by distillation, and measure it.
-
-    Without arguments: the small model and text that ship with mxd.
-    """
-    from mxd.jobs.decompose import decompose
-
-    _quiet()
-    saved = "weights, evaluation.json, run.yaml, training_log.json, figures/"
-    _report(decompose(options), options.output, tables.print_evaluation, saved)
-    typer.echo(f"Next:  mxd evaluate {options.output} --dataset <other text>")
-    typer.echo(
-        f'       mxd.MxDModel.from_pretrained("{options.output}")   # the README shows how to read and steer experts'
-    )
+_TRAINED = "weights, evaluation.json, run.yaml, training_log.json, figures/"
 
 
-def evaluate(options: EvaluationOptions) -> None:
-    """Measure a decomposition on text, and write evaluation.json into its folder, in place of an earlier one.
+class Command(NamedTuple):
+    """A command; its help is the docstring of its options."""
 
-    With `--by`: which experts are active on which kinds of text.
-    """
-    from mxd.jobs.evaluate import evaluate
+    options: type
+    job: str | Callable[[Any], None]
+    """Name of a function in `mxd.jobs` that returns results, or a function that shows them itself."""
+    show: Callable[[Any], None] = tables.print_evaluation
+    saved: str = ""
 
-    _quiet()
-    results = evaluate(options, progress=options.output != STDOUT)
-    show = tables.print_evaluation if options.by is None else tables.print_domain_use
-    saved = "evaluation.json" if options.by is None else "domain_use.json, figures/experts_per_domain.png"
-    _report(results, options.output or options.decomposition, show, saved)
+    def run(self, options: Any) -> None:
+        """Do the command."""
+        if not isinstance(self.job, str):
+            self.job(options)
+            return
+        _quiet()
+        module, _, name = self.job.partition(":")
+        results = getattr(import_module(f"mxd.jobs.{module}"), name)(options)
+        folder = options.output or options.decomposition
+        if folder == classes.STDOUT:
+            from mxd.base.files import json_text
 
-
-def experts(options: ExpertsOptions) -> None:
-    """Show where in a text experts are most active, on screen and as a page, experts.html."""
-    from mxd.jobs.experts import read_experts
-
-    _quiet()
-    folder = options.output or options.decomposition
-    _report(read_experts(options), folder, tables.print_experts, "experts.json, experts.html")
-
-
-def probe(options: ProbingOptions) -> None:
-    """Sparse probing: how well single experts, or a few, tell classes of texts apart, and the MLP's own neurons."""
-    from mxd.jobs.probe import probe
-
-    _quiet()
-    results = probe(options, progress=options.output != STDOUT)
-    _report(results, options.output, tables.print_probing, "probing.json, probing.png")
-
-
-def frontier(options: FrontierOptions) -> None:
-    """Compare methods at several K, at equal parameters and on the same tokens (the paper's Fig. 3).
-
-    The same command continues an interrupted one.
-    """
-    from mxd.jobs.frontier import measure_frontier
-
-    _quiet()
-    results = measure_frontier(options)
-    _report(results, options.output, tables.print_frontier, "frontier.json, frontier.png, run.yaml, points/")
+            typer.echo(json_text(results))
+            return
+        by = getattr(options, "by", None) is not None
+        (tables.print_domain_use if by else self.show)(results)
+        typer.echo(f"\nSaved in {folder}: {'domain_use.json, figures/' if by else self.saved}")
+        if isinstance(options, classes.DecompositionOptions):
+            typer.echo(f"Next:  mxd evaluate {folder} --dataset <other text>")
+            typer.echo(
+                f'       mxd.MxDModel.from_pretrained("{folder}")   # then read and steer experts: see the README'
+            )
 
 
-def finetune(options: FinetuningOptions) -> None:
-    """Train a decomposition further, end to end in its language model, and show what that changed."""
-    from mxd.jobs.finetune import finetune
-
-    _quiet()
-    results = finetune(options)
-
-    def show(results: dict[str, Any]) -> None:
-        tables.print_change(results["settings"]["finetuning"][-1]["before"], results)
-
-    saved = "weights, evaluation.json, run.yaml, training_log.json, figures/"
-    _report(results, options.output, show, f"{saved}; {options.decomposition} is unchanged")
-
-
-def push(options: PushOptions) -> None:
-    """Share a decomposition on the Hub: weights, results, code and a card, in one commit."""
+def push(options: classes.PushOptions) -> None:
+    """Push, and show how to load what was pushed."""
     from mxd.hub_cards import push_decomposition
     from mxd.hub_cards.reading import read_config
     from mxd.modeling_mxd.loading import is_causal
@@ -109,26 +59,26 @@ def push(options: PushOptions) -> None:
     where = pushed.pr_revision or options.revision
     at = f', revision="{where}"' if where else ""
     config = read_config(Path(options.folder) / "config.json", options.folder)
-    door = "AutoModelForCausalLM" if is_causal(config.base_model_type) else "AutoModel"
-    typer.echo(f'Next:  {door}.from_pretrained("{pushed.repo_url.repo_id}"{at}, trust_remote_code=True)')
+    auto = "AutoModelForCausalLM" if is_causal(config.base_model_type) else "AutoModel"
+    typer.echo(f'Next:  {auto}.from_pretrained("{pushed.repo_url.repo_id}"{at}, trust_remote_code=True)')
 
 
-def search(options: SearchOptions) -> None:
-    """List decompositions that others share on the Hub."""
+def search(options: classes.SearchOptions) -> None:
+    """Show what others share."""
     from mxd.hub_cards import list_decompositions
 
     tables.print_found(list(list_decompositions(**vars(options))))
 
 
-def show(options: ShowOptions) -> None:
-    """Show configuration, results and size of a decomposition on the Hub; download no weights and run no code."""
+def show(options: classes.ShowOptions) -> None:
+    """Show a decomposition on the Hub."""
     from mxd.hub_cards import show_decomposition
 
     tables.print_details(show_decomposition(options.repo, revision=options.revision))
 
 
-def layers(options: LayersOptions) -> None:
-    """Show where a model keeps its MLPs, which can be decomposed, and why others cannot; download no weights."""
+def layers(options: classes.LayersOptions) -> None:
+    """Show where a model keeps its MLPs."""
     from mxd.jobs.layers import layer_groups, load_skeleton
 
     _quiet()
@@ -146,12 +96,19 @@ def _quiet() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _report(results: dict[str, Any], folder: str, show: Callable[[dict[str, Any]], None], saved: str) -> None:
-    """Show results, and say what was saved; with `--output -` print them as JSON and nothing else."""
-    if folder == STDOUT:
-        from mxd.base.files import json_text
-
-        typer.echo(json_text(results))
-        return
-    show(results)
-    typer.echo(f"\nSaved in {folder}: {saved}")
+COMMANDS = {
+    "decompose": Command(classes.DecompositionOptions, "decompose:decompose", saved=_TRAINED),
+    "evaluate": Command(classes.EvaluationOptions, "evaluate:evaluate", saved="evaluation.json"),
+    "experts": Command(
+        classes.ExpertsOptions, "experts:read_experts", tables.print_experts, "experts.json, experts.html"
+    ),
+    "probe": Command(classes.ProbingOptions, "probe:probe", tables.print_probing, "probing.json, probing.png"),
+    "frontier": Command(
+        classes.FrontierOptions, "frontier:measure_frontier", tables.print_frontier, "frontier.json, points/"
+    ),
+    "finetune": Command(classes.FinetuningOptions, "finetune:finetune", tables.print_finetuning, _TRAINED),
+    "push": Command(classes.PushOptions, push),
+    "search": Command(classes.SearchOptions, search),
+    "show": Command(classes.ShowOptions, show),
+    "layers": Command(classes.LayersOptions, layers),
+}

@@ -3,35 +3,19 @@
 import logging
 import os
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mxd.jobs import options as option_classes
-
-from . import jobs
 from .commands import make_command
+from .jobs import COMMANDS
 from .tables import visible
 
 INTERRUPTED = 130
 MAX_MESSAGE = 2000
-
-COMMANDS = {
-    "decompose": (option_classes.DecompositionOptions, jobs.decompose),
-    "evaluate": (option_classes.EvaluationOptions, jobs.evaluate),
-    "experts": (option_classes.ExpertsOptions, jobs.experts),
-    "probe": (option_classes.ProbingOptions, jobs.probe),
-    "frontier": (option_classes.FrontierOptions, jobs.frontier),
-    "finetune": (option_classes.FinetuningOptions, jobs.finetune),
-    "push": (option_classes.PushOptions, jobs.push),
-    "search": (option_classes.SearchOptions, jobs.search),
-    "show": (option_classes.ShowOptions, jobs.show),
-    "layers": (option_classes.LayersOptions, jobs.layers),
-}
-"""{name: (dataclass of its options, function that runs it)}."""
 
 app = typer.Typer(
     add_completion=False,
@@ -41,8 +25,8 @@ app = typer.Typer(
     help="Mixtures of Decoders: take the MLPs of a language model apart without breaking the model.",
     epilog="With --debug, anywhere, an error shows its traceback.",
 )
-for _name, (_options, _job) in COMMANDS.items():
-    app.command(_name)(make_command(_options, _job))
+for _name, _command in COMMANDS.items():
+    app.command(_name)(make_command(_command.options, _command.run))
 
 
 def _show_version(wanted: bool) -> None:
@@ -80,23 +64,18 @@ def main() -> None:
         _fail(_explain(error, f"; {kept}: put it right, then {how}" if kept else ""), code)
 
 
-def _default_output(command: str) -> str | None:
-    """Return the default output folder of a command that keeps checkpoints; None for other commands."""
-    found = {one.name: one.default for one in fields(COMMANDS[command][0])} if command in COMMANDS else {}
-    return str(found["output"]) if "resume" in found and found["output"] is not MISSING else None
-
-
 def _kept(arguments: list[str]) -> tuple[str, str]:
     """Return what an interrupted or failed command left, and how to continue it; empty strings if nothing."""
     command, output = arguments[0] if arguments else "", ""
     if command == "frontier":
         return "what is finished is kept", "run the same command to go on"
-    default = _default_output(command)
+    known = {one.name: one.default for one in fields(COMMANDS[command].options)} if command in COMMANDS else {}
     for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument.partition("=")[0] == "--output":
             output = argument.partition("=")[2] or value
+    folder = Path(output or str(known.get("output")))
     # trainer_state.json is the last file of a checkpoint
-    if default is None or not any(Path(output or default).glob("checkpoint-*/trainer_state.json")):
+    if "resume" not in known or not any(folder.glob("checkpoint-*/trainer_state.json")):
         return "", ""
     return "checkpoints that were complete are kept", "run again with --resume"
 
@@ -118,6 +97,6 @@ def _explain(error: Exception, kept: str = "") -> str:
     return f"{name}: {error} (run with --debug for the traceback)"
 
 
-def _fail(message: str, code: int) -> Any:
+def _fail(message: str, code: int) -> None:
     typer.secho(f"error: {visible(message)[:MAX_MESSAGE]}", fg=typer.colors.RED, err=True)
     sys.exit(code)

@@ -139,6 +139,11 @@ def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:
     _print(layers, model)
 
 
+def print_finetuning(results: dict[str, Any]) -> None:
+    """Print results of `mxd finetune`: before and after."""
+    print_change(results["settings"]["finetuning"][-1]["before"], results)
+
+
 def print_frontier(results: dict[str, Any]) -> None:
     """Print results of `mxd.jobs.frontier`: a row for each point, with means over layers."""
     untouched, points = results["untouched"], results["points"][:MAX_ROWS]

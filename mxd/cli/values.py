@@ -39,7 +39,7 @@ def convert(field: "Field[Any]", annotation: Any, value: Any) -> Any:
     elif kind == list[str]:
         value = [str(one) for one in value] if isinstance(value, list) else [str(value)]
         if field.metadata.get("commas"):
-            value = [part.strip().replace("-", "_") for one in value for part in one.split(",")]
+            value = [part.strip() for one in value for part in one.split(",")]
     elif field.metadata.get("count"):
         value = parse_count(value)
     elif kind in (int, float):

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _ABLATION_FIGURE, _RANKS_FIGURE = "ablation.png", "smallest_singular_values.png"
 
 
-def evaluate(options: EvaluationOptions, progress: bool = False) -> dict[str, Any]:
+def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any]:
     """Measure a saved decomposition on text and write evaluation.json into its folder.
 
     With `by`, compare instead which experts are active on which values of that column of the text; see

@@ -1,4 +1,4 @@
-"""Options of all jobs: one dataclass a command, and each option's help written once, here.
+"""Options of all jobs: one dataclass a command, its docstring the command's help, and each option's help once.
 
 A field is an option of the command (`num_experts` is `--num-experts`), a key of the YAML file that `--config` names,
 and an argument in Python. A field with `flag=False` is set in YAML or Python only.
@@ -55,7 +55,7 @@ def values(options: Any, keep: Callable[[Any], Any] = lambda one: True) -> dict[
 
 @dataclass(kw_only=True)
 class DatasetOptions:
-    """Text to read."""
+    """Text to read, and the base model's dtype."""
 
     dataset: list[str] = option(
         list, "Hub dataset, or files, folders and globs of parquet, jsonl, csv or text. [the sample of mxd]", DATA
@@ -64,6 +64,7 @@ class DatasetOptions:
     split: str = option("train", "Split of a Hub dataset.")
     text_column: str = option("text", "Column that holds the text.")
     context_length: int = option(128, "Tokens in a row, BOS included.", minimum=2)
+    dtype: str = option("float32", "Dtype of the base model: float32, bfloat16 or float16.")
 
     @property
     def text(self) -> "TextOptions":
@@ -98,7 +99,6 @@ class RunOptions(StreamableOptions):
     tokens: int = option(1_000_000, "Training tokens: 500k, 10M, 1B.", TRAINING, count=True)
     batch_tokens: int = option(2048, "Tokens of one optimiser step.", minimum=1)
     bf16: bool = option(False, "Multiply matrices in bfloat16; weights stay in float32.", trainer=True)
-    dtype: str = option("float32", "Dtype of the base model: float32, bfloat16 or float16.")
     evaluation_tokens: int = option(32768, "Held-out tokens to evaluate on.", count=True)
     seed: int = option(0, "Seed of data order and initialisation.")
     report_to: str = option("none", "Trackers of the Trainer, such as tensorboard.", flag=False, trainer=True)
@@ -124,31 +124,36 @@ class ResumableOptions(RunOptions):
 
 
 @dataclass(kw_only=True)
-class WhereOptions:
-    """MLPs of a base model."""
+class LayersOptions:
+    """Show where a model keeps its MLPs, which can be decomposed, and why others cannot; download no weights."""
 
     model: str = option(demo.MODEL_NAME, "Hub id or folder. [the model of mxd]", argument="MODEL")
     revision: str | None = option(None, "Branch, tag or commit of the model.")
+
+
+@dataclass(kw_only=True)
+class WhereOptions(LayersOptions):
+    """MLPs of a base model."""
+
     layers: list[int] | None = option(None, "Layers to decompose: 8, 4,8 or 4-7. [the middle layer]", WHAT)
     site: str = option("mlp", "Which MLP of a layer; `mxd layers` lists them. Routed experts are mlp.experts.")
-    stack: str | None = option(
-        None, "Which list of layers; `mxd layers` shows them. [the language model's]", flag=False
-    )
-    match_transcoder: int = option(
-        32, "Match the parameters of a transcoder with this many latents per dimension.", minimum=1
-    )
+    stack: str | None = option(None, "Which list of layers; see `mxd layers`. [the language model's]", flag=False)
+    match_transcoder: int = option(32, "Match a transcoder of so many latents per dimension in parameters.", minimum=1)
     intermediate_size: int | None = option(None, "Width of the encoder. [the MLP's]", flag=False, minimum=1)
 
 
 @dataclass(kw_only=True)
 class DecompositionOptions(WhereOptions, ResumableOptions):
-    """Options of `decompose`."""
+    """Replace MLPs of a language model by a decomposition, trained by distillation, and measure it.
+
+    Without arguments: the small model and text that ship with mxd.
+    """
 
     method: Method = option("mxd", "What replaces the MLP.", WHAT)
     num_experts_per_tok: int = option(32, "Experts active per token (K).", WHAT, alias="-k", minimum=1)
     num_experts: int | None = option(None, "Number of experts (N). [see --match-transcoder]", minimum=1)
     num_groups_per_tok: int | None = option(
-        None, "Hierarchical routing: open this many of about √N groups of experts per token. [exact gate]", minimum=1
+        None, "Hierarchical routing: groups, of about √N, that a token opens. [exact gate]", minimum=1
     )
     min_mean_ablation_error: float = option(0.45, HELP["min_mean_ablation_error"], trainer=True)
     auxiliary_weight: float = option(1.0, HELP["auxiliary_weight"], trainer=True)
@@ -167,9 +172,9 @@ class DecompositionOptions(WhereOptions, ResumableOptions):
 
 @dataclass(kw_only=True)
 class FinetuningOptions(ResumableOptions):
-    """Options of `finetune`."""
+    """Train a decomposition further, end to end in its language model, and show what that changed."""
 
-    yaml_only: ClassVar[tuple[str, ...]] = ("heldout_split",)
+    yaml_only = ("heldout_split",)
 
     decomposition: str = option(
         ..., "Folder or Hub id (user/repo[@revision]) of a decomposition, which is left unchanged.", argument="FOLDER"
@@ -181,22 +186,17 @@ class FinetuningOptions(ResumableOptions):
     output: str = option("mxd-finetuned", "Folder for the result.", OUTPUT)
 
     # Not what it is measured on: the figures from before the first step are kept.
-    may_change: ClassVar[tuple[str, ...]] = ("report_to", "disable_tqdm")
+    may_change = ("report_to", "disable_tqdm")
 
 
 @dataclass(kw_only=True)
 class FrontierOptions(WhereOptions, RunOptions):
-    """Options of `frontier`. All points train on one recording of `tokens`."""
+    """Compare methods at several K, at equal parameters and on the same tokens (the paper's Fig. 3).
 
-    yaml_only: ClassVar[tuple[str, ...]] = (
-        "revision",
-        "heldout_dataset",
-        "heldout_split",
-        "bf16",
-        "seed",
-        "streaming",
-        "context_length",
-    )
+    The same command continues an interrupted one.
+    """
+
+    yaml_only = ("revision", "heldout_dataset", "heldout_split", "bf16", "seed", "streaming", "context_length")
 
     methods: list[str] = option(lambda: list(LEARNING_RATES), "Methods to compare.", WHAT, commas=True)
     num_experts_per_tok: list[int] = option(
@@ -208,6 +208,7 @@ class FrontierOptions(WhereOptions, RunOptions):
     overwrite: bool = option(False, "Replace a recording of other text and points of other settings.", OUTPUT)
 
     def __post_init__(self) -> None:
+        self.methods = [method.replace("-", "_") for method in self.methods]
         for name, known in (("methods", list(LEARNING_RATES)), ("num_experts_per_tok", None)):
             asked = getattr(self, name)
             if not asked or len(set(asked)) < len(asked):
@@ -226,17 +227,14 @@ class MeasuringOptions(StreamableOptions):
 
     decomposition: str = option(..., "Folder or Hub id (user/repo[@revision]) of a decomposition.", argument="FOLDER")
     tokens: int = option(32768, "Tokens to read.", DATA, count=True)
-    dtype: str = option("float32", "Dtype of the base model: float32, bfloat16 or float16.")
     output: str | None = option(None, "Folder for the results; - prints them as JSON. [the decomposition's]", OUTPUT)
 
 
 @dataclass(kw_only=True)
 class EvaluationOptions(MeasuringOptions):
-    """Options of `evaluate`."""
+    """Measure a decomposition on text, and write evaluation.json into its folder, in place of an earlier one."""
 
-    by: str | None = option(
-        None, "Instead: compare which experts the values of this column use (--tokens of each).", MEASURE
-    )
+    by: str | None = option(None, "Instead: which experts are active on which value of this column.", MEASURE)
     ablation: Literal["coefficient", "contribution"] | None = option(
         None, "Also remove each token's strongest experts, in this order; takes about four times as long.", MEASURE
     )
@@ -245,9 +243,9 @@ class EvaluationOptions(MeasuringOptions):
 
 @dataclass(kw_only=True)
 class ExpertsOptions(MeasuringOptions):
-    """Options of `experts`."""
+    """Show where in a text experts are most active, on screen and as a page, experts.html."""
 
-    yaml_only: ClassVar[tuple[str, ...]] = ("streaming", "context_length", "sample")
+    yaml_only = ("streaming", "context_length", "dataset_config", "split", "sample")
 
     tokens: int = option(128_000, "Tokens to search.", DATA, count=True)
     experts: list[int] | None = option(None, "Experts to show: 12,99. [a random sample]", MEASURE)
@@ -259,15 +257,13 @@ class ExpertsOptions(MeasuringOptions):
 
 @dataclass(kw_only=True)
 class ProbingOptions(DatasetOptions):
-    """Options of `probe`."""
+    """Sparse probing: how well single experts, or a few, tell classes of texts apart, and the MLP's own neurons."""
 
-    yaml_only: ClassVar[tuple[str, ...]] = ("context_length", "sparsities", "seed", "folds")
+    yaml_only = ("context_length", "sparsities", "seed", "folds")
 
     decompositions: list[str] = option(..., "Folders or Hub ids of decompositions of one layer.", argument="FOLDER...")
     label_column: str = option(..., "Column that holds the classes.", DATA)
-    group_column: str | None = option(
-        None, "Column of what must stay together, such as the book of a chapter. [each row alone]"
-    )
+    group_column: str | None = option(None, "Column of what must stay together, such as a book. [each row alone]")
     classes: list[str] | None = option(None, "Use these classes only: a,b,c. [all]", commas=True)
     layer: int | None = option(None, "Layer to probe. [the only one in common]", MEASURE, minimum=0)
     against: list[str] = option(
@@ -280,28 +276,18 @@ class ProbingOptions(DatasetOptions):
     candidates: int = option(100, "Features to try one by one.", flag=False, minimum=1)
     sparsities: list[int] = option(lambda: [1, 2, 5], "Numbers of features of the k-sparse probes.")
     standardize: bool = option(False, "Divide features by their standard deviation.", flag=False)
-    dtype: str = option("float32", "Dtype of the base model: float32, bfloat16 or float16.")
     seed: int = option(0, "Seed of texts and folds.")
     output: str = option("mxd-probing", "Folder for probing.json and its figure; - prints the results.", OUTPUT)
     overwrite: bool = option(False, "Replace results in the output folder.", OUTPUT)
 
 
 @dataclass(kw_only=True)
-class LayersOptions:
-    """Options of `layers`."""
-
-    model: str = option(demo.MODEL_NAME, "Hub id or folder. [the model of mxd]", argument="MODEL")
-    revision: str | None = option(None, "Branch, tag or commit of the model.")
-
-
-@dataclass(kw_only=True)
 class PushOptions:
-    """Options of `push`."""
+    """Share a decomposition on the Hub: weights, results, code and a card, in one commit."""
 
-    folder: str = option(..., "Folder of a decomposition.",
-                         argument="FOLDER")  # fmt: skip
+    folder: str = option(..., "Folder of a decomposition.", argument="FOLDER")
     repo: str = option(..., "Repo on the Hub, which is made if need be.", argument="USER/NAME")
-    private: bool = option(False, "Make a new repo private. [the account's default]", OUTPUT)
+    private: bool | None = option(None, "Make a new repo private. [the account's default]", OUTPUT)
     revision: str | None = option(None, "Branch, which is made if need be.", OUTPUT)
     create_pr: bool = option(False, "Open a pull request.", OUTPUT)
     tag: str | None = option(None, "Tag of the commit.", OUTPUT)
@@ -312,7 +298,7 @@ class PushOptions:
 
 @dataclass(kw_only=True)
 class SearchOptions:
-    """Options of `search`."""
+    """List decompositions that others share on the Hub."""
 
     query: str | None = option(None, "Part of the name of the repo or of its base model.", argument="QUERY")
     base_model: str | None = option(None, "Exact Hub id of the base model.")
@@ -323,7 +309,7 @@ class SearchOptions:
 
 @dataclass(kw_only=True)
 class ShowOptions:
-    """Options of `show`."""
+    """Show configuration, results and size of a decomposition on the Hub; download no weights and run no code."""
 
     repo: str = option(..., "Repo on the Hub.", argument="USER/NAME")
     revision: str | None = option(None, "Branch, tag or commit.")

@@ -37,7 +37,7 @@ OF_THE_MLP = {
 """Values of `against`: a name in the results, and the function that makes the representation."""
 
 
-def probe(options: ProbingOptions, progress: bool = False) -> dict[str, Any]:
+def probe(options: ProbingOptions, progress: bool = True) -> dict[str, Any]:
     """Probe the coefficients of decompositions, and the MLP's own representations, for classes of texts.
 
     Writes probing.json and a figure into a folder.
@@ -121,21 +121,19 @@ def _load_documents(options: ProbingOptions) -> LabelledDocuments:
 
 def _check_options(options: ProbingOptions) -> Path | None:
     """Check the options that need no file, and return the output folder; None for standard output."""
-    if not options.decompositions:
-        raise ValueError("no decomposition to probe: name one folder at least")
-    if not options.dataset:
-        raise ValueError("probing needs labelled text: name it with --dataset, and its labels with --label-column")
-    if unknown := [name for name in options.against if name not in OF_THE_MLP]:
-        raise ValueError(f"the MLP has no representation {unknown[0]!r}, only {', '.join(OF_THE_MLP)}")
-    if options.pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {options.pooling!r}")
-    if options.candidates < 1 or not options.sparsities or min(options.sparsities) < 1:
-        raise ValueError(
-            f"candidates ({options.candidates}) and every k ({options.sparsities}) must be at least 1, and there must "
-            "be a k"
-        )
-    if options.seed < 0:
-        raise ValueError(f"seed must not be negative, got {options.seed}")
+    wrong = {
+        "no decomposition to probe: name one folder at least": not options.decompositions,
+        "probing needs labelled text: name it with --dataset, and its labels with --label-column": not options.dataset,
+        f"the MLP's representations are {', '.join(OF_THE_MLP)}, got {', '.join(options.against)}": set(options.against)
+        - OF_THE_MLP.keys(),
+        f"pooling must be one of {', '.join(POOLINGS)}, got {options.pooling!r}": options.pooling not in POOLINGS,
+        "candidates and all sparsities must be at least 1": min([options.candidates, *options.sparsities]) < 1,
+        "sparsities must name at least one": not options.sparsities,
+        f"seed must not be negative, got {options.seed}": options.seed < 0,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(message)
     if options.output == STDOUT:
         return None
     folder = output_folder(options.output)
@@ -163,30 +161,22 @@ def common_layer(decompositions: Mapping[str, MxDModel], layer: int | None) -> i
         ValueError: the decompositions are of different base models or MLPs, have no layer or several in common, or
             one lacks the layer that was asked for; the message names them.
     """
-    names = list(decompositions)
-    configs = [decomposition.config for decomposition in decompositions.values()]
-    for what, of_each in {
-        "base model": [(config.base_model_name_or_path, config.base_model_revision) for config in configs],
-        "stack and site": [tuple(config.where.values()) for config in configs],
-    }.items():
-        other = next((index for index, value in enumerate(of_each) if value != of_each[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"the decompositions are not of one {what}: {names[0]} is of {_words(of_each[0])}, {names[other]} of "
-                f"{_words(of_each[other])}; probe them in two runs"
-            )
-    shown = "; ".join(f"{name}: {', '.join(map(str, c.layers))}" for name, c in zip(names, configs, strict=True))
-    shared = set(configs[0].layers).intersection(*(config.layers for config in configs))
+    configs = {name: decomposition.config for name, decomposition in decompositions.items()}
+    origins = {
+        name: (config.base_model_name_or_path, config.base_model_revision, *config.where.values())
+        for name, config in configs.items()
+    }
+    if len(set(origins.values())) > 1:
+        shown = "; ".join(f"{name}: {', '.join(map(str, filter(None, where)))}" for name, where in origins.items())
+        raise ValueError(f"the decompositions are not of one base model, stack and site ({shown}): probe them apart")
+    shown = "; ".join(f"{name}: {', '.join(map(str, config.layers))}" for name, config in configs.items())
+    shared = set.intersection(*(set(config.layers) for config in configs.values()))
     if layer is not None and layer not in shared:
         raise ValueError(f"not every decomposition has layer {layer} ({shown})")
     if layer is None and len(shared) != 1:
         reason = "have no layer in common" if not shared else "have several layers: say which with --layer"
         raise ValueError(f"the decompositions {reason} ({shown})")
     return layer if layer is not None else shared.pop()
-
-
-def _words(values: Sequence[Any]) -> str:
-    return " at ".join(str(value) for value in values if value is not None)
 
 
 def make_representations(
@@ -216,21 +206,13 @@ def make_representations(
 
 def describe(decompositions: Mapping[str, MxDModel], layer: int) -> dict[str, Any]:
     """Return method and sizes of each decomposition's layer, and where it is, for the settings."""
-    configs = {name: decomposition.config.layer(layer) for name, decomposition in decompositions.items()}
+    methods = {}
+    for name, decomposition in decompositions.items():
+        sizes = decomposition.config.layer(layer)
+        methods[name] = {one: getattr(sizes, one) for one in ("method", "num_experts", "num_experts_per_tok")}
+        methods[name]["parameters"] = sizes.num_parameters
     config = next(iter(decompositions.values())).config
-    return {
-        "base_model": config.base_model_name_or_path,
-        **config.where,
-        "methods": {
-            name: {
-                "method": sizes.method,
-                "num_experts": sizes.num_experts,
-                "num_experts_per_tok": sizes.num_experts_per_tok,
-                "parameters": sizes.num_parameters,
-            }
-            for name, sizes in configs.items()
-        },
-    }
+    return {"base_model": config.base_model_name_or_path, **config.where, "methods": methods}
 
 
 def probing_versions() -> dict[str, str]:
