@@ -124,23 +124,17 @@ class SparseLayer(nn.Module):
         """Output y (..., O), in the dtype of x, for given coefficients; the input is needed too."""
         return self.combine(self.sum_experts(coefficients), x.to(self.expert_table.dtype)).to(x.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
-        return self.decode(self._changed(self.encode(x), x), x)
-
-    def _changed(self, coefficients: ExpertCoefficients, x: Tensor) -> ExpertCoefficients:
+    def coefficients(self, x: Tensor) -> ExpertCoefficients:
+        """Return the coefficients that `forward` decodes: `encode(x)` with registered interventions applied."""
+        coefficients = self.encode(x)
         for hook in tuple(self._coefficient_hooks.values()):
             changed = hook(self, x, coefficients)
             coefficients = coefficients if changed is None else changed
         return coefficients
 
-    def forward_with_mean(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and y with Cᵀa replaced by its mean over the tokens of `mask` (...): what the layer does whichever experts
-        are active. Both (..., O) for x (..., I), with registered interventions."""
-        summed = self.sum_experts(self._changed(self.encode(x), x))
-        both = torch.stack([summed, summed[mask].mean(0).expand_as(summed)])
-        outputs = self.combine(both, x.to(self.expert_table.dtype)).to(x.dtype)
-        return outputs[0], outputs[1]
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
+        return self.decode(self.coefficients(x), x)
 
     def register_coefficient_hook(self, hook: CoefficientHook) -> RemovableHandle:
         """Call `hook(layer, x, coefficients)` in every forward; what it returns, unless None, replaces them.

@@ -54,8 +54,6 @@ class MxDOutput(ModelOutput):
 
     output: Tensor | None = None
     """(..., O), the layer's approximation of the MLP's output"""
-    output_of_mean: Tensor | None = None
-    """(..., O), the same with Cᵀa replaced by its mean, where that was asked for"""
 
 
 class MxDModel(PreTrainedModel):
@@ -173,13 +171,12 @@ class MxDModel(PreTrainedModel):
         assert isinstance(module, SparseLayer)
         return module
 
-    def forward(self, hidden_states: Tensor, layer: int | None = None, mean_over: Tensor | None = None) -> MxDOutput:
+    def forward(self, hidden_states: Tensor, layer: int | None = None) -> MxDOutput:
         """Run one layer.
 
         Args:
             hidden_states: the MLP's input x, (..., I).
             layer: which layer; may be left out when there is only one.
-            mean_over: (...) bool, asks for `output_of_mean`: tokens over which the mean is taken.
 
         Raises:
             ValueError: when `layer` is left out and there are several.
@@ -188,10 +185,7 @@ class MxDModel(PreTrainedModel):
             if len(self.config.layers) > 1:
                 raise ValueError(f"this decomposition has layers {self.config.layers}: say which with layer=")
             layer = self.config.layers[0]
-        if mean_over is None:
-            return MxDOutput(output=self.layer(layer)(hidden_states))
-        output, output_of_mean = self.layer(layer).forward_with_mean(hidden_states, mean_over)
-        return MxDOutput(output=output, output_of_mean=output_of_mean)
+        return MxDOutput(output=self.layer(layer)(hidden_states))
 
     def splice(self, model: nn.Module, cast: bool = True, **options: Any) -> list[ReplacedMLP]:
         """Put every layer in place of the base model's MLP, until `restore()` is called on what is returned. Options

@@ -1,6 +1,4 @@
-"""Making decompositions: data, initialisation, the distillation trainer and its arguments."""
-
-from mxd.base.activation_cache import ActivationCache
+"""Training of decompositions: initialisation, the trainers and their arguments."""
 
 from .decomposition_trainer import DivergenceError, last_complete_checkpoint
 from .distillation_arguments import DistillationArguments
@@ -10,7 +8,6 @@ from .finetuning_trainer import FinetuningTrainer
 from .router import RoutingRecall, fit_router, fit_routers, routing_recall
 
 __all__ = [
-    "ActivationCache",
     "DistillationArguments",
     "DistillationTrainer",
     "DivergenceError",
