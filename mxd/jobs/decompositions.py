@@ -1,6 +1,5 @@
 """Decompositions that are there: loaded from a folder or the Hub, with their base, and how they were made."""
 
-from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from mxd.base.base_model import BaseModelError, check_base_model, default_device, load_base_model
+from mxd.data.provenance import recorded_runs
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.hub_cards.reading import check_weights, read_config, read_json
 from mxd.modeling_mxd import MxDModel
@@ -117,24 +117,4 @@ def made_how(name: str) -> dict[str, Any]:
     of its training and of its fine-tunings. Empty where it says nothing."""
     source, how = _source(name)
     path = file_if_any(source, EVALUATION_NAME, how)
-    settings = {} if path is None else read_json(Path(path)).get("settings")
-    if not isinstance(settings, dict):
-        return {}
-    kinds = {"training": dict, "finetuning": list}
-    return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
-
-
-def trainings(made: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of what `made_how` gives, the settings of the training and of every fine-tuning that say on which text it was."""
-    texts = ((run, run.get("text")) for run in _runs(made) if isinstance(run, dict))
-    return [run for run, text in texts if isinstance(text, dict) and isinstance(text.get("dataset"), list)]
-
-
-def is_held_out(made: Mapping[str, Any], seen: Collection[str]) -> bool | None:
-    """Whether none of a text was trained on, of which `seen` was; None where a training does not say on what it was."""
-    known = len(trainings(made)) == len(_runs(made))
-    return False if seen else True if known else None
-
-
-def _runs(made: Mapping[str, Any]) -> list[Any]:
-    return [made.get("training"), *made.get("finetuning", [])]
+    return recorded_runs(None if path is None else read_json(Path(path)).get("settings"))

@@ -1,7 +1,7 @@
 """Fine-tuning a decomposition end to end: from a folder or the Hub to another folder, measured before and after."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,24 +9,19 @@ from transformers import set_seed
 
 from mxd.base.base_model import resolve_name
 from mxd.data.packing import pack
+from mxd.data.provenance import is_held_out, seen_in_training, split_seed
 from mxd.data.texts import (
-    TextOptions,
-    common,
     count_documents,
-    division,
     evaluation_batches,
     evaluation_settings,
-    heldout_parts,
     load_documents,
-    recorded_parts,
-    text_parts,
     warn_of_embedded_text,
 )
 from mxd.evaluation import faithfulness
 from mxd.modeling_mxd import SplicedLanguageModel, make_spliced
 from mxd.trainers import FinetuningArguments, FinetuningTrainer, last_complete_checkpoint
 
-from .decompositions import check_base_of, is_held_out, load_base_of, load_decomposition, made_how, trainings
+from .decompositions import check_base_of, load_base_of, load_decomposition, made_how
 from .runs import (
     RunOptions,
     asked_for,
@@ -89,10 +84,10 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     check_base_of(decomposition, options.dtype, context)
     warn_of_whole_rows(options)
     warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
-    documents, heldout_documents = load_documents(options.text, _split_seed(settings, options.seed))
+    documents, heldout_documents = load_documents(options.text, split_seed(settings, options.seed))
     count = count_documents(documents, heldout_documents)
     check_same_documents(folder, start, count)
-    if seen := _seen_before(settings, options.text, options.seed, count):
+    if seen := seen_in_training(settings, options.text, options.seed, count):
         logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
     base, tokenizer = load_base_of(decomposition, options.dtype, context)
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
@@ -122,30 +117,6 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     settings["finetuning"] = [*settings.get("finetuning", []), made]
     settings["evaluation"] = {**evaluation_settings(options.text, options.dtype), "held_out": held_out}
     return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
-
-
-def _split_seed(settings: dict[str, Any], own: Any) -> Any:
-    """That of the decomposition's training, which then has not seen what is held out, if the text is the same; else a
-    run's own."""
-    seed = settings.get("training", {}).get("seed")
-    return seed if isinstance(seed, int) and seed >= 0 else own
-
-
-def _seen_before(settings: dict[str, Any], text: TextOptions, seed: int, documents: int | None) -> list[str]:
-    """What of the held-out text earlier trainings of the decomposition may have seen: not what they held out too, from
-    as many documents where both numbers are known."""
-    named = heldout_parts(text)
-    held_out = named or text_parts(text.dataset, text.config_name, text.split)
-    ours = division(asdict(text), _split_seed(settings, seed))
-    seen: set[str] = set()
-    for run in trainings(settings):
-        before = run["text"]
-        divided = not before.get("heldout_dataset") and not before.get("heldout_split")
-        same = division(before, _split_seed(settings, run.get("seed"))) == ours
-        same = same and (None in (documents, run.get("documents")) or documents == run["documents"])
-        if named or not divided or not same:
-            seen.update(common(held_out, recorded_parts(before)))
-    return sorted(seen)
 
 
 def _check_apart(output: Path, source: Path) -> None:

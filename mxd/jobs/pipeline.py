@@ -10,16 +10,14 @@ from transformers import PreTrainedModel, set_seed
 from mxd import demo
 from mxd.base.base_model import base_skeleton, check_safetensors, load_base_model, resolve_name
 from mxd.data.packing import pack
+from mxd.data.provenance import is_held_out, seen_in_training
 from mxd.data.texts import (
     TextOptions,
-    common,
     count_documents,
     evaluation_batches,
     evaluation_settings,
     load_documents,
     load_one,
-    recorded_parts,
-    text_parts,
     warn_of_embedded_text,
 )
 from mxd.evaluation import (
@@ -38,15 +36,7 @@ from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
 from mxd.trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 
-from .decompositions import (
-    check_base_of,
-    is_held_out,
-    load_base_of,
-    load_decomposition,
-    made_how,
-    results_folder,
-    trainings,
-)
+from .decompositions import check_base_of, load_base_of, load_decomposition, made_how, results_folder
 from .runs import (
     RunOptions,
     asked_for,
@@ -276,7 +266,6 @@ def evaluate(
     folder = results_folder(decomposition, output)
     earlier = _earlier(folder)  # already now: what cannot be read is refused before anything is measured
     made = made_how(decomposition)
-    trained_on = [part for run in trainings(made) for part in recorded_parts(run["text"])]
     loaded = load_decomposition(decomposition)
     methods = {loaded.config.layer(layer).method for layer in loaded.config.layers}
     if ranks and methods != {"mxd"}:
@@ -285,10 +274,9 @@ def evaluate(
     documents = load_one(text)
     model, tokenizer = load_base_of(loaded, dtype, text.context_length)
     batches = evaluation_batches(documents, tokenizer, text.context_length, tokens)
-    of_training = common(text_parts(text.dataset, text.config_name, text.split), trained_on)
-    if of_training:
-        logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(of_training))
-    settings = {"evaluation": {**evaluation_settings(text, dtype), "held_out": is_held_out(made, of_training)}, **made}
+    if seen := seen_in_training(made, text):
+        logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(seen))
+    settings = {"evaluation": {**evaluation_settings(text, dtype), "held_out": is_held_out(made, seen)}, **made}
     results = faithfulness(model, loaded, batches, settings=settings, progress=progress)
     own = folder.resolve() == Path(decomposition).resolve()
     results = _still_true(earlier, results, own, folder / "figures") | results

@@ -3,32 +3,16 @@
 import json
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from commands import interrupted
-from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from mxd import DecompositionOptions, DistillationTrainer, TextOptions, decompose, demo
-from mxd.data.texts import (
-    TextPart,
-    common,
-    count_documents,
-    evaluation_batches,
-    evaluation_settings,
-    heldout_parts,
-    load_documents,
-    load_one,
-    recorded_parts,
-    text_parts,
-)
 from mxd.jobs import pipeline
-from mxd.jobs.decompositions import is_held_out, results_folder
-from mxd.jobs.finetuning import _seen_before
+from mxd.jobs.decompositions import results_folder
 from mxd.jobs.runs import START_NAME, Interrupted, check_output, prepare_output
 from mxd.modeling_mxd import MxDModel
 
@@ -133,12 +117,6 @@ def test_a_run_is_not_resumed_on_a_text_that_changed(halved, tmp_path):
     assert (folder / "checkpoint-2" / "trainer_state.json").is_file()
 
 
-def test_documents_of_a_stream_are_not_counted():
-    documents = Dataset.from_dict({"text": ["a", "b"]})
-    assert count_documents(documents, documents) == 4
-    assert count_documents(documents, documents.to_iterable_dataset()) is None
-
-
 def test_an_interrupted_run_is_overwritten_with_what_trackers_wrote_beside(halved, tmp_path):
     folder = shutil.copytree(halved, tmp_path / "run")
     (folder / "runs").mkdir()
@@ -208,157 +186,6 @@ def test_what_is_refused_overwrites_nothing(halved, changes, message):
     with pytest.raises(ValueError, match=message):
         decompose(options(halved, overwrite=True, **{"training": TRAINING, **changes}))
     assert contents(halved) == before
-
-
-@pytest.mark.parametrize(
-    ("heldout", "expected"),
-    [
-        ({"heldout_dataset": ["ann/plays"]}, (["ann/plays"], None, "train")),
-        ({"heldout_dataset": ["ann/plays"], "heldout_split": "test"}, (["ann/plays"], None, "test")),
-        ({"heldout_split": "test"}, (["wikitext"], "wikitext-2", "test")),
-        ({}, (["wikitext"], "wikitext-2", "train")),
-    ],
-)
-def test_which_text_is_held_out(monkeypatch, heldout, expected):
-    loaded = []
-
-    def load(dataset, *, config_name=None, split, text_column, streaming):
-        loaded.append((dataset, config_name, split))
-        return Dataset.from_dict({"text": ["a", "b"]})
-
-    monkeypatch.setattr("mxd.data.texts.load_text", load)
-    text = TextOptions(["wikitext"], config_name="wikitext-2", **heldout)
-    load_documents(text, seed=0)
-    assert loaded == [(["wikitext"], "wikitext-2", "train"), *([expected] if heldout else [])]
-    said = evaluation_settings(text, "float32")
-    assert (said["dataset"], said["config_name"], said["split"]) == expected
-
-
-def test_options_of_a_dataset_are_not_of_the_embedded_text(tmp_path):
-    path = tmp_path / "held.jsonl"
-    path.write_text('{"body": "a text"}\n')
-    how = {"config_name": "new", "split": "test", "text_column": "body"}
-    documents, heldout = load_documents(TextOptions(heldout_dataset=[str(path)], **how), seed=0)
-    assert (len(documents), heldout["text"]) == (374, ["a text"])
-    assert [len(side) for side in load_documents(TextOptions(**how), seed=0)] == [374, 60]
-    assert len(load_one(TextOptions(**how))) == 60
-
-
-def test_fewer_tokens_than_asked_for_are_warned_of(caplog):
-    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
-    documents = Dataset.from_dict({"text": ["some words " * 200]})
-    batches = evaluation_batches(documents, tokenizer, 64, 10_000)
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    assert f"asked for 10000 tokens, the text gives {tokens}" in caplog.text
-    assert evaluation_batches(documents, tokenizer, 64, 65)[0]["input_ids"].shape == (2, 64)  # whole rows
-
-
-def test_what_is_trained_on_is_not_held_out(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("words " * 100)
-    for text, message in (
-        (TextOptions(heldout_split="test"), "is of no dataset"),
-        (TextOptions(["ann/plays"], heldout_split="train[:5%]"), "trained on: ann/plays"),
-        (TextOptions(["ann/plays"], config_name="new", heldout_dataset=["ann/plays"]), "trained on: ann/plays"),
-        (TextOptions([str(tmp_path)], heldout_dataset=[str(path)]), f"trained on: {path}"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            load_documents(text, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [
-        (TextPart("x"), TextPart("x"), True),
-        (TextPart("x"), TextPart("y"), False),
-        (TextPart("x", split="train"), TextPart("x", split="train[:1%]"), True),
-        (TextPart("x", split="train[1%:]"), TextPart("x", split="train[:1%]"), False),
-        (TextPart("x", split="train"), TextPart("x", split="test"), False),
-        (TextPart("x", "en"), TextPart("x", "fr"), False),
-        (TextPart("x", "en"), TextPart("x"), True),
-    ],
-)
-def test_which_texts_have_documents_in_common(one, other, expected):
-    assert one.overlaps(other) is other.overlaps(one) is expected
-
-
-def test_folders_and_globs_are_the_files_that_they_stand_for(tmp_path, monkeypatch):
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("words")
-    both = {TextPart(str(tmp_path / name)) for name in ("a.txt", "b.txt")}
-    assert text_parts([str(tmp_path)], None, None) == text_parts([f"{tmp_path}/*.txt"], None, None) == both
-    assert text_parts(["ann/plays"], "new", "test") == {TextPart("ann/plays", "new", "test")}
-    monkeypatch.chdir(tmp_path)
-    one = text_parts(["a.txt"], None, None)
-    for recorded in ("a.txt", str(tmp_path / "a.txt"), str(tmp_path), f"{tmp_path}/*.txt", "*.txt", "/"):
-        assert common(one, recorded_parts({"dataset": [recorded]})) == [str(tmp_path / "a.txt")]
-    for recorded in ("b.txt", f"{tmp_path}/a", "*.csv", "~nobody/a.txt", "x" * 5000, "a/" + "b" * 300, 7, None):
-        assert common(one, recorded_parts({"dataset": [recorded]})) == []
-    assert common(one, recorded_parts({"dataset": "a.txt"})) == []
-
-
-def test_what_was_recorded_is_not_looked_for(monkeypatch):
-    def look(source):
-        raise AssertionError(f"looked for {source}")
-
-    monkeypatch.setattr("mxd.data.texts.local_files", look)
-    assert recorded_parts({"dataset": ["/", "/**"], "split": "test"}) == {
-        TextPart("/", None, "test"),
-        TextPart("/**", None, "test"),
-    }
-
-
-def test_slices_of_local_files(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("words")
-    text = TextOptions([str(path)], split="train[:90%]", heldout_split="train[90%:]")
-    parts = text_parts(text.dataset, None, text.split)
-    assert parts == {TextPart(str(path), None, "train[:90%]")}
-    assert common(parts, heldout_parts(text)) == []
-    assert common(parts, [TextPart(str(path))]) == [str(path)]
-
-
-def test_what_a_finetuning_holds_out_may_have_been_trained_on(tmp_path):
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("words")
-    a, b = (str(tmp_path / name) for name in ("a.txt", "b.txt"))
-
-    def run(dataset, **changes):
-        return {"text": {**asdict(TextOptions(dataset)), **changes}, "seed": 3}
-
-    def seen(text, training, *finetunings, documents=None):
-        return _seen_before({"training": training, "finetuning": list(finetunings)}, text, 5, documents)
-
-    assert seen(TextOptions([a, b]), run([a, b])) == []  # the same division
-    assert seen(TextOptions([b, a]), run([a, b])) == [a, b]  # another order, another division
-    assert seen(TextOptions([a, b], streaming=True), run([a, b])) == [a, b]
-    assert seen(TextOptions([a]), run([a, b])) == [a]
-    assert seen(TextOptions([a, b]), run([a, b]), run([b])) == [b]  # of the fine-tuning, which divided b alone
-    assert seen(TextOptions(["ann/plays"], heldout_dataset=[a]), run([a])) == [a]
-    assert seen(TextOptions(["ann/plays"]), run([a])) == []
-    assert seen(TextOptions([a]), run([a], heldout_dataset=[b])) == [a]  # nothing was held out of it
-    # Of another number of documents others are held out; earlier versions did not record it.
-    counted = {**run([a]), "documents": 100}
-    assert seen(TextOptions([a]), counted, documents=100) == seen(TextOptions([a]), run([a]), documents=101) == []
-    assert seen(TextOptions([a]), counted, documents=101) == [a]
-    # Without a training that says its seed, each fine-tuning divided by its own.
-    assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 3, None) == []
-    assert _seen_before({"finetuning": [run([a])]}, TextOptions([a]), 4, None) == [a]
-
-
-@pytest.mark.parametrize(
-    ("made", "held_out"),
-    [
-        ({"training": {"text": {"dataset": []}}}, True),
-        ({}, None),
-        ({"training": {"text": {}}}, None),
-        ({"training": {"text": {"dataset": []}}, "finetuning": [{}]}, None),
-        ({"finetuning": [{"text": {"dataset": []}}]}, None),
-    ],
-)
-def test_text_is_held_out_where_it_is_known_what_was_trained_on(made, held_out):
-    assert is_held_out(made, []) is held_out
-    assert is_held_out(made, ["a.txt"]) is False
 
 
 def test_results_elsewhere_replace_no_other_model_s(halved, tmp_path):
