@@ -2,22 +2,14 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from mxd.base.base_model import bfloat16_is_emulated
+
 logger = logging.getLogger(__name__)
-
-
-def bfloat16_is_emulated() -> bool:
-    """Whether this machine's CPU has no bfloat16 instructions, so that a product in bfloat16 takes longer than one in
-    float32 (three times as long on an Intel Cascade Lake); False where this torch cannot tell."""
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    known = capabilities.get("architecture") in ("x86_64", "arm64", "aarch64")
-    return known and not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 @dataclass(repr=False)  # that of TrainingArguments does not show tokens
