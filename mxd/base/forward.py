@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mxd.modeling_mxd import MxDConfig, spliced_mlps
+from mxd.modeling_mxd.verification import running_device
 
 from .allocation import freed_memory_kept
 from .capture import capture_mlps
@@ -53,6 +54,11 @@ def right_padded(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     mask = mask.to(device)
     order = padding_last(mask)
     return ids.gather(-1, order), mask.gather(-1, order)
+
+
+def batch_for(model: nn.Module, batch: Mapping[str, Tensor]) -> Batch:
+    """Return `right_padded` of a batch on the device of a model's inputs."""
+    return right_padded(batch, running_device(model))
 
 
 def padding_last(mask: Tensor) -> Tensor:

@@ -12,15 +12,14 @@ from tqdm.auto import tqdm
 from mxd.base.forward import (
     Batch,
     ZeroMLP,
+    batch_for,
     capture_with_logits,
     check_causal,
     evaluating,
     next_token_logits,
-    right_padded,
 )
 from mxd.base.masks import token_mask
 from mxd.modeling_mxd import ExpertCoefficients, MxDLayer, MxDModel, SparseLayer, spliced_mlps
-from mxd.modeling_mxd.verification import running_device
 
 from .expert_use import SPECIALISED_FREQUENCY, Statistics, expert_statistics
 from .metrics import ErrorSums, LogitSums
@@ -222,7 +221,7 @@ def ablation_curve(
         # The shares need the count 0, even if it is not requested.
         curve = _Curve(model, decomposition, sorted({0, *counts}), order, statistics, specialised_frequency)
         for batch in tqdm(batches, desc="ablate", unit="batch", disable=not progress, dynamic_ncols=True):
-            curve.update(right_padded(batch, running_device(model)))
+            curve.update(batch_for(model, batch))
     if not curve.tokens:
         raise ValueError("no tokens to measure an ablation curve on: batches is empty, or contains only padding")
     settings = {

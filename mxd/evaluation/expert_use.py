@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mxd.base.capture import Capture, capture_mlps
-from mxd.base.forward import evaluating, right_padded
+from mxd.base.forward import batch_for, evaluating
 from mxd.base.masks import activation_mask
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel
-from mxd.modeling_mxd.verification import running_device
 
 from .metrics import normalised_entropy
 
@@ -116,7 +115,7 @@ def captured_activations(
     """Return {layer: (x, y)} of a batch, and {layer: mask of the positions that count}."""
     config = decomposition.config
     if isinstance(model, nn.Module):
-        ids, attention_mask = right_padded(batch, running_device(model))
+        ids, attention_mask = batch_for(model, batch)
         captured = capture_mlps(model, config.layers, ids, attention_mask, **config.where)
         batch = {"input_ids": ids} if attention_mask is None else {"input_ids": ids, "attention_mask": attention_mask}
     else:

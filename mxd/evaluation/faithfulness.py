@@ -12,16 +12,15 @@ from tqdm.auto import tqdm
 
 from mxd.base.files import write_json
 from mxd.base.forward import (
+    batch_for,
     capture_with_logits,
     check_causal,
     evaluating,
     next_token_logits,
-    right_padded,
     zero_ablated,
 )
 from mxd.base.masks import next_token_mask, token_mask
 from mxd.modeling_mxd import MxDModel, SparseLayer
-from mxd.modeling_mxd.verification import running_device
 
 from .ablation import MeanExperts
 from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, Statistics, expert_statistics
@@ -116,7 +115,7 @@ class ModelEvaluation:
 
     def update(self, batch: Mapping[str, Tensor]) -> None:
         """Add a batch: three forward passes, two if the zero-ablated cross-entropy is known."""
-        ids, attention_mask = rows = right_padded(batch, running_device(self.model))
+        ids, attention_mask = rows = batch_for(self.model, batch)
         mask, without_first = token_mask(ids, attention_mask), token_mask(ids, attention_mask, include_first=False)
         self.rows += len(ids)
         self.tokens += int(mask.sum())

@@ -1,21 +1,16 @@
 """Measure the losses of an untouched model on held-out text once, for all decompositions of it."""
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mxd.base.forward import check_causal, evaluating, next_token_logits, right_padded, zero_ablated
+from mxd.base.forward import batch_for, check_causal, evaluating, next_token_logits, zero_ablated
 from mxd.base.masks import token_mask
 from mxd.modeling_mxd import MxDConfig
-from mxd.modeling_mxd.verification import running_device
 
 from .metrics import LogitSums
 
@@ -100,41 +95,10 @@ class UntouchedLosses:
                 f"{difference:.3f} nats per token; measure UntouchedLosses with this one"
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the losses to a safetensors file, for `load` in another process."""
-        known = {
-            "digests": self._digests,
-            "cross_entropy": self.cross_entropy,
-            "tokens": self.tokens,
-            "ablated": self._ablated,
-            "zero_ablated": self._zero_ablated,
-        }
-        tensors = {str(index): losses for index, losses in enumerate(self._losses)}
-        save_file(tensors, path, metadata={"untouched": json.dumps(known)})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "UntouchedLosses":
-        """Read a file of `save`.
-
-        Raises:
-            ValueError: the file was not written by `save`.
-        """
-        self = cls.__new__(cls)
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if "untouched" not in metadata:
-                raise ValueError(f"{path} was not written by UntouchedLosses.save")
-            known = json.loads(metadata["untouched"])
-            self._digests = known["digests"]
-            self._losses = [file.get_tensor(str(index)) for index in range(len(self._digests))]
-        self.cross_entropy, self.tokens = known["cross_entropy"], known["tokens"]
-        self._ablated, self._zero_ablated = known["ablated"], known["zero_ablated"]
-        return self
-
 
 def _losses(model: nn.Module, batch: Mapping[str, Tensor], sums: LogitSums) -> Tensor:
     """Add a batch to `sums`, and return its losses, (batch, tokens − 1)."""
-    ids, attention_mask = rows = right_padded(batch, running_device(model))
+    ids, attention_mask = rows = batch_for(model, batch)
     return sums.update(next_token_logits(model, rows), ids, token_mask(ids, attention_mask))
 
 
