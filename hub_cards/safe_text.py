@@ -10,12 +10,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from mxd.data.documents import DATA_ENDINGS
+
 from .reading import texts
 
 UNKNOWN = "–"
 MAX_TEXT = 200
 MAX_NAMES = 20
-DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".rst", ".py")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 

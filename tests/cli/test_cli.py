@@ -218,7 +218,7 @@ def test_output_that_is_not_empty(monkeypatch, capsys, tmp_path, finished):
 
 def test_a_decomposition_is_no_model_to_decompose(monkeypatch, capsys, tmp_path, finished):
     error = refused(monkeypatch, capsys, "decompose", finished[0], "--output", tmp_path / "out")
-    assert "is a decomposition itself: name the model that it is of" in error
+    assert "is a decomposition itself: name its base model" in error
     assert "fewer than a row" in refused(monkeypatch, capsys, "evaluate", finished[0], "--context-length", "512")
 
 
