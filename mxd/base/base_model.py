@@ -21,8 +21,7 @@ from transformers import (
 
 from mxd import demo
 from mxd.modeling_mxd import MxDConfig
-from mxd.modeling_mxd.downloads import first_line, with_retries
-from mxd.modeling_mxd.loading import check_language_config, check_language_model
+from mxd.modeling_mxd.loading import check_language_config, check_language_model, first_line, resolve, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def check_base_model(
     source = model_source(name)
     with _base_model_errors(name):
         if not pickles:  # an untrusted config: check it before transformers builds a config object
-            check_language_config(source, {"revision": revision})
+            check_language_config(resolve(source, {"revision": revision}))
         load = partial(AutoConfig.from_pretrained, source, revision=revision, trust_remote_code=False)
         config = with_retries(load, name)
         positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -136,7 +135,7 @@ def load_base_model(
     weights: dict[str, Any] = {"dtype": DTYPES[dtype], **({} if pickles else {"use_safetensors": True})}
     with _base_model_errors(name, pickles):
         if not pickles:
-            check_language_model(source, {"revision": revision})
+            check_language_model(resolve(source, {"revision": revision}))
         tokenizer = with_retries(partial(AutoTokenizer.from_pretrained, source, **how), name)
         model = with_retries(partial(AutoModelForCausalLM.from_pretrained, source, **how, **weights), name)
     commit = _loaded_commit(source, revision)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mxd.modeling_mxd import MxDConfig, spliced_mlps
-from mxd.modeling_mxd.verification import running_device
+from mxd.modeling_mxd.surgery import running_device
 
 from .allocation import freed_memory_kept
 from .capture import capture_mlps

@@ -231,9 +231,9 @@ def print_layers(model: str, groups: Iterable[Any]) -> None:
         notes = []
         for group in [group for group in groups if group.site.stack == stack]:
             site = group.site
-            widths = " → ".join(f"{width:,}" for width in site.widths) if site.slots and site.widths else "–"
-            own = (site.hidden_act or "–", site.layout or "–") if site.slots else ("–", "–")
-            table.add_row(*map(cell, (group.ranges, site.name, site.kind, widths, *own)))
+            widths = " → ".join(f"{width:,}" for width in group.widths) if group.widths else "–"
+            own = (widths, group.hidden_act or "–", group.layout or "–")
+            table.add_row(*map(cell, (group.ranges, site.name, site.kind, *own)))
             notes += [f"{group.ranges}, {site.name}: {site.reason}"] if site.reason else []
         _print(table, *map(cell, notes))
 
@@ -258,7 +258,7 @@ def print_found(found: list[Any]) -> None:
 
 def print_details(details: Any) -> None:
     """Print a decomposition on the Hub, as `mxd.hub_cards.show_decomposition` returns it."""
-    from mxd.modeling_mxd.sharing import OLDEST_TRANSFORMERS
+    from mxd.hub_cards import OLDEST_TRANSFORMERS
 
     config = details.config
     title = f"{details.info.repo_id}, commit {details.commit[:8]}"

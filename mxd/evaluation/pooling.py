@@ -16,8 +16,9 @@ from transformers.activations import ACT2FN
 from mxd.base.capture import capture_mlps
 from mxd.base.forward import batch_for, evaluating
 from mxd.base.masks import token_mask
+from mxd.base.pretrained_weights import PretrainedWeights, mlp_hidden_act, mlp_layout, mlp_weights, mlp_widths
 from mxd.data.packing import CausalCollator
-from mxd.modeling_mxd import ExpertCoefficients, MLPSite, PretrainedWeights, SparseLayer
+from mxd.modeling_mxd import ExpertCoefficients, MLPSite, SparseLayer
 
 from .metrics import squared_norm
 
@@ -72,13 +73,13 @@ def neuron_representation(site: MLPSite) -> Representation:
         ValueError: the MLP is a mixture of experts, or its weights or activation are unknown.
     """
     widths = _widths(site)
-    layout = site.layout
-    if layout is None or layout.experts is not None or layout.shared is not None or site.hidden_act is None:
+    layout, activation = mlp_layout(site), mlp_hidden_act(site)
+    if layout is None or layout.experts is not None or layout.shared is not None or activation is None:
         raise ValueError(
             f"the hidden units of layer {site.layer} ({site.kind}) cannot be read: its weights or activation follow "
             "no known rule, or a router chooses among them; leave the neurons out"
         )
-    return Representation(widths[1], _Neurons(site.weights(), site.hidden_act, site.layer))
+    return Representation(widths[1], _Neurons(mlp_weights(site), activation, site.layer))
 
 
 def expert_representation(layer: SparseLayer) -> Representation:
@@ -91,9 +92,10 @@ def expert_representation(layer: SparseLayer) -> Representation:
 
 
 def _widths(site: MLPSite) -> tuple[int, int, int]:
-    if site.widths is None:
+    widths = mlp_widths(site)
+    if widths is None:
         raise ValueError(f"the weights of layer {site.layer}, which set its widths, follow no known rule")
-    return site.widths
+    return widths
 
 
 @dataclass

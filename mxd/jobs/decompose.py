@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from mxd.base.base_model import base_skeleton, check_safetensors, load_base_model, resolve_name
+from mxd.base.pretrained_weights import mlp_active_units, mlp_encoder_type, mlp_hidden_act, mlp_widths
 from mxd.data.packing import pack
 from mxd.data.texts import count_documents, evaluation_batches, load_documents, warn_of_embedded_text
 from mxd.evaluation import faithfulness
@@ -28,14 +29,15 @@ def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig
     Raises:
         SurgeryError: no rule finds the MLP's weights.
     """
-    if site.widths is None:
+    widths = mlp_widths(site)
+    if widths is None:
         raise SurgeryError(
             f"no rule finds the weights of layer {site.layer} ({', '.join(site.slots)}), and so its sizes: build the "
             "MxDConfig yourself and use DistillationTrainer"
         )
-    inputs, _, outputs = site.widths
-    units = options.intermediate_size or site.active_units or inputs
-    encoder_type = site.encoder_type
+    inputs, _, outputs = widths
+    units = options.intermediate_size or mlp_active_units(site) or inputs
+    encoder_type = mlp_encoder_type(site)
     if options.num_experts is not None:
         experts = options.num_experts
     elif options.method == "mxd":
@@ -50,7 +52,7 @@ def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig
         num_experts=experts,
         num_experts_per_tok=options.num_experts_per_tok,
         # The usual one of its form, where the MLP's own is not one of transformers'.
-        hidden_act=site.hidden_act or ("silu" if encoder_type == "glu" else "gelu"),
+        hidden_act=mlp_hidden_act(site) or ("silu" if encoder_type == "glu" else "gelu"),
         encoder_type=encoder_type,
         method=options.method,
         num_expert_groups=None if options.num_groups_per_tok is None else default_num_expert_groups(experts),

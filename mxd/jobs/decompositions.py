@@ -13,7 +13,7 @@ from mxd.data.provenance import recorded_runs
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.hub_cards.reading import check_weights, read_config, read_json
 from mxd.modeling_mxd import MxDModel
-from mxd.modeling_mxd.downloads import file_if_any, first_line, with_retries
+from mxd.modeling_mxd.loading import file_if_any, first_line, with_retries
 
 from .options import STDOUT
 from .run_folder import output_folder

@@ -30,7 +30,7 @@ from mxd.data.packing import materialize, pack
 from mxd.data.texts import evaluation_batches, load_documents, warn_of_embedded_text
 from mxd.evaluation import UntouchedLosses, faithfulness, plot_frontier, save_evaluation
 from mxd.modeling_mxd import MxDConfig, MxDModel
-from mxd.modeling_mxd.downloads import first_line
+from mxd.modeling_mxd.loading import first_line
 from mxd.trainers import DistillationArguments, DistillationTrainer
 
 from .decompose import build_config, run_settings

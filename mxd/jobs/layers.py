@@ -15,9 +15,11 @@ from transformers import (
 )
 
 from mxd.base.base_model import BaseModelError, model_source
+from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout, mlp_widths
+from mxd.base.weight_layout import WeightLayout
 from mxd.hub_cards.card import layer_ranges
 from mxd.modeling_mxd import MLPSite, MxDConfig, SurgeryError, find_all_mlps, find_mlps
-from mxd.modeling_mxd.downloads import first_line
+from mxd.modeling_mxd.loading import first_line
 
 _MIXTURE_PARTS = ("experts", "shared_expert", "shared_experts")
 
@@ -29,10 +31,19 @@ class LayerGroup:
     Attributes:
         site: of the first of them.
         layers: their indices.
+        widths, hidden_act, layout: of the MLPs' weights; None where there are none, or no rule finds them.
     """
 
     site: MLPSite
     layers: list[int] = field(default_factory=list)
+    widths: tuple[int, int, int] | None = field(init=False, default=None)
+    hidden_act: str | None = field(init=False, default=None)
+    layout: WeightLayout | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.site.slots:
+            self.widths, self.hidden_act = mlp_widths(self.site), mlp_hidden_act(self.site)
+            self.layout = mlp_layout(self.site)
 
     @property
     def ranges(self) -> str:
@@ -43,10 +54,8 @@ class LayerGroup:
     def key(self) -> tuple[object, ...]:
         """Properties by which MLPs are alike."""
         site = self.site
-        if not site.slots:
-            return site.stack, site.name, site.reason
         slots = tuple(slot.removeprefix(site.path) for slot in site.slots)
-        return site.stack, site.name, site.kind, slots, str(site.layout), site.widths, site.hidden_act
+        return site.stack, site.name, site.kind, site.reason, slots, str(self.layout), self.widths, self.hidden_act
 
 
 def load_skeleton(name: str, revision: str | None = None) -> PreTrainedModel:

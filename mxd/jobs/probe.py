@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mxd.base.files import write_json
+from mxd.base.pretrained_weights import check_widths
 from mxd.data.labelled_text import LabelledDocuments, count_texts, cut_texts, load_labelled_text
 from mxd.evaluation import (
     Representation,
@@ -197,7 +198,7 @@ def make_representations(
                 f"{name!r} is the name of a representation of the MLP: rename the folder of the decomposition"
             )
         try:
-            site.check_fits(decomposition.config.layer(site.layer))
+            check_widths(site, decomposition.config.layer(site.layer))
         except SurgeryError as error:
             raise SurgeryError(f"{name}: {error}") from error
         found[name] = expert_representation(decomposition.eval().layer(site.layer))

@@ -6,6 +6,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from mxd.base.base_model import BaseModelError
+from mxd.base.pretrained_weights import mlp_widths
 from mxd.cli.main import app
 from mxd.jobs.layers import layer_groups, load_skeleton
 from mxd.modeling_mxd import MxDConfig
@@ -47,7 +48,7 @@ def test_no_weights_are_read_or_made(tmp_path):
     model = load_skeleton(str(tmp_path))
     assert all(parameter.is_meta for parameter in model.parameters())
     [group] = layer_groups(model)
-    assert group.layers == list(range(8)) and group.site.widths == (2**16, 2**18, 2**16)
+    assert group.layers == list(range(8)) and mlp_widths(group.site) == (2**16, 2**18, 2**16)
 
 
 def test_what_is_no_model_is_refused(tmp_path):
