@@ -4,18 +4,20 @@ This module imports nothing, so that `mxd decompose --help` needs no torch.
 """
 
 HELP = {
-    "learning_rate": "Peak learning rate, in units of the scaled activations. The authors use 1e-4 for 480M tokens.",
-    "gate_init": "'data': gate rows are training inputs; 'random': as nn.Linear (the authors).",
-    "encoder_init": "'pretrained': the MLP's own encoder; 'random': as nn.Linear (the authors).",
-    "modulation_init": "'unit': C^T a starts at 1, so the layer starts at D^T z; 'random': around 0 (the authors).",
+    "learning_rate": "Peak learning rate, in units of the scaled activations (paper: 1e-4 for 480 M tokens).",
+    "gate_init": "Init of the gate. 'data': rows point to training inputs; 'random': nn.Linear (paper).",
+    "encoder_init": "Init of an MxD's encoder. 'pretrained': the MLP's own; 'random': nn.Linear (paper).",
+    "modulation_init": (
+        "Init of an MxD's modulations C. 'unit': C^T a is about 1, the layer about D^T z; 'random': around 0 (paper)."
+    ),
     "min_mean_ablation_error": (
-        "Penalise the layer while its error, with C^T a replaced by its mean, is below this value, so that experts do "
-        "not stay idle; 0 for none."
+        "Penalise an MxD layer while its mean-ablated error (C^T a replaced by its mean; at most 1 per token)"
+        " is below this target. About the share of the output that the experts then carry."
     ),
     "auxiliary_weight": (
-        "Weight of the auxiliary loss: a throw-away decoder must predict the MLP's output from the coefficients alone; "
-        "0 for none."
+        "Weight of the auxiliary loss: a throw-away skip-transcoder decoder (N * O parameters) reads the "
+        "gate, so that coefficients must also predict the output on their own. 0 disables it (paper)."
     ),
-    "loss": "'kl': KL divergence to the untouched model; 'cross_entropy': loss of the next token.",
-    "nmse_weight": "Weight of the layers' own normalised error, added to the loss so that layers stay faithful.",
+    "loss": "Loss. 'kl': divergence from the untouched model; 'cross_entropy': of the next token.",
+    "nmse_weight": "Weight of the layers' own error |y^ - y|^2 / |y|^2, which keeps them faithful.",
 }

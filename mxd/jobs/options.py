@@ -119,7 +119,9 @@ class RunOptions(StreamableOptions):
 class ResumableOptions(RunOptions):
     """Options of a command that trains one decomposition, and keeps checkpoints."""
 
-    learning_rate: float | None = option(None, HELP["learning_rate"], TRAINING, trainer=True)
+    learning_rate: float | None = option(
+        None, HELP["learning_rate"] + " [0.001, of transcoders 0.003]", TRAINING, trainer=True
+    )
     resume: bool = option(False, "Continue from the last checkpoint in the output folder.", OUTPUT)
 
 
@@ -173,8 +175,6 @@ class DecompositionOptions(WhereOptions, ResumableOptions):
 @dataclass(kw_only=True)
 class FinetuningOptions(ResumableOptions):
     """Train a decomposition further, end to end in its language model, and show what that changed."""
-
-    yaml_only = ("heldout_split",)
 
     decomposition: str = option(
         ..., "Folder or Hub id (user/repo[@revision]) of a decomposition, which is left unchanged.", argument="FOLDER"
@@ -290,7 +290,6 @@ class PushOptions:
     private: bool | None = option(None, "Make a new repo private. [the account's default]", OUTPUT)
     revision: str | None = option(None, "Branch, which is made if need be.", OUTPUT)
     create_pr: bool = option(False, "Open a pull request.", OUTPUT)
-    tag: str | None = option(None, "Tag of the commit.", OUTPUT)
     message: str | None = option(None, "Message of the commit.", OUTPUT)
     base_model: str | None = option(None, "Hub id of the base model, if config.json names a folder.")
     license: str | None = option(None, "Licence of the decomposition. [the base model's]")
