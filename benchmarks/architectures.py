@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+TOKENS = 8  # of a verification
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "modeling_mxd"))
 
@@ -30,9 +31,9 @@ from census import Examined, examine  # noqa: E402
 from pages import write_between  # noqa: E402
 from tiny_models import CAUSAL_TYPES, OTHER_TYPES, UNBUILDABLE, VARIANTS  # noqa: E402
 
-from mxd.modeling_mxd import find_mlps, verification, verify_sites  # noqa: E402
-from mxd.modeling_mxd.downloads import first_line  # noqa: E402
-from mxd.modeling_mxd.verification import TOKENS  # noqa: E402
+from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout  # noqa: E402
+from mxd.modeling_mxd import find_mlps, surgery, verify_sites  # noqa: E402
+from mxd.modeling_mxd.loading import first_line  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
 TABLE = ROOT / "docs" / "architectures.md"
@@ -78,7 +79,7 @@ def measure_times(hidden_size: int = 512) -> dict[str, float]:
     sites = list(find_mlps(model).values())
 
     def verify(chosen: list[Any]) -> None:
-        verification._VERIFIED.clear()
+        surgery._VERIFIED.clear()
         verify_sites(model, chosen)
 
     with torch.no_grad():
@@ -109,8 +110,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 _ranges(mlp.layers),
                 mlp.kind,
                 mlp.slots,
-                mlp.layout,
-                mlp.hidden_act or "",
+                mlp_layout(mlp),
+                mlp_hidden_act(mlp) or "",
                 works,
             )
             lines.append(f"| {_cell(model_type)} | {' | '.join(_cell(cell) for cell in cells)} |")

@@ -56,6 +56,7 @@ def push(hub: Any, expected: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mxd import demo
+    from mxd.base.pretrained_weights import record_base
     from mxd.hub_cards import push_decomposition
     from mxd.modeling_mxd import MxDConfig, MxDModel
 
@@ -75,7 +76,7 @@ def push(hub: Any, expected: Path) -> None:
     decomposition = MxDModel(config)
     for tensor in (*decomposition.parameters(), *decomposition.buffers()):
         nn.init.normal_(tensor, std=0.05)
-    decomposition.record_base(base)
+    record_base(decomposition, base)
     with tempfile.TemporaryDirectory() as folder:
         decomposition.save_pretrained(folder)
         AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Finding decompositions that others share. Reads cards' metadata and small JSON files: no weights are downloaded, and
-no code of a repo is run."""
+"""Find decompositions that others share, from cards and small JSON files: no weights are downloaded, no code is run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,23 @@ from huggingface_hub import hf_hub_download
 
 from mxd.modeling_mxd import MxDConfig
 
-from .hub import HubRepo, look_up, search, with_retries
-from .reading import MAX_JSON_BYTES, read_config, read_json
-from .safe_text import finite
-
-LIBRARY = "mxd"
+from .hub import HubRepo, get_repo, search, with_retries
+from .reading import MAX_FILE_BYTES, read_config, read_json
+from .safe_text import finite_number
 
 
 @dataclass(frozen=True)
 class DecompositionInfo:
-    """What a repo's card says of its decomposition; None where it doesn't.
+    """What the card of a repo says about its decomposition; None where it does not.
 
     Attributes:
-        repo_id: on the Hub.
-        base_model: Hub id.
+        repo_id: id on the Hub.
+        base_model: Hub id of the base model.
         layers: decomposed layers.
         method: `"mxd"`, `"transcoder"` or `"skip_transcoder"`.
         num_experts, num_experts_per_tok: N and K of the first layer.
-        cross_entropy_rise: nats per token, spliced − untouched.
-        likes: on the Hub.
-        last_modified: of the repo.
+        cross_entropy_rise: spliced − untouched, in nats per token.
+        likes, last_modified: of the repo.
     """
 
     repo_id: str
@@ -47,24 +44,15 @@ class DecompositionInfo:
 
 @dataclass(frozen=True)
 class DecompositionDetails:
-    """What `show_decomposition` found.
-
-    Attributes:
-        info: what the list shows.
-        config: of the decomposition.
-        evaluation: evaluation.json, or None.
-        commit: of the repo.
-        weight_bytes: size of the weights.
-        private: whether the repo is.
-    """
+    """What `show_decomposition` returns: the card's information, and the repo's files as far as they are small."""
 
     info: DecompositionInfo
     config: MxDConfig
     evaluation: dict[str, Any] | None
+    """evaluation.json"""
     commit: str
     weight_bytes: int
     private: bool
-    files: list[str] = field(default_factory=list)
 
 
 def list_decompositions(
@@ -76,52 +64,47 @@ def list_decompositions(
     limit: int | None = None,
     token: str | bool | None = None,
 ) -> Iterator[DecompositionInfo]:
-    """Decompositions on the Hub, the most recently changed first, page by page as they are asked for.
+    """Yield decompositions on the Hub, the most recently changed first; pages are only asked for when needed.
 
     Args:
-        query: text that the name of the repo or of its base model contains, in any case.
+        query: text in the name of the repo or of its base model, in any case.
         base_model: exact Hub id of the base model.
-        layer: only those that have this layer.
+        layer: a layer that is decomposed.
         author: user or organisation.
-        limit: at most so many.
-        token: of the Hub.
+        limit: maximal number of results.
+        token: token of the Hub.
 
     Raises:
         HubError: the Hub cannot be asked.
     """
-    filters = [LIBRARY]
+    filters = ["mxd"]
     if base_model is not None:
         filters.append(f"base_model:{base_model}")
     if layer is not None:
         filters.append(f"mxd-layer-{layer}")
     parameters = {"filter": filters, "author": author, "sort": "lastModified", "full": True, "cardData": True}
-    models = search({name: value for name, value in parameters.items() if value is not None}, token)
-    found = (info for info in map(_info, models) if query is None or _matches(info, query))
+    repos = search({name: value for name, value in parameters.items() if value is not None}, token)
+    wanted = (query or "").lower()
+    found = (info for info in map(_info, repos) if wanted in f"{info.repo_id}\n{info.base_model or ''}".lower())
     return islice(found, limit)
 
 
-def _matches(info: DecompositionInfo, query: str) -> bool:
-    return query.lower() in f"{info.repo_id}\n{info.base_model or ''}".lower()
-
-
-def _info(model: HubRepo) -> DecompositionInfo:
-    # Written by strangers: anything may be of any type.
-    own = model.card.get("mxd")
+def _info(repo: HubRepo) -> DecompositionInfo:
+    # Anybody may have written the card: each value may have any type.
+    own = repo.card.get("mxd")
     own = own if isinstance(own, dict) else {}
-    layers = own.get("layers")
-    base = model.card.get("base_model")
+    layers, method, base = own.get("layers"), own.get("method"), repo.card.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
-    method = own.get("method")
     return DecompositionInfo(
-        repo_id=model.repo_id,
+        repo_id=repo.repo_id,
         base_model=base if isinstance(base, str) else None,
         layers=[layer for layer in layers if _whole(layer) is not None] if isinstance(layers, list) else [],
         method=method if isinstance(method, str) else None,
         num_experts=_whole(own.get("num_experts")),
         num_experts_per_tok=_whole(own.get("num_experts_per_tok")),
-        cross_entropy_rise=finite(own.get("cross_entropy_rise")),
-        likes=model.likes,
-        last_modified=model.last_modified,
+        cross_entropy_rise=finite_number(own.get("cross_entropy_rise")),
+        likes=repo.likes,
+        last_modified=repo.last_modified,
     )
 
 
@@ -132,33 +115,29 @@ def _whole(value: Any) -> int | None:
 def show_decomposition(
     repo_id: str, *, revision: str | None = None, token: str | bool | None = None
 ) -> DecompositionDetails:
-    """Configuration, results and size of a decomposition on the Hub.
+    """Return the config, the results and the size of a decomposition on the Hub.
 
     Raises:
-        HubError: the repo cannot be had.
-        ValueError: it holds no decomposition, or its config is nonsense.
+        HubError: the repo does not exist, or the Hub cannot be asked.
+        ValueError: it holds no decomposition, or one that this version refuses.
     """
-    model = look_up(repo_id, f"looking up {repo_id}", revision, token)
+    repo = with_retries(partial(get_repo, repo_id, revision, token), f"looking up {repo_id}")
 
-    def read(name: str) -> Path:
-        if model.files.get(name, 0) > MAX_JSON_BYTES:
-            raise ValueError(f"{name} of {repo_id} is larger than {MAX_JSON_BYTES:,} bytes: it is not read")
-        return Path(
-            with_retries(
-                lambda: hf_hub_download(repo_id, name, revision=model.commit, token=token), f"reading {repo_id}"
-            )
-        )
+    def fetch(name: str) -> Path:
+        if repo.files.get(name, 0) > MAX_FILE_BYTES:
+            raise ValueError(f"{name} of {repo_id} is larger than {MAX_FILE_BYTES:,} bytes: it is not read")
+        get = partial(hf_hub_download, repo_id, name, revision=repo.commit, token=token)
+        return Path(with_retries(get, f"reading {repo_id}"))
 
-    if "config.json" not in model.files:
+    if "config.json" not in repo.files:
         raise ValueError(f"{repo_id} holds no decomposition: there is no config.json in it")
-    config = read_config(read("config.json"), repo_id)
-    assert model.commit
+    config = read_config(fetch("config.json"), repo_id)
+    assert repo.commit
     return DecompositionDetails(
-        info=_info(model),
+        info=_info(repo),
         config=config,
-        evaluation=read_json(read("evaluation.json")) if "evaluation.json" in model.files else None,
-        commit=model.commit,
-        weight_bytes=sum(size for name, size in model.files.items() if name.endswith(".safetensors")),
-        private=model.private,
-        files=sorted(model.files),
+        evaluation=read_json(fetch("evaluation.json")) if "evaluation.json" in repo.files else None,
+        commit=repo.commit,
+        weight_bytes=sum(size for name, size in repo.files.items() if name.endswith(".safetensors")),
+        private=repo.private,
     )

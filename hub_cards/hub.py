@@ -1,7 +1,6 @@
-"""What push and catalogue share: calls that are repeated where the client doesn't, and errors that say what to do."""
+"""Ask the Hub: repeat what fails for the moment, and turn refusals into errors that say what to do."""
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,15 +19,25 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-)
+)  # fmt: skip
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from mxd.modeling_mxd.downloads import PASSING, first_line, is_transport_error
+from mxd.modeling_mxd import loading
+from mxd.modeling_mxd.loading import first_line, is_transient
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
 TIMEOUT = 30  # seconds
+# The first match is the advice; an exception class comes before the classes that it derives from.
+_ADVICE = (
+    (LocalTokenNotFoundError, "no token: log in with `hf auth login`, or set HF_TOKEN"),
+    (OfflineModeIsEnabled, "offline mode is on: unset HF_HUB_OFFLINE"),
+    (GatedRepoError, "the repo is gated: ask for access on its page"),
+    (RevisionNotFoundError, "there is no such branch, tag or commit"),
+    (RepositoryNotFoundError, "there is no such repo, or it is private: check the name and `hf auth login`"),
+    (LocalEntryNotFoundError, "the Hub cannot be reached and the file is not in the cache"),
+    (EntryNotFoundError, "the file is not in the repo"),
+)
 
 Result = TypeVar("Result")
 
@@ -37,87 +46,60 @@ class HubError(ValueError):
     """The Hub cannot be reached or refuses; the message says what to do."""
 
 
-def status_of(error: Exception) -> int | None:
-    """HTTP status of a client's error, or None."""
-    response = getattr(cause_of(error), "response", None)
-    return getattr(response, "status_code", None)
+def status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status behind an error of the client, or None."""
+    return getattr(getattr(_cause(error), "response", None), "status_code", None)
 
 
-def is_broken_connection(error: Exception) -> bool:
-    """Whether the connection to the Hub broke, or none was made."""
-    return is_transport_error(error) or isinstance(error, ConnectionError)
+def _cause(error: Any) -> Any:
+    """Return the error of the Hub that another one wraps.
 
-
-def cause_of(error: Exception) -> Exception:
-    """What the Hub said: the client wraps the failure of an upload into a RuntimeError and of a download into a
-    LocalEntryNotFoundError, transformers both into an OSError."""
+    The client wraps a failed upload into a RuntimeError and a failed download into a LocalEntryNotFoundError;
+    transformers wraps both into an OSError.
+    """
     wrapped = isinstance(error, RuntimeError | OSError) and getattr(error, "response", None) is None
-    cause = error.__cause__
-    return cause_of(cause) if wrapped and isinstance(cause, Exception) else error
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether trying again may help: the connection broke, or the server was busy."""
-    error = cause_of(error)
-    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
-        return False
-    return is_broken_connection(error) or status_of(error) in PASSING
+    return _cause(error.__cause__) if wrapped and error.__cause__ is not None else error
 
 
 def with_retries(call: Callable[[], Result], what: str) -> Result:
-    """Call until it succeeds, at most `ATTEMPTS` times, waiting 1, 2, 4 … seconds in between.
+    """Call until it succeeds, as `mxd.modeling_mxd.loading.with_retries`.
+
+    Args:
+        call: asks the Hub.
+        what: what the call does, for messages.
 
     Raises:
-        HubError: it failed for good.
+        HubError: the Hub cannot be reached or refuses. Other errors are raised as they are.
     """
-    for attempt in range(ATTEMPTS):
-        try:
-            return call()
-        except Exception as error:
-            if not is_transient(error) or attempt == ATTEMPTS - 1:
-                raise explained(error, what) from error
-            logger.warning("%s failed (%s), trying again", what, first_line(error))
-            time.sleep(2**attempt)
-    raise AssertionError("unreachable")
+    try:
+        return loading.with_retries(call, what)
+    except Exception as error:
+        cause = _cause(error)
+        advice = None if isinstance(cause, HubError) else _advice(cause)
+        if advice is None:
+            raise
+        raise HubError(f"{what}: {advice}") from cause
 
 
-def explained(error: Exception, what: str) -> Exception:
-    """A `HubError` that says what to do; errors that are not the Hub's as they are."""
-    error = cause_of(error)
-    if isinstance(error, HubError):
-        return error
-    advice = [
-        (LocalTokenNotFoundError, "no token: log in with `hf auth login`, or set HF_TOKEN"),
-        (OfflineModeIsEnabled, "offline mode is on: unset HF_HUB_OFFLINE"),
-        (GatedRepoError, "the repo is gated: ask for access on its page"),
-        (RevisionNotFoundError, "there is no such branch, tag or commit"),
-        (RepositoryNotFoundError, "there is no such repo, or it is private: check the name and `hf auth login`"),
-        (LocalEntryNotFoundError, "the Hub cannot be reached and the file is not in the cache"),
-        (EntryNotFoundError, "the file is not in the repo"),
-        (HFValidationError, first_line(error)),
-    ]
-    for kind, text in advice:
+def _advice(error: Exception) -> str | None:
+    """Return what to do about an error of the Hub, or None if it is another error."""
+    for kind, advice in _ADVICE:
         if isinstance(error, kind):
-            return HubError(f"{what}: {text}")
-    if is_broken_connection(error):
-        return HubError(f"{what}: the connection to {constants.ENDPOINT} failed ({first_line(error)}); run it again")
+            return advice
+    if isinstance(error, HFValidationError):
+        return first_line(error)
     if isinstance(error, HfHubHTTPError):
-        texts = {401: "the token is not valid: `hf auth login`", 403: "the token may not write here"}
-        return HubError(f"{what}: {texts.get(status_of(error) or 0, first_line(error))}")
-    return error
+        by_status = {401: "the token is not valid: `hf auth login`", 403: "the token may not write here"}
+        return by_status.get(status_of(error) or 0, first_line(error))
+    if is_transient(error) or isinstance(error, ConnectionError):
+        return f"the connection to {constants.ENDPOINT} failed ({first_line(error)}); run it again"
+    return None
 
 
 @dataclass(frozen=True)
 class HubRepo:
-    """What the Hub says of a repo. Cards are strangers': the client's own `ModelInfo` cannot be made of every one, and
-    a single such card would end a search.
-
-    Attributes:
-        repo_id, commit, private, likes, last_modified: as on the Hub.
-        gated: whether its files are given only to those who asked for them.
-        files: name → bytes; empty in a list of repos.
-        card: the metadata of the README, of any content.
-    """
+    """A repo as the Hub describes it. Anybody may have written its card: the client's own `ModelInfo` cannot be built
+    from every card, and a single such card would end a search."""
 
     repo_id: str
     commit: str | None
@@ -125,30 +107,25 @@ class HubRepo:
     likes: int
     last_modified: datetime | None
     files: dict[str, int]
+    """name and bytes of each file; 0 bytes in the results of a search"""
     card: dict[str, Any]
+    """metadata of the README, with values of any type"""
     gated: bool
+    """whether its files are only given to users who asked for access"""
 
 
-def look_up(repo_id: str, what: str, revision: str | None = None, token: str | bool | None = None) -> HubRepo:
-    """A repo at a revision.
-
-    Raises:
-        HubError: it cannot be had.
-    """
+def get_repo(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> HubRepo:
+    """Ask once for a repo at a revision; the errors are those of the client."""
+    validate_repo_id(repo_id)
     path = f"/api/models/{repo_id}" + (f"/revision/{quote(revision, safe='')}" if revision else "")
-
-    def ask() -> HubRepo:
-        validate_repo_id(repo_id)
-        return _repo(_json(_get(path, token, {"blobs": True})))
-
-    return with_retries(ask, what)
+    return _repo(_json(_get(path, token, {"blobs": True})))
 
 
 def search(parameters: dict[str, Any], token: str | bool | None = None) -> Iterator[HubRepo]:
-    """Repos of models, page by page as they are asked for.
+    """Yield model repos; each page of results is only asked for when it is needed.
 
     Raises:
-        HubError: the Hub cannot be asked.
+        HubError: as `with_retries`.
     """
     address: str | None = "/api/models"
     while address is not None:
@@ -158,11 +135,10 @@ def search(parameters: dict[str, Any], token: str | bool | None = None) -> Itera
         address, parameters = page.links.get("next", {}).get("url"), {}
 
 
-def _get(path: str, token: str | bool | None, parameters: dict[str, Any] | None = None) -> Any:
+def _get(path: str, token: str | bool | None, parameters: dict[str, Any]) -> Any:
     url = path if "://" in path else constants.ENDPOINT + path
-    # None rather than {}, which would take a page's cursor out of its address.
-    headers, parameters = build_hf_headers(token=token), parameters or None
-    response = get_session().get(url, headers=headers, params=parameters, timeout=TIMEOUT)
+    # Empty parameters must be None: {} would take the cursor out of the address of a page.
+    response = get_session().get(url, headers=build_hf_headers(token=token), params=parameters or None, timeout=TIMEOUT)
     hf_raise_for_status(response)
     return response
 

@@ -1,7 +1,11 @@
-"""Reading what strangers wrote: files of a decomposition, checked before anything large is allocated. Whatever is wrong
-is a ValueError that names the file."""
+"""Read the files of a decomposition without trusting them: no code is run, and nothing large is allocated.
 
-import json
+Everything that is wrong with a file is a ValueError that names the file. `search`, `show`, `push` and the commands that
+load a decomposition read through these functions; `from_pretrained` with `trust_remote_code=True` does not.
+"""
+
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +13,29 @@ import torch
 from safetensors import safe_open
 
 from mxd.modeling_mxd import MxDConfig
-from mxd.modeling_mxd.downloads import first_line
-from mxd.modeling_mxd.weight_files import check_headers, read_index
+from mxd.modeling_mxd.configuration_mxd import FORMAT_VERSION, MAX_FILE_BYTES, read_json, shorten
+from mxd.modeling_mxd.loading import check_headers, first_line, read_index
 
-MAX_JSON_BYTES = 10_000_000
+__all__ = ["MAX_FILE_BYTES", "check_weights", "read_config", "read_json"]
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: over 10 MB, too deep, or no JSON object.
-    """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} is larger than {MAX_JSON_BYTES:,} bytes: it is not read")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON that can be read: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} must hold a JSON object, got {type(value).__name__}")
-    return value
+MAX_TEXT = 4096
+# Fields of config.json: ours, and those that transformers writes. transformers would set an attribute for any other
+# field, which may replace a method, rename a field, or ask for a label for each of 10^12 classes.
+_FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"} | {
+    "architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version",
+}  # fmt: skip
 
 
 def read_config(path: Path, where: str | Path) -> MxDConfig:
-    """The config of a decomposition.
+    """Read the config of a decomposition.
 
     Args:
-        path: of config.json.
-        where: folder or repo that it came from, for messages.
+        path: path of config.json.
+        where: folder or repo that the file came from, for messages.
 
     Raises:
-        ValueError: it is not a decomposition's, it is nonsense, or it has no layers.
+        ValueError: the file is missing, belongs to another kind of model or to another format, has values that no
+            decomposition has, or names no layers.
     """
     if not path.is_file():
         raise ValueError(f"{where} holds no decomposition: there is no config.json in it")
@@ -48,35 +43,48 @@ def read_config(path: Path, where: str | Path) -> MxDConfig:
     if values.get("model_type") != MxDConfig.model_type:
         raise ValueError(f"{where} holds a model, but no decomposition (its config.json says so)")
     try:
+        # A newer format may have further fields: then say that it is newer, not that its fields are unknown.
+        if values.get("format_version") == FORMAT_VERSION:
+            _check_values(values)
         config = MxDConfig.from_dict(values)
     except ValueError as error:
-        raise ValueError(f"config.json of {where} is refused: {error}") from None
+        raise ValueError(f"config.json of {where} is refused: {first_line(error)}") from None
     if not config.layers:
         raise ValueError(f"config.json of {where} names no layers: there is nothing to describe")
     return config
 
 
-def check_weights(folder: Path, config: MxDConfig) -> None:
-    """Refuse weights that are not those of the config, by the headers of the safetensors files, then by their values.
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Refuse fields that no decomposition has, text that could steer a terminal, and dtypes that are none.
 
     Raises:
-        ValueError: naming the weight or file.
+        ValueError: naming the field.
     """
-    config.check_memory(torch.float8_e4m3fn)
+    for name, value in values.items():
+        if name not in _FIELDS:
+            raise ValueError(f"{shorten(name)} is not a field of a decomposition's config")
+        if isinstance(value, str) and not (len(value) <= MAX_TEXT and value.isprintable()):
+            raise ValueError(f"{name} must be a text of at most {MAX_TEXT} printable characters, got {shorten(value)}")
+        if name in ("dtype", "torch_dtype") and value is not None:
+            dtype = getattr(torch, value, None) if isinstance(value, str) else None
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{name} must name a dtype of torch, got {shorten(value)}")
+
+
+def check_weights(folder: Path, config: MxDConfig) -> None:
+    """Refuse weights that do not fit the config, by the headers of the safetensors files and then by their values.
+
+    Raises:
+        ValueError: naming the weight or the file.
+    """
+    config.check_memory(torch.float8_e4m3fn)  # the narrowest dtype that weights are stored in
     paths = sorted(folder.glob("model*.safetensors"))
     found = check_headers(paths, config)
     index = folder / "model.safetensors.index.json"
     if index.is_file() and read_index(index, folder) != found:
-        raise ValueError(f"{index.name} in {folder} is not of the files that are there")
+        raise ValueError(f"{index.name} in {folder} does not belong to the files that are there")
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118, no mapping
+            for key in file.keys():  # noqa: SIM118, it is no mapping
                 if not file.get_tensor(key).float().isfinite().all():
                     raise ValueError(f"{key} in {path.name} has values that are not finite: did the training diverge?")
-
-
-def texts(value: Any) -> list[str]:
-    """The texts in a list, or a text alone."""
-    if isinstance(value, str):
-        return [value]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []

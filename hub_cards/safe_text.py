@@ -1,4 +1,7 @@
-"""What strangers wrote, made harmless for a card: text for Markdown, words for a command, numbers that are numbers."""
+"""Make untrusted values harmless: text for Markdown, words for a shell command, and numbers that are finite.
+
+The files of a decomposition may come from a stranger, and a card must not show paths of the machine that made it.
+"""
 
 import html
 import math
@@ -10,44 +13,68 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .reading import texts
+from mxd.data.documents import DATA_ENDINGS
 
 UNKNOWN = "–"
 MAX_TEXT = 200
 MAX_NAMES = 20
-DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".rst", ".py")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+# Fields whose value is a Hub id or else a path: of data, a model, a decomposition or a checkpoint.
+_NAMING = ("dataset", "heldout_dataset", "model", "decomposition", "base_model_name_or_path", "best_model_checkpoint")
+# In other fields a path is recognised by its start, by a second slash, or by a slash and the ending of a data file.
+_LOCAL = re.compile(
+    r"/|~|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\|file:|[^\s:]*[/\\][^\s:]*[/\\]|[^\s:]+[/\\][^\s:]+("
+    + "|".join(map(re.escape, DATA_ENDINGS))
+    + ")$",
+    re.IGNORECASE,
+)
 
 
-def plain(value: Any) -> str:
-    """One line of visible characters, at most `MAX_TEXT` of them."""
-    text = value if isinstance(value, str) else "" if finite(value) is None else str(value)
+def strings_in(value: Any) -> list[str]:
+    """Return the strings of a list, or a string as a list of one; an empty list for anything else."""
+    if isinstance(value, str):
+        return [value]
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def get_nested(value: Any, *keys: str) -> Any:
+    """Return `value[keys[0]][keys[1]]…`, or None if a level is missing or is not a mapping."""
+    for key in keys:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def one_line(value: Any) -> str:
+    """Return a string or number as one line of at most `MAX_TEXT` printable characters."""
+    text = value if isinstance(value, str) else "" if finite_number(value) is None else str(value)
     text = "".join(character if character.isprintable() else " " for character in text[: MAX_TEXT + 1])
     return text.strip() if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 
-def escaped(value: Any) -> Markup:
-    """For Markdown and HTML, in a table too: what could be markup becomes a character reference."""
+def escape_markdown(value: Any) -> Markup:
+    """Escape a value for Markdown and HTML, also inside a table; `Markup` is already safe and is returned as it is."""
     if isinstance(value, Markup):
         return value
-    text = html.escape(plain(value) or UNKNOWN)
-    # An underscore within a word is no emphasis, and names have many.
+    text = html.escape(one_line(value) or UNKNOWN)
+    # An underscore inside a word is not emphasis, and many names have one.
     return Markup(re.sub(r"[`|\\*\[\]~${}@!]|(?<!\w)_|_(?!\w)|^[#+=-]", lambda match: f"&#{ord(match[0])};", text))
 
 
-def argument(value: Any) -> Markup:
-    """For blocks of code, where there are no references: what is neither a word nor harmless becomes `_`."""
-    return Markup(re.sub(r"[^\w./:+@,=%*\[\]-]", "_", plain(value)).lstrip("-"))
+def code_word(value: Any) -> Markup:
+    """Return one word for a block of code, which knows no character references: other characters become `_`."""
+    return Markup(re.sub(r"[^\w./:+@,=%*\[\]-]", "_", one_line(value)).lstrip("-"))
 
 
-def quoted(value: Any) -> str:
-    """For a shell, which would expand a glob."""
-    return shlex.quote(str(argument(value)))
+def shell_word(value: Any) -> str:
+    """Return `code_word` quoted for a shell, which would expand a glob."""
+    return shlex.quote(str(code_word(value)))
 
 
-def finite(value: Any) -> float | None:
-    """A finite number, or None."""
+def finite_number(value: Any) -> float | None:
+    """Return a finite number as a float, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -56,41 +83,55 @@ def finite(value: Any) -> float | None:
         return None
 
 
-def formatted(value: Any, style: str = ".3f", factor: float = 1.0, unit: str = "") -> Markup:
-    """A number in a format, `UNKNOWN` where there is none, few digits for what no measurement gives."""
-    number = finite(value)
+def format_number(value: Any, style: str = ".3f", factor: float = 1.0, unit: str = "") -> Markup:
+    """Format a number times `factor`; `UNKNOWN` without one, and few digits if it is absurdly large."""
+    number = finite_number(value)
     if number is None:
         return Markup(UNKNOWN)
     number *= factor
     return Markup(f"{number:{style if abs(number) < 1e15 else '.3g'}}{unit}")
 
 
-def percentage(value: Any) -> Markup:
-    """A share, in percent."""
-    return formatted(value, ".1f", 100, " %")
+def format_percent(value: Any) -> Markup:
+    """Format a fraction in percent."""
+    return format_number(value, ".1f", 100, " %")
 
 
-def get_nested(value: Any, *keys: str) -> Any:
-    """`value[keys[0]][keys[1]]…`, None where there is no such thing."""
-    for key in keys:
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
-
-
-def last_part(path: str) -> str:
-    """Of a path or URL, what says nothing of the folders that it is in."""
+def last_path_part(path: str) -> str:
+    """Return the last part of a path or URL, which names none of its folders."""
     return PureWindowsPath(path.split("?", maxsplit=1)[0] if "://" in path else path).name or "a local folder"
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hub id and is not a folder of this machine."""
+    return len(name) <= MAX_TEXT and HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
+
+
 def dataset_id(name: str) -> str | None:
-    """The Hub id that a data set's name is, or None for what may be a path: as `trainers.load_text` tells them."""
-    on_hub = len(name) <= MAX_TEXT and _HUB_ID.fullmatch(name) and not name.lower().endswith(DATA_ENDINGS)
+    """Return the name of a dataset if it is a Hub id (`user/name`), or None if it may be a path."""
+    on_hub = "/" in name and is_hub_id(name) and not name.lower().endswith(DATA_ENDINGS)
     return name if on_hub and not Path(name).exists() else None
 
 
 def dataset_names(names: Any) -> list[str]:
-    """Names without this machine's folders."""
-    shown = [dataset_id(name) or plain(last_part(name)) for name in texts(names)]
+    """Return names of datasets without folders, at most `MAX_NAMES` and a count of the rest."""
+    shown = [dataset_id(name) or one_line(last_path_part(name)) for name in strings_in(names)]
     return [*shown[:MAX_NAMES], f"and {len(shown) - MAX_NAMES} more"] if len(shown) > MAX_NAMES else shown
+
+
+def without_folders(value: Any, field: str = "") -> Any:
+    """Return the same JSON value with every local path in it cut to its last part.
+
+    Args:
+        value: a JSON value.
+        field: name of the field that holds `value`.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item, field) for item in value]
+    if not isinstance(value, str):
+        return value
+    name = value.partition("@")[0] if field == "decomposition" else value  # user/repo@revision
+    local = dataset_id(name) is None if field in _NAMING else _LOCAL.match(value)
+    return last_path_part(value) if local else value

@@ -1,4 +1,4 @@
-"""Putting a new card over an earlier one that a person, or a stranger, may have written in."""
+"""Put a new card over an earlier one that a person, or a stranger, may have written in."""
 
 import re
 from typing import Any
@@ -7,37 +7,38 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from mxd.modeling_mxd.downloads import first_line
-from mxd.modeling_mxd.sharing import BEGIN, END
+from mxd.modeling_mxd.loading import first_line
 
-from .card import METHOD_TAGS
-from .reading import texts
-from .safe_text import get_nested
+from .card import BEGIN, END, METHOD_TAGS
+from .safe_text import get_nested, strings_in
 
 MAX_CARD = 1_000_000  # characters
 MAX_METADATA = 100_000
 MAX_DEPTH = 30
+LICENSE = ("license", "license_name", "license_link")
 
-# A mark without its partner is text like any other: a begin is never paired with an end beyond the next begin.
+# A mark without its partner is text: a begin is never paired with an end beyond the next begin.
 _GENERATED = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 _FIGURE = re.compile(r"!\[[^\]\n]*\]\((figures/[\w-]+\.png)\)")
 _LAYER_TAG = re.compile(r"mxd-layer-\d+")
-# Metadata that is ours even where this card has none: numbers of an earlier evaluation must not outlive it.
-LICENSE = ("license", "license_name", "license_link")
-_OWN_METADATA = ("model_name", "model-index", "mxd")
+_ARGUMENTS = ("self", "ignore_metadata_errors")
 
 
 def update_card(existing: str, card: ModelCard, keep_license: bool = False) -> ModelCard:
-    """The card with all that a person wrote into an earlier one.
+    """Merge a new card into an earlier one, and keep everything that a person wrote.
 
-    Of the earlier text, only what lies between the marks `BEGIN` and `END` is replaced; without marks all of it is
-    kept and ours follows. Of the earlier metadata, what this card has is replaced (save the licence, with
-    `keep_license`), tags are united (but those of the earlier layers and method are dropped), and everything else is
-    kept. Comments in the metadata are lost.
+    Only the text between the marks `BEGIN` and `END` is replaced; without marks, ours follows the earlier text. New
+    metadata wins over old; tags are united, without those of the earlier layers and method. Comments in the metadata
+    are lost.
+
+    Args:
+        existing: text of the earlier card.
+        card: as `build_card` returns it.
+        keep_license: whether the earlier licence wins.
 
     Raises:
-        ValueError: the earlier card is too large, its metadata is no YAML mapping that a card can have, or `card` is
-            none of `build_card`'s.
+        ValueError: the earlier card is too large, its metadata is no YAML mapping that a card can have, or `card` has
+            no marks.
     """
     metadata, text = _parts(existing)
     newline = "\r\n" if "\r\n" in existing else "\n"
@@ -45,9 +46,8 @@ def update_card(existing: str, card: ModelCard, keep_license: bool = False) -> M
     if generated is None:
         raise ValueError("the new card has no marks: it must be one that build_card made")
     block = generated.group().replace("\r\n", "\n").replace("\n", newline)
-    earlier = _GENERATED.search(text)
-    merged = _merged(metadata, card.data.to_dict(), earlier.group() if earlier else "", keep_license)
-    if earlier:
+    merged = _merged(metadata, card.data.to_dict(), keep_license)
+    if _GENERATED.search(text):
         text = _GENERATED.sub(lambda _: block, text, count=1)
     else:
         text = f"{text.rstrip()}{newline * 2}{block}{newline}" if text.strip() else f"{newline}{block}{newline}"
@@ -55,34 +55,25 @@ def update_card(existing: str, card: ModelCard, keep_license: bool = False) -> M
     return ModelCard(f"---{newline}{front.strip()}{newline}---{newline}{text}")
 
 
-def _merged(metadata: dict[str, Any], own: dict[str, Any], generated: str, keep_license: bool) -> dict[str, Any]:
-    """The earlier metadata under ours. What of it was ours is told by our earlier metadata and text."""
-    stale = set(_OWN_METADATA)
+def _merged(metadata: dict[str, Any], new: dict[str, Any], keep_license: bool) -> dict[str, Any]:
+    """Merge old and new metadata; new values win."""
+    # Numbers of an earlier evaluation must not outlive it, and the client refuses a model-index that is none.
+    stale = {"mxd", "model-index"}
     if keep_license and metadata.get("license"):
-        own = {name: value for name, value in own.items() if name not in LICENSE or name not in metadata}
-    elif own.get("license") not in (None, metadata.get("license")):
+        new = {name: value for name, value in new.items() if name not in LICENSE or name not in metadata}
+    elif new.get("license") not in (None, metadata.get("license")):
         stale.update(LICENSE)
-    if "pipeline_tag" not in own and metadata.get("pipeline_tag") == "text-generation":  # earlier cards all had it
+    if "pipeline_tag" not in new and metadata.get("pipeline_tag") == "text-generation":
         stale.add("pipeline_tag")
-    merged = {name: value for name, value in metadata.items() if name not in stale} | own
-    method = METHOD_TAGS.get(str(get_nested(metadata, "mxd", "method")))
-    gone = {method, *own["tags"]}
-    tags = [tag for tag in texts(metadata.get("tags")) if tag not in gone and not _LAYER_TAG.fullmatch(tag)]
-    merged["tags"] = list(dict.fromkeys(tags)) + own["tags"]
-    if "datasets" in metadata and "datasets" not in own:
-        merged["datasets"] = [name for name in texts(metadata["datasets"]) if not _names(generated, name)]
-        if not merged["datasets"]:
-            del merged["datasets"]
+    merged = {name: value for name, value in metadata.items() if name not in stale} | new
+    gone = {METHOD_TAGS.get(str(get_nested(metadata, "mxd", "method"))), *new["tags"]}
+    tags = [tag for tag in strings_in(metadata.get("tags")) if tag not in gone and not _LAYER_TAG.fullmatch(tag)]
+    merged["tags"] = list(dict.fromkeys(tags)) + new["tags"]
     return merged
 
 
-def _names(text: str, name: str) -> bool:
-    """Whether a text has a name by itself, not as a part of a longer one."""
-    return re.search(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", text) is not None
-
-
 def license_of(card: str) -> dict[str, str]:
-    """What a card says of its licence, of `LICENSE`.
+    """Return what a card says of its licence.
 
     Raises:
         ValueError: as `update_card`.
@@ -92,21 +83,21 @@ def license_of(card: str) -> dict[str, str]:
 
 
 def generated_figures(card: str) -> set[str]:
-    """Figures that the generated part of a card shows."""
+    """Return the figures that our part of a card shows."""
     generated = _GENERATED.search(card[:MAX_CARD])
     return set(_FIGURE.findall(generated.group())) if generated else set()
 
 
 def _parts(card: str) -> tuple[dict[str, Any], str]:
-    """Metadata and text of a card that is there."""
+    """Split a card into metadata and text."""
     if len(card) > MAX_CARD:
         raise ValueError(f"the README that is there has over {MAX_CARD:,} characters: it is not updated")
     card = card.removeprefix("\ufeff")
     match = REGEX_YAML_BLOCK.search(card)
-    return (_front_matter(match.group(2)), card[match.end() :]) if match else ({}, card)
+    return (_read_metadata(match.group(2)), card[match.end() :]) if match else ({}, card)
 
 
-def _front_matter(text: str) -> dict[str, Any]:
+def _read_metadata(text: str) -> dict[str, Any]:
     what = "the metadata of the README that is there"
     if len(text) > MAX_METADATA:
         raise ValueError(f"{what} has over {MAX_METADATA:,} characters")
@@ -119,7 +110,7 @@ def _front_matter(text: str) -> dict[str, Any]:
         return {}
     if not isinstance(metadata, dict):
         raise ValueError(f"{what} must be a mapping, got {type(metadata).__name__}")
-    # The client keeps metadata as attributes: such a key would replace one of its methods, or an argument.
+    # The client stores metadata as attributes: such a key would replace one of its methods, or an argument.
     odd = [key for key in metadata if not isinstance(key, str) or hasattr(ModelCardData, key) or key in _ARGUMENTS]
     if odd:
         raise ValueError(f"{what} has a key that no card can have: {str(odd[0])[:80]!r}")
@@ -127,8 +118,7 @@ def _front_matter(text: str) -> dict[str, Any]:
 
 
 def _check_events(text: str) -> None:
-    """Refuse what would take long, or more than a machine holds, once it is built: some dozen aliases of aliases, or
-    thousands of lists in each other. No person writes them into a card."""
+    """Refuse YAML that would take too long or too much memory to build: aliases of aliases, and very deep lists."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -136,6 +126,3 @@ def _check_events(text: str) -> None:
             raise ValueError("it has aliases (&, *)")
         if depth > MAX_DEPTH:
             raise ValueError(f"it is over {MAX_DEPTH} levels deep")
-
-
-_ARGUMENTS = ("self", "ignore_metadata_errors")

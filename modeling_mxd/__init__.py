@@ -1,4 +1,4 @@
-"""What a Hub repo carries: configuration, layers, model and surgery. Needs torch and transformers only."""
+"""The part of mxd that every Hub repo carries: configuration, layers, models and surgery, on torch and transformers."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -6,41 +6,16 @@ from .configuration_mxd import MxDConfig, MxDLayerConfig
 from .interventions import ExpertCoefficients, ExpertIntervention
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .modeling_mxd import MxDForCausalLM, MxDModel, MxDOutput
-from .pretrained_weights import PretrainedWeights, WeightLayout
 from .sites import MLPSite, SurgeryError, find_all_mlps, find_mlp, find_mlps, find_stacks, site_of
 from .spliced_language_model import SplicedLanguageModel, make_spliced
-from .surgery import ReplacedMLP, replace_mlp, replace_mlps, spliced_mlps
-from .verification import verify_sites
+from .surgery import MLPReplacement, ReplacedMLP, replace_mlp, replace_mlps, spliced_mlps, verify_sites
 
 __all__ = [
-    "ExpertCoefficients",
-    "ExpertIntervention",
-    "MLPSite",
-    "MxDConfig",
-    "MxDForCausalLM",
-    "MxDLayer",
-    "MxDLayerConfig",
-    "MxDModel",
-    "MxDOutput",
-    "PretrainedWeights",
-    "ReplacedMLP",
-    "SparseLayer",
-    "SplicedLanguageModel",
-    "SurgeryError",
-    "TranscoderLayer",
-    "WeightLayout",
-    "find_all_mlps",
-    "find_mlp",
-    "find_mlps",
-    "find_stacks",
-    "make_layer",
-    "make_spliced",
-    "replace_mlp",
-    "replace_mlps",
-    "site_of",
-    "spliced_mlps",
-    "verify_sites",
-]
+    "ExpertCoefficients", "ExpertIntervention", "MLPReplacement", "MLPSite", "MxDConfig", "MxDForCausalLM",
+    "MxDLayer", "MxDLayerConfig", "MxDModel", "MxDOutput", "ReplacedMLP", "SparseLayer", "SplicedLanguageModel",
+    "SurgeryError", "TranscoderLayer", "find_all_mlps", "find_mlp", "find_mlps", "find_stacks", "make_layer",
+    "make_spliced", "replace_mlp", "replace_mlps", "site_of", "spliced_mlps", "verify_sites",
+]  # fmt: skip
 
 # All or none: a local config would meet a remote model.
 AutoConfig.register(MxDConfig.model_type, MxDConfig, exist_ok=True)

@@ -1,19 +1,19 @@
-"""Where models keep their MLPs: a few rules that hold for nearly all of transformers, and the exceptions to them,
-each with its reason.
+"""What differs between models: where they keep their MLPs, what they name activations, where they run.
 
-An MLP is a chain of one or more modules of a transformer layer, its *slots*: `("mlp",)` where it is a module of its
-own, and `("fc1", "activation_fn", "fc2")` where the layer (or a block with a residual or a norm inside) calls its
-linears itself. Its input is that of the first slot and its output that of the last. Paths are dotted, from the
-transformer layer; `-1` names the last item of a list.
+A few rules fit nearly all of transformers; the exceptions are listed with their reasons. An MLP is a chain of one or
+more modules of a transformer layer, its *slots*: `("mlp",)` if it is a module of its own, `("fc1", "activation_fn",
+"fc2")` if the layer (or a block with a residual or a norm inside) calls the linears itself. The MLP's input is that of
+the first slot and its output that of the last. Paths are dotted, from the transformer layer.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# Tried in this order. A path that leads to a single linear is none of a module's: ALBERT calls its encoder `ffn`.
+# Tried in this order. A path that leads to a single linear does not match: ALBERT calls its encoder `ffn`.
 RULES: tuple[tuple[str, ...], ...] = (
     ("mlp",),
     ("feed_forward",),
@@ -22,8 +22,7 @@ RULES: tuple[tuple[str, ...], ...] = (
     ("mlp_block",),
     ("ff",),
     ("shared_mlp",),
-    ("layer.-1.DenseReluDense",),
-    ("layer.-1.mlp",),
+    *((f"layer.{last}.{name}",) for last in (2, 1) for name in ("DenseReluDense", "mlp")),
     ("fc1", "activation_fn", "fc2"),
     ("ffn", "activation", "ffn_output"),
     ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
@@ -36,7 +35,7 @@ RULES: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True)
 class LayerException:
-    """A class of transformer layers that the rules do not fit.
+    """Describe a class of transformer layers that the rules do not fit.
 
     Attributes:
         slots: the chains of its MLPs, the main one first.
@@ -53,7 +52,8 @@ _ADDS_RESIDUAL = "the block takes the residual and adds it itself"
 _NORM_INSIDE = "the block holds residual or layer norm"
 _HALF_STEPS = "an MLP of half a step before the attention and one at the end, which is the main one"
 _TIED = "the block's weights are tied over layers; each layer's is replaced on its own"
-# Reasons for taking a block's linears rather than the block.
+_SIDE_BY_SIDE = "experts and a shared MLP side by side, their outputs added"
+# Reasons for replacing a block's linears rather than the block.
 RESIDUAL_INSIDE = (_ADDS_RESIDUAL, _NORM_INSIDE)
 
 LAYER_EXCEPTIONS: dict[str, LayerException] = {
@@ -75,23 +75,16 @@ LAYER_EXCEPTIONS: dict[str, LayerException] = {
     "LongcatFlashDecoderLayer": LayerException(
         (("mlp",), ("mlps.0",), ("mlps.1",)), "a mixture of experts and two dense MLPs a layer"
     ),
-    "GraniteMoeHybridDecoderLayer": LayerException(
-        (("block_sparse_moe",), ("shared_mlp",)), "experts and a shared MLP side by side, their outputs added"
-    ),
-    "GraniteMoeSharedDecoderLayer": LayerException(
-        (("block_sparse_moe",), ("shared_mlp",)), "experts and a shared MLP side by side, their outputs added"
-    ),
+    "GraniteMoeHybridDecoderLayer": LayerException((("block_sparse_moe",), ("shared_mlp",)), _SIDE_BY_SIDE),
+    "GraniteMoeSharedDecoderLayer": LayerException((("block_sparse_moe",), ("shared_mlp",)), _SIDE_BY_SIDE),
     "Gemma4TextDecoderLayer": LayerException(
         (("mlp",), ("experts",)), "a dense MLP and, in some models, experts beside it that read another input"
     ),
     "FunnelLayer": LayerException((("ffn.linear_1", "ffn.activation_function", "ffn.linear_2"),), _NORM_INSIDE),
     "MobileBertLayer": LayerException(
-        (
-            ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
-            *(
-                (f"ffn.{i}.intermediate.dense", f"ffn.{i}.intermediate.intermediate_act_fn", f"ffn.{i}.output.dense")
-                for i in range(8)
-            ),
+        tuple(
+            (f"{p}intermediate.dense", f"{p}intermediate.intermediate_act_fn", f"{p}output.dense")
+            for p in ("", *(f"ffn.{i}." for i in range(8)))
         ),
         "several MLPs one after another, each with a norm; the last is the main one",
     ),
@@ -108,58 +101,35 @@ LAYER_EXCEPTIONS: dict[str, LayerException] = {
     ),
 }
 
-# What a block's callers get besides the output: by the class of the block, its second value.
+# Second value that a block returns besides its output, by the class of the block.
 NOTHING, SECOND_INPUT = "None", "its second input"
 SECOND_OUTPUT: dict[str, str] = {
     "Llama4TextMoe": NOTHING,  # router logits, which the layer throws away
     "RwkvFeedForward": SECOND_INPUT,  # the state, which only the block itself reads and writes
 }
 
-# A GLU's fused halves with the activated one second; everywhere else it is the first.
-ACTIVATED_SECOND = ("MoonshineDecoderMLP", "MoonshineStreamingDecoderMLP", "Phi4MultimodalAudioMLP")
-
-# What may be called as an MLP is called and is none.
+# Classes of modules that are not an MLP, whatever their name.
 _NO_MLP = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Identity, nn.LayerNorm, nn.ModuleList)
-# A multimodal model's other towers are not its language model.
+# Stacks of a multimodal model that are not its language model.
 _OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|sound|video|patch", re.IGNORECASE)
 
 
 def resolve(layer: nn.Module, path: str) -> nn.Module | None:
-    """The module at a dotted path, None where there is none."""
-    module: object = layer
-    for name in path.split("."):
-        if name == "-1":
-            if not isinstance(module, nn.ModuleList) or not len(module):
-                return None
-            module = module[-1]
-        else:
-            module = getattr(module, name, None)
-        if not isinstance(module, nn.Module):
-            return None
-    assert isinstance(module, nn.Module)
-    return module
-
-
-def spelled_out(layer: nn.Module, path: str) -> str:
-    """`path` with `-1` as the number that it stands for."""
-    names: list[str] = []
-    for name in path.split("."):
-        if name == "-1":
-            items = resolve(layer, ".".join(names)) if names else layer
-            assert isinstance(items, nn.ModuleList)
-            name = str(len(items) - 1)  # noqa: PLW2901
-        names.append(name)
-    return ".".join(names)
+    """Return the module at a dotted path, None if there is none."""
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def layer_chains(layer: nn.Module) -> list[tuple[str, ...]]:
-    """The chains of a layer's MLPs, the main one first; empty where it has none."""
+    """Return the chains of a layer's MLPs, the main one first; empty if it has none."""
     exception = LAYER_EXCEPTIONS.get(type(layer).__name__)
     if exception is not None:
         return [chain for chain in exception.slots if _is_there(layer, chain)]
     for chain in RULES:
         if _is_there(layer, chain):
-            return [tuple(spelled_out(layer, path) for path in chain)]
+            return [chain]
     mixer = getattr(layer, "mixer", None)  # NemotronH: a layer is either attention, Mamba or an MLP
     if isinstance(mixer, nn.Module) and re.search("MLP|MoE", type(mixer).__name__):
         return [("mixer",)]
@@ -169,13 +139,36 @@ def layer_chains(layer: nn.Module) -> list[tuple[str, ...]]:
 
 def _is_there(layer: nn.Module, chain: tuple[str, ...]) -> bool:
     modules = [resolve(layer, path) for path in chain]
-    if any(module is None for module in modules):
-        return False
-    # nn.Identity and empty blocks stand where a layer has none; what holds no weight is no MLP.
-    whole = len(chain) == 1
-    return not (whole and isinstance(modules[0], _NO_MLP))
+    return None not in modules and not (len(chain) == 1 and isinstance(modules[0], _NO_MLP))
 
 
 def is_other_tower(path: str) -> bool:
-    """Whether a list of layers is a multimodal model's eye or ear rather than its language model."""
+    """Return whether a stack is a multimodal model's vision or audio tower rather than its language model."""
     return bool(_OTHER_TOWERS.search(path))
+
+
+def configured_activations(model: nn.Module) -> list[str]:
+    """Return the names of activations in a model's config, the language model's first."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return []
+    values: dict[str, Any] = {**vars(config.get_text_config(decoder=True)), **vars(config)}
+    fields = sorted(name for name in values if re.search(r"act(ivation)?($|_)|^afn$", name))
+    fields.sort(key=lambda name: name not in ("hidden_act", "hidden_activation", "activation_function"))
+    return [values[name] for name in fields if isinstance(values[name], str)]
+
+
+def execution_device(module: nn.Module) -> Any:
+    """Return where accelerate runs a module whose weights are elsewhere; None if it does not."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), None)
+
+
+def running_device(model: nn.Module) -> Any:
+    """Return the device that a model's inputs belong on, also when its weights are offloaded."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    device = execution_device(model)
+    return "cpu" if device is None else device

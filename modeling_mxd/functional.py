@@ -1,13 +1,12 @@
-"""The two sparse products of a layer, with backward passes that touch only the selected experts.
+"""Compute the two sparse products of a layer, with backward passes that touch only the selected experts.
 
     topk_gate   a = TopK(ReLU(G x + g))   forward: one dense product, in chunks of tokens
     expert_sum  Cᵀ a                      forward and backward: K rows of C a token
 
-Both backward passes are sums of rows, over a token's experts for the input's gradient and over an expert's tokens
-(pairs sorted by expert) for the weights', and products of row pairs. Sorting makes them deterministic, which resuming
-bit for bit needs. Nothing of size (all tokens x experts) is ever alive.
+The input's gradient sums rows over a token's experts, the weights' gradients sum rows over an expert's tokens (pairs
+sorted by expert, which makes them deterministic). Nothing of size (all tokens x experts) is ever alive.
 
-They are operators of torch's library, which a compiled graph holds as they are. Each copy of this file, such as the
+They are operators of torch's library, so that a compiled graph keeps them whole. Each copy of this file, such as the
 one in a Hub repo, registers its own, named after its module.
 """
 
@@ -19,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores of the largest temporary, and tokens that it has at least, however many experts there are: a product of fewer
-# rows reads the weights more often than it need.
+# Scores of the largest temporary, and its fewest tokens: with fewer rows the weights are read more often.
 CHUNK_ELEMENTS = 2**23
 CHUNK_TOKENS = 256
-# From so many tokens on a product in lower precision saves more than rounding the weights for it costs.
+# Tokens from which a product in lower precision saves more than rounding the weights for it costs.
 ROUNDED_TOKENS = 32
-# Candidates beyond K that a product of lower precision selects. Rounded to bfloat16, the K-th and the K+1-th largest
-# of 21,490 scores change places on one token in five; none so far lost a place to one that was 8 places behind.
+# Candidates beyond K that a product of lower precision selects: rounded to bfloat16, the K-th and the K+1-th largest of
+# 21,490 scores change places on one token in five, but none so far with one that was 8 places behind.
 EXTRA_CANDIDATES = 8
 _BLOCK = 32
 # Integers of a float's size, by its bytes.
@@ -35,20 +33,27 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def operator(name: str, synchronises: bool = False) -> Any:
-    """Decorator that makes a function an operator of torch's library, under this copy's own name.
+def operator(name: str, fake: Any, synchronises: bool = False) -> Any:
+    """Make a function an operator of torch's library, under this copy's own name; a decorator.
 
     Args:
         name: of the operator.
-        synchronises: whether it waits for the device, which no CUDA graph can hold: compiled code is cut there.
+        fake: returns empty tensors like the operator's, for the same arguments.
+        synchronises: whether it waits for the device, which a CUDA graph cannot do: compiled code is split there.
     """
     known = hasattr(torch.Tag, "cudagraph_unsafe")  # not in older torch
     tags: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if synchronises and known else {}
-    return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=(), **tags)
+
+    def register(function: Any) -> Any:
+        made = torch.library.custom_op(f"{_NAMESPACE}::{name}", function, mutates_args=(), **tags)
+        made.register_fake(fake)
+        return made
+
+    return register
 
 
 def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
-    """Parts of nearly equal size, with at most CHUNK_ELEMENTS elements or CHUNK_TOKENS tokens, whichever is more."""
+    """Yield parts of nearly equal size, of at most CHUNK_ELEMENTS elements, or CHUNK_TOKENS tokens if that is more."""
     count = -(-tokens // max(CHUNK_TOKENS, CHUNK_ELEMENTS // row_elements))
     size = max(1, -(-tokens // max(1, count)))
     for start in range(0, tokens, size):
@@ -56,8 +61,8 @@ def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b without autograd. Large float32 products on a CPU go through oneDNN: as exact as the BLAS that
-    `F.linear` calls, on processors that are not Intel's 1.4 times as fast, and no slower for fewer rows."""
+    """Return x Wᵀ + b, without autograd. Large float32 products on a CPU use oneDNN, as exact as `F.linear`
+    and 1.4 times as fast on processors that are not Intel's."""
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if onednn and x.device.type == "cpu" and x.dtype == torch.float32 and weight.numel() >= 2**20 and len(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -65,10 +70,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row, in no particular order: (T, N) → values and columns (T, k).
+    """Return the k largest of every row, in no particular order: (T, N) → values and columns (T, k).
 
-    On a CPU in two steps, since `topk` looks at every element one by one: the k largest are all in the k blocks with
-    the largest maxima (where there are ties, some k largest are).
+    On a CPU in two steps, since `topk` looks at every element one by one: the k largest are in the k blocks with the
+    largest maxima (with ties, some k largest are).
     """
     tokens, columns = scores.shape
     blocks = columns // _BLOCK
@@ -85,9 +90,9 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_positive(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row of ReLU(scores), as `largest` gives them."""
-    # On a CPU their bits as integers, which compare faster there (of 16-bit numbers much faster) and order positive
-    # numbers alike: above all others, but for NaN, of which the sum tells.
+    """Return the k largest of every row of ReLU(scores), as `largest`."""
+    # On a CPU their bits are compared as integers, which is faster there and orders positive numbers alike, above all
+    # others but NaN, which the sum reveals.
     if scores.device.type != "cpu" or scores.sum().isnan():
         values, columns = largest(scores, k)
     else:
@@ -96,21 +101,21 @@ def largest_positive(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def candidates(scores: Tensor, k: int) -> Tensor:
-    """Columns of the k largest of every row, (T, k), in no particular order."""
+    """Return the columns of the k largest of every row, (T, k), in no particular order."""
     values, columns = largest_positive(scores, k)
     if scores.device.type == "cpu" and (short := values.amin(-1) == 0).any():
-        columns[short] = largest(scores[short], k)[1]  # among negative numbers bits have the other order
+        columns[short] = largest(scores[short], k)[1]  # bits order negative numbers the other way
     return columns
 
 
 def weighted_rows(indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """out[t] = Σ_k weights[t, k] · table[indices[t, k]]; (T, K), (T, K), (N, D) → (T, D)."""
+    """Return out[t] = Σ_k weights[t, k] · table[indices[t, k]]; (T, K), (T, K), (N, D) → (T, D)."""
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
 
 
-@operator("row_products")
+@operator("row_products", lambda indices, rows, table: rows.new_empty(indices.shape))
 def row_products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-    """out[t, k] = rows[t] · table[indices[t, k]]; (T, K), (T, D), (N, D) → (T, K)."""
+    """Return out[t, k] = rows[t] · table[indices[t, k]]; (T, K), (T, D), (N, D) → (T, K)."""
     tokens, k = indices.shape
     bags = torch.arange(tokens, device=indices.device)
     # The gradient that embedding_bag has for its weights: no copy of the K rows.
@@ -120,50 +125,44 @@ def row_products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     return products.view(tokens, k)
 
 
-@row_products.register_fake
-def _(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-    return rows.new_empty(indices.shape)
-
-
-@operator("scatter_rows", synchronises=True)
+@operator(
+    "scatter_rows",
+    lambda indices, weights, rows, num_experts: rows.new_empty(num_experts, rows.shape[1]),
+    synchronises=True,
+)
 def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
-    """out[n] = Σ_{t,k: indices[t,k] = n} weights[t, k] · rows[t]; (T, K), (T, K), (T, D) → (N, D)."""
+    """Return out[n] = Σ_{t,k: indices[t,k] = n} weights[t, k] · rows[t]; (T, K), (T, K), (T, D) → (N, D)."""
     order, counts = _by_expert(indices, num_experts)
     weights = weights.reshape(-1)[order].to(rows.dtype)
     offsets = counts.cumsum(0) - counts
     return F.embedding_bag(order // indices.shape[1], rows, offsets, mode="sum", per_sample_weights=weights)
 
 
-@scatter_rows.register_fake
-def _(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
-    return rows.new_empty(num_experts, rows.shape[1])
-
-
-@operator("scatter_numbers", synchronises=True)
+@operator("scatter_numbers", lambda indices, numbers, num_experts: numbers.new_empty(num_experts), synchronises=True)
 def scatter_numbers(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
-    """out[n] = Σ_{t,k: indices[t,k] = n} numbers[t, k], added in float64; (T, K), (T, K) → (N)."""
+    """Return out[n] = Σ_{t,k: indices[t,k] = n} numbers[t, k], added in float64; (T, K), (T, K) → (N)."""
     order, counts = _by_expert(indices, num_experts)
     sums = torch.segment_reduce(numbers.reshape(-1)[order].double(), "sum", lengths=counts, unsafe=True)
     return sums.to(numbers.dtype)
 
 
-@scatter_numbers.register_fake
-def _(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
-    return numbers.new_empty(num_experts)
-
-
 def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The (token, k) pairs in the order of their experts, earlier tokens first, and how many each expert has."""
+    """Return the (token, k) pairs in the order of their experts, earlier tokens first, and each expert's count."""
     flat = indices.reshape(-1)
     return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=num_experts)
 
 
-@operator("topk_gate")
+def empty_coefficients(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return uninitialised values and indices (T, K) for x (T, I)."""
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+@operator("topk_gate", lambda x, weight, bias, k, product_dtype: empty_coefficients(x, k))
 def _topk_gate(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     tokens, experts = x.shape[0], weight.shape[0]
-    values, indices = x.new_empty(tokens, k), x.new_empty(tokens, k, dtype=torch.int64)
+    values, indices = empty_coefficients(x, k)
     exact = product_dtype.itemsize >= x.dtype.itemsize or tokens < ROUNDED_TOKENS
     dtype = x.dtype if exact else product_dtype
     inputs, matrix = x.to(dtype), weight.to(dtype)
@@ -179,7 +178,7 @@ def _topk_gate(
 
 
 def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """TopK(ReLU(·)) among a token's candidate experts, (T, more than K), in the precision of `x` and `weight`."""
+    """Return TopK(ReLU(·)) among a token's candidates, (T, more than K), in the precision of `x` and `weight`."""
     scores = row_products(chosen, x, weight)
     if bias is not None:
         scores = scores + bias[chosen]
@@ -187,13 +186,8 @@ def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, k: i
     return values, chosen.gather(1, at)
 
 
-@_topk_gate.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, product_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
-
-
 def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """What `gate_gradients` needs, of an operator whose first arguments are x, weight and bias."""
+    """Save what `gate_gradients` needs, for an operator whose first arguments are x, weight and bias."""
     x, weight, bias = inputs[:3]
     values, indices = output
     ctx.save_for_backward(x, weight, values, indices)
@@ -202,7 +196,7 @@ def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 
 def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias through the selected positive scores; None for the other arguments."""
+    """Return the gradients of x, weight and bias through the selected positive scores, None for other arguments."""
     x, weight, values, indices = ctx.saved_tensors
     grad = grad_values.where(values > 0, 0.0)
     grad_x = grad_weight = grad_bias = None
@@ -218,14 +212,9 @@ def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Ten
 _topk_gate.register_autograd(gate_gradients, setup_context=save_gate)
 
 
-@operator("expert_sum")
+@operator("expert_sum", lambda values, indices, table: values.new_empty(values.shape[0], table.shape[1]))
 def _expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     return weighted_rows(indices, values, table)
-
-
-@_expert_sum.register_fake
-def _(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    return values.new_empty(values.shape[0], table.shape[1])
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -246,19 +235,18 @@ _expert_sum.register_autograd(_sum_gradients, setup_context=_save_sum)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype a large product of x is made: x's own, or autocast's."""
+    """Return the dtype of a large product of x: x's own, or autocast's."""
     kind = x.device.type
-    if kind == "meta":  # of which autocast knows nothing
+    if kind == "meta":  # unknown to autocast
         return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def topk_gate(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Coefficients of the K experts with the largest pre-activations (paper eq. 2: TopK(ReLU(Gx + g))).
+    """Return the coefficients of the K experts with the largest pre-activations (paper eq. 2: TopK(ReLU(Gx + g))).
 
-    Under autocast only the large product runs in the lower precision, and only of 32 tokens and more: it names K + 8
-    candidates, whose pre-activations are computed again in the dtype of the weights, and of these the K largest are
-    taken.
+    Under autocast only the large product runs in the lower precision, for 32 tokens and more: it selects K + 8
+    candidates, whose pre-activations are computed again in the dtype of the weights.
 
     Args:
         x: inputs, (..., I), of the dtype of `weight`.
@@ -267,20 +255,19 @@ def topk_gate(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[T
         k: experts kept per token.
 
     Returns:
-        values (..., K) >= 0 and indices (..., K) int64, in no particular order; where fewer than K
-        pre-activations are positive the rest of the values are 0. Only `values` carries a gradient, through
-        the selected positive entries. Second derivatives through the weights' gradients are refused.
+        values (..., K) >= 0 and indices (..., K) int64, in no particular order; values are 0 where fewer than K
+        pre-activations are positive. Only `values` has a gradient, through the positive entries, and no second one.
     """
     values, indices = _topk_gate(x.reshape(-1, x.shape[-1]), weight, bias, k, product_dtype(x))
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 
 def expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    """Cᵀa from sparse coefficients: Σ_k values[..., k] · table[indices[..., k]].
+    """Return Cᵀa from sparse coefficients: Σ_k values[..., k] · table[indices[..., k]].
 
     Args:
         values: coefficients, (..., K), of the dtype of `table`.
-        indices: experts, (..., K) int64; an expert named twice counts twice.
+        indices: experts, (..., K) int64; an expert that occurs twice counts twice.
         table: one row per expert, (N, O).
 
     Returns:

@@ -20,21 +20,21 @@ class ExpertCoefficients(NamedTuple):
     """(..., K) int64, in 0 .. num_experts - 1"""
 
     def to_dense(self, num_experts: int) -> Tensor:
-        """(..., num_experts): mind the size, this is what the layer never builds."""
+        """Return them as (..., num_experts), which is large: the layer never builds it."""
         dense = self.values.new_zeros(*self.values.shape[:-1], num_experts)
         return dense.scatter_add_(-1, self.indices, self.values)
 
 
 class ExpertIntervention:
-    """Changes expert coefficients at every position: in the order ablate, scale, set, add.
+    """Change expert coefficients at every position, in the order ablate, scale, set, add.
 
     Args:
         add: expert → constant added, whether or not the expert is active (paper's steering: add 100).
-        set: expert → value given in place of its own, whether or not the expert is active.
+        set: expert → value that replaces its own, whether or not the expert is active.
         scale: expert → factor on its coefficient where it is active.
         ablate: experts whose coefficient becomes 0.
 
-    Calling it maps (layer, x, coefficients) to new coefficients; the arguments are left as they are.
+    Calling it maps (layer, x, coefficients) to new coefficients; the arguments do not change.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ExpertIntervention:
             raise ValueError("an intervention needs at least one of add, set, scale, ablate")
 
     def check(self, num_experts: int) -> None:
-        """Raise a ValueError naming the first expert that a layer of `num_experts` does not have."""
+        """Raise a ValueError that names the first expert which a layer of `num_experts` does not have."""
         for name in ("add", "set", "scale", "ablate"):
             for expert in getattr(self, name):
                 if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < num_experts:
@@ -72,7 +72,7 @@ class ExpertIntervention:
 
 
 def _whole(expert: Any) -> Any:
-    """An index of NumPy's or a tensor's as an int; what is none, as it is, for `check` to name."""
+    """Convert an index of NumPy's or a tensor's to an int; return anything else as it is, for `check` to name."""
     try:
         return expert if isinstance(expert, bool) else operator.index(expert)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The layers that stand for an MLP: Mixture of Decoders, TopK transcoder, skip transcoder.
+"""The layers that replace an MLP: Mixture of Decoders, TopK transcoder, skip transcoder.
 
 With x the MLP's input (..., I), N experts (latents) of which at most K are active:
 
@@ -32,7 +32,7 @@ CoefficientHook = Callable[["SparseLayer", Tensor, ExpertCoefficients], ExpertCo
 
 
 class SparseLayer(nn.Module):
-    """A gate that selects experts, and a way to read and change their coefficients; base of all layer types.
+    """Base of all layers: select experts by a gate, and let their coefficients be read and changed.
 
     Inputs may have any leading dimensions and any floating dtype: they are cast to the weights' dtype, and the
     output to the input's.
@@ -40,10 +40,10 @@ class SparseLayer(nn.Module):
     Attributes:
         gate: `nn.Linear` with weight G (N, I) and bias g (N).
         output_bias: b (O), or None.
-        router: `nn.Linear` that scores the groups of experts, or None where every expert is scored.
+        router: `nn.Linear` that scores the groups of experts, or None if every expert is scored.
         expert_frequency: buffer (N), share of training tokens on which each expert was active.
-        expert_mean: buffer (N), mean coefficient of each expert over training tokens, zeros included. Both are
-            zero until training has measured them.
+        expert_mean: buffer (N), mean coefficient of each expert over training tokens, zeros included. Both buffers
+            are zero until training has measured them.
     """
 
     def __init__(self, config: MxDLayerConfig):
@@ -61,10 +61,10 @@ class SparseLayer(nn.Module):
     expert_mean: Tensor
 
     def reset_parameters(self) -> None:
-        """The authors' start: every matrix as `nn.Linear` has it, the decoder D (or S) and b at zero."""
-        _linear_start(self.gate)
+        """Initialise as the paper's code: every matrix as `nn.Linear` does, the decoder D (or S) and b at zero."""
+        _init_linear(self.gate)
         if self.router is not None:
-            _linear_start(self.router)
+            _init_linear(self.router)
         if self.output_bias is not None:
             nn.init.zeros_(self.output_bias)
         nn.init.zeros_(self.expert_frequency)
@@ -72,31 +72,24 @@ class SparseLayer(nn.Module):
 
     @property
     def expert_table(self) -> nn.Parameter:
-        """The parameter with one row per expert, C (N, O)."""
+        """Parameter with one row per expert, C (N, O)."""
         raise NotImplementedError
 
     def encode(self, x: Tensor) -> ExpertCoefficients:
-        """Coefficients of the at most K active experts; x (..., I) → values and indices (..., K).
-
-        Interventions are not applied here: this is what the gate says.
-        """
-        x = x.to(self.expert_table.dtype)
-        k, opened = self.config.num_experts_per_tok, self.open_groups(x)
-        if _is_plain_linear(self.gate):
-            weight, bias = self.gate.weight, self.gate.bias
-            if opened is None:
-                return ExpertCoefficients(*topk_gate(x, weight, bias, k))
-            size = self.config.expert_group_size
-            return ExpertCoefficients(*routed_gate(x, weight, bias, opened, size, k))
-        scores = self.gate(x)
-        if opened is not None:
-            scores = scores.masked_fill(~self.in_groups(opened), -torch.inf)
-        values, indices = scores.topk(k, dim=-1, sorted=False)
-        return ExpertCoefficients(values.relu(), indices)
+        """Return the gate's coefficients, without interventions: x (..., I) → values and indices (..., K)."""
+        x, k, opened = x.to(self.expert_table.dtype), self.config.num_experts_per_tok, self.open_groups(x)
+        gate = self.gate
+        if not _is_plain_linear(gate):
+            scores = gate(x) if opened is None else gate(x).masked_fill(~self.in_groups(opened), -torch.inf)
+            values, indices = scores.topk(k, dim=-1, sorted=False)
+            return ExpertCoefficients(values.relu(), indices)
+        if opened is None:
+            return ExpertCoefficients(*topk_gate(x, gate.weight, gate.bias, k))
+        return ExpertCoefficients(*routed_gate(x, gate.weight, gate.bias, opened, self.config.expert_group_size, k))
 
     @torch.no_grad()
     def open_groups(self, x: Tensor) -> Tensor | None:
-        """The groups whose experts are scored, (..., M) int64 in no order; None where all are. No gradient flows."""
+        """Return the groups whose experts are scored, (..., M) int64 in no order; None if all are. No gradient."""
         opened = self.config.num_groups_per_tok
         if self.router is None or opened is None or opened == self.config.num_expert_groups:
             return None
@@ -104,24 +97,23 @@ class SparseLayer(nn.Module):
             return self.router(x.to(self.router.weight.dtype)).topk(opened, dim=-1, sorted=False).indices
 
     def in_groups(self, groups: Tensor) -> Tensor:
-        """Which experts are in the named groups, (..., M) → (..., N) bool."""
+        """Return whether each expert is in one of the groups, (..., M) → (..., N) bool."""
         c = self.config
         shape = (*groups.shape[:-1], c.num_expert_groups or 1)
         named = torch.zeros(shape, dtype=torch.bool, device=groups.device).scatter(-1, groups, True)
         return named.repeat_interleave(c.expert_group_size, dim=-1)[..., : c.num_experts]
 
     def combine(self, summed: Tensor, x: Tensor) -> Tensor:
-        """Output from Cᵀa, `summed` (..., O), and the input x (..., I), in the dtype of the weights."""
+        """Return the output for Cᵀa, `summed` (..., O), and the input x (..., I), in the dtype of the weights."""
         raise NotImplementedError
 
     def sum_experts(self, coefficients: ExpertCoefficients) -> Tensor:
-        """Cᵀa (..., O) in the dtype of the weights."""
-        values, indices = coefficients
+        """Return Cᵀa (..., O) in the dtype of the weights."""
         table = self.expert_table
-        return expert_sum(values.to(table.dtype), indices, table)
+        return expert_sum(coefficients.values.to(table.dtype), coefficients.indices, table)
 
     def decode(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
-        """Output y (..., O), in the dtype of x, for given coefficients; the input is needed too."""
+        """Return y (..., O), in the dtype of x, for given coefficients and the input x (..., I)."""
         return self.combine(self.sum_experts(coefficients), x.to(self.expert_table.dtype)).to(x.dtype)
 
     def coefficients(self, x: Tensor) -> ExpertCoefficients:
@@ -133,27 +125,27 @@ class SparseLayer(nn.Module):
         return coefficients
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
+        """Return y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
         return self.decode(self.coefficients(x), x)
 
     def register_coefficient_hook(self, hook: CoefficientHook) -> RemovableHandle:
         """Call `hook(layer, x, coefficients)` in every forward; what it returns, unless None, replaces them.
 
         Returns:
-            A handle: `handle.remove()` takes the hook away, and it works as a context manager.
+            A handle that removes the hook: use it in a `with` statement, or call `remove()`.
         """
         handle = RemovableHandle(self._coefficient_hooks)
         self._coefficient_hooks[handle.id] = hook
         return handle
 
     def intervene(self, **changes: Any) -> RemovableHandle:
-        """Change expert coefficients from now on; see `ExpertIntervention` for add, set, scale and ablate.
+        """Change expert coefficients by the `add`, `set`, `scale` and `ablate` of `ExpertIntervention`.
 
         Returns:
-            A handle: use it in a `with` statement, or call `remove()`.
+            A handle that ends the intervention: use it in a `with` statement, or call `remove()`.
 
         Raises:
-            ValueError: when nothing is asked, or an expert does not exist.
+            ValueError: no change is given, or an expert does not exist.
 
         Example:
             >>> with layer.intervene(add={17: 100.0}):  # doctest: +SKIP
@@ -165,7 +157,7 @@ class SparseLayer(nn.Module):
 
     @contextmanager
     def record(self) -> Iterator[list[ExpertCoefficients]]:
-        """Collect the (detached) coefficients of every forward inside the block, interventions so far included."""
+        """Collect the detached coefficients of every forward inside the block, after earlier interventions."""
         recorded: list[ExpertCoefficients] = []
 
         def keep(_: SparseLayer, x: Tensor, coefficients: ExpertCoefficients) -> None:
@@ -201,9 +193,9 @@ class MxDLayer(SparseLayer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        _linear_start(self.encoder)
+        _init_linear(self.encoder)
         if self.encoder_up is not None:
-            _linear_start(self.encoder_up)
+            _init_linear(self.encoder_up)
         nn.init.zeros_(self.decoder.weight)
         bound = 1 / math.sqrt(self.config.num_experts)  # Cᵀ is an nn.Linear(N, O) in the authors' code
         nn.init.uniform_(self.modulation, -bound, bound)
@@ -213,7 +205,7 @@ class MxDLayer(SparseLayer):
         return self.modulation
 
     def hidden(self, x: Tensor) -> Tensor:
-        """z (..., H), the dense encoder's units for x (..., I)."""
+        """Return z (..., H), the dense encoder's units for x (..., I)."""
         x = x.to(self.expert_table.dtype)
         z = self.act_fn(self.encoder(x))
         return z if self.encoder_up is None else z * self.encoder_up(x)
@@ -223,7 +215,7 @@ class MxDLayer(SparseLayer):
         return y if self.output_bias is None else y + self.output_bias
 
     def expert_weight(self, expert: int) -> Tensor:
-        """W_n = D diag(c_n), (H, O): the linear map from z to y of one expert (paper eq. 4)."""
+        """Return W_n = D diag(c_n), (H, O), the linear map from z to y of one expert (paper eq. 4)."""
         return self.decoder.weight.T * self.modulation[expert]
 
 
@@ -231,7 +223,7 @@ class TranscoderLayer(SparseLayer):
     """TopK transcoder y = Cᵀa + b, with `method="skip_transcoder"` also + Sᵀx (Paulo et al., arXiv 2501.18823).
 
     Attributes:
-        decoder: C (N, O), one row per latent. Starts at zero, as the skip does: the layer then starts at b.
+        decoder: C (N, O), one row per latent. Initialised to zero, like the skip.
         skip: `nn.Linear` without bias, weight Sᵀ (O, I), or None.
     """
 
@@ -258,24 +250,20 @@ class TranscoderLayer(SparseLayer):
 
 
 def make_layer(config: MxDLayerConfig) -> SparseLayer:
-    """The layer that a configuration describes, with the authors' start."""
+    """Make the layer that a configuration describes, initialised as in the paper's code."""
     return MxDLayer(config) if config.method == "mxd" else TranscoderLayer(config)
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether weight and bias may be read: a gate that is wrapped (LoRA), hooked or offloaded must be called."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    """Return whether weight and bias may be read: a gate that is wrapped (LoRA), hooked or offloaded must be called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     # accelerate offloads weights by putting a `forward` on the instance.
-    return type(module) is nn.Linear and not any(hooks) and "forward" not in module.__dict__
+    hooked = "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+    return type(module) is nn.Linear and not hooked
 
 
-def _linear_start(linear: nn.Linear) -> None:
-    # nn.Linear's own start, written with nn.init so that transformers sees which weights were loaded.
+def _init_linear(linear: nn.Linear) -> None:
+    # As nn.Linear does it, written with nn.init so that transformers sees which weights were loaded.
     bound = 1 / math.sqrt(linear.in_features)
     nn.init.uniform_(linear.weight, -bound, bound)
     if linear.bias is not None:

@@ -1,241 +1,312 @@
-"""What both doors do before weights are read: whose config it is, where the base comes from, which files are needed.
+"""Resolve, download and check the files of a decomposition and of its base model.
 
-Everything that can be refused is refused here, before weights are read.
+Everything that can be refused is refused here, before weights are read: files come from one commit, the headers of
+safetensors must match the config, and no config may ask for more memory than its weights or the machine hold.
+Downloads are retried, since transformers gives up at the first fault, or takes one for a missing file.
 """
 
-import copy
-import inspect
 import os
+import re
+import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import PretrainedConfig  # by the name that transformers 4 knows too
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, extract_commit_hash
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, extract_commit_hash, logging
+from transformers.utils.hub import cached_file, cached_files
 
-from .configuration_mxd import DEMO_MODEL, MAX_LAYERS, MAX_SIZE, MxDConfig, shorten
-from .downloads import file_if_any, with_retries
-from .weight_files import layer_of, weight_files
+from .configuration_mxd import DEMO_MODEL, MAX_LAYERS, MAX_SIZE, MxDConfig, read_json, shorten
+from .layers import make_layer
 
-# What says where files come from: as good for the base model's files as for ours,
+logger = logging.get_logger(__name__)
+
+ATTEMPTS = 4
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# Arguments of `from_pretrained` that say how to download, from any repo,
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-# and what says which of our repo's files, which must never be passed on to the base.
+# and what to download from the decomposition's repo; never passed on to the base model's.
 OWN = ("revision", "subfolder")
-# What every config has, so that the auto class keeps it from the arguments of `from_pretrained`.
-_TAKEN = (
-    "_attn_implementation", "_experts_implementation", "dtype", "output_attentions", "output_hidden_states",
-    "return_dict",
-)  # fmt: skip
-_CONFIG_FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"}
+# Names of the number of layers, the width, the MLPs' units and the vocabulary in configs of language models.
+_SIZES = (
+    ("num_hidden_layers", "n_layer"),
+    ("hidden_size", "n_embd"),
+    ("intermediate_size", "n_inner"),
+    ("vocab_size",),
+)
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+Result = TypeVar("Result")
 
 
-def pin_revision(name: Any, access: dict[str, Any]) -> dict[str, Any]:
-    """`access` at the commit that it leads to now, so that all files are of one commit, whoever pushes meanwhile."""
-    config = file_if_any(name, CONFIG_NAME, access)
-    commit = extract_commit_hash(config, None)
-    return access if commit is None else {**access, "revision": commit}
+def with_retries(call: Callable[[], Result], name: Any) -> Result:
+    """Return `call()`, tried up to `ATTEMPTS` times while its errors are transient; then raise an OSError."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            cause = _transient_cause(error)
+            if cause is None:
+                raise
+            if attempt == ATTEMPTS - 1:
+                raise OSError(
+                    f"{name} cannot be had from the Hub ({first_line(cause)}); what was downloaded is kept: try again"
+                ) from error
+            logger.warning(f"loading {name} failed ({first_line(cause)}), trying again")
+            time.sleep(2**attempt)
+    raise AssertionError("unreachable")
 
 
-def once(access: dict[str, Any]) -> dict[str, Any]:
-    """`access` for files that are downloaded by now, by force if that was asked for."""
-    return {**access, "force_download": False} if access.get("force_download") else access
+def is_transient(error: BaseException) -> bool:
+    """Return whether the connection broke or the Hub was busy, so that trying again may help."""
+    return _transient_cause(error) is not None
 
 
-def load_config(
-    config: Any, name: Any, access: dict[str, Any], kwargs: dict[str, Any]
-) -> tuple[MxDConfig, MxDConfig | None]:
-    """The decomposition's config, and the repo's own if it has one.
+def _transient_cause(error: BaseException | None) -> BaseException | None:
+    while error is not None:  # transformers hides it behind errors of its own
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        # By name: the client's HTTP library is httpx up to huggingface_hub 1, and httpx2 from 2.
+        broken = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+        if broken or status in (429, 500, 502, 503, 504):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
-    Args:
-        config: as given to `from_pretrained`, of which a copy is returned, or None for the repo's.
-        name: folder or Hub id of the decomposition, or None.
-        access: how to get files of it.
-        kwargs: of `from_pretrained`; fields of the config leave them, and are set.
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]
+
+
+def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:
+    """Return the path of a file of a folder or repo, downloaded if need be; None if it has no such file."""
+
+    def find() -> str | None:
+        try:
+            return cached_file(name, file, **access)
+        except OSError as error:
+            if is_transient(error):
+                raise
+            return None
+
+    return with_retries(find, name)
+
+
+# The way of a repo id: resolve, choose layers, resolve the base, check the files of both.
+
+
+class ResolvedRepo(NamedTuple):
+    """A folder, or a Hub repo at one commit."""
+
+    name: str
+    access: dict[str, Any]
+    """keyword arguments that download its files; the revision is a commit"""
+    config_file: str
+    """path of its config.json"""
+
+
+def resolve(name: Any, access: dict[str, Any]) -> ResolvedRepo:
+    """Download config.json, and pin the commit that it comes from."""
+    path = with_retries(partial(cached_file, name, CONFIG_NAME, **access), name)
+    commit = extract_commit_hash(path, None)
+    return ResolvedRepo(str(name), access if commit is None else {**access, "revision": commit}, path)
+
+
+def resolve_base(
+    repo: ResolvedRepo, config: MxDConfig, access: dict[str, Any], name: str | None, revision: str | None
+) -> ResolvedRepo:
+    """Resolve the base model that a decomposition's config names, or the given one, and check what kind it is.
 
     Raises:
-        ValueError: the config is nonsense, names layers that the repo does not have, or more than memory holds.
-        OSError: there is no config.
-    """
-    stored = _stored_config(name, access, needed=config is None)
-    if not isinstance(config, PretrainedConfig):
-        config = stored if config is None else MxDConfig.from_pretrained(config, **access)
-    config = copy.deepcopy(config)
-    for field in _CONFIG_FIELDS & kwargs.keys():
-        setattr(config, field, kwargs.pop(field))
-    if config.layers is None and stored is not None:
-        config.layers = stored.layers
-    config.keep_layers(config.layers)  # checks, since fields were set after it was built
-    if not config.layers:
-        raise ValueError("config.layers is empty: a decomposition needs at least one layer")
-    there = config.layers if stored is None else stored.layers
-    unknown = [layer for layer in config.layers if layer not in there]
-    if unknown:
-        raise ValueError(f"layer {unknown[0]} is not in the decomposition {name}, which has layers {there}")
-    config.check_memory(torch.float8_e4m3fn)  # the narrowest that weights come in
-    return config, stored
-
-
-def _stored_config(name: Any, access: dict[str, Any], needed: bool) -> MxDConfig | None:
-    if name is None:
-        return None
-    try:
-        values, _ = with_retries(partial(MxDConfig.get_config_dict, name, **access), name)
-    except OSError:
-        if needed:
-            raise
-        return None
-    if values.get("model_type") != MxDConfig.model_type:
-        raise ValueError(f"{name} holds a model of type {values.get('model_type')!r}, not a decomposition")
-    return MxDConfig.from_dict(values)
-
-
-def arguments_of_base(config: MxDConfig, stored: MxDConfig | None) -> dict[str, Any]:
-    """Arguments of the base that the auto class put into our config; they leave it."""
-    found: dict[str, Any] = {}
-    for name in _TAKEN if stored is not None else ():
-        value, ours = getattr(config, name, None), getattr(stored, name, None)
-        if value != ours:
-            found[name.removeprefix("_")] = value
-            setattr(config, name, ours)
-    return found
-
-
-def base_source(
-    config: MxDConfig, stored: MxDConfig | None, access: dict[str, Any], local: bool
-) -> tuple[str, dict[str, Any]]:
-    """Name of the base, and how to get its files. From wherever it is loaded this time, `config` then names again
-    what the decomposition was made of.
-
-    Args:
-        config, stored: as `load_config` returns them.
-        access: how to get files of the base.
-        local: whether the decomposition is in a folder of this machine, whose base may be in one too.
-
-    Raises:
-        ValueError: no base is named, or one that is a decomposition itself, or a stranger's repo names a folder.
+        ValueError: there is no name, it is no language model, or a Hub repo names a folder of this machine.
         OSError: it is not there.
     """
-    name, revision = config.base_model_name_or_path, config.base_model_revision
+    recorded, given = config.base_model_name_or_path, name
+    name = given or recorded
     if not name:
         raise ValueError("the config names no base_model_name_or_path to splice into: pass base_model_name_or_path=")
     if name == DEMO_MODEL:
-        raise ValueError(
-            "the decomposition's base model ships with the library mxd: pass "
-            "base_model_name_or_path=str(mxd.demo.model_path())"
-        )
-    if stored is not None and stored.base_model_name_or_path:
-        if name != stored.base_model_name_or_path and revision == stored.base_model_revision:
-            revision = None  # is of another repo
-        config.base_model_name_or_path = stored.base_model_name_or_path
-        config.base_model_revision = stored.base_model_revision
-    if os.path.isdir(name):  # noqa: PTH112, pathlib raises for names that are too long
-        if not local and stored is not None and name == stored.base_model_name_or_path:
-            raise ValueError(f"the base model that the repo names is a folder of this machine: {name!r}")
-        revision = None
+        raise ValueError("the base model ships with mxd: pass base_model_name_or_path=str(mxd.demo.model_path())")
+    is_folder = os.path.isdir(name)  # noqa: PTH112, pathlib raises for names that are too long
+    if is_folder and given is None and not os.path.isdir(repo.name):  # noqa: PTH112
+        raise ValueError(f"the base model that the repo names is a folder of this machine: {name!r}")
+    revision = revision or (config.base_model_revision if name == recorded else None)
     try:
-        source = pin_revision(name, {**access, "revision": revision})
-        check_language_model(name, source)
-        source = once(source)
+        base = resolve(name, {**access, "revision": None if is_folder else revision})
     except OSError as error:
         raise OSError(
             f"the decomposition's base model {name!r} cannot be had; if it is elsewhere, pass "
             f"base_model_name_or_path=. {error}"
         ) from error
-    return name, source
+    check_language_config(base)
+    return base
 
 
-def check_language_config(name: str, access: dict[str, Any]) -> list[int]:
-    """Refuse as a base what is a decomposition itself, or of which transformers would make a config that fills memory.
-    No weights are downloaded.
-
-    Returns:
-        Its number of layers, width, units of an MLP and vocabulary; 1 where they are not known.
-
-    Raises:
-        ValueError: saying which.
-        OSError: it is not there.
-    """
-    values, _ = with_retries(partial(PretrainedConfig.get_config_dict, name, **access), name)
-    kind = values.get("model_type")
+def check_language_config(base: ResolvedRepo) -> int:
+    """Check that a config is a language model's, of sizes that one has. Returns about the number of its parameters."""
+    values, _ = PretrainedConfig.get_config_dict(base.name, **base.access)
+    kind, text = values.get("model_type"), values.get("text_config")
     if kind == MxDConfig.model_type:
-        raise ValueError(f"the base model {name!r} is a decomposition itself: name the language model")
+        raise ValueError(f"the base model {base.name!r} is a decomposition itself: name the language model")
     if not is_causal(kind):
         raise ValueError(
-            f"the base model {name!r} is of type {shorten(kind)}, which AutoModelForCausalLM does not load: load it with "
-            "its own class, and the decomposition with AutoModel, whose spliced(model) puts it in"
+            f"the base model {base.name!r} is of type {shorten(kind)}, which AutoModelForCausalLM does not load: load "
+            "it with its own class, and the decomposition with AutoModel, whose spliced(model) splices it in"
         )
-    text = values.get("text_config")
-    sizes = [_largest(text if isinstance(text, dict) else values, names) for names in _BASE_SIZES]
+    values = text if isinstance(text, dict) else values
+    sizes = [max((values[name] for name in names if isinstance(values.get(name), int)), default=1) for names in _SIZES]
     if max(sizes) > MAX_SIZE or sizes[0] > MAX_LAYERS:
-        raise ValueError(f"config.json of the base model {name!r} has sizes that no model has: {sizes}")
-    return sizes
+        raise ValueError(f"config.json of the base model {base.name!r} has sizes that no model has: {sizes}")
+    layers, width, units, vocabulary = sizes
+    return width * (vocabulary + layers * units)
 
 
-def check_language_model(name: str, access: dict[str, Any]) -> None:
-    """Refuse as `check_language_config`, and what describes far more than its files hold: it would be filled with
-    random numbers.
-
-    Raises:
-        ValueError: saying which.
-        OSError: it is not there.
-    """
-    layers, width, units, vocabulary = check_language_config(name, access)
-    held = sum(path.stat().st_size for path in weight_files(name, None, access).paths)
-    described = width * (vocabulary + layers * units)
+def check_language_model(base: ResolvedRepo) -> None:
+    """Download a base model's weights, and check that its config describes no more: they would be made at random."""
+    described = check_language_config(base)
+    held = sum(path.stat().st_size for path in weight_files(base.name, None, base.access))
     if held and described > 16 * held:  # more parameters in a byte than any quantisation puts there
-        raise ValueError(f"the base model {name!r} has {held:,} bytes of weights, its config.json is of {described:,}")
+        raise ValueError(
+            f"the base model {base.name!r} has {held:,} bytes of weights, its config.json describes {described:,}"
+        )
+
+
+def load_language_model(base: ResolvedRepo, *model_args: Any, **kwargs: Any) -> Any:
+    """Load a base model whose files were checked, without remote code or pickles."""
+    access = {**base.access, "force_download": False}  # they are cached by now
+    load = partial(AutoModelForCausalLM.from_pretrained, base.name, *model_args, use_safetensors=True)
+    model = with_retries(partial(load, trust_remote_code=False, **access, **kwargs), base.name)
+    model.config._commit_hash = base.access.get("revision")  # newer transformers don't keep it; it is never saved
+    return model
 
 
 def is_causal(model_type: Any) -> bool:
-    """Whether `AutoModelForCausalLM` loads models of a type; true where no type is known."""
+    """Return whether `AutoModelForCausalLM` loads models of a type; true if the type is unknown."""
     registered = getattr(MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {})  # by AutoModelForCausalLM.register
-    return (
-        not isinstance(model_type, str)
-        or model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        or any(getattr(config, "model_type", None) == model_type for config in registered)
-    )
-
-
-# Names of the number of layers, of the width, of the MLPs' units, of the vocabulary in configs of language models.
-_BASE_SIZES = (
-    ("num_hidden_layers", "n_layer"),
-    ("hidden_size", "n_embd"),
-    ("intermediate_size", "n_inner", "ffn_dim"),
-    ("vocab_size",),
-)
-
-
-def _largest(values: dict[str, Any], names: tuple[str, ...]) -> int:
-    return max((values[name] for name in names if isinstance(values.get(name), int)), default=1)
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *(getattr(config, "model_type", None) for config in registered)}
+    return not isinstance(model_type, str) or model_type in known
 
 
 def commit_of(config: Any) -> tuple[str | None, bool]:
-    """Commit of the Hub from which a model with this config was loaded, if it can be told, and whether that is
-    certain."""
+    """Return the Hub commit from which a model with this config was loaded, if known, and whether that is certain."""
     commit, name = getattr(config, "_commit_hash", None), getattr(config, "_name_or_path", None)
-    if commit is not None or not name or os.path.isdir(name):  # noqa: PTH112, see above
+    if commit is not None or not name or os.path.isdir(name):  # noqa: PTH112
         return commit, True
     # Newer transformers don't keep it. Nearly always it is the commit that the cache has as `main`.
     path = try_to_load_from_cache(name, CONFIG_NAME)
     if not isinstance(path, str):
         return None, False
-    others = sum(1 for _ in Path(path).parent.parent.iterdir()) - 1  # of other commits
-    return extract_commit_hash(path, None), not others
+    commits = list(Path(path).parent.parent.iterdir())
+    return extract_commit_hash(path, None), len(commits) == 1
 
 
-def check_loaded(info: dict[str, Any], layers: list[int]) -> None:
-    """Refuse weights that do not fit, from transformers' loading info.
+# Weights
+
+
+def decomposition_files(repo: ResolvedRepo, config: MxDConfig) -> list[Path]:
+    """Download the weights of the config's layers, and check their headers."""
+    both = [file for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if Path(repo.name, file).is_file()]
+    if len(both) > 1:
+        raise ValueError(f"{repo.name} holds {' and '.join(both)}; delete the one that is left from an earlier saving")
+    paths = weight_files(repo.name, config.layers, repo.access)
+    if not paths:
+        raise OSError(f"{repo.name} has no safetensors, and no other weights are read")
+    check_headers(paths, config)
+    return paths
+
+
+def weight_files(name: Any, layers: list[int] | None, access: dict[str, Any]) -> list[Path]:
+    """Return the safetensors files with the weights of some layers (None: of all), downloaded if need be."""
+    in_cache = {**access, "local_files_only": True}  # asked first, since the Hub may be out of reach
+    if not access.get("force_download") and (cached := file_if_any(name, SAFE_WEIGHTS_NAME, in_cache)):
+        return [Path(cached)]
+    index = file_if_any(name, SAFE_WEIGHTS_INDEX_NAME, access)
+    if index is None:
+        file = file_if_any(name, SAFE_WEIGHTS_NAME, access)
+        return [] if file is None else [Path(file)]
+    weight_map = read_index(Path(index), name)
+    wanted = {file for key, file in weight_map.items() if layers is None or layer_of(key) in (None, *layers)}
+    return [Path(path) for path in with_retries(partial(cached_files, name, sorted(wanted), **access), name) or []]
+
+
+def read_index(path: Path, name: Any) -> dict[str, str]:
+    """Return weight → file from the index of a sharded repo, which may name no file elsewhere."""
+    values = read_json(path)
+    weight_map = values.get("weight_map")
+    if not isinstance(weight_map, dict) or not isinstance(values.get("metadata"), dict):
+        raise ValueError(f"{path.name} of {name} has no weight_map, or no metadata")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{path.name} of {name} names a file outside of the repo: {shorten(file)}")
+    return weight_map
+
+
+def check_headers(paths: Iterable[Path], config: MxDConfig) -> dict[str, str]:
+    """Check that files hold the weights of the config's layers; weights of other layers may be there too.
+
+    Returns:
+        Weight → name of its file, for all weights.
 
     Raises:
-        ValueError: naming the first that is missing, of another shape or not the decomposition's.
+        ValueError: a file is incomplete, or a weight is missing, unknown, there twice or of another shape or dtype.
     """
-    unexpected = sorted(info["unexpected_keys"])
-    # The weights of layers that were not asked for are no mistake.
-    unexpected = [key for key in unexpected if layer_of(key) in (None, *layers)]
-    wrong = {"missing": sorted(info["missing_keys"]), "of another shape": list(info["mismatched_keys"])}
-    for what, keys in {**wrong, "not the decomposition's": unexpected}.items():
-        if keys:
-            raise ValueError(f"the weights do not fit the config: {keys[0]} is {what}")
+    wanted, found = expected_shapes(config), dict[str, str]()
+    for path in paths:
+        for key, (shape, dtype) in _read_header(path).items():
+            wrong = ""
+            if key in found:
+                wrong = f"is in {found[key]} and in {path.name}"
+            elif key not in wanted:
+                wrong = "is not the decomposition's" if layer_of(key) in (None, *config.layers) else ""
+            elif shape != wanted[key]:
+                wrong = f"has the shape {shorten(shape)}, by the config it must be {wanted[key]}"
+            elif dtype not in DTYPES:
+                wrong = f"has the dtype {dtype}, not a floating-point one"
+            if wrong:
+                raise ValueError(f"the weights do not fit the config: {shorten(key)} {wrong}")
+            found[key] = path.name
+    missing = sorted(wanted.keys() - found.keys())
+    if missing:
+        raise ValueError(f"the weights do not fit the config: {missing[0]} is missing")
+    return found
+
+
+def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Return weight → shape and dtype of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: (entry.get_shape(), entry.get_dtype()) for key, entry in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is no complete safetensors file: {error}") from None
+
+
+def expected_shapes(config: MxDConfig) -> dict[str, list[int]]:
+    """Return weight → shape for all layers of a config; nothing is allocated."""
+    with torch.device("meta"):
+        layers = dict(zip(config.layers, map(make_layer, map(config.layer, config.layers)), strict=True))
+        weights = [(layer, key, value) for layer in layers for key, value in layers[layer].state_dict().items()]
+    return {f"layers.{layer}.{key}": list(value.shape) for layer, key, value in weights}
+
+
+def load_decomposition(load: Any, repo: ResolvedRepo, config: MxDConfig, files: list[Path], **kwargs: Any) -> Any:
+    """Load a decomposition from files that were checked, by `load`, transformers' own `from_pretrained`."""
+    weights = {}
+    for path in files:
+        with safe_open(path, framework="pt") as shard:
+            weights.update({key: shard.get_tensor(key) for key in shard.keys() if layer_of(key) in config.layers})  # noqa: SIM118
+    loaded = load(config=config, state_dict=weights, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config.name_or_path = repo.name
+    return loaded
+
+
+def layer_of(key: str) -> int | None:
+    """Return the layer that a weight belongs to; None if it is no layer's."""
+    match = _LAYER.match(key)
+    return int(match[1]) if match else None

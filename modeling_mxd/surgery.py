@@ -1,59 +1,115 @@
-"""Replacing the MLPs of any model, and putting them back.
+"""Replace the MLPs of any transformers model, and restore them.
 
-The new module goes into the first slot of the MLP and the identity into the others. Before the first replacement a
-few tokens are run through the model with its own MLPs routed the same way: unless the result is equal to the last
-bit, the model is refused (see `verification`). While MLPs are replaced the model cannot be saved: its class would not
-load what is in their places.
+The new module goes into the first slot of the MLP and the identity into the others. It is called with the block's
+first input, and its output becomes the block's first output.
+
+Surgery is verified before the first replacement: a few tokens run through the model as it is, and with its own MLPs
+called the way a replacement is. Unless both give equal outputs, to the last bit, the model is refused.
 """
 
+import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .architectures import SECOND_INPUT, SECOND_OUTPUT, execution_device, running_device
 from .layers import SparseLayer
-from .pretrained_weights import is_quantised
 from .sites import MAIN, MLPSite, SurgeryError, find_mlps, site_of
-from .verification import StandIn, execution_device, needs_stand_in, second_output, verify_sites
+
+TOKENS = 8
+Widths = dict[tuple[str, ...], tuple[int, int]]
+"""Input and output width of each MLP, by its slots."""
+# Widths of the sites that were verified, by model.
+_VERIFIED: "WeakKeyDictionary[nn.Module, Widths]" = WeakKeyDictionary()
+
+
+class MLPReplacement(nn.Module):
+    """Call a layer where the model's callers pass more than the input, or expect more than the output.
+
+    Args:
+        layer: maps (..., I) to (..., O), and is called with the first input.
+        second: None where callers expect the output alone, else the value behind it: `architectures.NOTHING` or
+            `SECOND_INPUT`.
+    """
+
+    def __init__(self, layer: nn.Module, second: str | None):
+        super().__init__()
+        self.layer = layer
+        self.second = second
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output, with a second value where one is expected."""
+        output, inputs = self.call(*args, **kwargs), [*args, *kwargs.values()]
+        if self.second is None:
+            return output
+        return output, inputs[1] if self.second == SECOND_INPUT and len(inputs) > 1 else None
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output for the first input."""
+        return self.layer(next(iter([*args, *kwargs.values()])))
+
+
+class _Original(MLPReplacement):
+    """Call an MLP's own modules, one after another, the way a replacement is called."""
+
+    def __init__(self, site: MLPSite):
+        super().__init__(nn.ModuleList(site.modules), SECOND_OUTPUT.get(type(site.output_module).__name__))
+        self.widths: tuple[int, int] | None = None
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        output: Any = None
+        for index, module in enumerate(self.layer.children()):
+            output = module(output) if index else module(*args, **kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+        self.widths = (next(tensors_in([args, kwargs])).shape[-1], output.shape[-1])
+        return output
 
 
 class ReplacedMLP:
     """A replacement that can be undone; made by `replace_mlp`.
 
     Attributes:
-        site: the MLP's place.
+        site: where the MLP is.
         original: the modules that were there, one per slot (a single one unless the MLP is inline).
-        replacement: the module that is there now; inside of a `StandIn` where the model's callers pass more than the
-            input, or expect more than the output.
+        replacement: the module that is there now, inside an `MLPReplacement` if the model's callers need one.
     """
 
     def __init__(self, site: MLPSite, replacement: nn.Module):
         self.site = site
         self.original = site.modules
         self.replacement = replacement
-        first = StandIn(replacement, second_output(site)) if needs_stand_in(site) else replacement
-        self._installed = (first, *(nn.Identity() for _ in self.original[1:]))
+        self._installed = (as_replacement(site, replacement), *(nn.Identity() for _ in self.original[1:]))
         self._savable = False
         self._install()
 
     def _install(self) -> None:
         self.site.put(self._installed)
-        if not self._savable:
-            _refuse_saving(self.site)
+        self._refuse_saving(True)
+
+    def _refuse_saving(self, refuse: bool) -> None:
+        attributes = vars(self.site.model)
+        for method in () if self._savable else ("save_pretrained", "push_to_hub"):
+            refusal = attributes.setdefault(method, _SavingRefused(self.site.model, method))
+            (refusal.layers.append if refuse else refusal.layers.remove)(self.site.layer)
+            if not refusal.layers:
+                del attributes[method]
 
     def permit_saving(self) -> None:
-        """Let the model be saved with this replacement in it: whoever says so has seen to what is saved."""
+        """Let the model be saved while this replacement is in it: its class then saves what it should."""
+        self._refuse_saving(False)
         self._savable = True
-        _permit_saving(self.site)
 
     def restore(self) -> None:
-        """Put back the very same module objects.
+        """Restore the original module objects.
 
         Raises:
-            SurgeryError: when the slots no longer hold what was put there; the model is left as it is.
+            SurgeryError: the slots no longer hold the replacement; the model is left as it is.
         """
         if any(now is not ours for now, ours in zip(self.site.modules, self._installed, strict=True)):
             raise SurgeryError(
@@ -61,16 +117,11 @@ class ReplacedMLP:
                 "first, in reverse order"
             )
         self.site.put(self.original)
-        if not self._savable:
-            _permit_saving(self.site)
+        self._refuse_saving(False)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Inside the block the original modules are back; afterwards, also after an exception, the replacement is.
-
-        Raises:
-            SurgeryError: as `restore`.
-        """
+        """Restore the original modules inside the block, and replace them again afterwards."""
         self.restore()
         try:
             yield
@@ -79,7 +130,7 @@ class ReplacedMLP:
 
 
 class _SavingRefused:
-    """Stands before a method of a model that saves it, while MLPs of these `layers` are replaced."""
+    """Refuse to save a model while MLPs of `layers` are replaced: its class would not load the result."""
 
     def __init__(self, model: nn.Module, method: str):
         self.model, self.method = model, method
@@ -89,39 +140,13 @@ class _SavingRefused:
         if getattr(self.model, "_hf_peft_config_loaded", False):  # transformers then saves the adapter alone
             return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
         raise SurgeryError(
-            f"this {type(self.model).__name__} cannot be saved while MLPs are replaced (layers {sorted(self.layers)}), "
-            "since its class would not load the result: save the decomposition by its own save_pretrained, the base "
-            "model after it is restored"
+            f"this {type(self.model).__name__} cannot be saved while MLPs are replaced (layers {sorted(self.layers)}): "
+            "save the decomposition by its own save_pretrained, and the base model after it is restored"
         )
 
 
-_SAVING = ("save_pretrained", "push_to_hub")
-
-
-def _refuse_saving(site: MLPSite) -> None:
-    model = site.model
-    for method in _SAVING:
-        if hasattr(model, method):
-            refusal = model.__dict__.setdefault(method, _SavingRefused(model, method))
-            if isinstance(refusal, _SavingRefused):
-                refusal.layers.append(site.layer)
-
-
-def _permit_saving(site: MLPSite) -> None:
-    for method in _SAVING:
-        refusal = site.model.__dict__.get(method)
-        if isinstance(refusal, _SavingRefused):
-            refusal.layers.remove(site.layer)
-            if not refusal.layers:
-                del site.model.__dict__[method]
-
-
 def replace_mlp(model: nn.Module, layer: int, module: nn.Module, **options: Any) -> ReplacedMLP:
-    """Put `module` in place of the MLP of one layer; see `replace_mlps` for what can be said besides.
-
-    Returns:
-        The replacement, which holds the original and can `restore()` it.
-    """
+    """Replace the MLP of one layer; returns the replacement, and takes the options of `replace_mlps`."""
     return replace_mlps(model, {layer: module}, **options)[0]
 
 
@@ -135,33 +160,42 @@ def replace_mlps(
     verify: bool = True,
     example_inputs: Mapping[str, Tensor] | None = None,
 ) -> list[ReplacedMLP]:
-    """Put {layer: module} in place of the MLPs of several layers: all, or none and neither model nor modules touched.
+    """Replace the MLPs of several layers. On an error, neither the model nor the modules have changed.
 
     Args:
-        model: any model of transformers, itself rather than inside a wrapper.
-        modules: by index of the transformer layer; each maps (..., I) to (..., O).
-        cast: move each module, in place, to the replaced MLP's device and dtype. Off: only the device.
-        stack, site: which stack of layers, and which of a layer's MLPs; see `find_mlps`.
-        verify: run 8 tokens through the model first, once for each of its MLPs, to see that surgery there is exact.
-        example_inputs: what to run, for a model that the 8 tokens do not suit.
+        model: a transformers model, itself rather than inside a wrapper.
+        modules: new module by index of the transformer layer; maps (..., I) to (..., O).
+        cast: move each module, in place, to the replaced MLP's device and dtype. If False, only to its device.
+        stack, site: which list of layers, and which MLP of a layer; see `find_mlps`.
+        verify: run 8 tokens through the model first, to check that surgery is exact and the widths fit.
+        example_inputs: inputs to verify with, for a model that cannot run on 8 tokens.
 
     Returns:
         The replacements in the order of `modules`, each of which can `restore()`.
 
     Raises:
-        SurgeryError: nothing to replace, no such stack, layer or MLP, an MLP that is already replaced, another width,
-            or surgery is not exact there.
+        SurgeryError: there is nothing to replace, no such stack, layer or MLP, the MLP is already replaced or has
+            other widths, or surgery is not exact.
     """
     if not modules:
         raise SurgeryError("nothing to splice: name at least one layer")
     found = find_mlps(model, stack, site)
-    sites = {layer: _check_replaceable(found, layer, module) for layer, module in modules.items()}
-    _check_routers(model, found, sites)
-    if verify:
-        probed = verify_sites(model, list(sites.values()), example_inputs)
-        for layer, module in modules.items():
-            if isinstance(module, SparseLayer):
-                sites[layer].check_fits(module.config, probed.get(sites[layer].slots))
+    sites = {layer: site_of(found, layer) for layer in modules}
+    for place in sites.values():
+        if any(isinstance(part, SparseLayer | MLPReplacement) for part in place.modules):
+            raise SurgeryError(
+                f"the MLP of layer {place.layer} is already replaced by a decomposition: restore it first, or use the "
+                "model that `unsplice()` returns"
+            )
+    widths = verify_sites(model, list(sites.values()), example_inputs) if verify else {}
+    for layer, module in modules.items():
+        have = widths.get(sites[layer].slots)
+        want = (module.config.hidden_size, module.config.output_size) if isinstance(module, SparseLayer) else have
+        if have not in (None, want):
+            raise SurgeryError(
+                f"the MLP of layer {layer} maps {have[0]} to {have[1]} dimensions, the decomposition's layer {want[0]} "
+                f"to {want[1]}: is it of another base model?"
+            )
     for layer, module in modules.items():
         _move_to(sites[layer], model, module, cast)
     return [ReplacedMLP(sites[layer], module) for layer, module in modules.items()]
@@ -171,57 +205,135 @@ def replace_mlps(
 def spliced_mlps(
     model: nn.Module, modules: Mapping[int, nn.Module], cast: bool = True, **options: Any
 ) -> Iterator[list[ReplacedMLP]]:
-    """Replace the MLPs of several layers inside the block; afterwards, also after an exception, the very same
-    modules are back, save where one was changed meanwhile: the others are still restored and the error is raised.
+    """Replace the MLPs of several layers inside the block, as `replace_mlps`, and restore them afterwards."""
+    with restored_afterwards(replace_mlps(model, modules, cast, **options)) as replaced:
+        yield replaced
 
-    Raises:
-        SurgeryError: as `replace_mlps`, which also says what the options are.
-    """
+
+@contextmanager
+def restored_afterwards(replaced: list[ReplacedMLP]) -> Iterator[list[ReplacedMLP]]:
+    """Restore all replacements at the block's end. If one was changed, the others are restored and the error raised."""
     with ExitStack() as stack:  # calls every restore, also after one that failed
-        replaced = replace_mlps(model, modules, cast, **options)
         for replacement in replaced:
             stack.callback(replacement.restore)
         yield replaced
 
 
-def _check_replaceable(found: Mapping[int, MLPSite], layer: int, module: nn.Module) -> MLPSite:
-    site = site_of(found, layer)
-    if any(isinstance(part, SparseLayer | StandIn) for part in site.modules):
-        raise SurgeryError(
-            f"the MLP of layer {layer} is already replaced by a decomposition: restore it first, or of a model with a "
-            "decomposition inside take what `unsplice()` gives"
-        )
-    if isinstance(module, SparseLayer):
-        site.check_fits(module.config)
-    return site
-
-
-def _check_routers(model: nn.Module, found: Mapping[int, MLPSite], sites: Mapping[int, MLPSite]) -> None:
-    """Refuse to take away the last router of a model that is told to return router logits."""
-    routed = {layer for layer, site in found.items() if site.kind == "mixture-of-experts"}
-    whole = {layer for layer in routed & sites.keys() if not sites[layer].slots[0].endswith("experts")}
-    if routed and routed == whole and getattr(model.config, "output_router_logits", False):
-        raise SurgeryError(
-            f"{type(model).__name__} is configured to return router logits (config.output_router_logits), and no "
-            "router would be left: turn that off, or replace the experts alone (site='mlp.experts')"
-        )
-
-
-def _device(module: nn.Module, parameter: Tensor) -> torch.device | str | int:
-    """Where a module runs: an offloaded one's parameters are elsewhere."""
-    device = execution_device(module)
-    return parameter.device if device is None else device
+def is_quantised(weight: Tensor) -> bool:
+    """Return whether a weight holds codes (integers or float8) that only its module can read."""
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2
 
 
 def _move_to(site: MLPSite, model: nn.Module, module: nn.Module, cast: bool) -> None:
     # GPTQ's and AWQ's linears have buffers alone. A mixture's router may be in float32 beside experts in 16 bits.
-    parameters: list[Tensor] = list(site.output_module.parameters())
-    parameters = parameters or list(site.output_module.buffers())
-    if not parameters:
-        return
-    like = max(parameters, key=Tensor.numel)
-    dtype = like.dtype
-    if is_quantised(like):
-        assert isinstance(model, PreTrainedModel)
-        dtype = model.dtype
-    module.to(device=_device(site.output_module, like), dtype=dtype if cast else None)
+    parameters: list[Tensor] = list(site.output_module.parameters()) or list(site.output_module.buffers())
+    if parameters:
+        like = max(parameters, key=Tensor.numel)
+        device = execution_device(site.output_module)
+        dtype = model.dtype if is_quantised(like) else like.dtype
+        module.to(device=like.device if device is None else device, dtype=dtype if cast else None)
+
+
+def as_replacement(site: MLPSite, layer: nn.Module) -> nn.Module:
+    """Wrap a layer where the site's callers pass more than the input, or expect more than the output."""
+    second = SECOND_OUTPUT.get(type(site.output_module).__name__)
+    parameters = inspect.signature(site.input_module.forward).parameters.values()
+    plain = len(parameters) == 1 and not any(p.kind == p.VAR_KEYWORD for p in parameters)
+    return layer if plain and second is None else MLPReplacement(layer, second)
+
+
+# Verification
+
+
+@torch.no_grad()
+def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping[str, Any] | None = None) -> Widths:
+    """Check that replacing MLPs is exact: run `example_inputs` (8 tokens) twice, the second time through
+    `originals_routed`. Sites that were verified before, and a model on the meta device, are not run.
+
+    Returns:
+        The widths of the model's verified MLPs.
+
+    Raises:
+        SurgeryError: the model's outputs differ, an MLP does not run, or the model cannot be run.
+    """
+    known = _VERIFIED.setdefault(model, {})
+    new = [site for site in sites if site.slots not in known]
+    loaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # when it runs, by accelerate
+    if not new or (not loaded and any(parameter.is_meta for parameter in model.parameters())):
+        return known
+    before = _run(model, example_inputs)
+    with originals_routed(new) as routed:
+        after = _run(model, example_inputs)
+    name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', None)!r})"
+    for site, original in zip(new, routed, strict=True):
+        if original.widths is None:
+            raise SurgeryError(
+                f"{name}: the MLP of layer {site.layer} of {site.stack} does not run on the example inputs: pass "
+                "example_inputs= with which it does"
+            )
+    if len(before) != len(after) or not all(map(_equal, before, after)):
+        slots = ", ".join(slot for site in new for slot in site.slots)
+        raise SurgeryError(
+            f"{name}: calling the MLPs of layers {[site.layer for site in new]} ({slots}) as a replacement would be "
+            "called changes the outputs, so they cannot be replaced: name other modules with site="
+        )
+    known.update({site.slots: original.widths for site, original in zip(new, routed, strict=True)})
+    return known
+
+
+@contextmanager
+def originals_routed(sites: list[MLPSite]) -> Iterator[list[_Original]]:
+    """Call each site's own modules as a replacement would be called, inside the block."""
+    slots, routed = [site.modules for site in sites], [_Original(site) for site in sites]
+    try:
+        for site, original, modules in zip(sites, routed, slots, strict=True):
+            site.put((original, *(nn.Identity() for _ in modules[1:])))
+        yield routed
+    finally:
+        for site, modules in zip(sites, slots, strict=True):
+            site.put(modules)
+
+
+def _run(model: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None) -> list[Tensor]:
+    """Return copies of the tensors that a model returns, in eval mode and from a fixed seed (Reformer hashes)."""
+    device = torch.device(running_device(model))
+    gpus = [device.index or 0] if device.type == "cuda" else []
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(0)
+        if gpus:
+            torch.cuda.default_generators[gpus[0]].manual_seed(0)
+        try:
+            return [tensor.clone() for tensor in tensors_in(model(**(example_inputs or _example_tokens(model))))]
+        except Exception as error:
+            raise SurgeryError(
+                f"{type(model).__name__} cannot be run to verify surgery ({type(error).__name__}: {str(error)[:300]}): "
+                "pass example_inputs= with which it runs, or verify=False"
+            ) from error
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _example_tokens(model: PreTrainedModel) -> dict[str, Any]:
+    accepted = inspect.signature(model.forward).parameters
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None) or 32
+    # In the middle of the vocabulary: special tokens, which may be placeholders of images, are at its ends.
+    ids = (torch.arange(TOKENS, device=running_device(model)) + vocabulary // 2)[None] % vocabulary
+    inputs = {name: ids for name in ("input_ids", "decoder_input_ids") if name in accepted}
+    return inputs | ({"use_cache": False} if "use_cache" in accepted else {})
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        values = value.values() if isinstance(value, Mapping) else value
+        yield from itertools.chain.from_iterable(map(tensors_in, values))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

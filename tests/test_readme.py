@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from mxd.modeling_mxd.sharing import OLDEST_TRANSFORMERS
+from mxd.hub_cards import OLDEST_TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

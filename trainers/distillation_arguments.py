@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from mxd.base.training_help import HELP
+
 from .auxiliary_transcoder import ATTRIBUTE as AUXILIARY
 from .decomposition_arguments import DecompositionArguments
 from .initialization import DECODER_INITS, ENCODER_INITS, GATE_INITS, MODULATION_INITS
@@ -20,53 +22,23 @@ class DistillationArguments(DecompositionArguments):
         ValueError: A field is out of range; the message names it.
     """
 
-    learning_rate: float = field(
-        default=1e-3,
-        metadata={
-            "help": "Peak learning rate, in units of the scaled activations (paper: 1e-4 for 480 M tokens). "
-            "Transcoders do better with 3e-3 on a million tokens."
-        },
-    )
+    learning_rate: float = field(default=1e-3, metadata={"help": HELP["learning_rate"]})
     warm_start: bool = field(
         default=False,
         metadata={"help": "Continue from the weights of the given model instead of initialising it."},
     )
-    gate_init: str = field(
-        default="data",
-        metadata={"help": "Init of the gate. 'data': rows point to training inputs; 'random': nn.Linear (paper)."},
-    )
-    encoder_init: str = field(
-        default="pretrained",
-        metadata={"help": "Init of an MxD's encoder. 'pretrained': the MLP's own; 'random': nn.Linear (paper)."},
-    )
-    modulation_init: str = field(
-        default="unit",
-        metadata={
-            "help": "Init of an MxD's modulations C. 'unit': C^T a is about 1, the layer about D^T z; 'random': around "
-            "0 (paper)."
-        },
-    )
+    gate_init: str = field(default="data", metadata={"help": HELP["gate_init"]})
+    encoder_init: str = field(default="pretrained", metadata={"help": HELP["encoder_init"]})
+    modulation_init: str = field(default="unit", metadata={"help": HELP["modulation_init"]})
     decoder_init: str = field(
         default="pretrained",
         metadata={"help": "Init of an MxD's decoder D. 'pretrained': the MLP's own; 'zero': zeros (paper)."},
     )
-    min_mean_ablation_error: float = field(
-        default=0.45,
-        metadata={
-            "help": "Penalise an MxD layer while its mean-ablated error (C^T a replaced by its mean; at most 1 per "
-            "token) is below this target. About the share of the output that the experts then carry."
-        },
-    )
+    min_mean_ablation_error: float = field(default=0.45, metadata={"help": HELP["min_mean_ablation_error"]})
     mean_ablation_weight: float = field(
         default=1.0, metadata={"help": "Weight of the `min_mean_ablation_error` penalty; 0 disables it (paper)."}
     )
-    auxiliary_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of the auxiliary loss: a throw-away skip-transcoder decoder (N * O parameters) reads the "
-            "gate, so that coefficients must also predict the output on their own. 0 disables it (paper)."
-        },
-    )
+    auxiliary_weight: float = field(default=1.0, metadata={"help": HELP["auxiliary_weight"]})
     loss_normalization: str = field(
         default="squared_norm",
         metadata={"help": "Error of a token. 'squared_norm': |y^ - y|^2 / |y|^2; 'norm': |y^ - y|^2 / |y| (paper)."},

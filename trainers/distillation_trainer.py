@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from mxd.base.activation_cache import ActivationCache
 from mxd.base.capture import capture_mlps
 from mxd.base.masks import activation_mask, token_mask
+from mxd.base.pretrained_weights import check_widths, record_base
 from mxd.evaluation import normalised_error
 from mxd.modeling_mxd import MxDModel, find_mlps, site_of
 
@@ -81,13 +82,13 @@ class DistillationTrainer(DecompositionTrainer):
         compute_metrics: Any = None,
         **kwargs: Any,
     ):
-        model.record_base(teacher)
+        record_base(model, teacher)
         config = model.config
         found = find_mlps(teacher, **config.where)
         self.sites = [site_of(found, layer) for layer in config.layers]
         for site in self.sites:
             layer = config.layer(site.layer)
-            site.check_fits(layer)
+            check_widths(site, layer)
             if layer.method == "mxd" and args.encoder_init == "pretrained" and not args.warm_start:
                 check_encoder_init(layer, site)
         if activations is not None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from mxd.base.training_help import HELP
+
 from .decomposition_arguments import DecompositionArguments
 
 LOSSES = ("kl", "cross_entropy")
@@ -16,17 +18,9 @@ class FinetuningArguments(DecompositionArguments):
         ValueError: A field is out of range; the message names it.
     """
 
-    loss: str = field(
-        default="kl",
-        metadata={"help": "Loss. 'kl': divergence from the untouched model; 'cross_entropy': of the next token."},
-    )
-    nmse_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the layers' own error |y^ - y|^2 / |y|^2, which keeps them faithful."},
-    )
-    learning_rate: float = field(
-        default=3e-4, metadata={"help": "Peak learning rate, in units of the scaled activations."}
-    )
+    loss: str = field(default="kl", metadata={"help": HELP["loss"]})
+    nmse_weight: float = field(default=0.1, metadata={"help": HELP["nmse_weight"]})
+    learning_rate: float = field(default=3e-4, metadata={"help": HELP["learning_rate"]})
     gate_learning_rate_factor: float = field(
         default=0.3,
         metadata={"help": "Factor on the gate's learning rate. A slower gate keeps the experts what they are."},

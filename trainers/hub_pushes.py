@@ -16,11 +16,10 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from mxd.hub_cards import HubError, build_card, push_decomposition, update_card
+from mxd.hub_cards import HubError, build_card, check_base_id, push_decomposition, update_card
 from mxd.hub_cards.hub import with_retries
-from mxd.hub_cards.push import without_folders
+from mxd.hub_cards.safe_text import without_folders
 from mxd.modeling_mxd import MxDModel
-from mxd.modeling_mxd.sharing import check_base_id
 
 from .decomposition_arguments import DecompositionArguments
 
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _STAGED = "_push-"
 _NAMING_FOLDERS = ("config.json", "trainer_state.json", "training_arguments.json")
-_OPTIONS = ("license", "tags", "tag", "create_pr")
+_OPTIONS = ("license", "tags", "create_pr")
 
 
 class HubPushes(Trainer):
@@ -91,7 +90,7 @@ class HubPushes(Trainer):
             commit_message: Message of the commit.
             blocking: Wait for it; otherwise a future is returned.
             token, revision, private: Override the arguments'.
-            **kwargs: `license`, `tags`, `tag`, `create_pr`, as for `push_decomposition`. Other arguments of
+            **kwargs: `license`, `tags`, `create_pr`, as for `push_decomposition`. Other arguments of
                 transformers' card are ignored: ours is made from the folder.
 
         Returns:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mxd.base.capture import Capture
 from mxd.base.masks import activation_mask
+from mxd.base.pretrained_weights import mlp_encoder_type, mlp_weights, mlp_widths
 from mxd.modeling_mxd import MLPSite, MxDLayer, MxDLayerConfig, MxDModel, SparseLayer, find_mlp
 
 from .router import fit_router
@@ -156,15 +157,16 @@ def check_encoder_init(config: MxDLayerConfig, site: MLPSite) -> None:
 
     Of a mixture of experts it may be narrower.
     """
-    if site.widths is None:
-        return  # `MLPSite.weights` says why there are none
-    units, narrower = site.widths[1], site.kind == "mixture-of-experts"
+    widths, form = mlp_widths(site), mlp_encoder_type(site)
+    if widths is None:
+        return  # `mlp_weights` says why there are none
+    units, narrower = widths[1], site.kind == "mixture-of-experts"
     fits = config.intermediate_size == units or (narrower and config.intermediate_size < units)
-    if config.encoder_type != site.encoder_type or not fits:
+    if config.encoder_type != form or not fits:
         raise ValueError(
             f"layer {site.layer}: an encoder of form {config.encoder_type} and intermediate_size "
-            f"{config.intermediate_size} cannot be initialised from the pretrained MLP, which has form "
-            f"{site.encoder_type} and {units}: use those, or encoder_init='random'"
+            f"{config.intermediate_size} cannot be initialised from the pretrained MLP, which has form {form} and "
+            f"{units}: use those, or encoder_init='random'"
         )
 
 
@@ -178,7 +180,7 @@ def init_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool = False) 
         ValueError: The encoder has another form or width than the MLP's.
     """
     check_encoder_init(layer.config, site)
-    weights = site.weights()
+    weights = mlp_weights(site)
     if layer.config.intermediate_size < len(weights.encoder):
         weights = weights.strongest(layer.config.intermediate_size)
     pairs = [(layer.encoder, weights.encoder, weights.encoder_bias)]

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from mxd.modeling_mxd import find_mlps, site_of
-from mxd.modeling_mxd.verification import running_device
+from mxd.modeling_mxd.surgery import running_device
 
 from .capture import capture_mlps
 from .files import replace_text

@@ -7,6 +7,7 @@ from reference import dense_coefficients
 from torch import nn
 
 from mxd.base.capture import capture_mlps
+from mxd.base.pretrained_weights import mlp_hidden_act, mlp_weights
 from mxd.modeling_mxd import MxDConfig, MxDModel, find_mlp
 
 
@@ -22,17 +23,17 @@ def decomposition(layers=(1,), **changes):
 def exact(model, layers=(1,), num_experts=4):
     """The MLPs themselves: experts that are always on at 1/N, every row of C is 1, so that Cᵀa = 1."""
     site = find_mlp(model, layers[0])
-    weights = site.weights()
+    weights = mlp_weights(site)
     units, width = weights.encoder.shape
     copy = MxDModel(
         MxDConfig(
             layers=list(layers), hidden_size=width, intermediate_size=units, num_experts=num_experts,
-            num_experts_per_tok=4, hidden_act=site.hidden_act, encoder_type="mlp" if weights.up is None else "glu",
+            num_experts_per_tok=4, hidden_act=mlp_hidden_act(site), encoder_type="mlp" if weights.up is None else "glu",
             encoder_bias=weights.encoder_bias is not None, output_bias=weights.decoder_bias is not None,
         )
     )  # fmt: skip
     for index in layers:
-        layer, weights = copy.layer(index), find_mlp(model, index).weights()
+        layer, weights = copy.layer(index), mlp_weights(find_mlp(model, index))
         nn.init.zeros_(layer.gate.weight)
         nn.init.constant_(layer.gate.bias, 0.25)
         nn.init.ones_(layer.modulation)

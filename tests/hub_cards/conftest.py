@@ -1,10 +1,5 @@
-import sys
-from pathlib import Path
-
 import pytest
 from scenes import BASE, connected, logits_of, save_decomposition, save_tokenizer, share_base
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # whose tables are tested here
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""What a stranger may put into a repo or a folder, as data: the cases of the hostile-input table.
+"""What a stranger may put into a repo or a folder, as data.
 
-A case changes some files of a good decomposition, and says by which ways it comes in: commands, doors.
+A case changes some files of a good decomposition, and names the ways by which they are read: commands and AutoClasses.
 """
 
 import json
@@ -19,15 +19,12 @@ SHARD, OTHER_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.s
 INDEX = "model.safetensors.index.json"
 NAME = "layers.0.output_bias"
 
-# The ways in.
+# The ways in. The commands promise to run nothing and to trust nothing. `from_pretrained` protects memory and paths:
+# whoever passes `trust_remote_code=True` runs the repo's code anyway.
 SHOW, SEARCH, PUSH, EVALUATE = "mxd show", "mxd search", "mxd push", "mxd evaluate"
 MODEL, LM = "AutoModel", "AutoModelForCausalLM"
-REMOTE = "the repo's own code"  # AutoModelForCausalLM where the library is not installed, and the code is trusted
-UNTRUSTED = "no trust"  # where it is not, and the code is not trusted
-DOORS = (MODEL, LM, REMOTE)
-READERS = (SHOW, PUSH, EVALUATE, *DOORS)
-INSTALLED = (SHOW, PUSH, EVALUATE, MODEL, LM)
-LOCAL = (SHOW, PUSH, EVALUATE)
+COMMANDS = (SHOW, PUSH, EVALUATE)
+READERS = (*COMMANDS, MODEL, LM)
 LISTED = (SHOW, SEARCH, PUSH)
 
 
@@ -55,12 +52,26 @@ def changed(**values):
     return {"config.json": change}
 
 
-def config(name, says="", harmless=(), ways=READERS, repos=None, **values):
+def config(name, says="", harmless=(), ways=COMMANDS, repos=None, **values):
     return Case("config", name, changed(**values), ways, harmless, says, repos or {})
 
 
-def raw(name, content, **how):
-    return Case("config", name, {"config.json": content}, **how)
+def sizes(name, says, harmless=(), **values):
+    return config(name, says, harmless, (*COMMANDS, MODEL), **values)
+
+
+def base(name, harmless, says="", repos=None, **values):
+    return config(name, says, harmless, READERS, repos, **values)
+
+
+def raw(name, content, says="not valid JSON"):
+    return Case("config", name, {"config.json": content}, COMMANDS, (), says)
+
+
+def without_version(good):
+    values = json.loads(good)
+    del values["format_version"]
+    return json.dumps(values).encode()
 
 
 def header(change):
@@ -109,7 +120,7 @@ def weights(name, build, says="", harmless=(SHOW,), ways=READERS, **more):
     return Case("safetensors", name, {SHARD: build, **more}, ways, harmless, says)
 
 
-def index(name, build, ways=(PUSH, *DOORS), harmless=(), says="", **more):
+def index(name, build, ways=(PUSH, MODEL, LM), harmless=(), says="", **more):
     return Case("index", name, {INDEX: build, **more}, ways, harmless, says)
 
 
@@ -126,7 +137,7 @@ def mapped_to(file):
     return build
 
 
-def evaluation(name, content, says="", harmless=(), ways=LOCAL):
+def evaluation(name, content, says="", harmless=(), ways=COMMANDS):
     return Case("evaluation.json", name, {"evaluation.json": content}, ways, harmless, says)
 
 
@@ -173,37 +184,34 @@ MILLION = 10**6
 CASES = [
     # Sizes
     *(
-        config(f"num_experts {name}", "num_experts", num_experts=value)
-        for name, value in {
-            "10^12": 10**12, "negative": -1, "zero": 0, "NaN": float("nan"), "infinite": float("inf"), "true": True,
-            "a text": "24", "a list": [24], "null": None, "a fraction": 24.5,
-        }.items()
+        sizes(f"num_experts {name}", "num_experts", num_experts=value)
+        for name, value in {"10^12": 10**12, "zero": 0, "NaN": float("nan"), "true": True, "a text": "24"}.items()
     ),
     raw(
         "num_experts of 100,000 digits",
         lambda good: good.replace(b'"num_experts": 24', b'"num_experts": ' + b"9" * 10**5),
     ),
-    config("hidden_size 10^12", "hidden_size", hidden_size=10**12),
-    config("K above N", "must not exceed", num_experts_per_tok=25),
-    config(
+    sizes("hidden_size 10^12", "hidden_size", hidden_size=10**12),
+    sizes("K above N", "must not exceed", num_experts_per_tok=25),
+    sizes(
         "all sizes 2^31 - 1", "this machine has", (SHOW,), num_experts=LARGE, hidden_size=LARGE, intermediate_size=LARGE
     ),
-    config("other sizes than the weights'", "shape", (SHOW,), num_experts=23),
-    config("vocab_size a text", "vocab_size", vocab_size="x" * 100),
+    sizes("other sizes than the weights'", "shape", (SHOW,), num_experts=23),
+    sizes("vocab_size a text", "vocab_size", vocab_size="x" * 100),
     # Layers
-    config("10^6 layers", "layers must be at most", layers=list(range(MILLION))),
-    config("a layer 10^12", "layers must be whole", layers=[10**12]),
-    config("a negative layer", "layers must be whole", layers=[-1]),
-    config("a layer twice", "more than once", layers=[0, 0]),
-    config("layers of lists", "layers must be whole", layers=[[0]]),
-    config("layers a text", "layers must be a list", layers="02"),
-    config("no layers", "names no layers", layers=[]),
-    config("1,000 layers, weights of two", "is missing", (SHOW,), layers=list(range(1000))),
-    config("a layer that the base has not", "is missing", (SHOW,), layers=[0, 99]),
-    config("10^5 layer_overrides", "layer_overrides", layer_overrides={str(n): {"site": n} for n in range(10**5)}),
-    config("an override of 10^12", "layer 2: num_experts", layer_overrides={"2": {"num_experts": 10**12}}),
-    config("an override of an unknown field", "unknown field", layer_overrides={"2": {"__class__": "x"}}),
-    config("overrides that are no mapping", "layer_overrides must map", layer_overrides=[1]),
+    sizes("10^6 layers", "layers must be at most", layers=list(range(MILLION))),
+    sizes("a layer 10^12", "layers must be whole", layers=[10**12]),
+    sizes("a negative layer", "layers must be whole", layers=[-1]),
+    sizes("a layer twice", "more than once", layers=[0, 0]),
+    sizes("layers of lists", "layers must be whole", layers=[[0]]),
+    sizes("layers a text", "layers must be a list", layers="02"),
+    sizes("no layers", "names no layers", layers=[]),
+    sizes("1,000 layers, weights of two", "is missing", (SHOW,), layers=list(range(1000))),
+    sizes("a layer that the base has not", "is missing", (SHOW,), layers=[0, 99]),
+    sizes("10^5 layer_overrides", "layer_overrides", layer_overrides={str(n): {"site": n} for n in range(10**5)}),
+    sizes("an override of 10^12", "layer 2: num_experts", layer_overrides={"2": {"num_experts": 10**12}}),
+    sizes("an override of an unknown field", "unknown field", layer_overrides={"2": {"__class__": "x"}}),
+    sizes("overrides that are no mapping", "layer_overrides must map", layer_overrides=[1]),
     # Texts
     config("an activation that is code", "hidden_act", hidden_act="__import__('os').system('touch $MXD_CANARY')"),
     config("an activation that is a mapping", "hidden_act", hidden_act={"a": 1}),
@@ -212,50 +220,47 @@ CASES = [
     config("a name that steers the terminal", "printable", base_model_name_or_path=f"user/{STEERING}"),
     config("a revision that steers the terminal", "printable", base_model_revision=STEERING),
     config("an unknown field of 20 MB", "larger than", extra="x" * 20_000_000),
-    config("an unknown field that steers the terminal", harmless=READERS, **{STEERING: STEERING}),
+    config("an unknown field that steers the terminal", "not a field", **{STEERING: STEERING}),
     # The file
-    raw("100,000 lists in each other", nested(10**5), says="no JSON"),
+    raw("100,000 lists in each other", nested(10**5)),
     raw("100,000 objects in each other", b'{"model_type": "mxd", "a": ' + nested(10**5, b'{"a":', b"}") + b"}"),
     raw("a list", b"[1, 2]", says="must hold a JSON object"),
-    raw("empty", b"", says="no JSON"),
-    raw("not UTF-8", b'{"model_type": "mxd\xff"}', says="no JSON"),
+    raw("empty", b""),
+    raw("not UTF-8", b'{"model_type": "mxd\xff"}'),
     raw("not there", None, says="no config.json"),
-    raw("another model's", json.dumps(LLAMA).encode(), says="no decomposition", ways=LOCAL),
+    raw("another model's", json.dumps(LLAMA).encode(), says="no decomposition"),
     # What transformers takes from a config
-    config("a name of one of its methods", "no field", check_memory=None),
-    config("a name of a property", "no field", num_parameters=1),
-    config("attribute_map", "no field", attribute_map={"num_experts": "evil"}, evil=10**12),
-    config("10^9 labels", "num_labels", num_labels=10**9),
-    config("labels that are no labels", "", id2label={"x": "y"}),
-    config("labels a number", "", id2label=5),
+    config("a name of one of its methods", "not a field", check_memory=None),
+    config("a name of a property", "not a field", num_parameters=1),
+    config("attribute_map", "not a field", attribute_map={"num_experts": "evil"}, evil=10**12),
+    config("10^9 labels", "not a field", num_labels=10**9),
     config("a dtype that is a function", "dtype", dtype="load"),
     config("a torch_dtype that is none", "torch_dtype", torch_dtype="evil"),
-    config("a quantisation", "quantization_config", quantization_config={"quant_method": "evil"}),
-    config("weights elsewhere", "transformers_weights", transformers_weights="../evil.safetensors"),
-    config("configs elsewhere", "configuration_files", configuration_files=["../config.1.0.json"]),
+    config("a quantisation", "not a field", quantization_config={"quant_method": "evil"}),
+    config("weights elsewhere", "not a field", transformers_weights="../evil.safetensors"),
+    # The format
+    raw("no format_version", without_version, "before the first release"),
+    config("a newer format with a field of its own", "newer", format_version=2, expert_colour="red"),
+    config("a format that is a text", "format", format_version="1"),
     # Whose code
-    config("code of another repo", harmless=INSTALLED, auto_map=ELSEWHERE, repos=CODE_REPO,
-           ways=(*INSTALLED, UNTRUSTED)),
-    config("code outside of the repo", harmless=INSTALLED,
-           auto_map={"AutoConfig": "../../evil.Evil"}, ways=(*INSTALLED, UNTRUSTED)),
+    config("code of another repo", ways=READERS, harmless=READERS, auto_map=ELSEWHERE, repos=CODE_REPO),
     other("the repo's own code is other code",
           {"modeling_mxd.py": CODE, "configuration_mxd.py": CODE, "layers.py": CODE, "torch.py": CODE},
-          ways=(*INSTALLED, UNTRUSTED), harmless=INSTALLED),
+          harmless=READERS),
     # The base model
-    config("no base model", "", (SHOW, MODEL), base_model_name_or_path=None),
-    config("a base that is a folder here", "", (SHOW, MODEL), base_model_name_or_path="/etc"),
-    config("a base outside", "", (SHOW, MODEL), base_model_name_or_path="../../../etc/passwd"),
-    config("a base by its address", "", (SHOW, MODEL), base_model_name_or_path="https://evil.example/model"),
-    config("a base that is itself", "", (SHOW, MODEL), base_model_name_or_path=EVIL, base_model_revision=None),
-    config("a base that is a decomposition", "decomposition itself", (SHOW, MODEL), base_model_name_or_path=REPO,
-           base_model_revision=None),
-    config("a base with pickled weights", "", (SHOW, PUSH, MODEL), base_model_name_or_path="evil/pickled",
-           base_model_revision=None, repos=PICKLED_REPO),
-    config("a base that needs its own code", "", (SHOW, PUSH, MODEL), base_model_name_or_path="evil/code",
-           base_model_revision=None, repos=CODE_REPO),
-    config("a base with sizes of 10^8 and no weights", "", (SHOW, PUSH, MODEL), base_model_name_or_path="evil/huge",
-           base_model_revision=None, repos=HUGE_REPO),
-    config("a commit of the base that is none", "", (SHOW, MODEL), base_model_revision="../../main"),
+    base("no base model", (SHOW, MODEL), base_model_name_or_path=None),
+    base("a base that is a folder here", (SHOW, MODEL), base_model_name_or_path="/etc"),
+    base("a base outside", (SHOW, MODEL), base_model_name_or_path="../../../etc/passwd"),
+    base("a base that is itself", (SHOW, MODEL), base_model_name_or_path=EVIL, base_model_revision=None),
+    base("a base that is a decomposition", (SHOW, MODEL), "decomposition itself", base_model_name_or_path=REPO,
+         base_model_revision=None),
+    base("a base with pickled weights", (SHOW, PUSH, MODEL), base_model_name_or_path="evil/pickled",
+         base_model_revision=None, repos=PICKLED_REPO),
+    base("a base that needs its own code", (SHOW, PUSH, MODEL), base_model_name_or_path="evil/code",
+         base_model_revision=None, repos=CODE_REPO),
+    base("a base with sizes of 10^8 and no weights", (SHOW, PUSH, MODEL), base_model_name_or_path="evil/huge",
+         base_model_revision=None, repos=HUGE_REPO),
+    base("a commit of the base that is none", (SHOW, MODEL), base_model_revision="../../main"),
     # Weights
     weights("half of the file", lambda good: good[: len(good) // 2], "no complete safetensors"),
     weights("empty", b"", "no complete safetensors"),
@@ -276,7 +281,7 @@ CASES = [
     weights("a weight is missing", tensors(lambda w: w.pop(NAME)), "is missing"),
     weights("a weight too many", tensors(lambda w: w.update({"layers.0.evil": torch.zeros(3)})),
             "not the decomposition's"),
-    weights("NaN", tensors(lambda w: w[NAME].fill_(float("nan"))), "not finite", (SHOW, *DOORS)),
+    weights("NaN", tensors(lambda w: w[NAME].fill_(float("nan"))), "not finite", (SHOW, MODEL, LM)),
     weights("a pickle by another name", PICKLE, "no complete safetensors"),
     other("a pickle instead", {SHARD: None, OTHER_SHARD: None, INDEX: None,
                                "pytorch_model.bin": PICKLE}, harmless=(SHOW,), says=""),
@@ -296,24 +301,24 @@ CASES = [
     index("400,000 weights", in_index(weight_map={f"layers.{n}.x": SHARD for n in range(400_000)})),
     index("not UTF-8", b"\xff\xfe"),
     # evaluation.json
-    evaluation("100,000 lists in each other", nested(10**5), "no JSON"),
+    evaluation("100,000 lists in each other", nested(10**5), "not valid JSON"),
     evaluation("20 MB", b'{"a": "' + b"x" * 20_000_000 + b'"}', "larger than"),
     evaluation("a list", b"[]", "JSON object"),
-    evaluation("not UTF-8", b"\xff", "no JSON"),
-    evaluation("a number of 100,000 digits", b'{"kl": ' + b"9" * 10**5 + b"}", "no JSON"),
+    evaluation("not UTF-8", b"\xff", "not valid JSON"),
+    evaluation("a number of 100,000 digits", b'{"kl": ' + b"9" * 10**5 + b"}", "not valid JSON"),
     evaluation("other types everywhere", b'{"layers": 5, "cross_entropy": [], "settings": "x", "kl": {}}',
-               harmless=LOCAL),
+               harmless=COMMANDS),
     evaluation("NaN and infinities", b'{"layers": {"0": {"nmse": NaN, "fvu": Infinity}}, "kl": -Infinity}',
-               harmless=LOCAL),
+               harmless=COMMANDS),
     evaluation("numbers of 4,000 digits", json.dumps({"layers": {"0": {"nmse": 10**4000}}, "kl": 10**4000}).encode(),
-               harmless=LOCAL),
+               harmless=COMMANDS),
     evaluation("100,000 layers", json.dumps({"layers": {str(n): {} for n in range(10**5)}}).encode(),
-               harmless=LOCAL),
+               harmless=COMMANDS),
     evaluation("texts that steer, and are HTML and Jinja",
                json.dumps({"layers": {STEERING: {}}, "settings": {"dtype": STEERING, "training": {
                    "text": {"dataset": [STEERING, "{{ 7 * 7 }}", "<script>alert(1)</script>"]},
                    "device": "`$(touch x)`", "loss": "<img src=x onerror=alert(1)>"}}}).encode(),
-               harmless=LOCAL),
+               harmless=COMMANDS),
     # The card of a repo that is listed, shown, and pushed over
     card("a tag that makes an object", "---\na: !!python/object/apply:os.system ['touch $MXD_CANARY']\n---\n",
          "no YAML"),
@@ -352,9 +357,9 @@ CASES = [
     # Files of others' kinds
     other("an adapter that names another base", {"adapter_config.json": json.dumps(
         {"base_model_name_or_path": "evil/code", "peft_type": "LORA"}).encode()},
-        ways=INSTALLED, harmless=(SHOW, PUSH), repos=CODE_REPO),
+        harmless=(SHOW, PUSH), repos=CODE_REPO),
     other("an adapter_config of 100,000 lists", {"adapter_config.json": nested(10**5)},
-          ways=INSTALLED, harmless=(SHOW, PUSH)),
+          harmless=(SHOW, PUSH)),
     other("a hostile generation_config", {"generation_config.json": b'{"max_length": 1e400, "num_beams": -1}'},
           harmless=READERS),
     other("a tokenizer with code of its own", {"tokenizer_config.json": json.dumps(

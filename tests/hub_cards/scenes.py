@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from mxd.base.pretrained_weights import record_base
 from mxd.modeling_mxd import MxDConfig, MxDModel
 
 BASE = "user/base"
@@ -68,7 +69,7 @@ def save_decomposition(model, commit, folder):
     decomposition = MxDModel(config)
     for tensor in (*decomposition.parameters(), *decomposition.buffers()):
         nn.init.normal_(tensor, std=0.3)
-    decomposition.record_base(model)
+    record_base(decomposition, model)
     decomposition.save_pretrained(folder)
 
 

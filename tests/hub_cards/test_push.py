@@ -12,11 +12,10 @@ from faults import command
 from huggingface_hub import HfApi, ModelCard
 
 from mxd import demo
-from mxd.hub_cards import HubError, list_decompositions, push_decomposition, show_decomposition
+from mxd.hub_cards import OLDEST_TRANSFORMERS, HubError, list_decompositions, push_decomposition, show_decomposition
 from mxd.jobs.decompositions import load_decomposition, made_how
 from mxd.modeling_mxd import MxDModel
 from mxd.modeling_mxd.configuration_mxd import AUTO_MAP
-from mxd.modeling_mxd.sharing import OLDEST_TRANSFORMERS
 
 REPO = "user/mxd-tiny"
 
@@ -36,10 +35,9 @@ def test_everything_in_one_commit(hub, folder, base):
     (folder / "training_arguments.json").write_text("{}")
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"x")
-    pushed = push_decomposition(folder, REPO, tag="v1")
+    push_decomposition(folder, REPO)
     assert_complete(hub, folder)
     assert len(hub.repos[REPO].commits) == 2  # the empty repo's and ours
-    assert hub.repos[REPO].tags == {"v1": pushed.oid}
     assert not {name for name in hub.files(REPO) if "checkpoint" in name or "arguments" in name}
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert (card.data.library_name, card.data.base_model, card.data.license) == ("mxd", "user/base", "mit")
@@ -72,7 +70,6 @@ def test_a_second_push_replaces_and_keeps_what_was_written_by_hand(hub, folder, 
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert "expert 7 likes commas" in card.text
     assert card.data.license == "cc0-1.0"
-    assert "cc0-1.0. Trained" in card.text  # and not the inherited one
     push_decomposition(one, REPO, license="mit")
     assert ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "mit"
 
@@ -150,7 +147,7 @@ def test_an_upload_that_breaks_once_is_gone_on_with_in_the_same_push(hub, folder
     [
         (lambda folder: (folder / "config.json").unlink(), "there is no config.json"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "but no decomposition"),
-        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "no JSON that can be read"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "not valid JSON"),
         (lambda folder: next(folder.glob("*00001-of*")).unlink(), "layers.0.decoder.weight is missing"),
         (lambda folder: next(folder.glob("*00001-of*")).write_bytes(b"abc"), "no complete safetensors file"),
     ],
@@ -225,12 +222,15 @@ def test_show_downloads_no_weights(hub, folder):
     [
         ({}, "no config.json"),
         ({"config.json": b'{"model_type": "llama"}'}, "no decomposition"),
-        ({"config.json": b"[" * 50_000}, "no JSON that can be read"),
+        ({"config.json": b"[" * 50_000}, "not valid JSON"),
         ({"config.json": b'{"a": "' + b"x" * 10_000_000 + b'"}'}, "larger than"),
-        ({"config.json": b'{"model_type": "mxd", "num_experts": 1e400}'}, "num_experts"),
-        ({"config.json": b'{"model_type": "mxd", "num_experts": 1000000000000}'}, "num_experts"),
-        ({"config.json": b'{"model_type": "mxd", "layers": [1, 1]}'}, "layer 1 more than once"),
-        ({"config.json": b'{"model_type": "mxd", "hidden_act": "__import__"}'}, "hidden_act"),
+        ({"config.json": b'{"model_type": "mxd", "format_version": 1, "num_experts": 1e400}'}, "num_experts"),
+        ({"config.json": b'{"model_type": "mxd", "format_version": 1, "num_experts": 1000000000000}'}, "num_experts"),
+        ({"config.json": b'{"model_type": "mxd", "format_version": 1, "layers": [1, 1]}'}, "layer 1 more than once"),
+        ({"config.json": b'{"model_type": "mxd"}'}, "before the first release"),
+        ({"config.json": b'{"model_type": "mxd", "format_version": 99, "new": 1}'}, "newer"),
+        ({"config.json": b'{"model_type": "mxd", "format_version": 1, "new": 1}'}, "'new' is not a field"),
+        ({"config.json": b'{"model_type": "mxd", "format_version": 1, "hidden_act": "__import__"}'}, "hidden_act"),
     ],
 )
 def test_hostile_repos_are_refused(hub, files, message):
@@ -316,14 +316,13 @@ def test_the_card_s_snippet_runs_for_a_reader_without_the_library(hub, folder, b
     push_decomposition(folder, REPO)
     snippet, script, out = tmp_path / "snippet.py", tmp_path / "run.py", tmp_path / "out.pt"
     card = ModelCard(hub.files(REPO)["README.md"].decode()).text
-    snippet.write_text(re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1])
+    snippet.write_text("\n".join(re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)))
     script.write_text(RUN)
     hub.requests.clear()
-    printed = in_a_process(hub, tmp_path, script, snippet, out)
+    in_a_process(hub, tmp_path, script, snippet, out)
     values, indices = torch.load(out)
     assert values.shape == indices.shape
     assert (indices.shape[-1], values.isfinite().all()) == (4, True)
-    assert "word" in printed  # what the model wrote
     got = {path.rsplit("/", 1)[1] for method, path, _ in hub.requests if method == "GET" and f"{REPO}/resolve" in path}
     assert {"modeling_mxd.py", "model-00001-of-00002.safetensors"} <= got
 
@@ -353,7 +352,6 @@ def test_a_licence_that_the_hub_does_not_know_comes_with_its_name(hub, folder):
         card = ModelCard(hub.files(REPO)["README.md"].decode())
         assert (card.data.license, card.data.license_name) == ("other", "tiny-research")
         assert card.data.license_link == "https://huggingface.co/user/base/blob/main/LICENSE"
-        assert "tiny-research. Trained" in card.text
     push_decomposition(folder, REPO, license="mit")
     assert ModelCard(hub.files(REPO)["README.md"].decode()).data.get("license_name") is None
 

@@ -87,7 +87,7 @@ def message_of(error):
 
 @pytest.mark.usefixtures("nowhere")
 def test_pushes_and_pulls(secret, folder, monkeypatch):
-    push_decomposition(folder, REPO, private=True, token=TOKEN, tag="v1")
+    push_decomposition(folder, REPO, private=True, token=TOKEN)
     for door in (AutoModel, AutoModelForCausalLM):
         model = door.from_pretrained(REPO, token=TOKEN)
         model.push_to_hub("user/again", private=True, token=TOKEN)

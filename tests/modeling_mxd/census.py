@@ -8,10 +8,11 @@ import torch
 from tiny_models import GENERATE_FAILS, model_inputs, tiny_model
 from torch import nn
 
+from mxd.base.pretrained_weights import mlp_encoder_type, mlp_hidden_act, mlp_layout, mlp_widths, record_base
 from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, find_all_mlps, find_mlps
 from mxd.modeling_mxd.architectures import is_other_tower
 from mxd.modeling_mxd.sites import MAIN, MLPSite
-from mxd.modeling_mxd.verification import _tensors, originals_routed
+from mxd.modeling_mxd.surgery import originals_routed, tensors_in
 
 # Stacks whose MLPs cannot be seen in the model's outputs, and why.
 WITHOUT_EFFECT = {
@@ -39,7 +40,7 @@ def outputs(model, inputs):
     """All floating tensors that the model gives, the same at every call."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        found = list(_tensors(model(**inputs)))
+        found = list(tensors_in(model(**inputs)))
     return [tensor.clone() for tensor in found if tensor.is_floating_point()]
 
 
@@ -53,20 +54,20 @@ def decomposition_of(model, sites: list[MLPSite]) -> MxDModel:
     """A random decomposition of these sites."""
     layers = {}
     for site in sites:
-        inputs, units, width = site.widths
+        inputs, units, width = mlp_widths(site)
         layers[site.layer] = MxDLayerConfig(
             hidden_size=inputs,
             output_size=width,
             intermediate_size=min(units, 64),
             num_experts=12,
             num_experts_per_tok=3,
-            hidden_act=site.hidden_act or "silu",
-            encoder_type=site.encoder_type,
+            hidden_act=mlp_hidden_act(site) or "silu",
+            encoder_type=mlp_encoder_type(site),
         )
     decomposition = MxDModel(MxDConfig.from_layer_configs(layers, stack=sites[0].stack, site=sites[0].name))
     for parameter in decomposition.parameters():
         nn.init.normal_(parameter, std=0.3)
-    decomposition.record_base(model)
+    record_base(decomposition, model)
     return decomposition.eval()
 
 
@@ -98,7 +99,7 @@ def examine_backward(model, decomposition, inputs):
     model.train(model.config.model_type in ONLY_TRAINING)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        found = [tensor for tensor in _tensors(model(**inputs, **without_cache)) if tensor.requires_grad]
+        found = [tensor for tensor in tensors_in(model(**inputs, **without_cache)) if tensor.requires_grad]
         sum(tensor.float().square().sum() for tensor in found).backward()
     model.eval()
     reached = [
@@ -175,7 +176,7 @@ def _examine_sites(model, inputs, stack, name, running) -> list[Examined]:
     rows: dict[tuple[str, ...], Examined] = {}
     for site in found.values():
         slots = ", ".join(slot.removeprefix(f"{site.path}.") for slot in site.slots)
-        layout, act = (str(site.layout), site.hidden_act) if site.slots else ("", None)
+        layout, act = (str(mlp_layout(site)), mlp_hidden_act(site)) if site.slots else ("", None)
         reason = site.reason if site.slots else site.reason.partition(", only")[0]
         key = (site.kind, slots, layout)
         if key in rows:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mxd.base.pretrained_weights import record_base
 from mxd.modeling_mxd import MxDConfig, MxDModel
 
 LAYERS = (0, 2)
@@ -24,7 +25,7 @@ def decomposition(base_folder, base, layers=LAYERS, **changes):
     model = MxDModel(config)
     for tensor in (*model.parameters(), *model.buffers()):
         nn.init.normal_(tensor, std=0.3)
-    model.record_base(base)
+    record_base(model, base)
     return model
 
 

@@ -52,7 +52,6 @@ def test_a_refusal_names_the_field_the_value_and_the_layer(field, value):
         ({"site": "../mlp"}, "site must be 'mlp'.* got '../mlp'"),
         ({"site": 8}, "site must be 'mlp'.* got 8"),
         ({"stack": "model/layers"}, "stack must be None.* got 'model/layers'"),
-        ({"stack": "x" * 10**6}, "stack must be None"),
         ({"layers": [1], "layer_overrides": {"2": {}}}, "layer_overrides names layer '2'"),
         ({"layers": [1], "layer_overrides": {"01": {}}}, "layer_overrides names layer '01'"),
         ({"layers": [1], "layer_overrides": {"1": {"experts": 3}}}, r"layer_overrides\['1'\] .*'experts'"),

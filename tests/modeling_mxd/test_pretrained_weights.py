@@ -7,8 +7,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.activations import ACT2FN
 
+from mxd.base.pretrained_weights import (
+    PretrainedWeights,
+    mlp_active_units,
+    mlp_hidden_act,
+    mlp_layout,
+    mlp_weights,
+    mlp_widths,
+)
 from mxd.modeling_mxd import SurgeryError, find_mlp, find_mlps
-from mxd.modeling_mxd.pretrained_weights import PretrainedWeights
 
 # A type for every layout → what the layout says.
 DENSE = {
@@ -35,15 +42,15 @@ def first(model):
 @pytest.mark.parametrize("model_type", DENSE)
 def test_the_weights_are_the_function(model_type):
     site = first(tiny_model(model_type).double())
-    assert str(site.layout) == DENSE[model_type]
-    x = torch.randn(1, 5, site.widths[0], dtype=torch.float64)
+    assert str(mlp_layout(site)) == DENSE[model_type]
+    x = torch.randn(1, 5, mlp_widths(site)[0], dtype=torch.float64)
     expected = x
     for module in site.modules:
         expected = module(expected)
-    weights = site.weights()
-    assert weights.encoder.shape == (site.widths[1], site.widths[0])
-    assert weights.decoder.shape == (site.widths[2], site.widths[1])
-    torch.testing.assert_close(weights.apply(x, ACT2FN[site.hidden_act]), expected, rtol=1e-5, atol=1e-6)
+    weights = mlp_weights(site)
+    assert weights.encoder.shape == (mlp_widths(site)[1], mlp_widths(site)[0])
+    assert weights.decoder.shape == (mlp_widths(site)[2], mlp_widths(site)[1])
+    torch.testing.assert_close(weights.apply(x, ACT2FN[mlp_hidden_act(site)]), expected, rtol=1e-5, atol=1e-6)
 
 
 def run_expert(experts, index, x):
@@ -58,23 +65,23 @@ def test_stacked_experts_are_read_one_after_another(model_type):
     """Halves, no GLU, transposed: each expert's slice of the weights is that expert."""
     model = tiny_model(model_type)
     site = next(s for s in find_mlps(model, site="mlp.experts").values() if s.slots)
-    weights, experts, x = site.weights(), site.modules[0], torch.randn(5, site.widths[0])
-    each = site.widths[1] // site.layout.experts
-    for index in range(site.layout.experts):
+    weights, experts, x = mlp_weights(site), site.modules[0], torch.randn(5, mlp_widths(site)[0])
+    each = mlp_widths(site)[1] // mlp_layout(site).experts
+    for index in range(mlp_layout(site).experts):
         part = slice(index * each, (index + 1) * each)
         up = None if weights.up is None else weights.up[part]
         own = PretrainedWeights(weights.encoder[part], None, up, None, weights.decoder[:, part], None)
         expected = run_expert(experts, index, x)
-        torch.testing.assert_close(own.apply(x, ACT2FN[site.hidden_act]), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(own.apply(x, ACT2FN[mlp_hidden_act(site)]), expected, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
 def test_interleaved_halves_with_biases():
     """gpt_oss: gate and up in turn, both clamped, the output (up + 1) · gate · sigmoid(1.702 · gate)."""
     site = first(tiny_model("gpt_oss"))
-    assert "interleaved" in str(site.layout) and "transposed" in str(site.layout)
-    weights, x = site.weights(), 0.1 * torch.randn(5, site.widths[0])
-    each = site.widths[1] // site.layout.experts
+    assert "interleaved" in str(mlp_layout(site)) and "transposed" in str(mlp_layout(site))
+    weights, x = mlp_weights(site), 0.1 * torch.randn(5, mlp_widths(site)[0])
+    each = mlp_widths(site)[1] // mlp_layout(site).experts
     gate = nn.functional.linear(x, weights.encoder[:each], weights.encoder_bias[:each])
     up = nn.functional.linear(x, weights.up[:each], weights.up_bias[:each])
     hidden = (up.clamp(-7, 7) + 1) * gate.clamp(max=7) * torch.sigmoid(1.702 * gate.clamp(max=7))
@@ -85,12 +92,12 @@ def test_interleaved_halves_with_biases():
 def test_a_shared_expert_comes_first():
     model = tiny_model("deepseek_v3")
     site = next(s for s in find_mlps(model).values() if s.kind == "mixture-of-experts")
-    weights, block = site.weights(), site.input_module
+    weights, block = mlp_weights(site), site.input_module
     shared = block.shared_experts.gate_proj.weight
     assert torch.equal(weights.encoder[: len(shared)], shared)
     assert torch.equal(weights.decoder[:, : len(shared)], block.shared_experts.down_proj.weight)
     active = len(shared) + model.config.num_experts_per_tok * model.config.moe_intermediate_size
-    assert site.active_units == active < len(weights.encoder)
+    assert mlp_active_units(site) == active < len(weights.encoder)
 
 
 def test_the_strongest_units_in_their_order():
@@ -122,14 +129,14 @@ class Quantised(nn.Linear):
 def test_quantised_linears_are_read_as_what_they_compute(model_type):
     model = tiny_model(model_type)
     site = find_mlp(model, 1)
-    plain, widths = site.weights(), site.widths
+    plain, widths = mlp_weights(site), mlp_widths(site)
     for name, module in list(site.input_module.named_children()):
         if isinstance(module, nn.Linear):
             setattr(site.input_module, name, Quantised(module))
     site = find_mlp(model, 1)
-    assert site.widths == widths
+    assert mlp_widths(site) == widths
     for name, expected in vars(plain).items():
-        got = getattr(site.weights(), name)
+        got = getattr(mlp_weights(site), name)
         if expected is not None:
             torch.testing.assert_close(got, expected, rtol=0, atol=float(expected.abs().max()) / 100)
 
@@ -138,9 +145,9 @@ def test_what_cannot_be_read_says_what_to_do(tiny_llama):
     mlp = tiny_llama.model.layers[1].mlp
     mlp.gate_proj = Quantised(mlp.gate_proj, readable=False)
     with pytest.raises(SurgeryError, match=r"layer 1: the quantised weight of gate_proj .*only on a GPU.* at random"):
-        find_mlp(tiny_llama, 1).weights()
+        mlp_weights(find_mlp(tiny_llama, 1))
     with pytest.raises(SurgeryError, match="layer 0: the weight of gate_proj is offloaded or was never loaded"):
-        find_mlp(tiny_llama.to("meta"), 0).weights()
+        mlp_weights(find_mlp(tiny_llama.to("meta"), 0))
 
 
 @pytest.mark.parametrize(
@@ -149,11 +156,11 @@ def test_what_cannot_be_read_says_what_to_do(tiny_llama):
 )
 def test_activations_are_told_by_their_values(model_type, activation):
     """openai-gpt's config says gelu and means gelu_new; lfm2 names none and calls silu in its code."""
-    assert first(tiny_model(model_type)).hidden_act == activation
+    assert mlp_hidden_act(first(tiny_model(model_type))) == activation
 
 
 def test_an_activation_that_transformers_has_no_name_for():
-    assert first(tiny_model("apertus")).hidden_act is None
+    assert mlp_hidden_act(first(tiny_model("apertus"))) is None
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.2)])
@@ -166,7 +173,7 @@ def test_a_model_that_bitsandbytes_quantised_is_read_to_its_precision(tmp_path, 
     )
     got, expected = find_mlp(quantised, 1), find_mlp(model, 1)
     assert not next(iter(got.input_module.parameters())).is_floating_point()
-    assert got.widths == expected.widths and got.hidden_act == expected.hidden_act
-    for name, weight in vars(expected.weights()).items():
+    assert mlp_widths(got) == mlp_widths(expected) and mlp_hidden_act(got) == mlp_hidden_act(expected)
+    for name, weight in vars(mlp_weights(expected)).items():
         if weight is not None:
-            assert (getattr(got.weights(), name) - weight).norm() < error * weight.norm()
+            assert (getattr(mlp_weights(got), name) - weight).norm() < error * weight.norm()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mxd.base.capture import capture_mlps
+from mxd.base.pretrained_weights import mlp_hidden_act, mlp_weights, mlp_widths
 from mxd.modeling_mxd import (
     MxDConfig,
     MxDModel,
@@ -46,7 +47,7 @@ def test_lists_that_differ_in_a_number_are_one_stack():
     model = tiny_model("swin")
     [stack] = stacks_of(model)
     assert stack.endswith("layers.*.blocks")
-    widths = [site.widths[0] for site in find_mlps(model).values()]
+    widths = [mlp_widths(site)[0] for site in find_mlps(model).values()]
     assert widths == sorted(widths) and widths[0] < widths[-1]
 
 
@@ -124,10 +125,10 @@ def test_an_unknown_model_is_addressed_by_paths(own_model):
     with pytest.raises(SurgeryError, match="layer 0 of LlamaForCausalLM has no MLP: OwnBlock has no module that is an"):
         find_mlp(own_model, 0, "model.stages")
     site = find_mlp(own_model, 1, **where)
-    assert site.widths == (16, 24, 16) and site.hidden_act == "tanh" and site.kind == "inline"
+    assert mlp_widths(site) == (16, 24, 16) and mlp_hidden_act(site) == "tanh" and site.kind == "inline"
     ids = torch.randint(0, 64, (2, 5))
     before, (x, y) = own_model(ids), capture_mlps(own_model, [1], ids, **where)[1]
-    torch.testing.assert_close(site.weights().apply(x, torch.tanh), y)
+    torch.testing.assert_close(mlp_weights(site).apply(x, torch.tanh), y)
     layer = random_layer(hidden_size=16, output_size=16)
     config = MxDConfig.from_layer_configs({1: layer.config}, **where)
     mxd = MxDModel(config)

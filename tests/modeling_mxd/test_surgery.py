@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.activations import ACT2FN
 
 from mxd.base.capture import capture_mlps
+from mxd.base.pretrained_weights import check_widths, mlp_encoder_type, mlp_hidden_act, mlp_weights
 from mxd.modeling_mxd import (
     MxDConfig,
     MxDLayerConfig,
@@ -148,7 +149,7 @@ def test_finds_every_mlp_with_its_sizes(model):
     sites = find_mlps(model)
     assert list(sites) == list(range(LAYERS))
     for layer, site in sites.items():
-        weights = site.weights()
+        weights = mlp_weights(site)
         assert site.layer == layer
         assert model.get_submodule(site.path) is site.parent
         assert weights.encoder.shape == (UNITS, HIDDEN)
@@ -156,7 +157,7 @@ def test_finds_every_mlp_with_its_sizes(model):
         assert site.input_module is site.modules[0]
         assert site.output_module is site.modules[-1]
         assert len({id(s.parent) for s in sites.values()}) == LAYERS
-        site.check_fits(MxDLayerConfig(HIDDEN, HIDDEN, 8, 8, 2))
+        check_widths(site, MxDLayerConfig(HIDDEN, HIDDEN, 8, 8, 2))
 
 
 @torch.no_grad()
@@ -164,11 +165,11 @@ def test_weights_reproduce_the_function_exactly(model):
     model.double()
     x = torch.randn(5, HIDDEN, dtype=torch.float64)
     for site in find_mlps(model).values():
-        weights = site.weights()
-        hidden = ACT2FN[site.hidden_act](nn.functional.linear(x, weights.encoder, weights.encoder_bias))
+        weights = mlp_weights(site)
+        hidden = ACT2FN[mlp_hidden_act(site)](nn.functional.linear(x, weights.encoder, weights.encoder_bias))
         if weights.up is not None:
             hidden = hidden * nn.functional.linear(x, weights.up, weights.up_bias)
-        assert (weights.up is not None) == (site.encoder_type == "glu")
+        assert (weights.up is not None) == (mlp_encoder_type(site) == "glu")
         want = Chain(site.modules)(x)
         assert want.std() > 0.01
         got = nn.functional.linear(hidden, weights.decoder, weights.decoder_bias)
@@ -178,7 +179,7 @@ def test_weights_reproduce_the_function_exactly(model):
 @torch.no_grad()
 def test_weights_are_copies(model):
     with left_as_it_was(model):
-        for tensor in vars(find_mlp(model, 1).weights()).values():
+        for tensor in vars(mlp_weights(find_mlp(model, 1))).values():
             if tensor is not None:
                 assert not tensor.requires_grad
                 tensor.zero_()
@@ -354,7 +355,7 @@ def test_weights_of_a_replaced_mlp_are_refused(model):
             SurgeryError, match=r"no rule finds the pretrained weights of layer 0 .MxDLayer.*: undo a replacement"
         ),
     ):
-        find_mlp(model, 0).weights()
+        mlp_weights(find_mlp(model, 0))
 
 
 def test_another_failed_restore_does_not_stop_the_rest(model):

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import FalconConfig, FalconForCausalLM
 
 from mxd.base.capture import capture_mlps
+from mxd.base.pretrained_weights import mlp_hidden_act, mlp_weights, mlp_widths
 from mxd.modeling_mxd import SurgeryError, find_mlp, find_mlps, replace_mlps, spliced_mlps
 from mxd.modeling_mxd.surgery import _move_to
 
@@ -28,7 +29,7 @@ def test_a_layer_without_its_mlp_says_so(tiny_llama):
     sites = find_mlps(tiny_llama)
     assert [site.kind for site in sites.values()] == ["module", "none", "module"]
     assert sites[1].reason.startswith("LlamaDecoderLayer has no module that is an MLP, only self_attn (LlamaAttention)")
-    for attempt in (lambda: find_mlp(tiny_llama, 1), lambda: sites[1].modules, sites[1].weights):
+    for attempt in (lambda: find_mlp(tiny_llama, 1), lambda: sites[1].modules, lambda: mlp_weights(sites[1])):
         with pytest.raises(SurgeryError, match="layer 1 of LlamaForCausalLM has no MLP: LlamaDecoderLayer has"):
             attempt()
     with pytest.raises(SurgeryError, match=r"layer 1 .* has no MLP"):
@@ -37,18 +38,18 @@ def test_a_layer_without_its_mlp_says_so(tiny_llama):
 
 
 def test_the_activation_is_told_by_its_values_not_by_the_config(tiny_llama):
-    assert find_mlp(tiny_llama, 0).hidden_act == "silu"
+    assert mlp_hidden_act(find_mlp(tiny_llama, 0)) == "silu"
     tiny_llama.config.hidden_act = "relu"
-    assert find_mlp(tiny_llama, 0).hidden_act == "silu"
+    assert mlp_hidden_act(find_mlp(tiny_llama, 0)) == "silu"
     tiny_llama.model.layers[0].mlp.act_fn = nn.ReLU()
-    assert find_mlp(tiny_llama, 0).hidden_act == "relu"
+    assert mlp_hidden_act(find_mlp(tiny_llama, 0)) == "relu"
 
 
 def test_widths_that_no_weights_tell_are_probed(tiny_llama):
     """A block of unknown make: its widths show when tokens are run through it."""
     tiny_llama.model.layers[1].mlp = nn.Sequential(tiny_llama.model.layers[1].mlp)
     site = find_mlp(tiny_llama, 1)
-    assert site.widths is None and site.hidden_act is None
+    assert mlp_widths(site) is None and mlp_hidden_act(site) is None
     with (
         pytest.raises(SurgeryError, match="layer 1 maps 16 to 16 dimensions, the decomposition's layer 8 to 16"),
         spliced_mlps(tiny_llama, {1: random_layer(hidden_size=8, output_size=16)}),

@@ -5,6 +5,7 @@ import torch
 from tiny_models import model_inputs, tiny_model
 from trainer_cases import PLAIN
 
+from mxd.base.pretrained_weights import mlp_active_units, mlp_encoder_type, mlp_hidden_act, mlp_widths
 from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, find_mlps
 from mxd.trainers import DistillationArguments, DistillationTrainer
 
@@ -43,15 +44,15 @@ def decomposition_of(teacher, stack, site):
     sites = [found for found in find_mlps(teacher, stack, site).values() if found.slots]
     configs = {}
     for found in sites[-2:]:
-        inputs, _, outputs = found.widths
+        inputs, _, outputs = mlp_widths(found)
         configs[found.layer] = MxDLayerConfig(
             hidden_size=inputs,
             output_size=outputs,
-            intermediate_size=found.active_units,
+            intermediate_size=mlp_active_units(found),
             num_experts=24,
             num_experts_per_tok=4,
-            hidden_act=found.hidden_act or "silu",
-            encoder_type=found.encoder_type,
+            hidden_act=mlp_hidden_act(found) or "silu",
+            encoder_type=mlp_encoder_type(found),
         )
     return MxDModel(MxDConfig.from_layer_configs(configs, stack=stack, site=site))
 

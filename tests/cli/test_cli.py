@@ -1,0 +1,379 @@
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from commands import killed_at_the_end, refused, run
+from safetensors.torch import load_file
+
+from mxd import EvaluationOptions, demo, evaluate
+from mxd.cli import main as cli
+from mxd.data.texts import TextOptions, warn_of_embedded_text
+from mxd.jobs import decompose as decompose_job
+from mxd.jobs import evaluate as evaluate_job
+from mxd.jobs.decompositions import load_base_and_text
+from mxd.modeling_mxd import MxDModel
+
+
+def evaluated(folder, **changes):
+    return evaluate(EvaluationOptions(decomposition=str(folder), **changes))
+
+
+def test_decompose_leaves_a_folder_that_loads(finished):
+    folder, output, error = finished
+    names = {path.name for path in folder.iterdir() if path.suffix != ".py"}
+    assert names == {
+        "config.json",
+        "evaluation.json",
+        "figures",
+        "model.safetensors",
+        "run.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_arguments.json",
+        "training_log.json",
+    }
+    assert {path.name for path in (folder / "figures").iterdir()} == {"expert_frequency.png", "training_loss.png"}
+    model, info = MxDModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.base_model_name_or_path == demo.MODEL_NAME
+    for word in ("NMSE", "FVU", "L0", "dead", "specialised", "zero-ablated", "recovered", "mxd evaluate"):
+        assert word in output
+    assert "tok/s" in error
+
+
+def test_evaluation_is_complete(finished):
+    results = json.loads((finished[0] / "evaluation.json").read_text())
+    (layer,) = results["layers"].values()
+    assert {"nmse", "fvu", "l0", "dead_experts", "expert_share", "specialised_share"} <= set(layer)
+    assert {"expert_entropy", "max_expert_frequency"} <= set(layer)
+    loss = results["cross_entropy"]
+    assert set(loss) == {"untouched", "spliced", "zero_ablated", "rise", "rise_interval", "recovered"}
+    half = (loss["rise_interval"][1] - loss["rise_interval"][0]) / 2
+    assert f"({loss['rise']:+.4f} ± {half:.4f})" in finished[1]
+    assert results["settings"]["expert_statistics"] == "training tokens"
+    assert results["settings"]["training"]["tokens_trained"] == 6144  # whole steps
+    # The untouched model predicts its held-out text as well as the record of its training says.
+    assert results["cross_entropy"]["untouched"] == pytest.approx(demo.results()["heldout"]["cross_entropy"], abs=0.4)
+
+
+def test_evaluate_again_gives_the_same_numbers(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    before = json.loads((folder / "evaluation.json").read_text())
+    code, output, error = run("evaluate", folder, "--tokens", "2048", "--output", "-")
+    assert code == 0, error
+    after = json.loads(output)
+    assert after["layers"]["2"] == pytest.approx(before["layers"]["2"], rel=1e-5)
+    intervals = [results["cross_entropy"].pop("rise_interval") for results in (before, after)]
+    assert intervals[1] == pytest.approx(intervals[0], rel=1e-4, abs=1e-6)
+    assert after["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-5, abs=1e-6)
+    assert after["settings"]["training"] == before["settings"]["training"]
+
+
+def test_evaluate_on_the_text_of_the_training_says_so(finished, tmp_path, caplog, monkeypatch):
+    folder, text = shutil.copytree(finished[0], tmp_path / "copy"), tmp_path / "own.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    monkeypatch.chdir(tmp_path)
+    results = json.loads((folder / "evaluation.json").read_text())
+    results["settings"]["training"]["text"]["dataset"] = ["own.txt"]
+    (folder / "evaluation.json").write_text(json.dumps(results))
+    found = evaluated(folder, dataset=[str(text)], context_length=64, tokens=256)
+    assert "was trained on" in caplog.text and found["settings"]["evaluation"]["held_out"] is False
+    found = evaluated(folder, context_length=64, tokens=256)
+    assert found["settings"]["evaluation"]["held_out"] is True
+    (folder / "evaluation.json").unlink()  # as of what a Trainer made: on what it was trained is not known
+    found = evaluated(folder, context_length=64, tokens=256)
+    assert found["settings"]["evaluation"]["held_out"] is None
+
+
+def test_evaluate_on_other_text(finished, tmp_path):
+    folder, text = shutil.copytree(finished[0], tmp_path / "copy"), tmp_path / "other.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    code, output, error = run("evaluate", folder, "--dataset", text, "--context-length", "64")
+    assert code == 0, error
+    assert "NMSE" in output
+
+
+def test_evaluate_with_ablation_and_ranks(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    code, output, error = run("evaluate", folder, "--tokens", "1024", "--ablation", "contribution", "--ranks")
+    assert code == 0, error
+    assert "strongest experts removed" in output
+    results = json.loads((folder / "evaluation.json").read_text())
+    curve = results["ablation"]
+    assert (curve["order"], curve["removed"]) == ("contribution", [0, 1, 2, 4])
+    assert curve["cross_entropy"][0] == pytest.approx(results["cross_entropy"]["spliced"])
+    assert results["ranks"]["2"]["experts"] == 64 and 0 < results["ranks"]["2"]["normalised_rank"] <= 1
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert {"ablation.png", "smallest_singular_values.png"} <= figures
+    # On the same tokens both are kept; on others only what depends on no text.
+    again = evaluated(folder, tokens=1024)
+    assert again["ablation"] == curve and again["ranks"] == results["ranks"]
+    other = evaluated(folder, tokens=512)
+    assert "ablation" not in other and other["ranks"] == results["ranks"]
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert "ablation.png" not in figures and "smallest_singular_values.png" in figures
+
+
+def test_another_decomposition_s_figures_are_removed(finished, tmp_path):
+    (tmp_path / "figures").mkdir()
+    for name in ("ablation.png", "smallest_singular_values.png", "mine.png"):
+        (tmp_path / "figures" / name).touch()
+    evaluated(finished[0], tokens=256, output=str(tmp_path))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"mine.png"}
+
+
+def test_an_evaluation_that_cannot_be_read_is_refused_before_measuring(finished, tmp_path, monkeypatch):
+    def measure(*_, **__):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(evaluate_job, "faithfulness", measure)
+    (tmp_path / "evaluation.json").write_text('{"layers"')
+    with pytest.raises(ValueError, match=r"evaluation.json is no JSON that can be read: .*move it away"):
+        evaluated(finished[0], tokens=256, output=str(tmp_path))
+
+
+def test_embedded_model_beats_unigrams_by_far():
+    heldout = demo.results()["heldout"]
+    assert heldout["cross_entropy"] < 0.6 * heldout["unigram_cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such-model"], "cannot load the model 'no/such-model'"),
+        (["--layers", "99"], "layer 99 is out of range: the model has layers 0 to 4"),
+        (["--layers", "x"], "is no list of numbers"),
+        (["--tokens", "lots"], "is no number of tokens"),
+        (["-k", "65", "--num-experts", "64"], "num_experts_per_tok (65) must not exceed num_experts (64)"),
+        (["--dataset", "missing.parquet"], "missing.parquet"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--layers", "1,1"], "more than once"),
+        (["--context-length", "257"], "has 256 positions, fewer than a row of 257 tokens"),
+    ],
+)
+def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, arguments, message):
+    if "--dataset" not in arguments:
+        monkeypatch.setattr(decompose_job, "load_documents", lambda *_: pytest.fail("text was fetched"))
+    error = refused(monkeypatch, capsys, "decompose", "--output", tmp_path / "out", *arguments)
+    assert message in " ".join(error.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "experts", "probe", "finetune"])
+def test_what_the_base_cannot_do_is_refused_before_text_is_fetched(monkeypatch, capsys, tmp_path, finished, command):
+    monkeypatch.chdir(tmp_path)
+    labels = ["--label-column", "kind"] if command == "probe" else []
+    (tmp_path / "long.yaml").write_text("context_length: 257")
+    arguments = ["--config", "long.yaml", "--dataset", "missing.parquet", *labels]
+    assert "fewer than a row of 257 tokens" in refused(monkeypatch, capsys, command, finished[0], *arguments)
+
+
+def test_a_stranger_s_base_of_absurd_sizes_is_refused_before_a_config_is_made_of_it(finished, tmp_path, monkeypatch):
+    base = shutil.copytree(demo.model_path(), tmp_path / "base")
+    values = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (base / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr("mxd.base.base_model.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was made"))
+    decomposition = MxDModel.from_pretrained(finished[0])
+    decomposition.config.base_model_name_or_path = str(base)
+    with pytest.raises(ValueError, match="has sizes that no model has"):
+        load_base_and_text(decomposition, "float32", 128, lambda: pytest.fail("text was fetched"))
+
+
+def test_a_model_of_ones_own_on_the_embedded_text_is_warned_of(caplog):
+    warn_of_embedded_text(TextOptions(), demo.MODEL_NAME)
+    warn_of_embedded_text(TextOptions(["a.txt"]), "gpt2")
+    assert not caplog.text
+    warn_of_embedded_text(TextOptions(), "gpt2")
+    assert "gpt2 is trained on the small text that ships with mxd" in caplog.text
+
+
+def test_empty_dataset_and_missing_column(monkeypatch, capsys, tmp_path):
+    empty, other = tmp_path / "empty.jsonl", tmp_path / "other.jsonl"
+    empty.write_text("")
+    other.write_text('{"body": "a text"}\n{"body": "another"}\n')
+    assert "empty" in refused(monkeypatch, capsys, "decompose", "--dataset", empty, "--output", tmp_path / "out")
+    error = refused(monkeypatch, capsys, "decompose", "--dataset", other, "--output", tmp_path / "out")
+    assert "text" in error and "body" in error
+
+
+def test_output_that_is_not_empty(monkeypatch, capsys, tmp_path, finished):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert "--overwrite" in refused(monkeypatch, capsys, "decompose", "--output", mine)
+    assert "will not delete" in refused(monkeypatch, capsys, "decompose", "--output", mine, "--overwrite")
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    # Bad input together with --overwrite costs nothing that was there.
+    refused(monkeypatch, capsys, "decompose", "--output", finished[0], "--overwrite", "--layers", "99")
+    assert (finished[0] / "model.safetensors").is_file()
+
+
+def test_a_decomposition_is_no_model_to_decompose(monkeypatch, capsys, tmp_path, finished):
+    error = refused(monkeypatch, capsys, "decompose", finished[0], "--output", tmp_path / "out")
+    assert "is a decomposition itself: name its base model" in error
+    assert "fewer than a row" in refused(monkeypatch, capsys, "evaluate", finished[0], "--context-length", "512")
+
+
+def test_evaluate_of_what_is_no_decomposition(monkeypatch, capsys, tmp_path, finished):
+    assert "holds no decomposition" in refused(monkeypatch, capsys, "evaluate", tmp_path)
+    error = refused(monkeypatch, capsys, "evaluate", demo.model_path())
+    assert "no decomposition" in error
+    config = MxDModel.from_pretrained(finished[0]).config
+    config.method = "transcoder"
+    MxDModel(config).save_pretrained(tmp_path / "transcoder")
+    assert "leave --ranks out" in refused(monkeypatch, capsys, "evaluate", tmp_path / "transcoder", "--ranks")
+
+
+def test_what_is_finished_is_not_resumed(monkeypatch, capsys, finished):
+    error = refused(monkeypatch, capsys, "decompose", "--resume", "--output", finished[0])
+    assert "is finished, there is nothing to resume" in error
+
+
+def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
+    assert "no complete checkpoint" in refused(monkeypatch, capsys, "decompose", "--resume", "--output", tmp_path / "o")
+
+
+def test_interrupt_then_resume(tmp_path):
+    folder = tmp_path / "out"
+    arguments = ["--num-experts", "64", "-k", "4", "--evaluation-tokens", "2048", "--tokens", "40k", "--output", folder]
+    command = [sys.executable, "-m", "mxd", "decompose", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
+        deadline = time.monotonic() + 300
+        with killed_at_the_end(process):
+            while not any(folder.glob("checkpoint-*/trainer_state.json")):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            error = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 130, error
+    assert "--resume" in error and "Traceback" not in error
+    assert list(folder.glob("checkpoint-*/trainer_state.json"))
+    code, output, error = run("decompose", *arguments, "--resume")
+    assert code == 0, error
+    assert "NMSE" in output and (folder / "model.safetensors").is_file()
+
+
+def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
+    """A limit on the size of files stands for the full disk: the write of the weights fails midway."""
+    folder = tmp_path / "out"
+    script = (
+        "import resource, sys, runpy\n"
+        "from transformers import Trainer\n"
+        "from mxd import DistillationTrainer\n"
+        "save = DistillationTrainer._save_checkpoint\n"
+        "def limited(self, *a):\n"
+        "    if self.state.global_step > 5:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "    save(self, *a)\n"
+        "DistillationTrainer._save_checkpoint = limited\n"
+        "from mxd.cli import main\n"
+        "main()\n"
+    )
+    arguments = ["decompose", "--num-experts", "64", "-k", "4", "--tokens", "40k", "--output", str(folder)]
+    command = [sys.executable, "-c", script, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr and "kept" in done.stderr
+    assert list(folder.glob("checkpoint-*/trainer_state.json"))
+
+
+def write_checkpoint(folder, complete=True):
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / ("trainer_state.json" if complete else "model.safetensors")).touch()
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        ("decompose", "run again with --resume"),
+        ("finetune", "run again with --resume"),
+        ("frontier", "run the same command to go on"),
+        ("evaluate", None),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full", "a.bin"), RuntimeError("PytorchStreamWriter: inline_container.cc:664")]
+)
+def test_of_a_disk_that_is_full_it_says_what_is_kept(monkeypatch, capsys, tmp_path, command, kept, error):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    write_checkpoint(tmp_path)
+    message = refused(monkeypatch, capsys, command, "--output", tmp_path)
+    assert ("No space left on device (a.bin)" if isinstance(error, OSError) else "the disk may be full") in message
+    said = {words for words in ("run again with --resume", "run the same command to go on") if words in message}
+    assert said == ({kept} if kept else set())
+    assert ("kept" in message) == bool(kept)
+
+
+def test_weights_that_cannot_be_read_are_no_full_disk(monkeypatch, capsys, tmp_path):
+    (tmp_path / "short.safetensors").write_bytes(b"\x05")
+    monkeypatch.setattr(cli, "app", lambda: load_file(tmp_path / "short.safetensors"))
+    error = refused(monkeypatch, capsys, "decompose")
+    assert "a file of weights cannot be read" in error and "disk" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"),
+    [
+        (["decompose"], True),
+        (["decompose", "gpt2", "--output=mxd-output", "--seed", "1"], True),
+        (["decompose", "--output", "mxd-output", "gpt2"], True),
+        (["decompose", "--output", "empty"], False),
+        (["decompose", "--output"], True),
+        (["finetune", "mxd-output"], False),
+        (["push", "mxd-output"], False),
+    ],
+)
+def test_of_an_interrupt_it_says_how_to_go_on(monkeypatch, capsys, tmp_path, arguments, goes_on):
+    def interrupts():
+        raise SystemExit(cli.INTERRUPTED)
+
+    monkeypatch.setattr(cli, "app", interrupts)
+    monkeypatch.setattr(sys, "argv", ["mxd", *arguments])
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "mxd-output")
+    write_checkpoint(tmp_path / "empty", complete=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == cli.INTERRUPTED and error.startswith("error: interrupted")
+    assert ("kept: run again with --resume" in error) == goes_on == ("kept" in error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rate"),
+    [
+        (["--learning-rate", "0"], 0.0),
+        (["--learning-rate", "0", "--method", "skip-transcoder"], 0.0),
+        ([], 1e-3),
+        (["--method", "skip-transcoder"], 3e-3),
+    ],
+)
+def test_the_learning_rate_is_the_one_that_is_asked_for(monkeypatch, capsys, arguments, rate):
+    def decompose(options):
+        raise ValueError(f"it is {options.learning_rate}")
+
+    monkeypatch.setattr(decompose_job, "decompose", decompose)
+    assert f"it is {rate}\n" in refused(monkeypatch, capsys, "decompose", *arguments)
+
+
+def test_version_of_torch_is_recorded(finished):
+    versions = json.loads((finished[0] / "evaluation.json").read_text())["settings"]["training"]["versions"]
+    assert versions["torch"] == torch.__version__
+
+
+def test_no_path_of_this_machine_in_the_embedded_files():
+    for path in demo.model_path().glob("*.json"):
+        assert not re.search(r"/home/|/root/|/Users/|[A-Z]:\\\\", path.read_text()), path
