@@ -33,13 +33,9 @@ class TokenProgressCallback(ProgressCallback):
         """Open the bar, at the resumed step if there is one."""
         self.current_step = state.global_step
         if state.is_world_process_zero:
+            total, done = state.max_steps * self.tokens_per_step, state.global_step * self.tokens_per_step
             self.training_bar = tqdm(
-                desc=self.name,
-                total=state.max_steps * self.tokens_per_step,
-                initial=state.global_step * self.tokens_per_step,
-                unit="tok",
-                unit_scale=True,
-                dynamic_ncols=True,
+                desc=self.name, total=total, initial=done, unit="tok", unit_scale=True, dynamic_ncols=True
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -48,14 +44,7 @@ class TokenProgressCallback(ProgressCallback):
             self.training_bar.update((state.global_step - self.current_step) * self.tokens_per_step)
         self.current_step = state.global_step
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         """Show the latest loss at the bar's end rather than a line per log."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)

@@ -47,7 +47,7 @@ PRIVATE_OVERRIDES = {
 
 # A router learns from one token in so many, since every expert is scored for it.
 ROUTER_TOKENS = 16
-_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # one value for every token
+_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # columns with one value per token
 SCALES_NAME = "activation_scales.json"
 ARGUMENTS_NAME = "training_arguments.json"
 # Left out of the file, which `push_to_hub=True` pushes: folders of this machine, and secrets.
@@ -65,7 +65,6 @@ class DecompositionTrainer(HubPushes):
         model: Model that the Trainer wraps, optimises and saves.
         decomposition: `MxDModel` whose parameters are trained: `model` itself, or a part of it.
         args: A `DecompositionArguments`.
-        train_dataset, eval_dataset: Rows with `input_ids` (and `attention_mask` if there is padding).
         **kwargs: As for `transformers.Trainer`.
 
     Raises:
@@ -85,7 +84,7 @@ class DecompositionTrainer(HubPushes):
         **kwargs: Any,
     ):
         if args.n_gpu > 1:
-            logger.warning("using one of %d GPUs: to train on all, start one process per GPU with torchrun", args.n_gpu)
+            logger.warning("using one of %d GPUs: to use all, start one process per GPU with torchrun", args.n_gpu)
             args._n_gpu = 1  # a decomposition does not run under DataParallel
         self.decomposition = decomposition
         layers = decomposition.config.layers
@@ -106,8 +105,6 @@ class DecompositionTrainer(HubPushes):
         self._interrupt = InterruptCallback()
         self.add_callback(self._interrupt)
         self.add_callback(DivergenceCallback(self.check_losses, self.check_weights))  # after it: it sees `should_save`
-
-    # Data
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -147,14 +144,11 @@ class DecompositionTrainer(HubPushes):
             for batch in self.get_train_dataloader():
                 yield self.prepare_batch(batch)
 
-    # Training
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train. Ctrl-C finishes the step, saves a checkpoint and returns; `interrupted` is then true.
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint, or True for the last complete one in `output_dir`.
-            **kwargs: As for `Trainer.train`.
 
         Raises:
             ValueError: There is nothing to resume from, or no training data.
@@ -162,7 +156,7 @@ class DecompositionTrainer(HubPushes):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        self._restart_running_losses()
+        self._running_losses = {}
         if resume_from_checkpoint:
             checkpoint = Path(str(resume_from_checkpoint))
             self.load_training_state(checkpoint)
@@ -204,10 +198,8 @@ class DecompositionTrainer(HubPushes):
         self.calibrate(self.args.calibration_tokens)
 
     def calibrate(self, tokens: int) -> dict[int, Calibration]:
-        """Measure the layers' activations on the training data, and set `scales`."""
-        logger.info("measuring the activations of %d training tokens", tokens)
-        decoder = self.decomposition.config.of_decoder
-        calibrations = calibrate(self.capture, self._training_batches(), tokens, decoder)
+        """Measure the activations on the training data, and set `scales`."""
+        calibrations = calibrate(self.capture, self._training_batches(), tokens, self.decomposition.config.of_decoder)
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
         # DDP broadcasts the weights of process 0; the scales must be the same everywhere too.
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
@@ -219,49 +211,47 @@ class DecompositionTrainer(HubPushes):
 
     def measure_experts(self) -> None:
         """Measure on training data how often and how strongly each expert is active, for the layers' buffers."""
+        if tokens := self._batch_tokens():
+            batches = islice(self._training_batches(), -(-self.args.statistics_tokens // tokens))
+            measure_expert_statistics(self.capture, self.decomposition, batches)
+
+    def _batch_tokens(self) -> int:
+        """Return the size of the first batch's loss mask; 0 without training data."""
         first = next(self._training_batches(), None)
-        if first is None:
-            return
-        batches = -(-self.args.statistics_tokens // self.loss_mask(first).numel())
-        measure_expert_statistics(self.capture, self.decomposition, islice(self._training_batches(), batches))
+        return 0 if first is None else self.loss_mask(first).numel()
 
     def _use_token_progress(self) -> None:
         if self.args.disable_tqdm:
             return
-        first = next(self._training_batches(), None)
-        if first is None:
+        tokens = self._batch_tokens() * self.args.gradient_accumulation_steps * self.args.world_size
+        if not tokens:
             raise ValueError("the training data is empty")
         self.remove_callback(ProgressCallback)
         self.remove_callback(TokenProgressCallback)
-        accumulated = self.args.gradient_accumulation_steps * self.args.world_size
-        self.add_callback(TokenProgressCallback(self.loss_mask(first).numel() * accumulated, self.progress_name))
+        self.add_callback(TokenProgressCallback(tokens, self.progress_name))
 
     def trained_modules(self, layer: int) -> dict[str, nn.Module]:
         """Return the trained modules of a layer by the prefix of their parameters' names: the layer itself."""
         return {"": self.decomposition.layer(layer)}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with one group per learning rate: see `initialization.parameter_scales`, and the
-        arguments' factors for gate and modulations. All parameters decay as in `args`."""
+        """Create the optimizer with a group per learning rate: see `parameter_scales`, and the arguments' factors."""
         if self.optimizer is None:
-            optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
-                self.args, self.decomposition
-            )
+            chosen = self.optimizer_cls_and_kwargs
+            optimizer_class, kwargs = chosen or self.get_optimizer_cls_and_kwargs(self.args, self.decomposition)
             kwargs = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay, **kwargs}
             # The plain group first, since its rate is the one that is logged.
             groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): []}
+            measured = self.scales if self.args.scale_activations else {}
             for layer in self.decomposition.config.layers:
-                measured = self.scales.get(layer) if self.args.scale_activations else None
                 for prefix, module in self.trained_modules(layer).items():
-                    scales = parameter_scales(module, measured or ActivationScales())
+                    scales = parameter_scales(module, measured.get(layer, ActivationScales()))
                     for name, parameter in module.named_parameters():
                         if parameter.requires_grad:
                             factor = self.args.learning_rate_factor(prefix + name)
                             groups.setdefault((scales[name], factor), []).append(parameter)
-            self.optimizer = optimizer_class(
-                [_parameter_group(parameters, *key, kwargs) for key, parameters in groups.items() if parameters],
-                **kwargs,
-            )
+            built = [_parameter_group(parameters, *key, kwargs) for key, parameters in groups.items() if parameters]
+            self.optimizer = optimizer_class(built, **kwargs)
         return self.optimizer
 
     def training_step(
@@ -273,15 +263,13 @@ class DecompositionTrainer(HubPushes):
         return loss
 
     def router_loss(self, layer: int, x: Tensor, mask: Tensor) -> Tensor | float:
-        """Return `router.router_loss` of some of the tokens in `mask`; 0 for a layer without a router.
-
-        Only the router gets gradients from it.
-        """
-        module = self.decomposition.layer(layer)
-        if module.router is None:
+        """Return `router.router_loss` of some of the tokens in `mask`; 0 for a layer without a router."""
+        if layer not in self.routed_layers:
             return 0.0
-        loss = router_loss(module, x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
-        return loss / self.current_gradient_accumulation_steps  # a mean, unlike the other losses
+        loss = router_loss(
+            self.decomposition.layer(layer), x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS]
+        )
+        return loss / self.current_gradient_accumulation_steps  # it is a mean, the other losses are sums
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         if grad_norm is not None or self.args.world_size > 1:
@@ -293,17 +281,12 @@ class DecompositionTrainer(HubPushes):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
 
-    # Losses since the last log
-
     def add_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's losses, by the names under which their means are logged."""
         if not self._running_losses:
             self._running_since = self.state.global_step
         for name, loss in losses.items():
             self._running_losses[name] = self._running_losses.get(name, 0) + loss.detach()
-
-    def _restart_running_losses(self) -> None:
-        self._running_losses = {}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; beside the loss also each of several `add_losses`, such as `layer_8/loss`."""
@@ -312,7 +295,7 @@ class DecompositionTrainer(HubPushes):
             for name, total in self._running_losses.items():
                 if name not in logs:
                     logs[name] = float(self.accelerator.reduce(total, "mean")) / steps
-            self._restart_running_losses()
+            self._running_losses = {}
         super().log(logs, *args, **kwargs)
 
     def check_losses(self) -> None:
@@ -337,14 +320,8 @@ class DecompositionTrainer(HubPushes):
             f"are kept in {self.args.output_dir}"
         )
 
-    # Saving
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the decomposition and the training arguments.
-
-        Raises:
-            DivergenceError: A weight is not finite.
-        """
+        """Save decomposition and training arguments; raise a DivergenceError if a weight is not finite."""
         self.check_weights()
         super().save_model(output_dir, _internal_call)
 
@@ -356,12 +333,11 @@ class DecompositionTrainer(HubPushes):
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             self.save_training_state(folder)
         evaluation = folder / EVALUATION_NAME
-        before = _weights_digest(folder) if evaluation.is_file() else None
+        before = _digests(folder) if evaluation.is_file() else None
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=self.saved_weights(state_dict))
-        if before is not None and _weights_digest(folder) != before:
+        if before is not None and _digests(folder) != before:
             evaluation.unlink()  # it measured the weights that were there
-        arguments = self.args.to_sanitized_dict()
-        arguments = {name: value for name, value in arguments.items() if name not in _LOCAL_ARGUMENTS}
+        arguments = {k: v for k, v in self.args.to_sanitized_dict().items() if k not in _LOCAL_ARGUMENTS}
         (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")
 
     def saved_weights(self, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -374,32 +350,19 @@ class DecompositionTrainer(HubPushes):
         (checkpoint / SCALES_NAME).write_text(json.dumps(scales, indent=2) + "\n")
 
     def load_training_state(self, checkpoint: Path) -> None:
-        """Read what `save_training_state` wrote.
-
-        Raises:
-            ValueError: The checkpoint is not one of a decomposition's training.
-        """
+        """Read what `save_training_state` wrote; raise a ValueError if there is nothing."""
         path = checkpoint / SCALES_NAME
         if not path.is_file():
             raise ValueError(f"{checkpoint} is no checkpoint of a decomposition's training: it has no {SCALES_NAME}")
         self.scales = {int(layer): ActivationScales(**value) for layer, value in json.loads(path.read_text()).items()}
 
 
-def _weights_digest(folder: Path) -> str:
-    digest = hashlib.blake2b()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
+def _digests(folder: Path) -> dict[str, bytes]:
+    return {path.name: hashlib.blake2b(path.read_bytes()).digest() for path in folder.glob("*.safetensors")}
 
 
 def _without_autocast(model: nn.Module) -> None:
-    """Remove the autocast that accelerate left on a model's forward, which would apply to later evaluations.
-
-    Another training puts it back.
-    """
+    """Remove the autocast that accelerate left on a model's forward; another training puts it back."""
     original = vars(model).pop("_original_forward", None)
     if original is None:
         return
@@ -421,11 +384,7 @@ def _parameter_group(
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str] | None) -> str:
-    """Return the newest checkpoint in a folder that was written completely (its trainer state is written last).
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Return the newest complete checkpoint in a folder (the trainer state is written last); ValueError if none."""
     steps = {}
     for folder in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")  # a user's copy may be called checkpoint-best

@@ -47,14 +47,13 @@ class DistillationTrainer(DecompositionTrainer):
 
     Args:
         model: The decomposition.
-        teacher: The model that it decomposes, of any kind. It is put into eval mode and its parameters are frozen;
-            otherwise it stays as it is, and it is not saved.
+        teacher: The model that it decomposes, of any kind. It is put into eval mode, frozen, and not saved.
         args: A `DistillationArguments`.
-        train_dataset, eval_dataset: Rows with `input_ids` (and `attention_mask` if there is padding), or with the
-            other inputs of the teacher; then pass a `data_collator` for them.
+        train_dataset, eval_dataset: Rows with `input_ids` (and `attention_mask` if there is padding), or with other
+            inputs of the teacher; then pass a `data_collator` for them.
         activations: An `ActivationCache` of the teacher, which then never runs. It is also the default
-            `train_dataset`; all rows of both data sets have to be in it. With
-            `train_sampling_strategy="sequential"` they are read from the disk in their order.
+            `train_dataset`, and contains all rows of both data sets. Its files are read in order with
+            `train_sampling_strategy="sequential"`.
         **kwargs: As for `transformers.Trainer`.
 
     Raises:
@@ -163,7 +162,7 @@ class DistillationTrainer(DecompositionTrainer):
         normalization: str = "squared_norm",
         minimum_squared_norm: float = 0.0,
     ) -> Tensor:
-        """Return the sum of the normalised squared errors of the tokens in `mask`.
+        """Return the sum of the normalised squared errors of the tokens in `mask`, a scalar in float32.
 
             squared_norm   Σ_t ‖ŷ_t − y_t‖² / max(‖y_t‖², m)   paper's reported error for m = 0
             norm           Σ_t ‖ŷ_t − y_t‖² / ‖y_t‖            the authors' code, up to the constant 1/O
@@ -174,9 +173,6 @@ class DistillationTrainer(DecompositionTrainer):
             mask: Tokens to include, (...) bool.
             normalization: `"squared_norm"` or `"norm"`.
             minimum_squared_norm: m; bounds the weight of tokens whose output is tiny.
-
-        Returns:
-            A scalar in float32.
         """
         prediction, target = prediction[mask].float(), target[mask].float()
         if normalization == "squared_norm":
@@ -192,31 +188,19 @@ class DistillationTrainer(DecompositionTrainer):
 
             T max(0, τ − ē),   ē = mean_t min(1, ‖ŷ_t − y_t‖² / max(‖y_t‖², m)),   ŷ_t = (mean_s Cᵀa_s) * Dᵀz_t + b
 
-        over the T tokens in `mask`. A dense encoder that is initialised from the MLP's own could do everything by
-        itself with Cᵀa = 1, and with the distillation loss alone it would.
+        over the T tokens in `mask`, with τ = `minimum_error` and m = `minimum_squared_norm`. With the distillation loss
+        alone, a dense encoder that is initialised from the MLP's own does everything by itself with Cᵀa = 1.
 
         Args:
             ablated: ŷ, (..., O).
             target: y, (..., O).
-            mask: Tokens to include, (...) bool, at least one.
-            minimum_error: τ.
-            minimum_squared_norm: m.
-
-        Returns:
-            A scalar in float32.
+            mask: (...) bool, true for at least one token.
         """
         errors = _relative_errors(ablated[mask].float(), target[mask].float(), minimum_squared_norm)
         return len(errors) * (minimum_error - errors.clamp_max(1).mean()).clamp_min(0)
 
     def layer_losses(self, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> LayerLosses:
-        """Return the losses of one layer.
-
-        Args:
-            layer: Index of the layer.
-            x: (..., I), the MLP's input.
-            y: (..., O), its output.
-            mask: Tokens to include, (...) bool.
-        """
+        """Return the losses of a layer, given its MLP's input x (..., I) and output y (..., O); mask (...) bool."""
         module, auxiliary, least = self.model.layer(layer), self.auxiliary.of_layer(layer), self.least_norm(layer)
         error = partial(self.distillation_loss, target=y, mask=mask, normalization=self.args.loss_normalization)
         weight, minimum = self.args.mean_ablation_weight, self.args.min_mean_ablation_error

@@ -135,7 +135,9 @@ def fit_router(
         router = fitting.fit_router(group, epochs)
     order = torch.argsort(group, stable=True)
     _renumber(layer, order)
-    router = fitting.folded(router).to(layer.gate.weight)
+    router.weight.div_(fitting.scale)  # for inputs as they are
+    router.bias.sub_(router.weight @ fitting.mean)
+    router = router.to(layer.gate.weight)
     if layer.router is not None and layer.router.weight.shape == router.weight.shape:
         layer.router.load_state_dict(router.state_dict())
     else:
@@ -183,16 +185,16 @@ class _Fitting:
         """Return the first groups (N), from clusters of the inputs; idle experts go where their gate rows point."""
         centers = self._cluster_centers()
         preferred = F.normalize(layer.gate.weight.float(), dim=-1) @ centers.T
-        return self.groups_from_scores(
-            lambda part: CLUSTER_SHARPNESS * F.normalize(part, dim=-1) @ centers.T, preferred=preferred
-        )
+
+        def score(part: Tensor) -> Tensor:
+            return CLUSTER_SHARPNESS * F.normalize(part, dim=-1) @ centers.T
+
+        return self.groups_from_scores(score, preferred)
 
     def groups_from_scores(self, score: Callable[[Tensor], Tensor], preferred: Tensor) -> Tensor:
-        """Put every expert into the group that is scored highest where it fires; → (N).
+        """Put every expert into the group that is scored highest where it fires, → (N).
 
-        Args:
-            score: Scores of the groups, (T, I) → (T, G).
-            preferred: (N, G), decides for experts that do not fire.
+        `score` maps inputs (T, I) to scores (T, G); `preferred` (N, G) decides for experts that do not fire.
         """
         weights = torch.cat([score(part).softmax(-1) for part in self.x.split(PART)])
         affinity = scatter_rows(self.indices, self.values, weights, self.config.num_experts)
@@ -215,10 +217,7 @@ class _Fitting:
         return centers
 
     def fit_router(self, group: Tensor, epochs: int) -> nn.Linear:
-        """Fit a router for scaled inputs to the tokens' shares of coefficients in groups `group` (N).
-
-        Adam, with a learning rate that falls to zero.
-        """
+        """Fit a router for scaled inputs to the tokens' shares of coefficients in each group; `group` (N)."""
         router = nn.utils.skip_init(nn.Linear, self.x.shape[1], self.num_groups, device=self.x.device)
         for parameter in router.parameters():
             nn.init.zeros_(parameter)
@@ -234,12 +233,6 @@ class _Fitting:
                     loss.backward()
                     optimizer.step()
                     schedule.step()
-        return router
-
-    def folded(self, router: nn.Linear) -> nn.Linear:
-        """Change a router for scaled inputs into one for the inputs as they are."""
-        router.weight.div_(self.scale)
-        router.bias.sub_(router.weight @ self.mean)
         return router
 
 

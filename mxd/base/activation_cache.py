@@ -141,8 +141,8 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
             )
         if found != wanted:
             earlier = [*folder.glob(_ROWS_NAME), *folder.glob(_file_name("*", "*puts"))] if found else []
-            needed = recording_bytes(rows.numel(), wanted["widths"]) - sum(path.stat().st_size for path in earlier)
-            check_free_space(folder, needed, "the activation cache")
+            needed = rows.numel() * (4 + sum(2 * sum(pair) for pair in wanted["widths"]))
+            _check_space(folder, needed - sum(path.stat().st_size for path in earlier))
             for path in [folder / MANIFEST_NAME, *earlier] if found else []:
                 path.unlink()
             folder.mkdir(parents=True, exist_ok=True)
@@ -151,50 +151,25 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
         return cls(folder)
 
 
-def recording_bytes(tokens: int, widths: Iterable[Sequence[int]]) -> int:
-    """Return the size on disk of a cache; `widths` are (I, O) of its layers."""
-    return tokens * (4 + sum(2 * sum(pair) for pair in widths))
-
-
-def check_free_space(folder: Path, needed: int, what: str) -> None:
-    """Raise a ValueError if the disk of `folder` has fewer than `needed` bytes free."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ValueError(
-            f"{what} takes {needed / 1e9:,.1f} GB and {existing} has {free / 1e9:,.1f} GB left: use fewer tokens or "
-            "layers, or a folder on another disk"
-        )
-
-
 def rows_digest(rows: Tensor) -> str:
     """Return a digest of token ids of any shape."""
     return hashlib.blake2b(rows.to("cpu", torch.int32).contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def model_identity(model: nn.Module) -> dict[str, str | None]:
-    """Return name, Hub commit and dtype of a model. Its weights are not read."""
-    config = getattr(model, "config", None)
-    return {
-        "base_model": getattr(config, "_name_or_path", None) or None,
-        "base_model_revision": getattr(config, "_commit_hash", None),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-
-
 def _manifest(model: nn.Module, layers: Sequence[int], rows: Tensor, stack: str | None, site: str) -> dict[str, Any]:
     if rows.ndim != 2 or not rows.numel():
         raise ValueError(f"rows must be (rows, tokens) with at least one token, got {tuple(rows.shape)}")
-    found = find_mlps(model, stack, site)
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if encoder_decoder or any(site_of(found, layer).repeated for layer in layers):
+    found, config = find_mlps(model, stack, site), getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or any(site_of(found, layer).repeated for layer in layers):
         raise ValueError(
             "only layers that run once for the token ids of a batch can be cached: train without activations="
         )
     with evaluating(model):
         probe = capture_mlps(model, list(layers), rows[:1, :2].to(running_device(model)), stack=stack, site=site)
     return {
-        **model_identity(model),
+        "base_model": getattr(config, "_name_or_path", None) or None,
+        "base_model_revision": getattr(config, "_commit_hash", None),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "layers": list(layers),
         "stack": stack,
         "site": site,
@@ -202,6 +177,16 @@ def _manifest(model: nn.Module, layers: Sequence[int], rows: Tensor, stack: str 
         "shape": list(rows.shape),
         "widths": [[tensor.shape[-1] for tensor in probe[layer]] for layer in layers],
     }
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"the activation cache takes {needed / 1e9:,.1f} GB and {existing} has {free / 1e9:,.1f} GB left: use "
+            "fewer tokens or layers, or a folder on another disk"
+        )
 
 
 def _file_name(layer: int | str, side: str) -> str:
