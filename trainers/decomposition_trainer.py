@@ -264,11 +264,10 @@ class DecompositionTrainer(HubPushes):
 
     def router_loss(self, layer: int, x: Tensor, mask: Tensor) -> Tensor | float:
         """Return `router.router_loss` of some of the tokens in `mask`; 0 for a layer without a router."""
-        if layer not in self.routed_layers:
+        module = self.decomposition.layer(layer)
+        if module.router is None:
             return 0.0
-        loss = router_loss(
-            self.decomposition.layer(layer), x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS]
-        )
+        loss = router_loss(module, x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
         return loss / self.current_gradient_accumulation_steps  # it is a mean, the other losses are sums
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
