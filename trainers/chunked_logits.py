@@ -1,9 +1,8 @@
 """Losses on next-token logits that never hold all logits.
 
-With vocabularies of 50,000 to 260,000 the logits of a batch are its largest tensor by far, and a divergence of two
-models makes many of their size: both logits, both log-probabilities, the terms, the gradients. Here both models are
-run only as far as their last hidden states, (batch, tokens, hidden); logits are made for a chunk of tokens at a
-time, and with them that chunk's loss and its gradient with respect to the hidden states.
+With vocabularies of 50,000 to 260,000 the logits of a batch are its largest tensor, and a divergence of two models
+takes many of their size. Here both models run only as far as their last hidden states, (batch, tokens, hidden); logits
+are computed for a chunk of tokens at a time, with that chunk's loss and its gradient for the hidden states.
 """
 
 from collections.abc import Callable
@@ -18,15 +17,13 @@ from mxd.evaluation.metrics import CHUNK_ELEMENTS
 
 
 class LanguageModelHead:
-    """A causal language model in two parts: what gives its last hidden states, and what makes logits of them.
+    """A causal language model in two parts: its body, which returns hidden states, and its head, which returns logits.
 
-    Logits are taken to be the output embedding of the hidden states, with the soft cap of the config if it has one. A
-    short forward pass tells whether that is so for this model: where it is not, the "hidden states" are the logits
-    themselves, and only the copies are saved.
+    The head is the output embedding, with the soft cap of the config if there is one. A short forward pass checks that;
+    where it does not hold, the "hidden states" are the logits themselves, and only the copies are saved.
 
     Args:
-        model: the causal language model; its output embedding must not be trained, since `chunked_sum` gives it no
-            gradient.
+        model: The causal language model. Its output embedding must be frozen: `chunked_sum` gives it no gradient.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -49,13 +46,7 @@ class LanguageModelHead:
                 self.output = None
 
     def hidden(self, run: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Last hidden states (batch, tokens, hidden).
-
-        Args:
-            run: the model, or what wraps it (as DDP does, which must see the forward pass).
-            input_ids: (batch, tokens).
-            attention_mask: (batch, tokens), or None.
-        """
+        """Return the last hidden states (batch, tokens, hidden) of `run`, the model or its DDP wrapper."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.output is None:
             logits = run(**inputs).logits
@@ -64,7 +55,7 @@ class LanguageModelHead:
         return self._kept(run, inputs)[0]
 
     def _kept(self, run: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-        """What the body gave in a forward pass; nothing where the model goes past it."""
+        """Return the body's output in a forward pass; empty if the model does not call the body."""
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -75,7 +66,7 @@ class LanguageModelHead:
         return kept
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (…, vocabulary) of hidden states (…, hidden)."""
+        """Return logits (…, vocabulary) for hidden states (…, hidden)."""
         if self.output is None:
             return hidden
         logits = self.output(hidden)
@@ -84,12 +75,12 @@ class LanguageModelHead:
 
     @property
     def chunk(self) -> int:
-        """Tokens whose logits are made at a time."""
+        """Number of tokens whose logits are computed at a time."""
         return max(1, CHUNK_ELEMENTS // self.vocabulary)
 
 
 ChunkLoss = Callable[..., Tensor]
-"""Of a chunk of hidden states (chunk, hidden), and of every other tensor's chunk, the sum of the tokens' losses."""
+"""Maps a chunk of hidden states (chunk, hidden), and of every other tensor, to the sum of the tokens' losses."""
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -99,7 +90,7 @@ class _ChunkedSum(torch.autograd.Function):
         grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            # The graph of a chunk ends here: its loss and gradient are all that is kept of its logits.
+            # The graph of a chunk ends here: only its loss and gradient are kept of its logits.
             with torch.set_grad_enabled(grad is not None):
                 leaf = hidden[part].detach().requires_grad_(grad is not None)
                 value = loss(leaf, *(other[part] for other in others))
@@ -117,18 +108,14 @@ class _ChunkedSum(torch.autograd.Function):
 
 
 def chunked_sum(loss: ChunkLoss, chunk: int, hidden: Tensor, *others: Tensor) -> Tensor:
-    """Σ over chunks of loss(hidden[chunk], *others[chunk]), with the gradient for `hidden` alone.
+    """Return Σ over chunks of loss(hidden[chunk], *others[chunk]), with a gradient for `hidden` only.
 
-    The gradient is made together with the loss, chunk by chunk, and kept in the size of `hidden`; only the products
-    with the upstream gradient are left for the backward pass (no second derivatives).
+    The gradient is computed with the loss, chunk by chunk; there are no second derivatives.
 
     Args:
-        loss: see `ChunkLoss`; parameters that it uses must not be trained.
-        chunk: tokens at a time.
+        loss: See `ChunkLoss`; the parameters that it uses must be frozen.
+        chunk: Tokens at a time.
         hidden: (tokens, hidden).
-        others: further tensors (tokens, …), without gradients.
-
-    Returns:
-        A scalar in float32.
+        others: Further tensors (tokens, …), without gradients.
     """
     return _ChunkedSum.apply(hidden, loss, chunk, *others)

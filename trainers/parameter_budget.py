@@ -1,18 +1,18 @@
-"""How many experts cost as many parameters as a transcoder (paper, appendix on parameter matching).
+"""Numbers of experts that match a transcoder's parameters (paper, appendix on parameter matching).
 
 Symbols: I input width, O output width, H hidden units of the MxD's encoder, N experts, m·I latents.
 """
 
 
 def transcoder_parameters(hidden_size: int, output_size: int, num_latents: int) -> int:
-    """Parameters of a transcoder: weights L(I + O), latent bias L, output bias O."""
+    """Return the parameters of a transcoder: weights L(I + O), latent bias L, output bias O."""
     return num_latents * (hidden_size + output_size) + num_latents + output_size
 
 
 def num_experts_matching_transcoder(
     hidden_size: int, output_size: int, intermediate_size: int, multiplier: int, encoder_type: str
 ) -> int:
-    """Number of experts of an MxD with the parameters of a transcoder of `multiplier * hidden_size` latents.
+    """Return the number of experts of an MxD with the parameters of a transcoder of mI latents.
 
         MLP form:  N = [ P - H(I + O) - mI - O ] / (I + O + 1)
         GLU form:  N = [ P - 2H(I + 1) - O(H + 1) ] / (I + O + 1)
@@ -20,13 +20,8 @@ def num_experts_matching_transcoder(
     The MLP form counts the encoder's bias as mI instead of H, as the authors' code does: GPT-2 at m = 32 then
     has the published 21,490 experts (exactly matched it would be 21,504).
 
-    Args:
-        hidden_size, output_size, intermediate_size: I, O and H.
-        multiplier: m, the transcoder's latents per input dimension.
-        encoder_type: `"mlp"` or `"glu"`.
-
     Raises:
-        ValueError: when the budget does not pay for the encoder and one expert.
+        ValueError: The budget does not suffice for the encoder and one expert.
     """
     budget = transcoder_parameters(hidden_size, output_size, multiplier * hidden_size)
     if encoder_type == "glu":
@@ -43,9 +38,9 @@ def num_experts_matching_transcoder(
 
 
 def num_latents_matching_transcoder(hidden_size: int, output_size: int, multiplier: int, skip: bool) -> int:
-    """Latents of a (skip) transcoder with the parameters of a transcoder of `multiplier * hidden_size` latents.
+    """Return the latents of a (skip) transcoder with the parameters of a transcoder of mI latents.
 
-    The skip matrix costs I·O parameters, taken from the latents.
+    The I·O parameters of the skip matrix are taken from the latents.
     """
     latents = multiplier * hidden_size
     if skip:
