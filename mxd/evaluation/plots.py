@@ -1,4 +1,7 @@
-"""Plot results, with one palette. All figures use matplotlib's object interface: no global state, no display."""
+"""Plot results, with one palette. The ending of `path` sets the format of the image.
+
+All figures use matplotlib's object interface: no global state, no display.
+"""
 
 import math
 import os
@@ -89,7 +92,6 @@ def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: PathLike) -> 
 
     Args:
         frequencies: label → share of tokens on which each expert is active, (N).
-        path: path of the image; its ending sets the format.
     """
     figure, (axes,) = _figure()
     shares = {label: frequency.detach().double().cpu() for label, frequency in frequencies.items()}
@@ -113,7 +115,6 @@ def plot_singular_values(values: Mapping[str, Tensor], path: PathLike) -> None:
 
     Args:
         values: label → smallest singular value of each sampled expert, (S), as `ExpertRanks.smallest`.
-        path: path of the image; its ending sets the format.
     """
     figure, (axes,) = _figure()
     logs = {}
@@ -134,7 +135,6 @@ def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: PathLike) -> No
 
     Args:
         curves: label → result of `ablation_curve`, or its entry in evaluation.json.
-        path: path of the image; its ending sets the format.
     """
     figure, (axes,) = _figure()
     most = max((count for curve in curves.values() for count in curve["removed"]), default=1)
@@ -160,7 +160,6 @@ def plot_domain_use(uses: Mapping[str, Mapping[str, Any]], path: PathLike) -> No
 
     Args:
         uses: label of a layer → result of `domain_use`.
-        path: path of the image; its ending sets the format.
     """
     domains = list(dict.fromkeys(domain for use in uses.values() for domain in use["domains"]))
     figure, (axes,) = _figure(height=max(4.0, 1 + 0.25 * len(domains) * len(uses)))
@@ -187,7 +186,6 @@ def plot_training_loss(
 
     Args:
         log_history: `trainer.state.log_history`; entries without "loss" are skipped.
-        path: path of the image; its ending sets the format.
         loss: name of the loss, for the axis.
     """
     figure, (axes,) = _figure()
@@ -218,7 +216,6 @@ def plot_frontier(results: Mapping[str, Any], path: PathLike) -> None:
 
     Args:
         results: "untouched" and "points", as `measure_frontier` returns them.
-        path: path of the image; its ending sets the format.
     """
     figure, (loss_axes, error_axes) = _figure(9.6, columns=2)
     present = {point["method"] for point in results["points"]}
@@ -268,7 +265,6 @@ def plot_probing(
 
     Args:
         problems: name → {representation: result of `probe_features`}, with the same representations in all.
-        path: path of the image; its ending sets the format.
         chance: name → result of `always_yes_f1`; its mean is a dashed line.
     """
     names = list(next(iter(problems.values())))
