@@ -293,8 +293,6 @@ class Running:
         torch.manual_seed(0)
         self.memory = Memory(self.device)
         _import_all(build, job)
-        if name.startswith("hierarchical") and job["mode"] == "train":
-            pass
         self.memory_before = self.memory.now()
         with torch.device(self.device):
             self.model = build(job)
@@ -369,8 +367,7 @@ class Running:
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
     for tensor in tensors:
-        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
-            yield part.untyped_storage().data_ptr(), part.untyped_storage().nbytes()
+        yield tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def main() -> None:

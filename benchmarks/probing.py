@@ -5,9 +5,9 @@
 Eight labelled problems (`benchmarks/probing_problems.py`) of chunks of 128 tokens, taken evenly from all documents of
 a class and divided by document. One pass of the model over all texts feeds every representation; the protocols are
 those of `mxd.evaluation.probing`, with features as they are and standardised. Pooled features and figures that are in
-the work folder are not made again. The decompositions are of one layer; differences are to the first. Writes
-benchmarks/results/probing.json, docs/probing.png, and the table into docs/probing.md. With one decomposition of
-SmolLM2-135M 10 minutes of one core.
+the work folder are not computed again. The decompositions are of one layer; differences are to the first. Writes
+benchmarks/results/probing.json and the table in docs/probing.md. With one decomposition of SmolLM2-135M this takes 10
+minutes of one core.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mxd.base.base_model import load_base_model
 from mxd.data.labelled_text import LabelledTexts, count_texts, cut_texts
-from mxd.evaluation import always_yes_f1, grouped_folds, plot_probing, pool_features, probe_features
+from mxd.evaluation import always_yes_f1, grouped_folds, pool_features, probe_features
 from mxd.evaluation.pooling import Features
 from mxd.evaluation.probing import CANDIDATES, FOLDS, SPARSITIES
 from mxd.jobs.decompositions import load_decomposition
@@ -35,7 +35,7 @@ from mxd.jobs.probing import common_layer, describe, make_representations, named
 from mxd.modeling_mxd import MxDModel, find_mlp
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE, FIGURE = ROOT / "benchmarks/results/probing.json", ROOT / "docs/probing.md", ROOT / "docs/probing.png"
+RESULTS, PAGE = ROOT / "benchmarks/results/probing.json", ROOT / "docs/probing.md"
 MARK = "benchmarks/probing.py"
 CONTEXT = 128
 WAYS = {"published": False, "standardised": True}
@@ -252,12 +252,6 @@ def main() -> None:
     (options.results or RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     if options.results is None:
         write_between(PAGE, MARK, "\n" + table(results))
-        found = results["representations"]
-        shown = {
-            problem: {name: figures[problem]["published"] for name, figures in found.items()}
-            for problem in results["problems"]
-        }
-        plot_probing(shown, FIGURE, results["always_yes_f1"])
 
 
 if __name__ == "__main__":
