@@ -2,9 +2,9 @@
 
     python benchmarks/architectures.py [TYPE ...]
 
-Each type is built tiny, with random weights, from its config class, and examined as `tests/modeling_mxd/census.py`
-says. Also timed: finding the MLPs of a 32-layer model, and verifying a splice against a forward pass of as many
-tokens. Results go to benchmarks/results/architectures.json; with types named, they are only printed.
+Each type is built tiny, with random weights, from its config class, and examined by `tests/modeling_mxd/census.py`.
+Finding the MLPs of a 32-layer model is timed, and so is verifying a splice. Results go to
+benchmarks/results/architectures.json; with types named, they are only printed.
 """
 
 import argparse
@@ -40,12 +40,12 @@ MARK = "benchmarks/architectures.py"
 
 
 def examine_all(types: list[str]) -> dict[str, dict[str, Any]]:
-    """{type: {"works": …, "error": …, "mlps": […]}}."""
+    """Examine types: {type: {"works": …, "error": …, "mlps": […]}}."""
     results: dict[str, dict[str, Any]] = {}
     for model_type in tqdm(types, unit="type"):
         try:
             rows = examine(model_type)
-        except Exception as error:  # the table says what does not work
+        except Exception as error:  # reported in the table
             results[model_type] = {"works": False, "error": f"{type(error).__name__}: {first_line(error)}", "mlps": []}
         else:
             works = any(row.slots for row in rows)
@@ -54,7 +54,7 @@ def examine_all(types: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def median_seconds(call: Callable[[], object], repeats: int = 15) -> float:
-    """Median time of a call, in seconds."""
+    """Return the median time of a call, in seconds."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -64,8 +64,8 @@ def median_seconds(call: Callable[[], object], repeats: int = 15) -> float:
 
 
 def measure_times(hidden_size: int = 512) -> dict[str, float]:
-    """Milliseconds for finding the MLPs of a 32-layer Llama, and the time of a verification in forward passes of as
-    many tokens, for its last layer and for all layers."""
+    """Time finding the MLPs of a 32-layer Llama in milliseconds, and verifying its last layer and all layers in forward
+    passes of as many tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32_000,
@@ -91,7 +91,7 @@ def measure_times(hidden_size: int = 512) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The Markdown table: one line for every kind of MLP in every stack of every type."""
+    """Return the Markdown table: a line for every kind of MLP in every stack of every type."""
     lines = [
         "| type | stack | site | layers | kind | modules | weights | activation | works |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -130,7 +130,7 @@ def _ranges(layers: list[int]) -> str:
 
 
 def summary(results: dict[str, dict[str, Any]], times: dict[str, float]) -> str:
-    """Counts and times, above the table."""
+    """Return counts and times, for above the table."""
 
     def working(types: Any) -> str:
         return f"{sum(results[name]['works'] for name in types)} of {len(list(types))}"
@@ -147,7 +147,7 @@ def summary(results: dict[str, dict[str, Any]], times: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Run, and write the results unless single types were asked for."""
+    """Examine, and write the results unless types are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*")
     chosen = parser.parse_args().types
