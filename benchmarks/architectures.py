@@ -30,13 +30,14 @@ from census import Examined, examine  # noqa: E402
 from pages import write_between  # noqa: E402
 from tiny_models import CAUSAL_TYPES, OTHER_TYPES, UNBUILDABLE, VARIANTS  # noqa: E402
 
-from mxd.modeling_mxd import find_mlps, verification, verify_sites  # noqa: E402
-from mxd.modeling_mxd.downloads import first_line  # noqa: E402
-from mxd.modeling_mxd.verification import TOKENS  # noqa: E402
+from mxd.modeling_mxd import find_mlps  # noqa: E402
+from mxd.modeling_mxd.loading import first_line  # noqa: E402
+from mxd.modeling_mxd.surgery import _VERIFIED, verify_sites  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
 TABLE = ROOT / "docs" / "architectures.md"
 MARK = "benchmarks/architectures.py"
+TOKENS = 8  # of a verification
 
 
 def examine_all(types: list[str]) -> dict[str, dict[str, Any]]:
@@ -78,7 +79,7 @@ def measure_times(hidden_size: int = 512) -> dict[str, float]:
     sites = list(find_mlps(model).values())
 
     def verify(chosen: list[Any]) -> None:
-        verification._VERIFIED.clear()
+        _VERIFIED.clear()
         verify_sites(model, chosen)
 
     with torch.no_grad():

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from mxd.base.base_model import bfloat16_is_emulated
 from mxd.evaluation.faithfulness import LayerEvaluation
 from mxd.evaluation.metrics import LogitSums
 from mxd.evaluation.paired import PairedDifference
 from mxd.modeling_mxd import SparseLayer
-from mxd.trainers.decomposition_arguments import bfloat16_is_emulated
 
 ROWS_PER_STEP = 8
 COMPARED = 4  # KL is measured on one batch in so many

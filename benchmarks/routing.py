@@ -42,9 +42,8 @@ from mxd.base.base_model import load_base_model
 from mxd.base.capture import capture_mlps
 from mxd.base.forward import evaluating
 from mxd.data.packing import CausalCollator, pack
-from mxd.data.texts import Documents
+from mxd.data.texts import Documents, TextOptions, evaluation_batches, load_documents
 from mxd.evaluation.paired import half_width
-from mxd.jobs.pipeline import TextOptions, evaluation_batches, load_documents
 from mxd.modeling_mxd import MxDModel, SparseLayer, spliced_mlps
 from mxd.trainers import fit_router, routing_recall
 

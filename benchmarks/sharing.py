@@ -41,7 +41,10 @@ def load(what: str, folder: str) -> None:
 
 def save(model: str, layers: list[int] | None, experts: int | None, folder: Path) -> dict[str, Any]:
     """Save an untrained decomposition of some layers (None: all), and return its sizes."""
-    from mxd.jobs.pipeline import DecompositionOptions, layer_config, load_base_model
+    from mxd.base.base_model import load_base_model
+    from mxd.base.pretrained_weights import record_base
+    from mxd.jobs.decompose import layer_config
+    from mxd.jobs.options import DecompositionOptions
     from mxd.modeling_mxd import MxDConfig, MxDModel, find_mlps
 
     base, _, _ = load_base_model(model)
@@ -49,7 +52,7 @@ def save(model: str, layers: list[int] | None, experts: int | None, folder: Path
     options = DecompositionOptions(num_experts=experts)
     configs = {layer: layer_config(sites[layer], options) for layer in (sites if layers is None else layers)}
     decomposition = MxDModel(MxDConfig.from_layer_configs(configs, base_model_name_or_path=str(Path(model).resolve())))
-    decomposition.record_base(base)
+    record_base(decomposition, base)
     decomposition.save_pretrained(folder)
     weights = sorted(folder.glob("*.safetensors"))
     return {

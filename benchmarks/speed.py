@@ -30,8 +30,8 @@ from contestants import BESIDE, CONTESTANTS, OF_ONE_MODE
 from pages import machine, write_between
 from tqdm.auto import tqdm
 
+from mxd.base.base_model import bfloat16_is_emulated
 from mxd.modeling_mxd.configuration_mxd import machine_memory
-from mxd.trainers.decomposition_arguments import bfloat16_is_emulated
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder
 
 HERE = Path(__file__).parent
