@@ -87,7 +87,7 @@ def commands() -> dict[str, set[str]]:
 
     found = typer.main.get_command(app).commands
     return {
-        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        name: {"--help"}.union(*([*parameter.opts, *parameter.secondary_opts] for parameter in command.params))
         for name, command in found.items()
     }
 
