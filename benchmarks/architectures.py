@@ -2,9 +2,9 @@
 
     python benchmarks/architectures.py [TYPE ...]
 
-Each type is built tiny, with random weights, from its config class, and examined as `tests/modeling_mxd/census.py`
-says. Also timed: finding the MLPs of a 32-layer model, and verifying a splice against a forward pass of as many
-tokens. Results go to benchmarks/results/architectures.json; with types named, they are only printed.
+Each type is built tiny, with random weights, from its config class, and examined by `tests/modeling_mxd/census.py`.
+Finding the MLPs of a 32-layer model is timed, and so is verifying a splice. Results go to
+benchmarks/results/architectures.json; with types named, they are only printed.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-TOKENS = 8  # of a verification
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "modeling_mxd"))
 
@@ -31,22 +30,23 @@ from census import Examined, examine  # noqa: E402
 from pages import write_between  # noqa: E402
 from tiny_models import CAUSAL_TYPES, OTHER_TYPES, UNBUILDABLE, VARIANTS  # noqa: E402
 
-from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout  # noqa: E402
-from mxd.modeling_mxd import find_mlps, surgery, verify_sites  # noqa: E402
+from mxd.modeling_mxd import find_mlps  # noqa: E402
 from mxd.modeling_mxd.loading import first_line  # noqa: E402
+from mxd.modeling_mxd.surgery import _VERIFIED, verify_sites  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
 TABLE = ROOT / "docs" / "architectures.md"
 MARK = "benchmarks/architectures.py"
+TOKENS = 8  # of a verification
 
 
 def examine_all(types: list[str]) -> dict[str, dict[str, Any]]:
-    """{type: {"works": …, "error": …, "mlps": […]}}."""
+    """Examine types: {type: {"works": …, "error": …, "mlps": […]}}."""
     results: dict[str, dict[str, Any]] = {}
     for model_type in tqdm(types, unit="type"):
         try:
             rows = examine(model_type)
-        except Exception as error:  # the table says what does not work
+        except Exception as error:  # reported in the table
             results[model_type] = {"works": False, "error": f"{type(error).__name__}: {first_line(error)}", "mlps": []}
         else:
             works = any(row.slots for row in rows)
@@ -55,7 +55,7 @@ def examine_all(types: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def median_seconds(call: Callable[[], object], repeats: int = 15) -> float:
-    """Median time of a call, in seconds."""
+    """Return the median time of a call, in seconds."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -65,8 +65,8 @@ def median_seconds(call: Callable[[], object], repeats: int = 15) -> float:
 
 
 def measure_times(hidden_size: int = 512) -> dict[str, float]:
-    """Milliseconds for finding the MLPs of a 32-layer Llama, and the time of a verification in forward passes of as
-    many tokens, for its last layer and for all layers."""
+    """Time finding the MLPs of a 32-layer Llama in milliseconds, and verifying its last layer and all layers in forward
+    passes of as many tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32_000,
@@ -79,7 +79,7 @@ def measure_times(hidden_size: int = 512) -> dict[str, float]:
     sites = list(find_mlps(model).values())
 
     def verify(chosen: list[Any]) -> None:
-        surgery._VERIFIED.clear()
+        _VERIFIED.clear()
         verify_sites(model, chosen)
 
     with torch.no_grad():
@@ -92,7 +92,7 @@ def measure_times(hidden_size: int = 512) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The Markdown table: one line for every kind of MLP in every stack of every type."""
+    """Return the Markdown table: a line for every kind of MLP in every stack of every type."""
     lines = [
         "| type | stack | site | layers | kind | modules | weights | activation | works |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -110,8 +110,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 _ranges(mlp.layers),
                 mlp.kind,
                 mlp.slots,
-                mlp_layout(mlp),
-                mlp_hidden_act(mlp) or "",
+                mlp.layout,
+                mlp.hidden_act or "",
                 works,
             )
             lines.append(f"| {_cell(model_type)} | {' | '.join(_cell(cell) for cell in cells)} |")
@@ -131,7 +131,7 @@ def _ranges(layers: list[int]) -> str:
 
 
 def summary(results: dict[str, dict[str, Any]], times: dict[str, float]) -> str:
-    """Counts and times, above the table."""
+    """Return counts and times, for above the table."""
 
     def working(types: Any) -> str:
         return f"{sum(results[name]['works'] for name in types)} of {len(list(types))}"
@@ -148,7 +148,7 @@ def summary(results: dict[str, dict[str, Any]], times: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Run, and write the results unless single types were asked for."""
+    """Examine, and write the results unless types are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*")
     chosen = parser.parse_args().types

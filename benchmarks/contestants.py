@@ -1,4 +1,4 @@
-"""What `benchmarks/speed.py` times, and the process that times one of them.
+"""The contestants of `benchmarks/speed.py`, and the process that times one of them.
 
     python benchmarks/contestants.py CONTESTANT JOB
 
@@ -6,10 +6,10 @@ JOB is a JSON object with the sizes I, O, H, N, latents, K, tokens, and glu, mod
 threads. The process builds the contestant, warms up, and then answers every line on its standard input with a line of
 JSON: one step, timed; and the end of it with one more.
 
-A training step is forward, backward of the squared error, and a step of AdamW; weights are float32. A router learns
-along, from one token in 16, for which every expert is scored, as in our trainers. As there, ours keep the memory that a
-training step frees ("memory given back": they do not), the plain code does not ("memory kept": it does). In a forward
-nobody does but where the name says so; our evaluations do.
+A training step is forward, backward of the squared error, and a step of AdamW; weights are float32. A router trains
+along on one token in 16, as in our trainers. In training, ours keep the memory that a step frees unless the name says
+"memory given back"; the plain code gives it back unless the name says "memory kept". In a forward all give it back
+unless the name says "memory kept".
 """
 
 import contextlib
@@ -34,7 +34,7 @@ GROUPS_OPENED = 8
 
 
 class DenseMxD(nn.Module):
-    """An MxD in plain dense PyTorch, as its authors write it."""
+    """An MxD in plain dense PyTorch, as in its authors' code."""
 
     def __init__(self, job: Job):
         super().__init__()
@@ -71,11 +71,10 @@ class MLP(nn.Module):
 
 
 class Products(nn.Module):
-    """The limit: nothing but the dense products, of the gate once, of encoder and decoder once (forward) or three
-    times (training). The gate's is the faster of two, `F.linear` of all tokens and the layer's own way in chunks. In
-    training two more things are timed that no layer can do without: the fused optimiser's step over all parameters, and
-    what the chosen rows of gate and modulations cost, once for each use: Cᵀa and the gradients of a and x read K rows
-    for every token; those of both weights write N rows, sums over an expert's tokens, which are sorted before."""
+    """The limit: only the dense products, of the gate once, of encoder and decoder once (forward) or three times
+    (training). The gate's product is the faster of `F.linear` of all tokens and the layer's own chunks. Training also
+    times the fused optimiser's step over all parameters, and each use of the chosen rows: Cᵀa and the gradients of a
+    and x read K rows a token; the gradients of both weights are sums over each expert's tokens."""
 
     def __init__(self, job: Job, dtype: torch.dtype):
         super().__init__()
@@ -106,7 +105,7 @@ class Products(nn.Module):
         self.seconds: dict[str, float] = {}
 
     def step(self, x: Tensor) -> None:
-        """Time the parts."""
+        """Time the parts of a step."""
         x = x.to(self.dtype)
         clock = time.perf_counter()
         F.linear(x, self.gate)
@@ -140,12 +139,12 @@ class Products(nn.Module):
 
     @property
     def limit(self) -> float:
-        """Seconds of the last step that count."""
+        """Return the seconds of the last step's products."""
         return min(self.seconds["gate at once"], self.seconds["gate in chunks"]) + self.seconds["encoder and decoder"]
 
 
 def ours(job: Job, **changes: Any) -> nn.Module:
-    """One of our layers, with weights none of which is zero."""
+    """Return one of our layers, without zeros in its weights."""
     from mxd.modeling_mxd import MxDLayerConfig, make_layer
 
     experts = job["N"] if changes.get("method", "mxd") == "mxd" else job["latents"]
@@ -167,7 +166,7 @@ def ours(job: Job, **changes: Any) -> nn.Module:
 
 
 def hierarchical(job: Job) -> nn.Module:
-    """About √N groups, of which a token opens 8."""
+    """Return a layer with about √N groups, of which a token opens 8."""
     from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
 
     groups = default_num_expert_groups(job["N"])
@@ -216,7 +215,7 @@ class SAELens(nn.Module):
         return self.coder.decode(self.coder.encode_with_hidden_pre(x)[0])
 
 
-# name: what builds it, whether its products are in bfloat16
+# name: builder, and whether products are in bfloat16
 CONTESTANTS: dict[str, tuple[Callable[[Job], nn.Module], bool]] = {
     "dense PyTorch": (DenseMxD, False),
     "dense PyTorch, memory kept": (DenseMxD, False),
@@ -247,13 +246,13 @@ OF_ONE_MODE = {
 
 
 class Memory:
-    """Peak memory of this process, from a moment on."""
+    """Peak memory of this process since `restart`."""
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
 
     def restart(self) -> None:
-        """Count from now on."""
+        """Reset the peak."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -276,7 +275,7 @@ class Memory:
 
 
 def _import_all(build: Callable[[Job], nn.Module], job: Job) -> None:
-    """A tiny step, so that libraries and what they set up when first used do not count as the step's memory."""
+    """Take a tiny step, so that what libraries set up at first use does not count as the step's memory."""
     tiny = {**job, "I": 8, "O": 8, "H": 8, "N": 64, "latents": 64, "K": 2, "tokens": 16}
     with torch.device(job["device"]):
         model, x = build(tiny), torch.randn(16, 8)
@@ -286,15 +285,13 @@ def _import_all(build: Callable[[Job], nn.Module], job: Job) -> None:
 
 
 class Running:
-    """A contestant that was built and takes steps."""
+    """A contestant that is built and takes steps."""
 
     def __init__(self, name: str, job: Job):
         self.device, (build, in_bf16) = job["device"], CONTESTANTS[name]
         torch.manual_seed(0)
         self.memory = Memory(self.device)
         _import_all(build, job)
-        if name.startswith("hierarchical") and job["mode"] == "train":
-            pass
         self.memory_before = self.memory.now()
         with torch.device(self.device):
             self.model = build(job)
@@ -309,7 +306,7 @@ class Running:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **fused)
 
     def _step(self) -> dict[int, int]:
-        """Address and bytes of the gradients, which are freed at its end."""
+        """Take a step; return address and bytes of the gradients, which are freed at its end."""
         gradients: dict[int, int] = {}
         with self.autocast:
             output = self.model(self.x)
@@ -330,7 +327,7 @@ class Running:
         return gradients
 
     def timed_step(self) -> dict[str, float]:
-        """Seconds of a step and its memory."""
+        """Take a step; return its seconds and memory."""
         if isinstance(self.model, Products):
             self.model.step(self.x)
             return {"seconds": self.model.limit, **self.model.seconds}
@@ -349,9 +346,10 @@ class Running:
         }
 
     def tensor_bytes(self) -> dict[str, float]:
-        """Peak of the tensors beyond parameters, optimiser state and those gradients that are there at that moment, as
-        torch's allocator counts on a CPU; on a GPU `peak_bytes` is that already. To be called last: the profiler takes
-        memory itself."""
+        """Return the peak of tensors beyond parameters, optimiser state and gradients, by torch's allocator on a CPU.
+
+        On a GPU `peak_bytes` is that already. Call it last, because the profiler takes memory itself.
+        """
         if isinstance(self.model, Products) or self.device == "cuda":
             return {}
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -361,7 +359,7 @@ class Running:
             profiler.export_chrome_trace(str(trace))
             events = json.loads(trace.read_text())["traceEvents"]
         changes = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-        for address, size in gradients.items():  # what was made there last
+        for address, size in gradients.items():  # the last allocation at that address
             made = next(e for e in reversed(changes) if e["args"]["Addr"] == address and e["args"]["Bytes"] > 0)
             made["args"]["Bytes"] -= size
         return {"tensor_bytes": max(accumulate(e["args"]["Bytes"] for e in changes))}
@@ -369,8 +367,7 @@ class Running:
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
     for tensor in tensors:
-        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
-            yield part.untyped_storage().data_ptr(), part.untyped_storage().nbytes()
+        yield tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def main() -> None:

@@ -1,29 +1,31 @@
-"""Layers that stand for one MLP, measured side by side on held-out text; what comes before the layer runs once."""
+"""Measure replacements of one MLP side by side on held-out text; the decoder layers before it run once."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from methods import BFLOAT16, ROWS_PER_STEP
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from mxd.base.base_model import bfloat16_is_emulated
 from mxd.evaluation.faithfulness import LayerEvaluation
 from mxd.evaluation.metrics import LogitSums
 from mxd.evaluation.paired import PairedDifference
 from mxd.modeling_mxd import SparseLayer
 
-COMPARED = 4  # KL is taken of one batch in so many
+ROWS_PER_STEP = 8
+COMPARED = 4  # KL is measured on one batch in so many
+BFLOAT16 = not bfloat16_is_emulated()
 
 
 class HeldOut:
-    """Held-out rows, and what goes into one decoder layer of the untouched model on them.
+    """Held-out rows, and the untouched model's input of one decoder layer on them.
 
-    The model's decoder layers before that one are gone afterwards.
+    The decoder layers before that one are removed from the model.
 
     Args:
-        model: whose decoder layers are a list, as Llama's.
+        model: a model whose decoder layers are a list, as in Llama.
         layer: index of the decoder layer.
         ids: (rows, tokens).
     """
@@ -40,13 +42,17 @@ class HeldOut:
         self.block = self.decoder.layers[0]
 
     def logits(self, part: slice) -> Tensor:
-        """Of some rows."""
+        """Return the logits of some rows, (rows, tokens, vocabulary)."""
         with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             return self.model(inputs_embeds=self.hidden[part], use_cache=False).logits
 
     def measure(self, layers: Mapping[str, SparseLayer], over: str | None = None) -> dict[str, dict[str, Any]]:
-        """Of every layer: what `faithfulness` gives of it, cross-entropy against the untouched model's, and KL; with
-        `over`, the name of a layer, also cross-entropy against that layer's, for which it must come first."""
+        """Measure every layer as `faithfulness` does, with its rise of cross-entropy and KL.
+
+        Args:
+            layers: the layers by name.
+            over: a layer, the first one, whose cross-entropy the others are also compared with.
+        """
         evaluations = {
             name: LayerEvaluation(layer, (layer.expert_frequency, layer.expert_mean)) for name, layer in layers.items()
         }
@@ -90,7 +96,7 @@ class HeldOut:
 
 
 class InFloat32(nn.Module):
-    """A layer out of reach of autocast."""
+    """Run a layer in float32 under autocast."""
 
     def __init__(self, module: nn.Module):
         super().__init__()

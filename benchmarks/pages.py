@@ -1,4 +1,4 @@
-"""What all benchmarks do with what they measured: say on which machine, and put tables into pages."""
+"""Name the machine of a measurement, and put tables into pages."""
 
 import platform
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 
 def machine(threads: int, device: str) -> str:
-    """Where something was measured, in words."""
+    """Return the processor or GPU, the threads and the versions, in words."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     processor = names[0].partition(":")[2].strip() if names else platform.processor()
@@ -17,12 +17,12 @@ def machine(threads: int, device: str) -> str:
 
 
 def between_marks(mark: str, text: str) -> str:
-    """A text between the marks of who writes it."""
+    """Return a text between the marks of the benchmark that writes it."""
     return f"<!-- {mark}: begin -->\n{text}<!-- {mark}: end -->"
 
 
 def write_between(page: Path, mark: str, text: str) -> None:
-    """Put a text between its marks in a page.
+    """Replace the text between a benchmark's marks in a page.
 
     Raises:
         ValueError: when the page has no such marks.

@@ -1,13 +1,13 @@
-"""How well single experts tell classes of real texts apart, against the MLP's own neurons and other decompositions.
+"""Measure how well single experts tell classes of real texts apart, beside MLP neurons and other decompositions.
 
     python benchmarks/probing.py MODEL FOLDER... --corpus FOLDER [--layer 15] [--texts 100] [--work FOLDER]
 
 Eight labelled problems (`benchmarks/probing_problems.py`) of chunks of 128 tokens, taken evenly from all documents of
 a class and divided by document. One pass of the model over all texts feeds every representation; the protocols are
 those of `mxd.evaluation.probing`, with features as they are and standardised. Pooled features and figures that are in
-the work folder are not made again. The decompositions are of one layer; differences are to the first. Writes
-benchmarks/results/probing.json, docs/probing.png, and the table into docs/probing.md. With one decomposition of
-SmolLM2-135M 10 minutes of one core.
+the work folder are not computed again. The decompositions are of one layer; differences are to the first. Writes
+benchmarks/results/probing.json and the table in docs/probing.md. With one decomposition of SmolLM2-135M this takes 10
+minutes of one core.
 """
 
 import argparse
@@ -27,28 +27,28 @@ from transformers import PreTrainedTokenizerBase
 
 from mxd.base.base_model import load_base_model
 from mxd.data.labelled_text import LabelledTexts, count_texts, cut_texts
-from mxd.evaluation import always_yes_f1, grouped_folds, plot_probing, pool_features, probe_features
+from mxd.evaluation import always_yes_f1, grouped_folds, pool_features, probe_features
 from mxd.evaluation.pooling import Features
 from mxd.evaluation.probing import CANDIDATES, FOLDS, SPARSITIES
 from mxd.jobs.decompositions import load_decomposition
-from mxd.jobs.probing import common_layer, describe, make_representations, named, probing_versions
+from mxd.jobs.probe import common_layer, describe, make_representations, named, probing_versions
 from mxd.modeling_mxd import MxDModel, find_mlp
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE, FIGURE = ROOT / "benchmarks/results/probing.json", ROOT / "docs/probing.md", ROOT / "docs/probing.png"
+RESULTS, PAGE = ROOT / "benchmarks/results/probing.json", ROOT / "docs/probing.md"
 MARK = "benchmarks/probing.py"
 CONTEXT = 128
 WAYS = {"published": False, "standardised": True}
-"""How features go into the probes → whether they are standardised."""
+"""Scaling of features → whether they are standardised."""
 
 
 def digest(*values: object) -> str:
-    """A short name for what results depend on."""
+    """Return a short hash of the settings that results depend on."""
     return hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()
 
 
 def identity(name: str, folder: str | None) -> str:
-    """What a representation is called in the work folder: a model or decomposition by its weights too."""
+    """Return a representation's name in the work folder, with a hash of a decomposition's weights."""
     if folder is None:
         return name.lower().replace(" ", "-")
     if not Path(folder).is_dir():  # a Hub id
@@ -60,7 +60,7 @@ def identity(name: str, folder: str | None) -> str:
 
 
 def cut(corpus: Path, tokenizer: PreTrainedTokenizerBase, texts: int, seed: int) -> dict[str, LabelledTexts]:
-    """The texts of every problem."""
+    """Return the texts of every problem."""
     return {
         name: cut_texts(documents, tokenizer, context_length=CONTEXT, texts_per_class=texts, seed=seed)
         for name, documents in problems(corpus).items()
@@ -68,14 +68,14 @@ def cut(corpus: Path, tokenizer: PreTrainedTokenizerBase, texts: int, seed: int)
 
 
 def save(path: Path, features: Features) -> None:
-    """In one move, so that an interruption leaves no half file."""
+    """Save features in one move, so that an interruption leaves no half file."""
     unfinished = path.with_name(f"unfinished-{path.name}")
     np.save(unfinished, features) if isinstance(features, np.ndarray) else save_npz(unfinished, features)
     unfinished.replace(path)
 
 
 def load(path: Path) -> Features:
-    """What `save` wrote."""
+    """Load features that `save` wrote."""
     loaded: Features = np.load(path) if path.suffix == ".npy" else load_npz(path)
     return loaded
 
@@ -88,7 +88,7 @@ def pooled(
     sources: Mapping[str, str],
     model: Any,
 ) -> dict[str, Path]:
-    """Features of all problems' texts, one below the other, by representation; one pass makes what is missing."""
+    """Pool the features of all problems' texts, in one pass for all representations that are missing."""
     where = next(iter(decompositions.values())).config.where
     found = make_representations(find_mlp(model, options.layer, **where), decompositions)
     paths = {
@@ -110,7 +110,7 @@ def pooled(
 def probed(
     options: argparse.Namespace, texts: Mapping[str, LabelledTexts], path: Path, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """{problem: {way: figures}} of one representation, from the work folder where they are there."""
+    """Probe one representation, or read its figures from the work folder: {problem: {way: figures}}."""
     features: Features | None = None
     found: dict[str, dict[str, Any]] = {}
     start = 0
@@ -134,7 +134,7 @@ def probed(
 
 
 def mean_f1(found: Mapping[str, Mapping[str, Any]], way: str = "published") -> tuple[float, float]:
-    """Mean over problems, and its standard error, the folds of all problems taken for independent."""
+    """Return the mean over problems and its standard error, with the folds of all problems as independent."""
     errors = [figures[way]["f1_error"] for figures in found.values()]
     mean = float(np.mean([figures[way]["f1"] for figures in found.values()]))
     return mean, math.sqrt(sum(error**2 for error in errors)) / len(errors)
@@ -143,7 +143,7 @@ def mean_f1(found: Mapping[str, Mapping[str, Any]], way: str = "published") -> t
 def difference(
     found: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Mapping[str, Any]], way: str = "published"
 ) -> tuple[float, float]:
-    """Mean over problems of the difference in F1, and its standard error, paired by fold."""
+    """Return the mean difference in F1 over problems and its standard error, paired by fold."""
     apart = [
         np.subtract(figures[way]["f1_folds"], reference[problem][way]["f1_folds"]) for problem, figures in found.items()
     ]
@@ -152,7 +152,7 @@ def difference(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as a Markdown table."""
     found, reference = results["representations"], results["reference"]
     names = list(next(iter(found.values())))
     head = ["", *names, "mean F1", f"to {reference}", "best test F1", "standardised", *(f"k = {k}" for k in SPARSITIES)]
@@ -196,7 +196,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Pool and probe what is missing; what results/probing.json holds."""
+    """Pool and probe what is missing; return the content of results/probing.json."""
     sources = named(options.folders)
     decompositions = {name: load_decomposition(folder) for name, folder in sources.items()}
     options.layer = common_layer(decompositions, options.layer)
@@ -235,7 +235,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and write table and figure."""
+    """Measure, and write results and table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
@@ -252,12 +252,6 @@ def main() -> None:
     (options.results or RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     if options.results is None:
         write_between(PAGE, MARK, "\n" + table(results))
-        found = results["representations"]
-        shown = {
-            problem: {name: figures[problem]["published"] for name, figures in found.items()}
-            for problem in results["problems"]
-        }
-        plot_probing(shown, FIGURE, results["always_yes_f1"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Labelled problems for `benchmarks/probing.py`, made of the corpus (parquet files with the columns domain, title,
-author, year, text) and of the running interpreter's standard library."""
+"""Labelled problems for `benchmarks/probing.py`, from the corpus (parquet files with the columns domain, title, author,
+year, text) and the running interpreter's standard library."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ from mxd.data.labelled_text import LabelledDocuments
 
 ERAS = {"1790–1849": range(1790, 1850), "1850–1899": range(1850, 1900), "1900–1949": range(1900, 1950),
         "1950–2021": range(1950, 2022)}  # fmt: skip
-# Of presidents since both parties exist; Andrew Johnson, elected on a ticket of both, is left out.
+# Presidents since both parties exist, without Andrew Johnson, who was elected on a ticket of both.
 PARTIES = {
     "Democrat": ("Grover Cleveland", "Woodrow Wilson", "Franklin D Roosevelt", "Harry S Truman", "John F Kennedy",
                  "Lyndon B Johnson", "Jimmy Carter", "William J Clinton", "Barack Obama", "Joseph R Biden",
@@ -26,7 +26,7 @@ PARTIES = {
                    "George Bush", "George W Bush", "Donald J Trump"),
 }  # fmt: skip
 PRESIDENTS = 6
-# As the First Folio of 1623 divides them; what is not in it is left out.
+# The division of the First Folio of 1623; plays that are not in it are left out.
 PLAYS = {
     "comedy": ("the-tempest", "two-gentlemen-of-verona", "the-merry-wives-of-windsor", "measure-for-measure",
                "the-comedy-of-errors", "much-ado-about-nothing", "love-s-labours-lost", "a-midsummer-night-s-dream",
@@ -58,7 +58,7 @@ Row = tuple[str, str, str]
 
 
 def problems(corpus: Path) -> dict[str, LabelledDocuments]:
-    """Every problem by its name; groups are documents."""
+    """Return every problem by its name; groups are documents."""
     rows = [row for path in sorted(corpus.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     domains: dict[str, list[dict[str, str]]] = {}
     for row in rows:
@@ -87,7 +87,7 @@ def problems(corpus: Path) -> dict[str, LabelledDocuments]:
 
 
 def made_of(rows: Iterator[tuple[str, str | None, str]] | list[Row]) -> LabelledDocuments:
-    """Documents of (text, label, group), without those that have no label."""
+    """Return documents from (text, label, group), without those that have no label."""
     kept = [row for row in rows if row[1] is not None]
     texts, labels, groups = zip(*kept, strict=True)
     return LabelledDocuments(list(texts), np.array(labels), np.array(groups))
@@ -98,7 +98,7 @@ def _key(table: dict[str, object], value: object) -> str | None:
 
 
 def regions(countries: list[dict[str, str]]) -> LabelledDocuments:
-    """What the profiles say of each country's history, by the region that they name further down."""
+    """Return each country's introduction and history, labelled with the region that its profile names further down."""
     found = [(row, match[1]) for row in countries if (match := REGION.search(row["text"]))]
     counts = Counter(region for _, region in found)
     return made_of(
@@ -111,7 +111,7 @@ def regions(countries: list[dict[str, str]]) -> LabelledDocuments:
 
 
 def docstrings(library: list[tuple[str, str]]) -> LabelledDocuments:
-    """Of every file its docstrings, and its code without them and without comments; both in one group."""
+    """Return each file's docstrings, and its code without docstrings and comments, in one group."""
     rows: list[Row] = []
     for path, text in library:
         try:

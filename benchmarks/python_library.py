@@ -1,4 +1,4 @@
-"""The running interpreter's standard library as text: a kind that is always at hand."""
+"""The running interpreter's standard library as text."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__py
 
 
 def python_library_files() -> Iterator[tuple[str, str]]:
-    """Path in the running interpreter's standard library, and text, of every source file, in the order of the paths.
+    """Yield path and text of every source file of the standard library, in the order of the paths.
 
     Tests, installed packages, empty files and files that are not UTF-8 are left out.
     """
@@ -30,13 +30,13 @@ def python_library_files() -> Iterator[tuple[str, str]]:
 
 
 def python_library_documents() -> Dataset:
-    """One document per source file, see `python_library_files`.
+    """Return one document a source file, see `python_library_files`.
 
     Returns:
         Rows `{"text": str, "domain": "code"}`, in the order of the files' paths.
 
     Raises:
-        DataError: when the interpreter comes without its sources.
+        DataError: if the interpreter comes without its sources.
     """
     texts = [text for _, text in python_library_files()]
     if not texts:

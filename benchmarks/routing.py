@@ -1,11 +1,11 @@
-"""What hierarchical routing costs in accuracy and gains in speed, on a trained decomposition and real text.
+"""Measure what hierarchical routing costs in accuracy and gains in speed, on a trained decomposition and real text.
 
     python benchmarks/routing.py MODEL DECOMPOSITION --corpus FOLDER [--trained [NAME=]FOLDER ...] [--parts PART ...]
 
 MODEL is the folder of SmolLM2-135M (its decoder layers are a list, which is used), DECOMPOSITION one with the exact
-gate (`mxd decompose`). A router is fitted to its first layer on training text, and measured with every number of opened
-groups. Each `--trained` folder is a decomposition that was trained with routing (`mxd decompose --groups-per-token`);
-its own number of groups is measured. Parts:
+gate (`mxd decompose`). A router is fitted to its first layer on training text and measured with every number of opened
+groups. Each `--trained` folder is a decomposition that was trained with routing (`mxd decompose --num-groups-per-tok`),
+which is measured with its own number of groups. Parts:
 
     timings  recall of the exact TopK, and time of gate and layer against the exact ones, in turns: of many tokens, and
              of one with the weights not in the processor's cache, as generation finds them; greedy generation at batch
@@ -32,7 +32,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from held_out import HeldOut
-from methods import CONTEXT
 from pages import machine, write_between
 from python_library import python_library_documents
 from torch import Tensor
@@ -43,9 +42,8 @@ from mxd.base.base_model import load_base_model
 from mxd.base.capture import capture_mlps
 from mxd.base.forward import evaluating
 from mxd.data.packing import CausalCollator, pack
-from mxd.data.texts import Documents
+from mxd.data.texts import Documents, TextOptions, evaluation_batches, load_documents
 from mxd.evaluation.paired import half_width
-from mxd.jobs.pipeline import TextOptions, evaluation_batches, load_documents
 from mxd.modeling_mxd import MxDModel, SparseLayer, spliced_mlps
 from mxd.trainers import fit_router, routing_recall
 
@@ -53,18 +51,19 @@ RESULTS = Path(__file__).parent / "results" / "routing.json"
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 MARK = "benchmarks/routing.py"
 PARTS = ("timings", "text", "python")
+CONTEXT = 256
 EXACT = "exact"
 OPENED = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 TIMED_TOKENS, MANY_TOKENS = 1024, 4096
 FLUSHED = 2**27
-"""Numbers that are read before a timed step of one token: 512 MiB, more than a processor's cache."""
+"""Numbers read before a timed step of one token: 512 MiB, more than a processor's cache."""
 GENERATED = 64
 EIGHT = "fitted, 8 groups"
 ON_PYTHON = (EXACT, EIGHT, "fitted, 16 groups", "fitted, 24 groups")
 
 
 def with_groups_opened(layer: SparseLayer, opened: int) -> SparseLayer:
-    """The same layer, weights shared, that opens so many groups."""
+    """Return the layer with shared weights and another number of opened groups."""
     twin = copy.copy(layer)
     twin.config = replace(layer.config, num_groups_per_tok=opened)
     return twin
@@ -73,7 +72,7 @@ def with_groups_opened(layer: SparseLayer, opened: int) -> SparseLayer:
 def in_turns(
     functions: dict[str, Callable[[], Any]], turns: int, before: Callable[[], Any] | None = None
 ) -> dict[str, float]:
-    """Median seconds of each, without what is done before it."""
+    """Return the median seconds of each function, without the call of `before`."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(turns + 1):
         for name, function in functions.items():
@@ -89,8 +88,12 @@ def in_turns(
 def time_layers(
     layers: dict[str, SparseLayer], x: Tensor, turns: int, before: Callable[[], Any] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Seconds of gate and of layer, by name; of all but the gate, which no routing makes faster; and of one large
-    product with as many multiply-adds as 8 groups have."""
+    """Time the gate and the whole of every layer.
+
+    Returns:
+        Seconds by layer; of "rest", a layer without its gate; and of "bare", one product with the multiply-adds of 8
+        groups.
+    """
     functions: dict[str, Callable[[], Any]] = {}
     for name, layer in layers.items():
         functions[f"gate of {name}"] = lambda layer=layer: layer.encode(x)
@@ -108,7 +111,7 @@ def time_layers(
 def time_generation(
     model: PreTrainedModel, index: int, layers: dict[str, SparseLayer], prompt: Tensor, turns: int
 ) -> dict[str, float]:
-    """Greedy tokens a second at batch size 1, untouched and with each layer."""
+    """Return greedily generated tokens a second at batch size 1, untouched and with each layer."""
 
     def generate() -> None:
         model.generate(prompt, max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False, pad_token_id=0)
@@ -125,7 +128,7 @@ def time_generation(
 
 
 def fitting_inputs(model: PreTrainedModel, index: int, rows: Iterator[dict[str, Any]], tokens: int) -> Tensor:
-    """Inputs of the MLP on training text, (tokens, I)."""
+    """Return inputs of the MLP on training text, (tokens, I)."""
     collate, size = CausalCollator(), max(1, 2048 // CONTEXT)
     found = []
     for _ in tqdm(range(0, tokens, size * CONTEXT), desc="inputs", unit="batch"):
@@ -135,8 +138,7 @@ def fitting_inputs(model: PreTrainedModel, index: int, rows: Iterator[dict[str, 
 
 
 def routed_layers(options: argparse.Namespace, exact: SparseLayer, inputs: Tensor) -> dict[str, SparseLayer]:
-    """The exact layer, the same with a router fitted to inputs (tokens, I) and so many groups opened, and those that
-    were trained with one."""
+    """Return the exact layer, the same with a router fitted to `inputs` (tokens, I), and those trained with routing."""
     fitted = copy.deepcopy(exact)
     fit_router(fitted, inputs)
     layers = {EXACT: exact} | {f"fitted, {m} groups": with_groups_opened(fitted, m) for m in OPENED}
@@ -151,7 +153,7 @@ def routed_layers(options: argparse.Namespace, exact: SparseLayer, inputs: Tenso
 def held_out(
     options: argparse.Namespace, index: int, layers: dict[str, SparseLayer], documents: Documents, tokens: int
 ) -> dict[str, Any]:
-    """How far every layer is from the untouched model and from the exact layer on some text."""
+    """Measure every layer against the untouched model and the exact layer on some text."""
     model, tokenizer, _ = load_base_model(str(options.model))
     batches = evaluation_batches(documents, tokenizer, CONTEXT, tokens)
     text = HeldOut(model.eval(), index, torch.cat([batch["input_ids"] for batch in batches]))
@@ -161,7 +163,7 @@ def held_out(
 def timings(
     options: argparse.Namespace, model: PreTrainedModel, index: int, layers: dict[str, SparseLayer], ids: Tensor
 ) -> dict[str, Any]:
-    """Seconds of the layers on real inputs and generation's speed; ids (rows, tokens) of held-out text."""
+    """Time the layers on real inputs, and generation; `ids` (rows, tokens) are held-out text."""
     x = torch.cat([capture_mlps(model, [index], part)[index][0].flatten(0, 1) for part in ids.split(8)])
     flushed = torch.zeros(FLUSHED)
     with evaluating(model):
@@ -180,7 +182,7 @@ def timings(
 
 @torch.no_grad()
 def run(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """All that is asked for, put into the results."""
+    """Measure the parts that were asked for and put them into the results."""
     set_seed(0)
     model, tokenizer, _ = load_base_model(str(options.model))
     decomposition = MxDModel.from_pretrained(options.decomposition).eval()
@@ -215,7 +217,7 @@ def _rows_scored(layer: SparseLayer) -> int:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The page's tables in Markdown."""
+    """Return the page's tables in Markdown."""
     sizes, timed = results["sizes"], results["timings"]
     lines = [
         f"{results['machine']}. SmolLM2-135M layer {results['layer']}, N = {sizes['num_experts']:,}, "

@@ -1,11 +1,11 @@
-"""What a shared decomposition costs: size of the repo, time and peak memory of loading against the base model alone,
-and how much of a decomposition of all layers is transferred for one of them.
+"""Measure what a shared decomposition costs: size of the repo, time and peak memory of loading beside the base model
+alone, and the transfer for one layer of a decomposition of all layers.
 
     python benchmarks/sharing.py MODEL
 
 MODEL is a folder with a language model. Layers are untrained, K = 32, as many parameters as a transcoder with 32
-latents per dimension. Loads run in a process of their own, alternating; medians of `--repeats`. What is transferred is
-counted by a Hub on loopback, for a reader whose cache is empty. Writes benchmarks/results/sharing.json.
+latents per dimension. Loads run in processes of their own, alternating; results are medians of `--repeats`. A Hub on
+loopback counts the bytes that a reader with an empty cache receives. Writes benchmarks/results/sharing.json.
 """
 
 import argparse
@@ -26,7 +26,7 @@ REPO = "user/all-layers"
 
 
 def load(what: str, folder: str) -> None:
-    """In a process of its own: import, load, print seconds and peak memory."""
+    """Load a model in this process and print seconds and peak memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -40,9 +40,11 @@ def load(what: str, folder: str) -> None:
 
 
 def save(model: str, layers: list[int] | None, experts: int | None, folder: Path) -> dict[str, Any]:
-    """A folder with an untrained decomposition of these layers (None: all)."""
+    """Save an untrained decomposition of some layers (None: all), and return its sizes."""
+    from mxd.base.base_model import load_base_model
     from mxd.base.pretrained_weights import record_base
-    from mxd.jobs.pipeline import DecompositionOptions, layer_config, load_base_model
+    from mxd.jobs.decompose import layer_config
+    from mxd.jobs.options import DecompositionOptions
     from mxd.modeling_mxd import MxDConfig, MxDModel, find_mlps
 
     base, _, _ = load_base_model(model)
@@ -71,7 +73,7 @@ print(len(AutoModel.from_pretrained({repo!r}, layers={layers!r}, trust_remote_co
 
 
 def transferred(hub: Any, layers: list[int] | None) -> dict[str, int]:
-    """What the Hub sends to a reader who loads these layers (None: all) into an empty cache, without our library."""
+    """Count what the Hub sends to a reader who loads some layers (None: all) into an empty cache, without mxd."""
     hub.requests.clear()
     with tempfile.TemporaryDirectory() as home:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}

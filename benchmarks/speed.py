@@ -1,16 +1,14 @@
-"""What a layer costs: ours against plain dense PyTorch, the untouched MLP, transcoders and the bare products.
+"""Measure what a layer costs: ours, plain dense PyTorch, the untouched MLP, transcoders and the bare products.
 
     python benchmarks/speed.py [--quick] [--shapes NAME ...] [--device cpu] [--beside PYTHON]
 
 Every contestant (`benchmarks/contestants.py`) runs in a process of its own; all of one shape are alive at once, as far
-as memory allows, and take a step each in turn, so that whatever else happens to the machine happens to all of them.
-Medians over the turns. Weights and inputs are random: what hierarchical routing costs in accuracy is measured by
-`benchmarks/routing.py`. `--beside` names the Python of an environment with other people's libraries (pip install
-eai-sparsify sae-lens), which run only here.
+as memory allows, and take a step each in turn, so that other load on the machine affects all of them. Results are
+medians over the turns. Weights and inputs are random; `benchmarks/routing.py` measures what routing costs in accuracy.
+`--beside` names the Python of an environment with other libraries (pip install eai-sparsify sae-lens).
 
-Cases that are in the work folder, of the same commit, are not run again. Writes benchmarks/results/speed.json and the
-tables in docs/speed.md, in both of which other machines keep their place, and docs/speed.png. About three quarters of
-an hour on 2 cores.
+Cases of the same commit in the work folder are not run again. Writes benchmarks/results/speed.json and the tables in
+docs/speed.md, both of which keep the results of other machines, and docs/speed.png. Takes about 45 minutes on 2 cores.
 """
 
 import argparse
@@ -32,8 +30,8 @@ from contestants import BESIDE, CONTESTANTS, OF_ONE_MODE
 from pages import machine, write_between
 from tqdm.auto import tqdm
 
+from mxd.base.base_model import bfloat16_is_emulated
 from mxd.modeling_mxd.configuration_mxd import machine_memory
-from mxd.trainers.decomposition_arguments import bfloat16_is_emulated
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder
 
 HERE = Path(__file__).parent
@@ -63,13 +61,13 @@ FEW = (
 TRAINED = ("exact", "hierarchical")
 SWEEP = ("dense PyTorch", "exact", "hierarchical", "exact, gate alone", "hierarchical, gate alone")
 SWEPT = [2**power for power in range(10, 18)]
-# What the others are compared with.
+# The others are compared with these.
 REFERENCES = ("dense PyTorch", "bare products", "bare products, bf16")
 FITTED_FROM = 4096
 
 
 class Worker:
-    """A contestant in a process of its own."""
+    """Run a contestant in a process of its own."""
 
     def __init__(self, name: str, job: dict[str, Any], python: str):
         self.name, self.turns, self.failure = name, [], ""
@@ -87,7 +85,7 @@ class Worker:
         )
 
     def answer(self) -> dict[str, Any] | None:
-        """The next line of JSON that it writes; None where it ended."""
+        """Return the next line of JSON that it writes, or None if it ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
@@ -97,7 +95,7 @@ class Worker:
         return None
 
     def turn(self) -> None:
-        """One step."""
+        """Let it take a step."""
         if self.failure:
             return
         assert self.process.stdin is not None
@@ -109,7 +107,7 @@ class Worker:
             self.turns.append(answer)
 
     def end(self) -> dict[str, Any]:
-        """Medians of all turns, and what the last one found."""
+        """Return medians over all turns, with the last answer."""
         assert self.process.stdin is not None
         failure = self.failure
         with contextlib.suppress(BrokenPipeError):
@@ -123,8 +121,8 @@ class Worker:
 
 
 def measure(job: dict[str, Any], names: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Time contestants in turns; those that do not fit into memory together come in waves, each with the references if
-    there is room for them."""
+    """Time contestants in turns. If memory does not hold all of them they run in waves, each with the references if
+    there is room."""
     parameters = job["N"] * (job["I"] + job["O"]) + 3 * job["H"] * job["I"]
     each = parameters * 4 * (4 if job["mode"] == "train" else 1) + 5 * job["tokens"] * job["N"] * 4 + 5 * 10**8
     memory = torch.cuda.mem_get_info()[1] if job["device"] == "cuda" else machine_memory()
@@ -145,7 +143,7 @@ def measure(job: dict[str, Any], names: list[str], options: argparse.Namespace) 
 
 
 def commit() -> str:
-    """What is measured; "+" where files differ from it."""
+    """Return the measured commit, with "+" if files differ from it."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
     return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -163,7 +161,7 @@ def _wave(job: dict[str, Any], names: list[str], options: argparse.Namespace) ->
 
 
 def cases(options: argparse.Namespace) -> dict[str, tuple[dict[str, Any], list[str]]]:
-    """Name of a case: its job, and who takes part."""
+    """Return the job and the contestants of every case, by its name."""
     everybody = [name for name in CONTESTANTS if "gate alone" not in name and (options.beside or name not in BESIDE)]
     if options.device == "cpu" and bfloat16_is_emulated():
         everybody = [name for name in everybody if "bf16" not in name]
@@ -189,7 +187,7 @@ def cases(options: argparse.Namespace) -> dict[str, tuple[dict[str, Any], list[s
 
 
 def exponent(curve: dict[int, float]) -> float | None:
-    """Slope of log milliseconds over log N from FITTED_FROM experts on, least squares; None with fewer than three."""
+    """Fit the slope of log milliseconds over log N from FITTED_FROM experts on; None with fewer than three points."""
     points = [(experts, ms) for experts, ms in curve.items() if experts >= FITTED_FROM]
     if len(points) < 3:
         return None
@@ -199,7 +197,7 @@ def exponent(curve: dict[int, float]) -> float | None:
 
 
 def swept(results: dict[str, Any], mode: str = "forward") -> dict[str, dict[int, float]]:
-    """Milliseconds of a step by number of experts, for everybody who was swept."""
+    """Return milliseconds of a step by number of experts, for every swept contestant."""
     curves: dict[str, dict[int, float]] = {}
     for case, measured in results["cases"].items():
         if " experts" in case and measured["job"]["mode"] == mode:
@@ -210,7 +208,7 @@ def swept(results: dict[str, Any], mode: str = "forward") -> dict[str, dict[int,
 
 
 def table(results: dict[str, Any]) -> str:
-    """The page's tables of one machine in Markdown."""
+    """Return the tables of one machine in Markdown."""
     lines: list[str] = []
     for case, measured in results["cases"].items():
         if " experts" in case:
@@ -265,7 +263,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def page(machines: dict[str, Any]) -> str:
-    """The tables of all machines, the last that was measured first."""
+    """Return the tables of all machines, the last measured first."""
     (first, results), *others = reversed(machines.items())
     text = f"{first}.\n\n{table(results)}"
     for name, older in others:
@@ -274,7 +272,7 @@ def page(machines: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Cost against number of experts; the exponents are in the legend."""
+    """Draw cost against number of experts, with the exponents in the legend."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -293,7 +291,7 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def summarise(options: argparse.Namespace, names: list[str], earlier: dict[str, Any]) -> dict[str, Any]:
-    """Put all measured cases together, those of an earlier run in the place of what was not measured now."""
+    """Merge the measured cases into those of an earlier run."""
     measured = {name: json.loads(path.read_text()) for name in names if (path := _path(options, name)).exists()}
     return {"cases": earlier.get("cases", {}) | measured}
 
