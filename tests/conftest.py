@@ -5,6 +5,8 @@ import tempfile
 # Before any import of huggingface_hub: no test may reach a network, nor read or fill the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mxd-tests-")
+# Before the import of torch: a worker of pytest-xdist for each core, and each takes one.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
 import pytest

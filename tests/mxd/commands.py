@@ -2,12 +2,12 @@
 
 import os
 import signal
-import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
+import warm_process
 from transformers import TrainerCallback
 
 from mxd.cli import main as cli
@@ -15,11 +15,9 @@ from mxd.cli import main as cli
 SMALL = ["--experts", "64", "--k", "4", "--tokens", "8k", "--evaluation-tokens", "2048"]
 
 
-def run(*arguments, **kwargs):
-    """The command in a process of its own: exit code, stdout, stderr."""
-    command = [sys.executable, "-m", "mxd", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300, **kwargs)
+def run(*arguments):
+    """Run the command in a process of its own; returns exit code, stdout, stderr."""
+    done = warm_process.run("-m", "mxd", *arguments, env={**os.environ, "COLUMNS": "120"})
     return done.returncode, done.stdout, done.stderr
 
 

@@ -12,6 +12,7 @@ from inspect import signature
 import pytest
 import torch
 import typer
+import warm_process
 from commands import killed_at_the_end, refused, run
 from safetensors.torch import load_file
 
@@ -300,7 +301,7 @@ def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
 
 def test_interrupt_then_resume(tmp_path):
     folder = tmp_path / "out"
-    arguments = ["--experts", "64", "--k", "4", "--evaluation-tokens", "2048", "--tokens", "200k", "--output", folder]
+    arguments = ["--experts", "64", "--k", "4", "--evaluation-tokens", "2048", "--tokens", "40k", "--output", folder]
     command = [sys.executable, "-m", "mxd", "decompose", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
@@ -336,9 +337,7 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
         "main()\n"
     )
     arguments = ["decompose", "--experts", "64", "--k", "4", "--tokens", "40k", "--output", str(folder)]
-    command = [sys.executable, "-c", script, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    done = warm_process.run("-c", script, *arguments)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr and "kept" in done.stderr
     assert list(folder.glob("checkpoint-*/trainer_state.json"))

@@ -1,12 +1,11 @@
-"""A real training on a tiny model in a process of its own:
+"""Train a tiny model in a process of its own:
 `python distil.py OUTPUT KIND [kill=STEP] [interrupt=STEP] [resume] [plain]`.
 
-kill, interrupt: the last of the processes; plain: SGD, rows in their order, and a step of 8 rows in one process or in
-two.
+kill, interrupt: send the signal to the last of the processes. plain: SGD, rows in their order, and a step of 8 rows in
+one process or in two.
 
-KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `sparse` (rows, and
-the optimiser that follows the experts that fired), `routed` (rows, hierarchical routing), `coded` (rows, a sparse code
-trained along), or `finetuning`.
+KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `routed` (rows,
+hierarchical routing), `coded` (rows, an auxiliary transcoder trained along), or `finetuning`.
 """
 
 import os
