@@ -1,9 +1,10 @@
 """Real processes without the seconds that importing torch and transformers takes in each.
 
-The standard library's fork server imports them once; every process here is a fork of it. The server has a single
-thread and has computed nothing, so that a fork can train.
+The standard library's fork server imports them once; every process here is a fork of it. The server computes nothing
+and has no thread but one of pyarrow's allocator, which expects forks, so that a fork can train.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -27,7 +28,8 @@ _context.set_forkserver_preload(PRELOADED)
 
 
 def _main(arguments, environment, folder, stdout, stderr):
-    """In the fork: do what `python ARGUMENTS` does."""
+    """Do in the fork what `python ARGUMENTS` does."""
+    gc.freeze()  # what the server imported need not be looked through by every `gc.collect()` of a training
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
