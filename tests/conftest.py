@@ -12,8 +12,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import datasets
 import pytest
 import torch
+from factories import make_tiny_llama
 from text_cases import build_tokenizer
-from tiny_llama import make_tiny_llama
 from transformers.utils import logging as transformers_logging
 
 

@@ -22,9 +22,7 @@ def run(processes, *arguments):
         {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         for rank in range(processes)
     ]
-    started = [
-        WarmProcess(SCRIPT, *arguments, env={**os.environ, **(rank if processes > 1 else {})}) for rank in ranks
-    ]
+    started = [WarmProcess(SCRIPT, *arguments, env={**os.environ, **(rank if processes > 1 else {})}) for rank in ranks]
     for done in [process.wait() for process in started]:
         assert done.returncode == 0, done.stderr[-3000:]
 
