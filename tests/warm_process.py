@@ -5,6 +5,7 @@ and has no thread but one of pyarrow's allocator, which expects forks, so that a
 """
 
 import gc
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -14,11 +15,13 @@ import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
-# Modules that are not there are skipped without a word: name packages, whose names seldom change.
+import huggingface_hub.constants
+from transformers import dynamic_module_utils
+
+# Other people's modules only: mxd is imported by each process itself, or not at all where a test hides it.
 PRELOADED = [
-    "accelerate", "datasets", "matplotlib.pyplot", "rich.table", "torch.distributed.distributed_c10d",
-    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
-    "mxd.base", "mxd.cli.main", "mxd.data", "mxd.evaluation", "mxd.hub_cards", "mxd.jobs", "mxd.trainers",
+    "accelerate", "datasets", "matplotlib.pyplot", "pydantic", "rich.table", "torch._dynamo", "transformers.pipelines",
+    "torch.distributed.distributed_c10d", "transformers.models.llama.modeling_llama", "transformers.trainer", "typer",
 ]  # fmt: skip
 # Sets and dicts of strings are in another order there than here.
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
@@ -37,6 +40,9 @@ def _main(arguments, environment, folder, stdout, stderr):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    importlib.reload(huggingface_hub.constants)  # made of environment variables
+    modules = str(Path(huggingface_hub.constants.HF_HOME, "modules"))
+    dynamic_module_utils.HF_MODULES_CACHE = os.environ.get("HF_MODULES_CACHE", modules)
     how, *rest = arguments
     if how == "-m":
         sys.argv = rest
@@ -55,8 +61,8 @@ class WarmProcess:
 
     Args:
         arguments: What follows `python`: `-m MODULE …`, `-c CODE …` or `SCRIPT …`.
-        env: All environment variables of the process. What a module read when it was imported, as huggingface_hub
-            reads its constants, stays as it was.
+        env: All environment variables of the process. Those that a module read when it was imported change nothing,
+            but for huggingface_hub's.
         cwd: The folder to start in.
     """
 

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm_process
 from huggingface_hub import HfApi, ModelCard
 from scenes import save_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -160,7 +159,7 @@ def test_without_the_library_a_push_is_complete_too(hub, folder, tmp_path):
     script.write_text(WITHOUT.format(repo=REPO, out=str(tmp_path / "out.pt")))
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, script], check=False, env=env, capture_output=True, text=True, timeout=300)
+    done = warm_process.run(script, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     pushed, again, branch, one = torch.load(tmp_path / "out.pt")
     assert torch.equal(again, pushed)
