@@ -1,14 +1,16 @@
 # Set-up is part of every target: a fresh machine needs Python 3.11 or later with venv, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes in which `make test` runs tests, with one thread each.
+WORKERS ?= 2
 
 .PHONY: demo test quality format clean
 
 demo: .venv/installed  ## decompose the embedded model with the embedded text (4 to 5 minutes on 2 cores)
 	$(BIN)/mxd decompose --output demo-output --overwrite
 
-test: .venv/installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/installed-dev  ## the whole test suite, with the coverage of modeling_mxd and trainers
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --cov --cov-report term
 
 quality: .venv/installed-dev  ## linter, formatter and type checker
 	$(BIN)/ruff check .
@@ -22,7 +24,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

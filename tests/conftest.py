@@ -1,23 +1,29 @@
+import atexit
+import gc
 import os
 import shutil
 import tempfile
 
 # Before any import of huggingface_hub: no test may reach a network, nor read or fill the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mxd-tests-")
+HF_HOME = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mxd-tests-")
+# Before the import of torch: a worker of pytest-xdist for each core, and each takes one.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
 import pytest
 import torch
+from factories import make_tiny_llama
 from text_cases import build_tokenizer
-from tiny_llama import make_tiny_llama
 from transformers.utils import logging as transformers_logging
 
+atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 
-@pytest.fixture(scope="session", autouse=True)
-def home():
-    yield
-    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+def pytest_collection_finish(session):
+    """Every training begins with `gc.collect()`, which takes half a second if it looks at all imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +38,7 @@ def tiny_llama():
 
 @pytest.fixture(autouse=True)
 def library_verbosity():
-    """The commands silence transformers and datasets for the process; no other test may see that."""
+    """Undo what commands do to the process: they silence transformers and datasets."""
     yield
     transformers_logging.set_verbosity_warning()
     transformers_logging.enable_progress_bar()

@@ -1,8 +1,7 @@
-"""What the tests of documents and of packing share: documents of a few words, a tokenizer of their own, files."""
+"""Documents of a few words for the tests of reading and packing: as rows, as files, and a tokenizer for them."""
 
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from factories import byte_tokenizer
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "small", "boats"]
 
@@ -20,15 +19,7 @@ def documents(count, words=40):
 
 
 def build_tokenizer(**special):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts(20), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special)
+    return byte_tokenizer(texts(20), **special)
 
 
 def ids_of(rows):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+import warm_process
 from commands import killed_at_the_end, refused, run
 from safetensors.torch import load_file
 
@@ -279,9 +280,7 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
         "main()\n"
     )
     arguments = ["decompose", "--num-experts", "64", "-k", "4", "--tokens", "40k", "--output", str(folder)]
-    command = [sys.executable, "-c", script, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    done = warm_process.run("-c", script, *arguments)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr and "kept" in done.stderr
     assert list(folder.glob("checkpoint-*/trainer_state.json"))

@@ -1,14 +1,11 @@
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from datasets import Dataset, IterableDataset
 from text_cases import build_tokenizer, document, documents, encode, ids_of, texts, write_shards
 from torch.utils.data import DataLoader
@@ -118,10 +115,8 @@ def test_new_process_gives_the_same_rows(tmp_path, tokenizer):
         "        for s in (False, True)]\n"
         "print(json.dumps(rows))\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(tmp_path), folder]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=root)
+    done = warm_process.run("-c", script, tmp_path, folder)
+    assert done.returncode == 0, done.stderr
     here = [ids_of(pack(load_text(folder, streaming=s), tokenizer, 16, seed=5)) for s in (False, True)]
     assert json.loads(done.stdout.splitlines()[-1]) == here
 

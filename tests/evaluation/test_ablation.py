@@ -1,7 +1,7 @@
 import pytest
 import torch
 from evaluation_cases import activations, approximate, batches, decomposition, exact, pad
-from tiny_llama import make_tiny_llama
+from factories import make_tiny_llama
 
 from mxd.evaluation import ablation_curve, faithfulness, measure_expert_statistics
 from mxd.evaluation.ablation import contribution_norms, removal_counts, remove_strongest

@@ -18,9 +18,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from factories import make_tiny_llama
 from huggingface_hub import constants
 from scenes import IDS, logits_of, save_decomposition, save_tokenizer, share_base
-from tiny_llama import make_tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

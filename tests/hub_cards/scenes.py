@@ -1,4 +1,4 @@
-"""What tests and tables of sharing start from: a Hub on loopback, with a base model, and a decomposition."""
+"""A Hub on loopback with a base model, and a decomposition to share on it."""
 
 import sys
 import time
@@ -6,14 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from factories import random_mxd_model, word_tokenizer
 from huggingface_hub import constants
 from loopback_hub import HubServer
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch import nn
-from transformers import PreTrainedTokenizerFast
 
-from mxd.modeling_mxd import MxDConfig, MxDModel
+from mxd.modeling_mxd import MxDModel
 
 BASE = "user/base"
 IDS = torch.arange(2, 12)[None]
@@ -21,7 +18,7 @@ IDS = torch.arange(2, 12)[None]
 
 @contextmanager
 def connected(folder):
-    """The client of this process talks to a Hub on loopback, logged in, with an empty cache, and waits for nothing."""
+    """Connect this process to a Hub on loopback: logged in, with an empty cache and without waits between attempts."""
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "ENDPOINT", server.url)
@@ -42,37 +39,26 @@ def connected(folder):
 
 
 def share_base(hub, model, folder):
-    """Put a base model on the Hub; returns its commit."""
+    """Put a base model on the Hub and return its commit."""
     model.save_pretrained(folder)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     return hub.create(BASE, {**files, "README.md": b"---\nlicense: mit\n---\n# Base\n"})
 
 
 def save_tokenizer(folder):
-    """A tokenizer for the base model: a word for each of its 64 tokens."""
-    words = {f"word{index}": index for index in range(64)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0"))).save_pretrained(folder)
+    """Save a tokenizer with a word for each of the base model's 64 tokens."""
+    word_tokenizer().save_pretrained(folder)
 
 
 def save_decomposition(model, commit, folder):
-    """A decomposition of two layers of the base model, as `decompose` leaves it."""
-    config = MxDConfig(
-        layers=[0, 2],
-        hidden_size=16,
-        intermediate_size=40,
-        num_experts=24,
-        num_experts_per_tok=4,
-        base_model_name_or_path=BASE,
-        base_model_revision=commit,
-    )
-    decomposition = MxDModel(config)
-    for tensor in (*decomposition.parameters(), *decomposition.buffers()):
-        nn.init.normal_(tensor, std=0.3)
+    """Save a decomposition of two layers of the base model, as `decompose` leaves it."""
+    base = {"base_model_name_or_path": BASE, "base_model_revision": commit}
+    decomposition = random_mxd_model([0, 2], buffers=True, **base)
     decomposition.record_base(model)
     decomposition.save_pretrained(folder)
 
 
 def logits_of(folder, model):
-    """Of the base model with the folder's decomposition spliced in."""
+    """Return the logits of the base model with the folder's decomposition spliced in."""
     with MxDModel.from_pretrained(folder).spliced(model), torch.no_grad():
         return model(IDS).logits

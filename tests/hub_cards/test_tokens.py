@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from factories import mxd_model
 from faults import command
 from huggingface_hub import constants
 from transformers import AutoModel, AutoModelForCausalLM
 
 from mxd.hub_cards import HubError, push_decomposition
-from mxd.modeling_mxd import MxDConfig, MxDModel
 from mxd.trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer
 
 REPO = "user/mxd-tiny"
@@ -138,14 +138,12 @@ def assert_pushed(trainer, hub, folder):
 @pytest.mark.usefixtures("nowhere")
 def test_a_distillation(secret, base, tiny_llama, tmp_path):
     tiny_llama.config._name_or_path = tiny_llama.name_or_path = "user/base"
-    config = MxDConfig(
-        layers=[0], hidden_size=16, num_experts=24, num_experts_per_tok=4, hidden_act="silu", base_model_revision=base
-    )
+    decomposition = mxd_model([0], hidden_act="silu", base_model_revision=base)
     arguments = DistillationArguments(
         str(tmp_path / "run"), hub_model_id=REPO, calibration_tokens=200, statistics_tokens=200,
         encoder_init="random", **STEPS, **PUSHES,
     )  # fmt: skip
-    trainer = DistillationTrainer(MxDModel(config), tiny_llama, arguments, train_dataset=rows())
+    trainer = DistillationTrainer(decomposition, tiny_llama, arguments, train_dataset=rows())
     assert_pushed(trainer, secret, tmp_path / "run")
 
 

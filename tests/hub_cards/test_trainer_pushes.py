@@ -7,11 +7,12 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from factories import mxd_model
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForCausalLM
 
 from mxd.hub_cards import HubError
-from mxd.modeling_mxd import MxDConfig, MxDModel
+from mxd.modeling_mxd import MxDModel
 from mxd.trainers import DistillationArguments, DistillationTrainer
 
 REPO = "user/trained"
@@ -23,17 +24,14 @@ def train(hub, base, tiny_llama, tmp_path):
 
     def make(**changes):
         tiny_llama.config._name_or_path = tiny_llama.name_or_path = "user/base"
-        config = MxDConfig(
-            layers=[0, 1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4,
-            hidden_act="silu", base_model_revision=base,
-        )  # fmt: skip
+        decomposition = mxd_model([0, 1], hidden_act="silu", base_model_revision=base)
         rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (64, 12)).tolist()})
         options = {"push_to_hub": True, "hub_model_id": REPO, "max_steps": 4, "save_steps": 2, "save_total_limit": 1}
         arguments = DistillationArguments(
             str(tmp_path / "run"), use_cpu=True, per_device_train_batch_size=8, disable_tqdm=True,
             calibration_tokens=200, statistics_tokens=200, encoder_init="random", **(options | changes),
         )  # fmt: skip
-        return DistillationTrainer(MxDModel(config), tiny_llama, arguments, train_dataset=rows)
+        return DistillationTrainer(decomposition, tiny_llama, arguments, train_dataset=rows)
 
     return make
 

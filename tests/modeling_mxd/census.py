@@ -2,6 +2,7 @@
 
 import inspect
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +37,17 @@ class Examined:
     reason: str
 
 
+@contextmanager
+def same_randomness():
+    """Seed the CPU's generator inside the block alone; `torch.manual_seed` formats a stack trace for CUDA each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
 def outputs(model, inputs):
-    """All floating tensors that the model gives, the same at every call."""
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
+    """Return all floating tensors of the model's output, the same at every call."""
+    with torch.no_grad(), same_randomness():
         found = list(tensors_in(model(**inputs)))
     return [tensor.clone() for tensor in found if tensor.is_floating_point()]
 
@@ -97,8 +105,7 @@ def examine_backward(model, decomposition, inputs):
     # RWKV changes the state that it returns in place.
     without_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     model.train(model.config.model_type in ONLY_TRAINING)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with same_randomness():
         found = [tensor for tensor in tensors_in(model(**inputs, **without_cache)) if tensor.requires_grad]
         sum(tensor.float().square().sum() for tensor in found).backward()
     model.eval()
@@ -115,8 +122,7 @@ def examine_backward(model, decomposition, inputs):
 
 def examine_generation(model, decomposition, inputs):
     """Greedy generation from the same inputs, with the cache that the model keeps."""
-    with decomposition.spliced(model, example_inputs=inputs), torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+    with decomposition.spliced(model, example_inputs=inputs), same_randomness(), torch.no_grad():
         tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert tokens.shape[-1] >= 3, "generate gives no tokens"
 

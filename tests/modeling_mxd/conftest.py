@@ -1,7 +1,7 @@
 import pytest
 from doors_cases import decomposition, logits
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from factories import word_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mxd.modeling_mxd import MxDModel
 
@@ -14,7 +14,7 @@ def base_folder(tiny_llama, tmp_path):
 
 @pytest.fixture
 def repo(request, base_folder, tiny_llama, tmp_path):
-    """A decomposition's folder, as `save_pretrained` leaves it; with a parameter, of a config that is so changed."""
+    """A decomposition's folder as `save_pretrained` leaves it; a parameter changes fields of its config."""
     folder = tmp_path / "repo"
     decomposition(base_folder, tiny_llama, **getattr(request, "param", {})).save_pretrained(folder)
     return folder
@@ -22,13 +22,13 @@ def repo(request, base_folder, tiny_llama, tmp_path):
 
 @pytest.fixture
 def spliced(repo):
-    """What the door of `AutoModelForCausalLM` gives."""
+    """The model that `AutoModelForCausalLM` loads."""
     return AutoModelForCausalLM.from_pretrained(repo)
 
 
 @pytest.fixture
 def by_hand(repo, base_folder):
-    """What it should equal: base and decomposition, each loaded by its own class, spliced in memory."""
+    """The model that it should equal: base and decomposition, each loaded by its own class, spliced in memory."""
     base = LlamaForCausalLM.from_pretrained(base_folder)
     with MxDModel.from_pretrained(repo).spliced(base):
         yield base
@@ -41,9 +41,5 @@ def expected(by_hand):
 
 @pytest.fixture
 def repo_with_tokenizer(repo):
-    words = ["<bos>", "<eos>", *(f"w{number}" for number in range(62))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
-    fast.save_pretrained(repo)
+    word_tokenizer(bos_token="<bos>", eos_token="<eos>", pad_token="<eos>").save_pretrained(repo)
     return repo

@@ -1,25 +1,9 @@
-"""What several test modules need: small layers with random weights, and how far two tensors are apart."""
+"""Inputs and gradients of small layers, and the relative error of one tensor against another."""
 
 import torch
-from torch import nn
+from factories import FORMS, random_layer
 
-from mxd.modeling_mxd import MxDLayerConfig, make_layer
-
-FORMS = {
-    "mxd": {"method": "mxd"},
-    "mxd-glu": {"method": "mxd", "encoder_type": "glu", "hidden_act": "silu"},
-    "transcoder": {"method": "transcoder"},
-    "skip_transcoder": {"method": "skip_transcoder"},
-}
-SIZES = {"hidden_size": 16, "output_size": 12, "intermediate_size": 20, "num_experts": 24, "num_experts_per_tok": 4}
-
-
-def random_layer(form="mxd", dtype=torch.float32, **changes):
-    """A layer without a zero anywhere: the start has decoder and output bias at zero, which would hide mistakes."""
-    layer = make_layer(MxDLayerConfig(**{**SIZES, **FORMS[form], **changes}))
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return layer.to(dtype)
+__all__ = ["FORMS", "clear_inputs", "gradients", "random_layer", "relative_error"]
 
 
 def relative_error(value, expected):
@@ -28,7 +12,7 @@ def relative_error(value, expected):
 
 
 def clear_inputs(layer, tokens, margin=0.03):
-    """Inputs of bfloat16 values whose choice of experts does not hang on the last bits of a pre-activation."""
+    """Return inputs of bfloat16 values for which the K-th and the next pre-activation are clearly apart."""
     x = torch.randn(50 * tokens, layer.config.hidden_size).bfloat16().float()
     gate = layer.gate.float()
     ranked = gate(x).detach().sort(dim=-1, descending=True).values
@@ -40,7 +24,7 @@ def clear_inputs(layer, tokens, margin=0.03):
 
 
 def gradients(layer, x, output_gradient, forward=None):
-    """Output, and by name the gradient of x and of every parameter."""
+    """Return the output, and by name the gradient of x and of every parameter."""
     layer.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_()
     y = (layer if forward is None else forward)(x)

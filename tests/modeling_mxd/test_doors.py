@@ -54,7 +54,7 @@ again = {str(tmp_path / "again")!r}
 lm.save_pretrained(again)
 torch.save([lm(ids).logits, AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)(ids).logits,
             lm.generate(ids, max_new_tokens=3, do_sample=False)], {str(tmp_path / "out.pt")!r})
-written = pipeline("text-generation", repo, trust_remote_code=True)("w2 w3", max_new_tokens=3, min_new_tokens=3)
+written = pipeline("text-generation", repo, trust_remote_code=True)("word2 word3", max_new_tokens=3, min_new_tokens=3)
 assert len(written[0]["generated_text"].split()) > 3, written
 """)
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}

@@ -72,8 +72,8 @@ def test_pipeline(repo_with_tokenizer, spliced):
     write = pipeline("text-generation", str(repo_with_tokenizer), trust_remote_code=True)
     assert write.model.decomposition.config.layers == [0, 2]
     how = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
-    written = write("w1 w2 w3", return_tensors=True, **how)[0]["generated_token_ids"]
-    ids = AutoTokenizer.from_pretrained(repo_with_tokenizer)("w1 w2 w3", return_tensors="pt").input_ids
+    written = write("word1 word2 word3", return_tensors=True, **how)[0]["generated_token_ids"]
+    ids = AutoTokenizer.from_pretrained(repo_with_tokenizer)("word1 word2 word3", return_tensors="pt").input_ids
     assert written == generate(spliced, ids, **how)[0].tolist()
     assert len(written) == 7
 

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from factories import randomise
 from reference import explicit_mixture, khatri_rao_unfolding, reference_forward
 from torch import nn
 
@@ -18,18 +19,9 @@ FORMS = {
 
 def layer_of(form="mxd-glu", num_experts=30, k=5, dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    config = MxDLayerConfig(
-        hidden_size=12,
-        output_size=10,
-        intermediate_size=16,
-        num_experts=num_experts,
-        num_experts_per_tok=k,
-        **{**FORMS[form], **changes},
-    )
-    layer = make_layer(config)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return layer.to(dtype)
+    sizes = {"hidden_size": 12, "output_size": 10, "intermediate_size": 16}
+    config = MxDLayerConfig(**sizes, num_experts=num_experts, num_experts_per_tok=k, **{**FORMS[form], **changes})
+    return randomise(make_layer(config), std=0.5).to(dtype)
 
 
 def relative(a, b):

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import randomise
 from safetensors import safe_open
-from torch import nn
 
 from mxd import modeling_mxd
 from mxd.modeling_mxd import MxDConfig, MxDLayer, MxDModel, MxDOutput, SurgeryError, TranscoderLayer
@@ -32,10 +32,7 @@ def config(form="mxd", layers=(2,), **changes):
 
 def random_model(form="mxd", layers=(2,), **changes):
     """Every parameter and every buffer random: a start of zeros would hide what was not loaded."""
-    model = MxDModel(config(form, layers, **changes))
-    for tensor in (*model.parameters(), *model.buffers()):
-        nn.init.normal_(tensor, std=0.5)
-    return model
+    return randomise(MxDModel(config(form, layers, **changes)), std=0.5, buffers=True)
 
 
 def assert_bit_equal(first, second):

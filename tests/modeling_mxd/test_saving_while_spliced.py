@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
+from factories import random_mxd_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from mxd.modeling_mxd import MxDConfig, MxDModel, SurgeryError, make_spliced
+from mxd.modeling_mxd import MxDModel, SurgeryError, make_spliced
 
 IDS = torch.arange(2, 12)[None]
 REFUSED = r"this LlamaForCausalLM cannot be saved while MLPs are replaced \(layers {}\)"
@@ -19,11 +20,7 @@ def logits(model):
 
 
 def decomposition(*layers):
-    sizes = {"hidden_size": 16, "num_experts": 24, "num_experts_per_tok": 4, "hidden_act": "silu"}
-    mxd = MxDModel(MxDConfig(layers=list(layers), **sizes))
-    for parameter in mxd.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return mxd
+    return random_mxd_model(layers, hidden_act="silu")
 
 
 def assert_saves(model, folder, expected):

@@ -3,6 +3,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from factories import random_layer, random_mxd_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.activations import ACT2FN
@@ -10,13 +11,10 @@ from transformers.activations import ACT2FN
 from mxd.base.capture import capture_mlps
 from mxd.base.pretrained_weights import check_widths, mlp_encoder_type, mlp_hidden_act, mlp_weights
 from mxd.modeling_mxd import (
-    MxDConfig,
     MxDLayerConfig,
-    MxDModel,
     SurgeryError,
     find_mlp,
     find_mlps,
-    make_layer,
     replace_mlp,
     spliced_mlps,
 )
@@ -131,18 +129,12 @@ class Zero(nn.Module):
 
 def sparse_layer(width=HIDDEN, **changes):
     sizes = {"output_size": width, "intermediate_size": 16, "num_experts": 40, "num_experts_per_tok": 4, **changes}
-    layer = make_layer(MxDLayerConfig(hidden_size=width, **sizes))
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return layer
+    return random_layer(std=0.2, hidden_size=width, **sizes)
 
 
 def random_decomposition(layers, **changes):
-    config = {"intermediate_size": 16, "num_experts": 40, "num_experts_per_tok": 4, **changes}
-    mxd = MxDModel(MxDConfig(layers=layers, hidden_size=HIDDEN, **config))
-    for parameter in mxd.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return mxd
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 16, "num_experts": 40, **changes}
+    return random_mxd_model(layers, std=0.2, **sizes)
 
 
 def test_finds_every_mlp_with_its_sizes(model):

@@ -1,8 +1,8 @@
-"""A real training on a tiny model in a process of its own:
+"""Train a tiny model in a process of its own:
 `python distil.py OUTPUT KIND [kill=STEP] [interrupt=STEP] [resume] [plain]`.
 
-kill, interrupt: the last of the processes; plain: SGD, rows in their order, and a step of 8 rows in one process or in
-two.
+kill, interrupt: send the signal to the last of the processes. plain: SGD, rows in their order, and a step of 8 rows in
+one process or in two.
 
 KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `routed` (rows,
 hierarchical routing), `auxiliary` (rows, auxiliary transcoder), or `finetuning`.
@@ -14,9 +14,10 @@ import sys
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from factories import GLU, make_tiny_llama, mxd_model, randomise
+from transformers import TrainerCallback
 
-from mxd.modeling_mxd import MxDConfig, MxDModel, make_spliced
+from mxd.modeling_mxd import make_spliced
 from mxd.trainers import DistillationArguments, DistillationTrainer, FinetuningArguments, FinetuningTrainer
 
 
@@ -30,29 +31,11 @@ class Signal(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-def started(config):
-    """Weights without a zero: the start has decoders at zero, which give no other parameter a gradient."""
-    model = MxDModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
 def main(output, kind, *options):
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    teacher = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
-            num_key_value_heads=2, initializer_range=0.3,
-        )
-    )  # fmt: skip
-    config = MxDConfig(
-        layers=[0, 2], hidden_size=16, intermediate_size=40, num_experts=48, num_experts_per_tok=4,
-        hidden_act="silu", encoder_type="glu",
-    )  # fmt: skip
-    if kind == "routed":
-        config = MxDConfig(**{**config.to_dict(), "num_expert_groups": 6, "num_groups_per_tok": 2})
+    teacher = make_tiny_llama()
+    groups = {"num_expert_groups": 6, "num_groups_per_tok": 2} if kind == "routed" else {}
+    model = mxd_model([0, 2], num_experts=48, **GLU, **groups)
     rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (96, 12)).tolist()})
     if kind == "stream":
         rows = rows.to_iterable_dataset().shuffle(seed=3, buffer_size=20).repeat(None)
@@ -80,15 +63,12 @@ def main(output, kind, *options):
     callbacks = [Signal(signals[what], int(step)) for what, step in asked]
     common = {"train_dataset": rows, "callbacks": callbacks}
     if kind == "finetuning":
-        model = make_spliced(teacher, started(config), "decomposition")
-        trainer = FinetuningTrainer(model, FinetuningArguments(**arguments), **common)
+        spliced = make_spliced(teacher, randomise(model), "decomposition")
+        trainer = FinetuningTrainer(spliced, FinetuningArguments(**arguments), **common)
     else:
-        arguments |= {
-            "auxiliary_weight": float(kind in ("auxiliary", "routed")),
-        }
-        model = MxDModel(config)
-        if "plain" in options:  # each process would start it from its own rows, and scale it by them
-            model = started(config)
+        arguments |= {"auxiliary_weight": float(kind in ("auxiliary", "routed"))}
+        if "plain" in options:  # each process would initialise it from its own rows, and scale it by them
+            randomise(model)
             arguments |= {"warm_start": True, "scale_activations": False}
         trainer = DistillationTrainer(model, teacher, DistillationArguments(**arguments), **common)
     trainer.train(resume_from_checkpoint="resume" in options)

@@ -3,12 +3,11 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from trainer_cases import PLAIN, arguments, decomposition, rows
 from transformers import Trainer, TrainerCallback
 
@@ -185,10 +184,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
 @pytest.mark.parametrize("kind", ["rows", "stream", "routed", "auxiliary", "finetuning"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
     def run(folder, *options):
-        command = [sys.executable, str(SCRIPT), str(tmp_path / folder), kind, *options]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        return warm_process.run(SCRIPT, tmp_path / folder, kind, *options)
 
     whole = run("whole")
     assert whole.returncode == 0, whole.stderr

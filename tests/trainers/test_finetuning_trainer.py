@@ -3,27 +3,23 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from factories import GLU, random_mxd_model
 from trainer_cases import ARGUMENTS, rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mxd.base.capture import capture_mlps
 from mxd.base.masks import token_mask
 from mxd.evaluation import LogitSums
-from mxd.modeling_mxd import MxDConfig, MxDModel, make_spliced
+from mxd.modeling_mxd import MxDModel, make_spliced
 from mxd.trainers import FinetuningArguments, FinetuningTrainer, fit_router, routing_recall
 
 LAYERS = (0, 2)
-SIZES = {"hidden_size": 16, "intermediate_size": 40, "num_experts": 24, "num_experts_per_tok": 4}
 
 
 def spliced(base, layers=LAYERS, **changes):
     """A base model with a random decomposition without a zero anywhere."""
     torch.manual_seed(1)
-    config = MxDConfig(layers=list(layers), **{**SIZES, "hidden_act": "silu", "encoder_type": "glu", **changes})
-    decomposition = MxDModel(config)
-    for parameter in decomposition.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return make_spliced(base, decomposition, "decomposition")
+    return make_spliced(base, random_mxd_model(layers, **{**GLU, **changes}), "decomposition")
 
 
 def arguments(folder, **changes):

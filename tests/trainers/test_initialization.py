@@ -2,9 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from factories import GLU, mxd_model
 
 from mxd.base.capture import capture_mlps
-from mxd.modeling_mxd import MxDConfig, MxDModel, find_mlp, make_layer
+from mxd.modeling_mxd import find_mlp, make_layer
 from mxd.modeling_mxd.configuration_mxd import MxDLayerConfig
 from mxd.trainers.decomposition_trainer import _parameter_group
 from mxd.trainers.initialization import (
@@ -37,8 +38,7 @@ def calibrations(tiny_llama):
 
 
 def model(**changes):
-    values = {"hidden_size": 16, "intermediate_size": 40, "num_experts": 64, "num_experts_per_tok": 4}
-    return MxDModel(MxDConfig(layers=[1], hidden_act="silu", encoder_type="glu", **{**values, **changes}))
+    return mxd_model(**{"num_experts": 64, **GLU, **changes})
 
 
 def test_calibration_leaves_out_first_positions_and_padding(tiny_llama):

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import dispatch_model
+from factories import mxd_model
 from trainer_cases import arguments, decomposition, rows
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, TrainerCallback, TrainingArguments
 
-from mxd.modeling_mxd import MxDConfig, MxDModel, make_spliced
+from mxd.modeling_mxd import MxDModel, make_spliced
 from mxd.trainers import DistillationTrainer, DivergenceError, FinetuningArguments, FinetuningTrainer
 
 
@@ -121,10 +122,7 @@ def test_checkpointed_layers_have_no_dropout(tmp_path):
             word_embed_proj_dim=16, max_position_embeddings=32, dropout=0.5, attention_dropout=0.5,
         )
     )  # fmt: skip
-    config = MxDConfig(
-        layers=[1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4, hidden_act="relu"
-    )
-    model = make_spliced(base, MxDModel(config), "decomposition")
+    model = make_spliced(base, mxd_model(hidden_act="relu"), "decomposition")
     settings = FinetuningArguments(
         output_dir=str(tmp_path), gradient_checkpointing=True, use_cpu=True, nmse_weight=0.0, max_steps=1
     )
@@ -142,8 +140,7 @@ def test_on_apple_gpus_the_cpu_trains(tmp_path, monkeypatch):
 
 def test_after_a_training_in_bfloat16_nothing_runs_in_it(tiny_llama, tmp_path):
     ids = torch.randint(0, 64, (2, 12))
-    config = MxDConfig(layers=[1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4)
-    model = make_spliced(tiny_llama, MxDModel(config), "decomposition")
+    model = make_spliced(tiny_llama, mxd_model(), "decomposition")
     settings = FinetuningArguments(output_dir=str(tmp_path), bf16=True, use_cpu=True, nmse_weight=0.0, max_steps=2)
     trainer = FinetuningTrainer(model, settings, train_dataset=rows(16))
     for _ in range(2):  # the second training is in bfloat16 again
@@ -194,10 +191,7 @@ def test_a_finished_training_that_is_resumed_has_the_best_weights(tiny_llama, tm
 
 def test_padding_on_the_left_is_moved(tmp_path):
     base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_inner=40, n_positions=32))
-    config = MxDConfig(
-        layers=[1], hidden_size=16, intermediate_size=40, num_experts=24, num_experts_per_tok=4, hidden_act="gelu_new"
-    )
-    trainer = trainer_of(MxDModel(config), base.eval(), tmp_path)
+    trainer = trainer_of(mxd_model(hidden_act="gelu_new"), base.eval(), tmp_path)
     ids = torch.randint(0, 64, (2, 6))
     left = {"input_ids": F.pad(ids, (3, 0)), "attention_mask": F.pad(torch.ones_like(ids), (3, 0))}
     prepared = trainer.prepare_batch(left)

@@ -1,9 +1,9 @@
-"""What the tests of both trainers share: short rows of random tokens, and arguments for a training of moments."""
+"""Short rows of random tokens, a decomposition and arguments for a training of a few steps."""
 
 import torch
 from datasets import Dataset
+from factories import GLU, mxd_model
 
-from mxd.modeling_mxd import MxDConfig, MxDModel
 from mxd.trainers import DistillationArguments
 
 ARGUMENTS = {
@@ -16,7 +16,7 @@ ARGUMENTS = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
-# A start far from the MLP and nothing but the error to learn: what a training then has to do is known.
+# An init far from the MLP and no term but the error: the training must then lower the error.
 PLAIN = {
     "decoder_init": "zero",
     "modulation_init": "random",
@@ -26,7 +26,7 @@ PLAIN = {
 
 
 def rows(count=64, length=12, ragged=False):
-    """Rows of ids below 64; ragged: of 3 to `length` − 1 tokens."""
+    """Rows of ids below 64; ragged rows have 3 to `length` − 1 tokens."""
     ids = torch.randint(0, 64, (count, length)).tolist()
     if ragged:
         ids = [row[: 3 + index % (length - 3)] for index, row in enumerate(ids)]
@@ -34,16 +34,7 @@ def rows(count=64, length=12, ragged=False):
 
 
 def decomposition(layers=(1,), method="mxd", **changes):
-    values = {
-        "hidden_size": 16,
-        "intermediate_size": 40,
-        "num_experts": 48,
-        "num_experts_per_tok": 4,
-        "hidden_act": "silu",
-        "encoder_type": "glu",
-        "method": method,
-    }
-    return MxDModel(MxDConfig(layers=list(layers), **{**values, **changes}))
+    return mxd_model(layers, **{"num_experts": 48, "method": method, **GLU, **changes})
 
 
 def arguments(folder, **changes):
