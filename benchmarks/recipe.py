@@ -54,7 +54,7 @@ from mxd.evaluation.paired import half_width
 from mxd.evaluation.rank import decomposition_ranks
 from mxd.jobs.pipeline import DecompositionOptions, evaluation_batches
 from mxd.modeling_mxd import MxDModel
-from mxd.trainers import ActivationCache
+from mxd.base.activation_cache import ActivationCache
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipe.json"

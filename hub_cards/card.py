@@ -48,10 +48,15 @@ _FIGURE = re.compile(r"[A-Za-z0-9][\w-]{0,80}\.png", re.ASCII)
 _METHODS = {"mxd": "Mixture of Decoders", "transcoder": "transcoder", "skip_transcoder": "skip transcoder"}
 # Fields of a run's settings, and of its text, that are options of its command by the same name.
 _OPTIONS = (
-    "revision", "stack", "site", "num_experts_per_tok", "num_experts", "match_transcoder", "intermediate_size",
-    "num_groups_per_tok", "tokens", "batch_tokens", "learning_rate", "nmse_weight", "gate_init", "encoder_init",
-    "modulation_init", "min_mean_ablation_error", "auxiliary_weight", "dtype", "evaluation_tokens", "seed", "bf16",
+    "revision", "site", "num_experts_per_tok", "num_experts", "match_transcoder", "num_groups_per_tok", "tokens",
+    "batch_tokens", "learning_rate", "nmse_weight", "min_mean_ablation_error", "auxiliary_weight", "dtype",
+    "evaluation_tokens", "seed", "bf16",
 )  # fmt: skip
+# Fields that a YAML file sets and the command line does not: a run with other values has no command on its card.
+_DEFAULTS = {
+    "stack": None, "intermediate_size": None, "gate_init": "data", "encoder_init": "pretrained",
+    "modulation_init": "unit",
+}  # fmt: skip
 _TEXT_OPTIONS = ("config_name", "split", "heldout_split", "text_column", "streaming", "context_length")
 # Further fields that the card lists; the options too where there is no command.
 _FACTS = (
@@ -245,7 +250,9 @@ def _runs(config: MxDConfig, base: _Base, evaluation: Any, folder: Path) -> list
             training = {**training, "match_transcoder": None}
         runs.append(_run("Training", start, training))
     elif (arguments := folder / "training_arguments.json").is_file():  # by a Trainer from Python
-        runs.append({"title": "Training", "lines": _lines(read_json(arguments), _OPTIONS), "command": None})
+        runs.append(
+            {"title": "Training", "lines": _lines(read_json(arguments), (*_OPTIONS, *_DEFAULTS)), "command": None}
+        )
     for finetuning in _finetunings(evaluation):
         source = next(iter(strings_in(finetuning.get("decomposition"))), "FOLDER")
         start = [f"mxd finetune {shell_word(dataset_id(source) or last_path_part(source))}"]
@@ -267,26 +274,28 @@ def _finetunings(evaluation: Any) -> list[Mapping[str, Any]]:
 
 def _run(title: str, start: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     command = _command(start, settings)
-    lines = _lines(settings, () if command else _OPTIONS)
+    lines = _lines(settings, () if command else (*_OPTIONS, *_DEFAULTS))
     return {"title": title, "lines": lines, "command": Markup(" \\\n    ".join(command))}
 
 
 def _command(start: list[str], settings: Mapping[str, Any]) -> list[str]:
     """Return the lines of the command that repeats a run, with files named by the last part of their path.
 
-    No lines if the command would be another one: too many files to print, or several passes over recorded activations
-    (`mxd sweep`)."""
+    No lines if the command would be another one: too many files to print, options without a flag, or several passes
+    over recorded activations (`mxd frontier`)."""
     text = get_nested(settings, "text")
     names = {name: strings_in(get_nested(text, name)) for name in ("dataset", "heldout_dataset")}
     epochs = finite_number(get_nested(settings, "training", "num_train_epochs"))
-    if sum(map(len, names.values())) > MAX_NAMES or epochs not in (None, 1):
+    other = any(settings.get(name) not in (None, default) for name, default in _DEFAULTS.items())
+    if sum(map(len, names.values())) > MAX_NAMES or epochs not in (None, 1) or other:
         return []
     lines = list(start)
     for option, values in names.items():
         lines += [f"--{option.replace('_', '-')} {shell_word(dataset_id(v) or last_path_part(v))}" for v in values]
     options = [(name, settings.get(name)) for name in _OPTIONS]
     for name, value in [*options, *((name, get_nested(text, name)) for name in _TEXT_OPTIONS)]:
-        option, number = f"--{name.replace('_', '-')}", finite_number(value)
+        option = "--dataset-config" if name == "config_name" else f"--{name.replace('_', '-')}"
+        number = finite_number(value)
         if value is True:
             lines.append(option)
         elif isinstance(value, str) and code_word(value) == value:  # an altered value would be another command

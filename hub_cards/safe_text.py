@@ -13,10 +13,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from mxd.data.documents import DATA_ENDINGS
+
 UNKNOWN = "–"
 MAX_TEXT = 200
 MAX_NAMES = 20
-DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".rst", ".py")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # Fields whose value is a Hub id or else a path: of data, a model, a decomposition or a checkpoint.

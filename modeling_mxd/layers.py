@@ -116,15 +116,17 @@ class SparseLayer(nn.Module):
         """Return y (..., O), in the dtype of x, for given coefficients and the input x (..., I)."""
         return self.combine(self.sum_experts(coefficients), x.to(self.expert_table.dtype)).to(x.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
-        return self.decode(self._changed(self.encode(x), x), x)
-
-    def _changed(self, coefficients: ExpertCoefficients, x: Tensor) -> ExpertCoefficients:
+    def coefficients(self, x: Tensor) -> ExpertCoefficients:
+        """Return the coefficients that `forward` decodes: `encode(x)` with registered interventions applied."""
+        coefficients = self.encode(x)
         for hook in tuple(self._coefficient_hooks.values()):
             changed = hook(self, x, coefficients)
             coefficients = coefficients if changed is None else changed
         return coefficients
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
+        return self.decode(self.coefficients(x), x)
 
     def register_coefficient_hook(self, hook: CoefficientHook) -> RemovableHandle:
         """Call `hook(layer, x, coefficients)` in every forward; what it returns, unless None, replaces them.

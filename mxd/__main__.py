@@ -1,4 +1,4 @@
-"""`python -m mxd`."""
+"""Run the command: `python -m mxd` is the same as `mxd`."""
 
 from .cli.main import main
 

@@ -1,6 +1,6 @@
-"""Build the embedded default: tokenizer, language model, text sample and ``results.json``.
+"""Build what `mxd.demo` holds: tokenizer, language model, text sample and `results.json`.
 
-    python -m mxd.demo.train --corpus DIR
+    python scripts/build_demo.py --corpus DIR
 
 DIR holds Parquet files with the columns domain, title, author, year and text, one document a
 row. The run depends only on the corpus, the seed and the token budget, not on the clock (floating
@@ -32,8 +32,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-log = logging.getLogger("mxd.demo.train")
+log = logging.getLogger("build_demo")
 
+DEMO = Path(__file__).parents[1] / "mxd" / "demo"
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 VOCAB_SIZE = 4096
@@ -288,7 +289,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Build the embedded model and text sample.")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of Parquet files")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder")
+    parser.add_argument("--output", type=Path, default=DEMO, help="folder, by default mxd/demo")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--tokens", type=int, default=5_500_000, help="training tokens")
     budget.add_argument("--minutes", type=float, help="instead of --tokens: as many as fit in about this time")

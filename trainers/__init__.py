@@ -1,6 +1,5 @@
-"""Making decompositions: data, initialisation, the distillation trainer and its arguments."""
+"""Training of decompositions: initialisation, the trainers and their arguments."""
 
-from .activation_cache import ActivationCache, ReplayTrainer
 from .decomposition_trainer import DivergenceError, last_complete_checkpoint
 from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer
@@ -9,13 +8,11 @@ from .finetuning_trainer import FinetuningTrainer
 from .router import RoutingRecall, fit_router, fit_routers, routing_recall
 
 __all__ = [
-    "ActivationCache",
     "DistillationArguments",
     "DistillationTrainer",
     "DivergenceError",
     "FinetuningArguments",
     "FinetuningTrainer",
-    "ReplayTrainer",
     "RoutingRecall",
     "fit_router",
     "fit_routers",

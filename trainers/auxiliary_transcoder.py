@@ -1,35 +1,32 @@
-"""Experts that stand for something: an MxD's coefficients shall be a sparse code of the MLP's output, too.
+"""Auxiliary transcoder: a throw-away decoder that reads an MxD's coefficients while the MxD trains.
 
-What an MxD is distilled on does not ask that the tokens of an expert have anything in common: where its dense part
-computes the MLP by itself, any division of the tokens among experts will do. A skip transcoder's latents have to say
-what the output is. So while an MxD trains, a skip transcoder's decoder reads its gate,
+The distillation error alone does not require that the tokens of an expert have anything in common: where the dense
+encoder computes the MLP by itself, any division of the tokens among experts has the same error. The latents of a skip
+transcoder, in contrast, have to predict the output. A skip transcoder's decoder therefore reads the MxD's gate,
 
-    ŷ = Vᵀa + Sᵀx + v,   a = TopK(ReLU(Gx + g)) the MxD's own,
+    ŷ = Vᵀa + Sᵀx + v,   a = TopK(ReLU(Gx + g)) of the MxD,
 
-and its error is added to the loss. It is no part of the model: checkpoints keep it in a file beside.
+and its error is added to the loss. It is no part of the model: checkpoints store it in a file of its own.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from mxd.modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel
+from mxd.modeling_mxd import ExpertCoefficients, MxDConfig, MxDLayerConfig, MxDModel
 from mxd.modeling_mxd.functional import expert_sum
 
 FILE_NAME = "auxiliary_transcoder.safetensors"
-PARAMETERS = "auxiliary."
-"""What the names of a layer's sparse code's parameters begin with among the trained ones."""
+ATTRIBUTE = "auxiliary"
+"""Name of the submodule of an `MxDModel` while it trains."""
 
 
 class AuxiliaryTranscoder(nn.Module):
-    """ŷ = Vᵀa + Sᵀx + v, a skip transcoder without a gate of its own. Starts at 0.
+    """ŷ = Vᵀa + Sᵀx + v, a skip transcoder without a gate, initialised at 0.
 
     Attributes:
         decoder: V (N, O).
@@ -40,43 +37,59 @@ class AuxiliaryTranscoder(nn.Module):
     def __init__(self, config: MxDLayerConfig):
         super().__init__()
         self.decoder = nn.Parameter(torch.zeros(config.num_experts, config.output_size))
-        # No random numbers are taken: with and without it a seed gives the decomposition the same start.
+        # No random numbers are drawn, so that a seed gives the decomposition the same init with and without it.
         self.skip = nn.utils.skip_init(nn.Linear, config.hidden_size, config.output_size, bias=False)
         nn.init.zeros_(self.skip.weight)
         self.output_bias = nn.Parameter(torch.zeros(config.output_size))
 
     def forward(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
-        """ŷ (..., O) for coefficients (..., K) and the MLP's input x (..., I)."""
+        """Return ŷ (..., O) for coefficients (..., K) and the MLP's input x (..., I)."""
         values, indices = coefficients
         coded = expert_sum(values.to(self.decoder.dtype), indices, self.decoder)
         return coded + self.skip(x.to(self.decoder.dtype)) + self.output_bias
 
 
 class AuxiliaryTranscoders(nn.ModuleDict):
-    """The `AuxiliaryTranscoder` of every MxD layer of a decomposition, by index in words; transcoders have none.
+    """One `AuxiliaryTranscoder` for every MxD layer of a decomposition, by layer index; transcoders have none.
 
     Args:
-        decomposition: whose gates they read.
-        wanted: if not, no layer has one.
-
-    Attributes:
-        coefficients: {layer: coefficients}, see `reading`.
+        config: Of the decomposition.
+        wanted: If false, no layer has one.
     """
 
-    def __init__(self, decomposition: MxDModel, wanted: bool = True):
-        layers = decomposition.config.layers if wanted else ()
-        configs = {index: decomposition.config.layer(index) for index in layers}
+    def __init__(self, config: MxDConfig, wanted: bool = True):
+        configs = {layer: config.layer(layer) for layer in (config.layers if wanted else ())}
         super().__init__({str(index): AuxiliaryTranscoder(c) for index, c in configs.items() if c.method == "mxd"})
-        self.coefficients: dict[int, ExpertCoefficients] = {}
-        self._reading = False
 
     def of_layer(self, layer: int) -> AuxiliaryTranscoder | None:
-        """That of a layer, if it has one."""
-        if str(layer) not in self:
-            return None
-        code = self[str(layer)]
-        assert isinstance(code, AuxiliaryTranscoder)
-        return code
+        """Return that of a layer, or None if the layer has none."""
+        module = self._modules.get(str(layer))
+        assert module is None or isinstance(module, AuxiliaryTranscoder)
+        return module
+
+    def reset_parameters(self) -> None:
+        """Set all parameters to 0."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    @contextmanager
+    def attached(self, decomposition: MxDModel) -> Iterator[None]:
+        """Make them a submodule of the decomposition inside the block.
+
+        Whatever the Trainer does to its model (wrap it in DDP, clip and zero its gradients) then includes them.
+        """
+        if not len(self):
+            yield
+            return
+        decomposition.add_module(ATTRIBUTE, self)
+        # A checkpoint's model file is without them; transformers would warn of missing weights.
+        ignored = decomposition._keys_to_ignore_on_save or set()
+        decomposition._keys_to_ignore_on_save = {*ignored, *(f"{ATTRIBUTE}.{name}" for name in self.state_dict())}
+        try:
+            yield
+        finally:
+            delattr(decomposition, ATTRIBUTE)
+            decomposition._keys_to_ignore_on_save = ignored
 
     def save(self, checkpoint: Path) -> None:
         """Write them into a checkpoint's folder, if there are any."""
@@ -84,69 +97,19 @@ class AuxiliaryTranscoders(nn.ModuleDict):
             save_file(self.state_dict(), checkpoint / FILE_NAME)
 
     def load(self, checkpoint: Path) -> None:
-        """Read them back.
+        """Read them from a checkpoint's folder.
 
         Raises:
-            ValueError: when the checkpoint has none where there are some, or the other way, or those of another
-                decomposition.
+            ValueError: The checkpoint was trained without them, or with those of another decomposition, or with them
+                while this training has none.
         """
         path = checkpoint / FILE_NAME
-        if path.is_file() and not len(self):
-            raise ValueError(f"{checkpoint} was trained with a sparse code: resume it with its auxiliary_weight")
+        if path.is_file() != bool(len(self)):
+            was = "with an auxiliary transcoder" if path.is_file() else "with auxiliary_weight 0"
+            raise ValueError(f"{checkpoint} was trained {was}: resume it with the same auxiliary_weight")
         if not len(self):
             return
-        if not path.is_file():
-            raise ValueError(f"{checkpoint} has no {FILE_NAME}: it was trained with auxiliary_weight 0, resume it so")
         found, own = load_file(path), self.state_dict()
         if {name: tensor.shape for name, tensor in found.items()} != {name: t.shape for name, t in own.items()}:
-            raise ValueError(f"{path} is of a decomposition with other layers or sizes")
+            raise ValueError(f"{path} belongs to a decomposition with other layers or sizes")
         self.load_state_dict(found)
-
-    def restart(self) -> None:
-        """Put all at 0."""
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-
-    def average_gradients(self, processes: int) -> None:
-        """Their mean over the processes: nothing else takes it, these are in no wrapped model."""
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= processes
-
-    @contextmanager
-    def reading(self, decomposition: MxDModel) -> Iterator[None]:
-        """Inside the block `coefficients` has what each layer's gate gave last, with its graph. Inside another such
-        block it does nothing."""
-        if self._reading:
-            yield
-            return
-
-        def keep(index: int, _: nn.Module, __: Tensor, coefficients: ExpertCoefficients) -> None:
-            self.coefficients[index] = coefficients
-
-        layers = {int(index): decomposition.layer(int(index)) for index in self}
-        handles = [layer.register_coefficient_hook(partial(keep, index)) for index, layer in layers.items()]
-        self._reading = True
-        try:
-            yield
-        finally:
-            self._reading = False
-            for handle in handles:
-                handle.remove()
-            self.coefficients.clear()
-
-
-class FreshGradients(TrainerCallback):
-    """What is not in the trainer's model has its gradients dropped with every step, too."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """A step that was not taken (an overflow in float16) leaves some."""
-        self.module.zero_grad()
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """They take no memory in what follows."""
-        self.module.zero_grad()

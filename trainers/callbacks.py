@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress in tokens, and a Ctrl-C that keeps what was made."""
+"""Trainer callbacks: progress in tokens, an interrupt that keeps a checkpoint, a check that the loss is finite."""
 
 import logging
 import signal
@@ -12,18 +12,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mxd.evaluation.rank import decomposition_ranks
-from mxd.modeling_mxd import MxDModel
-
 logger = logging.getLogger(__name__)
 
 
 class TokenProgressCallback(ProgressCallback):
-    """A training bar that counts tokens, so that it shows tokens/s and the time left; losses go beside the bar.
+    """Progress bar that counts tokens, with the loss at its end.
 
     Args:
-        tokens_per_step: tokens that one optimiser step trains on, over all processes.
-        name: what stands before the bar.
+        tokens_per_step: Tokens of one optimiser step, over all processes.
+        name: Label of the bar.
     """
 
     def __init__(self, tokens_per_step: int, name: str):
@@ -71,24 +68,24 @@ class TokenProgressCallback(ProgressCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Finishes the step at hand on Ctrl-C (or SIGTERM), saves a checkpoint and stops; a second one stops at once."""
+    """Finish the current step on Ctrl-C (or SIGTERM), save a checkpoint and stop; a second signal stops at once."""
 
     def __init__(self) -> None:
         self.interrupted = False
         self._signalled = False  # this process itself
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals inside the block; afterwards the handlers are as they were. Only the main thread
-        can: elsewhere signals are left alone."""
+    def listening(self, args: TrainingArguments) -> Iterator[None]:
+        """Handle the signals inside the block. Python allows this in the main thread only; other threads skip it."""
         self.interrupted = self._signalled = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        limit = args.save_total_limit
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:
+            args.save_total_limit = limit
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -99,7 +96,7 @@ class InterruptCallback(TrainerCallback):
         logger.warning("interrupted: finishing this step and saving a checkpoint (interrupt again to stop at once)")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a checkpoint and for the end once a signal has come, to whichever process."""
+        """Request a checkpoint and the end of the training once any process was signalled."""
         if args.world_size > 1:
             signalled = torch.tensor(float(self.interrupted), device=args.device)
             torch.distributed.all_reduce(signalled, torch.distributed.ReduceOp.MAX)
@@ -108,36 +105,28 @@ class InterruptCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep the checkpoint of an interrupted training: at its end transformers deletes all but the best one if
+        `save_total_limit` is 1."""
+        if self.interrupted:
+            args.save_total_limit = None
 
-class RankCallback(TrainerCallback):
-    """Logs the rank of an MxD's experts every so many steps and after the last one: `layer_8/normalised_rank`,
-    `layer_8/smallest_singular_value` (both means over a sample of experts, the same at each step) and
-    `layer_8/zeros`, the share of zeros in C. See `mxd.evaluation.expert_ranks`.
 
-    Args:
-        decomposition: what is trained; transcoder layers, which have no rank, are passed over.
-        steps: every how many.
-        log: `Trainer.log`.
-        experts: how many a layer to sample.
+class DivergenceCallback(TrainerCallback):
+    """Call `check_losses` before losses are logged or a checkpoint is saved, and both checks at the end of an epoch.
+
+    Losses are not checked at every step, since reading one waits for the device.
     """
 
-    def __init__(self, decomposition: MxDModel, steps: int, log: Callable[[dict[str, float]], None], experts: int = 16):
-        self.decomposition = decomposition
-        self.steps = steps
-        self.log = log
-        self.experts = experts
+    def __init__(self, check_losses: Callable[[], None], check_weights: Callable[[], None]):
+        self.check_losses, self.check_weights = check_losses, check_weights
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure and log, in the first process."""
-        due = state.global_step % self.steps == 0 or state.global_step == state.max_steps
-        if not (due and state.is_world_process_zero):
-            return
-        logs: dict[str, float] = {}
-        for layer, ranks in decomposition_ranks(self.decomposition, self.experts).items():
-            logs[f"layer_{layer}/normalised_rank"] = float(ranks.normalised_rank.mean())
-            logs[f"layer_{layer}/smallest_singular_value"] = float(ranks.smallest.mean())
-            logs[f"layer_{layer}/zeros"] = ranks.share_of_zeros
-        if logs:
-            due = control.should_log
-            self.log(logs)
-            control.should_log = due  # logging has put it at False, and with it the loss that is due with this step
+        """Check the losses where they are read anyway."""
+        if control.should_log or control.should_save or control.should_evaluate:
+            self.check_losses()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Check losses and weights; every training ends with the end of an epoch."""
+        self.check_losses()
+        self.check_weights()

@@ -1,78 +1,54 @@
-"""Arguments of layerwise distillation: those of every training of a decomposition with the method's own fields."""
+"""Arguments of layerwise distillation."""
 
 from dataclasses import dataclass, field
 
-from .auxiliary_transcoder import PARAMETERS as AUXILIARY_PARAMETERS
+from mxd.base.training_help import HELP
+
+from .auxiliary_transcoder import ATTRIBUTE as AUXILIARY
 from .decomposition_arguments import DecompositionArguments
 from .initialization import DECODER_INITS, ENCODER_INITS, GATE_INITS, MODULATION_INITS
 
 LOSS_NORMALIZATIONS = ("squared_norm", "norm")
-# Transcoders do best at three times an MxD's rate.
-_AUXILIARY_RATE = 3.0
+# Transcoders do best at three times an MxD's learning rate.
+_AUXILIARY_FACTOR = 3.0
 
 
 @dataclass(repr=False)
 class DistillationArguments(DecompositionArguments):
-    """Arguments of `DistillationTrainer`; below are only the fields that `DecompositionArguments` does not have, and
-    those whose default differs there.
+    """Arguments of `DistillationTrainer`: the fields that `DecompositionArguments` does not have, or has with another
+    default. "Paper" is the authors' code of https://arxiv.org/abs/2505.21364.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: A field is out of range; the message names it.
     """
 
-    learning_rate: float = field(
-        default=1e-3,
-        metadata={
-            "help": "Peak learning rate in units of the scaled activations (the authors: 1e-4 for 480 M tokens). "
-            "Transcoders do better with 3e-3 on a million tokens."
-        },
+    learning_rate: float = field(default=1e-3, metadata={"help": HELP["learning_rate"]})
+    warm_start: bool = field(
+        default=False,
+        metadata={"help": "Continue from the weights of the given model instead of initialising it."},
     )
-    gate_init: str = field(
-        default="data",
-        metadata={
-            "help": "'data': gate rows from training inputs; 'random': as nn.Linear, the authors' start; 'keep': "
-            "train on from the model as it is given."
-        },
-    )
-    encoder_init: str = field(
-        default="pretrained",
-        metadata={"help": "'pretrained': from the MLP's own encoder; 'random': as nn.Linear, the authors' start."},
-    )
-    modulation_init: str = field(
-        default="unit",
-        metadata={"help": "'random': around 0, the authors' start; 'unit': C^T a starts at 1, the layer at D^T z."},
-    )
+    gate_init: str = field(default="data", metadata={"help": HELP["gate_init"]})
+    encoder_init: str = field(default="pretrained", metadata={"help": HELP["encoder_init"]})
+    modulation_init: str = field(default="unit", metadata={"help": HELP["modulation_init"]})
     decoder_init: str = field(
         default="pretrained",
-        metadata={"help": "'pretrained': D from the MLP's own decoder; 'zero': D at 0, the authors' start."},
+        metadata={"help": "Init of an MxD's decoder D. 'pretrained': the MLP's own; 'zero': zeros (paper)."},
     )
-    min_mean_ablation_error: float = field(
-        default=0.45,
-        metadata={
-            "help": "How wrong an MxD has to be, at least, when C^T a is replaced by its mean: the normalised error, "
-            "of a token at most 1, that `mean_ablation_weight` holds it to; about what its experts then carry."
-        },
-    )
+    min_mean_ablation_error: float = field(default=0.45, metadata={"help": HELP["min_mean_ablation_error"]})
     mean_ablation_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of what is missing to `min_mean_ablation_error` in the loss; 0 for none (the authors)."
-        },
+        default=1.0, metadata={"help": "Weight of the `min_mean_ablation_error` penalty; 0 disables it (paper)."}
     )
-    auxiliary_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of a second error of an MxD: that of a skip transcoder's decoder on its coefficients, "
-            "trained along and then dropped (N * O parameters). Experts then stand for something; 0 for none (the "
-            "authors)."
-        },
-    )
+    auxiliary_weight: float = field(default=1.0, metadata={"help": HELP["auxiliary_weight"]})
     loss_normalization: str = field(
         default="squared_norm",
-        metadata={"help": "'squared_norm': |y^ - y|^2 / |y|^2 per token; 'norm': |y^ - y|^2 / |y|, the authors' code."},
+        metadata={"help": "Error of a token. 'squared_norm': |y^ - y|^2 / |y|^2; 'norm': |y^ - y|^2 / |y| (paper)."},
     )
     calibration_tokens: int = field(
-        default=32768, metadata={"help": "Training tokens measured before the first step, at least one per expert."}
+        default=32768,
+        metadata={
+            "help": "Number of training tokens on which activations are measured before training; at least one per "
+            "expert is used."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -88,7 +64,7 @@ class DistillationArguments(DecompositionArguments):
         super().__post_init__()
 
     def learning_rate_factor(self, parameter: str) -> float:
-        """As `DecompositionArguments.learning_rate_factor`; a layer's sparse code's parameters begin with its name."""
-        if parameter.startswith(AUXILIARY_PARAMETERS):
-            return _AUXILIARY_RATE
+        """Return the factor on a parameter's learning rate; auxiliary transcoders have their own."""
+        if parameter.startswith(f"{AUXILIARY}."):
+            return _AUXILIARY_FACTOR
         return super().learning_rate_factor(parameter)

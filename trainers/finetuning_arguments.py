@@ -1,6 +1,8 @@
-"""Arguments of end-to-end fine-tuning: those of every training of a decomposition with the method's own fields."""
+"""Arguments of end-to-end fine-tuning."""
 
 from dataclasses import dataclass, field
+
+from mxd.base.training_help import HELP
 
 from .decomposition_arguments import DecompositionArguments
 
@@ -9,29 +11,23 @@ LOSSES = ("kl", "cross_entropy")
 
 @dataclass(repr=False)
 class FinetuningArguments(DecompositionArguments):
-    """Arguments of `FinetuningTrainer`; below are only the fields that `DecompositionArguments` does not have, and
-    those whose default differs there.
+    """Arguments of `FinetuningTrainer`: the fields that `DecompositionArguments` does not have, or has with another
+    default.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: A field is out of range; the message names it.
     """
 
-    loss: str = field(
-        default="kl",
-        metadata={"help": "'kl': to the untouched model; 'cross_entropy': of the next token, as language models."},
-    )
-    nmse_weight: float = field(
-        default=0.1,
-        metadata={"help": "Of the layers' own error |y^ - y|^2 / |y|^2, added to the loss so that they stay faithful."},
-    )
-    learning_rate: float = field(
-        default=3e-4, metadata={"help": "Peak learning rate in units of the scaled activations."}
-    )
+    loss: str = field(default="kl", metadata={"help": HELP["loss"]})
+    nmse_weight: float = field(default=0.1, metadata={"help": HELP["nmse_weight"]})
+    learning_rate: float = field(default=3e-4, metadata={"help": HELP["learning_rate"]})
     gate_learning_rate_factor: float = field(
-        default=0.3, metadata={"help": "On the gate's learning rate: a slower gate keeps the experts what they are."}
+        default=0.3,
+        metadata={"help": "Factor on the gate's learning rate. A slower gate keeps the experts what they are."},
     )
     modulation_learning_rate_factor: float = field(
-        default=3.0, metadata={"help": "On the learning rate of an MxD's modulations C, which are rarely updated each."}
+        default=3.0,
+        metadata={"help": "Factor on the learning rate of an MxD's modulations C, each of which is rarely updated."},
     )
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
-"""End-to-end fine-tuning: train a decomposition inside its language model, on what the model predicts.
+"""End-to-end fine-tuning: train a decomposition inside its language model, on the model's predictions.
 
-A step: the untouched model runs on the token ids (the same model, with its own MLPs put back for the moment: no second
-copy of the weights), then the spliced one; the divergence of their next-token distributions, or else the cross-entropy
-of the text, goes back through the frozen model into the decomposition's layers. The layers' own errors are added, so
-that they do not gain on the prediction what they lose on the MLPs that they stand for. The Trainer's model is the
-spliced language model, of which only the decomposition is trained and saved.
+In a step the untouched model runs on the token ids (the same model with its own MLPs restored, without a second copy
+of the weights), then the spliced one. The divergence of their next-token distributions, or the cross-entropy of the
+text, is propagated through the frozen model into the decomposition's layers. The layers' own errors are added, so that
+they stay faithful to their MLPs. The Trainer's model is the spliced language model, of which only the decomposition is
+trained and saved.
 """
 
 from collections.abc import Mapping
@@ -28,20 +28,20 @@ from .finetuning_arguments import FinetuningArguments
 
 
 class FinetuningTrainer(DecompositionTrainer):
-    """Trains the decomposition of a spliced language model end to end.
+    """Train the decomposition of a spliced language model end to end.
 
-    The base runs as in evaluation, without dropout; its weights are frozen. The decomposition is trained, and saved, in
+    The base runs as in evaluation, without dropout; its weights are frozen. The decomposition is trained and saved in
     float32, whatever the base's dtype.
 
     Args:
-        model: a causal language model with a decomposition spliced in for good, as `AutoModelForCausalLM` loads it from
-            a decomposition's repo, or as `make_spliced` makes it.
-        args: a `FinetuningArguments`.
-        train_dataset, eval_dataset: rows with `input_ids` (and `attention_mask` where there is padding).
-        **kwargs: as for `transformers.Trainer`.
+        model: A causal language model with a decomposition spliced in permanently, as `AutoModelForCausalLM` loads it
+            from a decomposition's repo, or as `make_spliced` makes it.
+        args: A `FinetuningArguments`.
+        train_dataset, eval_dataset: Rows with `input_ids` (and `attention_mask` if there is padding).
+        **kwargs: As for `transformers.Trainer`.
 
     Raises:
-        ValueError: when no decomposition is spliced into the model.
+        ValueError: No decomposition is spliced into the model.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("user/mxd-gpt2-l8")  # doctest: +SKIP
@@ -58,8 +58,7 @@ class FinetuningTrainer(DecompositionTrainer):
         compute_metrics: Any = None,
         **kwargs: Any,
     ):
-        # Told by what it has, not by its class: the code may have come with the repo.
-        decomposition = getattr(model, "decomposition", None)
+        decomposition = getattr(model, "decomposition", None)  # the class may be a copy that came with the repo
         if decomposition is None:
             raise ValueError(
                 f"no decomposition is spliced into this {type(model).__name__}: load it by "
@@ -73,11 +72,11 @@ class FinetuningTrainer(DecompositionTrainer):
         super().__init__(
             model, decomposition, args, compute_metrics=compute_metrics or self.prediction_losses, **kwargs
         )
-        _without_dropout(model)
+        _disable_dropout(model)
         self.head = LanguageModelHead(model)
 
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-        """{layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
+        """Return {layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
         config = self.decomposition.config
         with self.model.untouched():
             return capture_mlps(
@@ -85,32 +84,26 @@ class FinetuningTrainer(DecompositionTrainer):
             )
 
     def loss_mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Which predictions the loss is of: (batch, tokens − 1)."""
+        """Return the predictions that the loss includes, (batch, tokens − 1) bool."""
         return next_token_mask(super().loss_mask(inputs))
 
     @staticmethod
     def kl_loss(logits: Tensor, reference: Tensor) -> Tensor:
-        """Σ_t KL(untouched ‖ spliced) = Σ_t Σ_v p_tv (log p_tv − log q_tv), nats.
+        """Return Σ_t KL(untouched ‖ spliced) = Σ_t Σ_v p_tv (log p_tv − log q_tv), in nats; a scalar in float32.
 
         Args:
-            logits: the spliced model's, (..., vocabulary); q is their softmax.
-            reference: the untouched model's, (..., vocabulary); p is their softmax.
-
-        Returns:
-            A scalar in float32.
+            logits: Of the spliced model, (..., vocabulary); q is their softmax.
+            reference: Of the untouched model, (..., vocabulary); p is their softmax.
         """
         return kl_divergence(reference.float().log_softmax(-1), logits.float().log_softmax(-1)).sum()
 
     @staticmethod
     def cross_entropy_loss(logits: Tensor, targets: Tensor) -> Tensor:
-        """Σ_t −log q_t(next token), nats.
+        """Return Σ_t −log q_t(next token), in nats; a scalar in float32.
 
         Args:
-            logits: the spliced model's, (..., vocabulary); q is their softmax.
-            targets: ids of the next tokens, (...).
-
-        Returns:
-            A scalar in float32.
+            logits: Of the spliced model, (..., vocabulary); q is their softmax.
+            targets: Ids of the next tokens, (...).
         """
         return next_token_loss(logits.float().log_softmax(-1), targets).sum()
 
@@ -121,21 +114,21 @@ class FinetuningTrainer(DecompositionTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean over the counted predictions of the loss, plus `nmse_weight` times the layers' mean error, plus the loss
-        of routers where there are some."""
-        _without_dropout(self.model)
+        """Return the mean loss over the predictions in the mask, plus `nmse_weight` times the layers' mean error, plus
+        the routers' loss."""
+        _disable_dropout(self.model)
         ids, attention_mask = batch = right_padded(inputs, self.args.device)
-        counted = next_token_mask(token_mask(ids, attention_mask))
-        predictions = counted.sum() if num_items_in_batch is None else num_items_in_batch
-        reference = self._reference(batch)[counted] if self.args.loss == "kl" else None
-        hidden = self.head.hidden(model, *batch)[:, :-1][counted]
+        mask = next_token_mask(token_mask(ids, attention_mask))
+        predictions = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        reference = self._reference(batch)[mask] if self.args.loss == "kl" else None
+        hidden = self.head.hidden(model, *batch)[:, :-1][mask]
         if reference is not None:
             loss = chunked_sum(self._kl_of_hidden, self.head.chunk, hidden, reference)
         else:
-            loss = chunked_sum(self._cross_entropy_of_hidden, self.head.chunk, hidden, ids[:, 1:][counted])
+            loss = chunked_sum(self._cross_entropy_of_hidden, self.head.chunk, hidden, ids[:, 1:][mask])
         routers: Tensor | float = 0.0
         if self.args.nmse_weight or self.routed_layers:
-            errors, routers = self._distillation_losses(batch, counted)
+            errors, routers = self._distillation_losses(batch, mask)
             loss = loss + self.args.nmse_weight * errors
         # DDP averages gradients over processes; the sum over all tokens is wanted.
         loss = loss / predictions * self.args.world_size + routers
@@ -143,16 +136,16 @@ class FinetuningTrainer(DecompositionTrainer):
 
     @torch.no_grad()
     def _reference(self, batch: Batch) -> Tensor:
-        """The untouched model's last hidden states that predictions are made of, (batch, tokens − 1, hidden)."""
+        """Return the untouched model's last hidden states that predict a token, (batch, tokens − 1, hidden)."""
         with self.model.untouched():
             return self.head.hidden(self.model, *batch)[:, :-1]
 
-    def _distillation_losses(self, batch: Batch, counted: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Mean over layers of the sum of the counted positions' ‖ŷ − y‖² / ‖y‖², on the untouched model's activations,
-        as faithfulness is measured; and of the routers' losses, which keep them up with their gates."""
+    def _distillation_losses(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return the mean over layers of Σ_t ‖ŷ − y‖² / ‖y‖² on the untouched model's activations, as faithfulness is
+        measured, and of the routers' losses, by which routers follow their gates; mask (batch, tokens − 1)."""
         ids, attention_mask = batch
         inputs = {"input_ids": ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
-        mask = F.pad(counted, (0, 1))  # (batch, tokens): no prediction counts at the last position
+        mask = F.pad(mask, (0, 1))  # (batch, tokens): the last position predicts nothing
         captured = self.capture(inputs)
         errors = [
             DistillationTrainer.distillation_loss(
@@ -176,28 +169,30 @@ class FinetuningTrainer(DecompositionTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Per row: the sums of KL and of cross-entropy (rows, 2), and the predictions that count (rows)."""
+        """Return per row the sums of KL and cross-entropy (rows, 2), and the number of predictions (rows)."""
         ids, attention_mask = batch = right_padded(inputs, self.args.device)
-        counted = next_token_mask(token_mask(ids, attention_mask))
+        masks = next_token_mask(token_mask(ids, attention_mask))
         sums = torch.zeros(len(ids), 2, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             reference, hidden = self._reference(batch), self.head.hidden(model, *batch)[:, :-1]
-            for row, mask in enumerate(counted):
+            for row, mask in enumerate(masks):
                 prediction, chunk = hidden[row][mask], self.head.chunk
                 sums[row, 0] = chunked_sum(self._kl_of_hidden, chunk, prediction, reference[row][mask])
                 sums[row, 1] = chunked_sum(self._cross_entropy_of_hidden, chunk, prediction, ids[row, 1:][mask])
-        return None, sums, counted.sum(-1)
+        return None, sums, masks.sum(-1)
 
     def prediction_losses(self, prediction: EvalPrediction) -> dict[str, float]:
-        """KL and cross-entropy over all rows, and which of them is trained on as the loss; sums divided once."""
+        """Return KL and cross-entropy over all rows of `prediction_step`, and as loss the one that is trained on."""
         sums, predictions = (torch.as_tensor(value).double() for value in prediction)
         kl, cross_entropy = (sums.reshape(len(predictions), -1).sum(0) / predictions.sum()).tolist()
         return {"loss": kl if self.args.loss == "kl" else cross_entropy, "kl": kl, "cross_entropy": cross_entropy}
 
 
-def _without_dropout(model: nn.Module) -> None:
-    """Eval mode, but for the layers that checkpoint their activations, which they do in training mode alone. The rates
-    that those read themselves (OPT: `F.dropout(x, self.dropout, self.training)`) are set to 0."""
+def _disable_dropout(model: nn.Module) -> None:
+    """Put a model into eval mode, except layers that checkpoint activations, which they do in training mode only.
+
+    Dropout rates that those read themselves (OPT: `F.dropout(x, self.dropout, self.training)`) are set to 0.
+    """
     model.eval()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:

@@ -1,16 +1,16 @@
-"""Where a decomposition starts: scales of the activations, and gates and encoders that begin from data.
+"""Init of a decomposition: scales of the activations, and gates and encoders initialised from data and from the MLP.
 
-Everything an optimiser does depends on the scale of what it is given, and MLP inputs and outputs are far from
-unit scale (SmolLM2-135M layer 15: root mean squares 0.15 in, 1.6 out). A layer that is trained on x / s_x and
-(y − μ) / s_y, and then has s_x, s_y and μ folded into its weights, is the same as one trained on x and y whose
-weights start folded and whose Adam steps are scaled parameter by parameter: a weight w = w̃ / s takes the step
-lr / s, its ε being ε·s. That is what is done here (`parameter_scales`): the saved weights need no scaling at any
-moment, checkpoints are decompositions, and nothing has to be folded at the end.
+The steps of an optimiser depend on the scale of what it is given, and MLP inputs and outputs are far from unit scale
+(SmolLM2-135M layer 15: root mean squares 0.15 in, 1.6 out). Training a layer on x / s_x and (y − μ) / s_y, and then
+folding s_x, s_y and μ into its weights, equals training it on x and y with folded initial weights, if Adam's steps are
+scaled parameter by parameter: a weight w = w̃ / s takes the step lr / s, with an ε of ε·s. That is done here
+(`parameter_scales`): the weights need no scaling at any moment, and checkpoints are decompositions.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from mxd.modeling_mxd import MLPSite, MxDLayer, MxDLayerConfig, MxDModel, Sparse
 
 from .router import fit_router
 
-GATE_INITS = ("data", "random", "keep")
+if TYPE_CHECKING:
+    from .distillation_arguments import DistillationArguments
+
+GATE_INITS = ("data", "random")
 ENCODER_INITS = ("pretrained", "random")
 DECODER_INITS = ("pretrained", "zero")
 MODULATION_INITS = ("random", "unit")
@@ -30,12 +33,12 @@ MODULATION_INITS = ("random", "unit")
 
 @dataclass(frozen=True)
 class ActivationScales:
-    """Scales of one MLP's activations over calibration tokens, each row's first position left out.
+    """Scales of one MLP's activations over calibration tokens, without the first position of each row.
 
     Attributes:
-        input_scale: root mean square of the elements of x.
-        output_scale: root mean square of the elements of y − mean(y).
-        output_norm: mean of ‖y‖² (squared norm of a token's output).
+        input_scale: Root mean square of the elements of x.
+        output_scale: Root mean square of the elements of y − mean(y).
+        output_norm: Mean of ‖y‖², the squared norm of a token's output.
     """
 
     input_scale: float = 1.0
@@ -48,10 +51,10 @@ class Calibration:
     """Scales of one MLP's activations, and a sample of its inputs.
 
     Attributes:
-        scales: see `ActivationScales`.
-        input_mean: (I), mean of x.
-        output_mean: (O), mean of y.
-        inputs: (tokens, I), the calibration tokens' inputs, first positions left out, in the model's dtype.
+        scales: See `ActivationScales`.
+        input_mean: Mean of x, (I).
+        output_mean: Mean of y, (O).
+        inputs: Inputs of the calibration tokens, (tokens, I), without first positions, in the model's dtype.
     """
 
     scales: ActivationScales
@@ -66,22 +69,24 @@ def calibrate(
     """Capture batches until `tokens` tokens are seen, and measure every layer's activations.
 
     Args:
-        capture: gives {layer: (x, y)} for a batch.
-        batches: `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
-        tokens: how many to measure, at least.
-        decoder: see `activation_mask`.
+        capture: Returns {layer: (x, y)} for a batch.
+        batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
+        tokens: Least number of tokens to measure.
+        decoder: See `activation_mask`.
 
     Raises:
-        ValueError: when `batches` has no token, or an activation is not finite.
+        ValueError: `batches` has no token, or an activation is not finite.
     """
     kept: dict[int, list[Tensor]] = {}
-    outputs: dict[int, _OutputSums] = {}
+    outputs: dict[int, Tensor] = {}  # sums over tokens of y and of y², (2, O): the outputs themselves may be too large
     seen = 0
     for batch in batches:
         for layer, (x, y) in capture(batch).items():
             mask = activation_mask(batch, x, include_first=False, decoder=decoder)
             kept.setdefault(layer, []).append(x[mask])
-            outputs.setdefault(layer, _OutputSums()).update(y[mask])
+            output = y[mask].double()
+            sums = torch.stack([output.sum(0), output.square().sum(0)])
+            outputs[layer] = outputs[layer] + sums if layer in outputs else sums
         seen = min(sum(map(len, inputs)) for inputs in kept.values())
         if seen >= tokens:
             break
@@ -90,23 +95,8 @@ def calibrate(
     return {layer: _measure(layer, torch.cat(kept.pop(layer)), outputs[layer]) for layer in list(kept)}
 
 
-class _OutputSums:
-    """Sums over tokens of y and of its squares, (O) float64: of many layers the outputs would be too much to keep."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.sums = self.squares = torch.zeros(())
-
-    def update(self, y: Tensor) -> None:
-        """Add y (tokens, O)."""
-        self.tokens += len(y)
-        y = y.double()
-        self.sums = y.sum(0) + self.sums.to(y.device)
-        self.squares = y.square().sum(0) + self.squares.to(y.device)
-
-
-def _measure(layer: int, x: Tensor, outputs: _OutputSums) -> Calibration:
-    mean, square = outputs.sums / outputs.tokens, outputs.squares / outputs.tokens
+def _measure(layer: int, x: Tensor, output_sums: Tensor) -> Calibration:
+    mean, square = output_sums / len(x)
     scales = ActivationScales(
         input_scale=float(x.float().square().mean().sqrt()),
         output_scale=float((square - mean.square()).clamp_min(0).mean().sqrt()),
@@ -121,46 +111,40 @@ def _measure(layer: int, x: Tensor, outputs: _OutputSums) -> Calibration:
 
 
 @torch.no_grad()
-def initialize_layer(
+def init_layer(
     layer: SparseLayer, calibration: Calibration, gate_init: str = "data", scale_activations: bool = True
 ) -> None:
-    """The authors' start, scaled to the activations; with `gate_init="data"` the gate starts from inputs.
+    """Initialise a layer as the authors do, scaled to the activations.
 
-    Scaled: G, E, U ← ·/s_x and b ← mean(y), the start of a layer that sees x / s_x and predicts y − mean(y).
-    From data: expert n's gate row is the direction of one training input x_n from the mean,
-    G_n ∝ x_n − mean(x), with the norm that the random start has, and g_n = −G_n · mean(x). Each expert then wins
-    on the neighbourhood of its token, so that nearly all are used from the first step on.
+    Scaled: G, E, U ← ·/s_x and b ← mean(y), the init of a layer that sees x / s_x and predicts y − mean(y).
+    Gate from data: the gate row of expert n is the direction of a training input x_n from the mean,
+    G_n ∝ x_n − mean(x), with the norm of the random init, and g_n = −G_n · mean(x). Each expert then wins on the
+    neighbourhood of its token, so that nearly all are used from the first step on.
 
     Args:
-        layer: is changed in place.
-        calibration: of the same MLP.
-        gate_init: `"data"` or `"random"`; `"keep"` leaves the whole layer as it is.
-        scale_activations: off, the start is the authors' own on raw activations.
+        layer: Changed in place.
+        calibration: Of the same MLP.
+        gate_init: `"data"` or `"random"`.
+        scale_activations: If false, use the authors' init on raw activations.
     """
-    if gate_init == "keep":
-        return
     layer.reset_parameters()
     scale = calibration.scales.input_scale if scale_activations else 1.0
-    for linear in _input_linears(layer):
-        linear.weight.div_(scale)
+    for name in ("gate", "encoder", "encoder_up"):
+        if isinstance(linear := getattr(layer, name, None), nn.Linear):
+            linear.weight.div_(scale)
     if scale_activations and layer.output_bias is not None:
         layer.output_bias.copy_(calibration.output_mean)
     if gate_init == "data":
-        _gate_from_data(layer, calibration, scale)
+        _init_gate_from_data(layer, calibration, scale)
 
 
-def _input_linears(layer: SparseLayer) -> list[nn.Linear]:
-    names = ("gate", "encoder", "encoder_up")
-    return [linear for name in names if isinstance(linear := getattr(layer, name, None), nn.Linear)]
-
-
-def _gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) -> None:
+def _init_gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) -> None:
     inputs, experts = calibration.inputs, layer.config.num_experts
-    # In a text shorter than the number of experts some start from the same token.
+    # In a text shorter than the number of experts some get the same token.
     enough = len(inputs) >= experts
     chosen = torch.randperm(len(inputs))[:experts] if enough else torch.randint(len(inputs), (experts,))
     directions = inputs[chosen.to(inputs.device)].float() - calibration.input_mean
-    # The norm of a row of nn.Linear's start: sqrt(I) elements of root mean square 1 / sqrt(3 I).
+    # The norm of a row that nn.Linear initialises: sqrt(I) elements of root mean square 1 / sqrt(3 I).
     norm = 1 / (math.sqrt(3) * scale)
     weight = directions * (norm / directions.norm(dim=-1, keepdim=True).clamp_min(1e-12))
     layer.gate.weight.copy_(weight)
@@ -169,10 +153,9 @@ def _gate_from_data(layer: SparseLayer, calibration: Calibration, scale: float) 
 
 
 def check_encoder_init(config: MxDLayerConfig, site: MLPSite) -> None:
-    """Refuse an encoder that cannot start from the pretrained MLP, by its sizes alone.
+    """Raise a ValueError if the encoder has another form or width than the pretrained MLP's.
 
-    Raises:
-        ValueError: it has another form or width; of routed experts it may be narrower.
+    Of a mixture of experts it may be narrower.
     """
     widths, form = mlp_widths(site), mlp_encoder_type(site)
     if widths is None:
@@ -182,18 +165,19 @@ def check_encoder_init(config: MxDLayerConfig, site: MLPSite) -> None:
     if config.encoder_type != form or not fits:
         raise ValueError(
             f"layer {site.layer}: an encoder of form {config.encoder_type} and intermediate_size "
-            f"{config.intermediate_size} cannot start from the pretrained MLP, which has form {form} and "
-            f"{units}: use those, or the random start"
+            f"{config.intermediate_size} cannot be initialised from the pretrained MLP, which has form {form} and "
+            f"{units}: use those, or encoder_init='random'"
         )
 
 
 @torch.no_grad()
-def start_encoder_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool = False) -> None:
-    """Copy the pretrained MLP's encoder (and up projection) into E and U, with `decoder` its decoder into D and b:
-    where Cᵀa is 1, the layer is then the MLP. C stays as it is.
+def init_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool = False) -> None:
+    """Copy the pretrained MLP's encoder (and up projection) into E and U.
+
+    With `decoder`, also its decoder into D and b: where Cᵀa is 1, the layer then is the MLP. C stays as it is.
 
     Raises:
-        ValueError: when its encoder has another form or width than the MLP's.
+        ValueError: The encoder has another form or width than the MLP's.
     """
     check_encoder_init(layer.config, site)
     weights = mlp_weights(site)
@@ -216,18 +200,19 @@ def _copy_bias(to: Tensor | None, pretrained: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def start_modulation_at_unit(layer: MxDLayer, calibration: Calibration) -> None:
-    """C ~ U(0, 2 / s) with s the mean sum of a token's coefficients, so that Cᵀa starts at about 1 everywhere and
-    the layer at about Dᵀz: the dense function is learnt first, and the experts have only its errors left to carry."""
+def init_modulation_at_unit(layer: MxDLayer, calibration: Calibration) -> None:
+    """Draw C ~ U(0, 2 / s) with s the mean sum of a token's coefficients.
+
+    Cᵀa is then about 1 everywhere and the layer about Dᵀz, so that experts only have to carry its errors.
+    """
     sample = calibration.inputs[:8192]
     total = layer.encode(sample).values.float().sum(-1).mean().clamp_min(1e-6)
     nn.init.uniform_(layer.modulation, 0.0, float(2 / total))
 
 
 def parameter_scales(module: nn.Module, scales: ActivationScales) -> dict[str, float]:
-    """Factor on the learning rate of every parameter that makes Adam on raw activations take the steps that it
-    would take on x / s_x and (y − μ) / s_y: by parameter name, e.g. {"gate.weight": 1 / s_x, "decoder.weight": s_y}.
-    """
+    """Return the factor on every parameter's learning rate with which Adam on raw activations takes the steps that it
+    would take on x / s_x and (y − μ) / s_y, by parameter name: {"gate.weight": 1 / s_x, "decoder.weight": s_y}."""
     by_name = {
         "gate.weight": 1 / scales.input_scale,
         "router.weight": 1 / scales.input_scale,
@@ -245,27 +230,22 @@ def init_decomposition(
     decomposition: MxDModel,
     model: nn.Module,
     calibrations: Mapping[int, Calibration],
-    *,
-    gate_init: str,
-    encoder_init: str,
-    modulation_init: str,
-    decoder_init: str,
-    scale_activations: bool,
-    seed: int,
+    args: "DistillationArguments",
 ) -> None:
-    """Start every layer: see `initialize_layer`, `fit_router`, which draws with `seed`,
-    `start_encoder_from_pretrained` and `start_modulation_at_unit`.
-    Transcoders have neither encoder nor modulations and ignore those; a decoder starts from the pretrained one only
-    where the encoder does, whose units it reads."""
+    """Initialise every layer as the arguments say; routers are fitted with `args.seed`.
+
+    Transcoders have neither encoder nor modulations. A decoder is copied from the pretrained MLP only if the encoder,
+    whose units it reads, is.
+    """
     for index in decomposition.config.layers:
-        layer = decomposition.layer(index)
-        initialize_layer(layer, calibrations[index], gate_init, scale_activations)
+        layer, calibration = decomposition.layer(index), calibrations[index]
+        init_layer(layer, calibration, args.gate_init, args.scale_activations)
         if layer.router is not None:
-            fit_router(layer, calibrations[index].inputs, seed=seed)  # it decides which experts are active
+            fit_router(layer, calibration.inputs, seed=args.seed)  # it decides which experts are active
         if not isinstance(layer, MxDLayer):
             continue
-        if encoder_init == "pretrained":
+        if args.encoder_init == "pretrained":
             site = find_mlp(model, index, **decomposition.config.where)
-            start_encoder_from_pretrained(layer, site, decoder=decoder_init == "pretrained")
-        if modulation_init == "unit":
-            start_modulation_at_unit(layer, calibrations[index])
+            init_from_pretrained(layer, site, decoder=args.decoder_init == "pretrained")
+        if args.modulation_init == "unit":
+            init_modulation_at_unit(layer, calibration)

@@ -1,18 +1,18 @@
-"""Routers for hierarchical routing: experts that fire together become neighbours, and a linear map learns which groups
-a token needs.
+"""Fit routers for hierarchical routing: experts that fire together become neighbours, and a linear map learns which
+groups of experts a token needs.
 
-Both are found from inputs. With v(t, n) the coefficients of the exact gate, and p(g | t) a token's share of
-coefficients in group g, two steps alternate:
+Both are fitted on inputs. With v(t, n) the coefficients of the exact gate, and p(g | t) a token's share of coefficients
+in group g, two steps alternate:
 
     router      r = Rx + ρ minimises the cross-entropy of softmax(r) to p(· | t)
     groups      expert n goes to the group in which Σ_t v(t, n) · softmax(r(t))_g is largest, at most ⌈N/G⌉ to each
 
-from soft clusters of the inputs as the first "router". Groups of gate rows that are alike (k-means) are what this is
-measured against in `benchmarks/routing.py`: they capture less, since alike is not the same as active together.
+At first, clusters of the inputs take the place of the router's scores. `benchmarks/routing.py` compares with groups of
+similar gate rows (k-means), which capture less: similar is not the same as active together.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +27,11 @@ BATCH = 512
 LEARNING_RATE = 3e-3
 CLUSTER_ROUNDS = 10
 CLUSTER_SHARPNESS = 20.0
-PART = 4096  # tokens at a time where what is made is large
+PART = 4096  # tokens at a time where intermediate tensors are large
 
 
 class RoutingRecall(NamedTuple):
-    """How much of the exact gate's choice survives hierarchical routing, over some inputs."""
+    """Share of the exact gate's choice that survives hierarchical routing, over some inputs."""
 
     experts: float
     """share of the exact gate's active experts that are active under routing"""
@@ -41,12 +41,12 @@ class RoutingRecall(NamedTuple):
 
 @torch.no_grad()
 def routing_recall(layer: SparseLayer, inputs: Tensor, num_groups_per_tok: int | None = None) -> RoutingRecall:
-    """Recall of the exact TopK by the routed one.
+    """Return the recall of the exact TopK by the routed one; 1 for a layer without a router.
 
     Args:
-        layer: has a router, or the recall is 1.
-        inputs: of the layer's MLP, (..., I).
-        num_groups_per_tok: groups opened; by default as many as the layer's configuration says.
+        layer: The layer.
+        inputs: Inputs of the layer's MLP, (..., I).
+        num_groups_per_tok: Groups that a token opens; by default as the layer's configuration says.
     """
     kept = total = kept_sum = total_sum = 0.0
     config = layer.config
@@ -66,18 +66,18 @@ def routing_recall(layer: SparseLayer, inputs: Tensor, num_groups_per_tok: int |
 
 
 def exact_coefficients(layer: SparseLayer, x: Tensor) -> ExpertCoefficients:
-    """What the gate would say without routing; x (T, I) → values and indices (T, K)."""
+    """Return the gate's coefficients without routing; x (T, I) → values and indices (T, K)."""
     weight = layer.gate.weight
     return ExpertCoefficients(*topk_gate(x.to(weight), weight, layer.gate.bias, layer.config.num_experts_per_tok))
 
 
 def router_loss(layer: SparseLayer, x: Tensor) -> Tensor:
-    """Mean cross-entropy of the router's softmax to the exact gate's shares of coefficients; x (T, I).
+    """Return the mean cross-entropy of the router's softmax to the exact gate's shares of coefficients; x (T, I).
 
-    Gradients reach the router only. Tokens without an active expert do not count.
+    Only the router gets gradients. Tokens without an active expert are left out.
 
     Raises:
-        ValueError: when the layer has no router.
+        ValueError: The layer has no router.
     """
     config, router = layer.config, layer.router
     if router is None:
@@ -98,26 +98,26 @@ def fit_router(
     epochs: int = 4,
     seed: int = 0,
 ) -> Tensor:
-    """Give a layer hierarchical routing, fitted to what its exact gate does on some inputs.
+    """Give a layer hierarchical routing, fitted to its exact gate on some inputs.
 
-    The layer is changed in place: its experts are renumbered, so that groups are neighbours, and it gets a router
-    and a configuration with groups. Opened wholly, it computes what it did. On a layer that has a router already a new
-    one is fitted.
+    The layer is changed in place: its experts are renumbered, so that groups are neighbours, and it gets a router and a
+    configuration with groups. With all groups opened it computes what it did before. A router that it already has is
+    fitted anew.
 
     Args:
-        layer: with a plain `nn.Linear` as gate.
-        inputs: of the layer's MLP, (..., I), on any device; some 60,000 tokens of the text that it is meant for.
-        num_expert_groups: G; by default what the layer has, or about √N.
-        num_groups_per_tok: M, groups that a token opens; by default what the layer has, or 8.
-        rounds: how often groups are formed anew from the router.
-        epochs: passes over the inputs in which each router is learnt.
-        seed: of starts and order.
+        layer: Layer with a plain `nn.Linear` as gate.
+        inputs: Inputs of the layer's MLP, (..., I), on any device; about 60,000 tokens of text like that of its use.
+        num_expert_groups: G; by default the layer's, or about √N.
+        num_groups_per_tok: M, groups that a token opens; by default the layer's, or 8.
+        rounds: How often groups are formed anew from the router.
+        epochs: Passes over the inputs for each router.
+        seed: Seed of the clusters and the order of tokens.
 
     Returns:
         (N) int64: expert n was expert `order[n]` before.
 
     Raises:
-        ValueError: no inputs, inputs of another width, or numbers of groups that the configuration refuses.
+        ValueError: No inputs, inputs of another width, or numbers of groups that the configuration refuses.
     """
     x, config = inputs.reshape(-1, inputs.shape[-1]), layer.config
     if not len(x) or x.shape[1] != config.hidden_size:
@@ -128,12 +128,14 @@ def fit_router(
     opened = num_groups_per_tok or config.num_groups_per_tok or 8
     config = dataclasses.replace(config, num_expert_groups=groups, num_groups_per_tok=opened)
     fitting = _Fitting(layer, x.to(layer.gate.weight.device), config, torch.Generator().manual_seed(seed))
-    for _ in range(rounds + 1):
-        fitting.form_groups()
-        fitting.learn_router(epochs)
-    order = torch.argsort(fitting.group, stable=True)
+    group = fitting.groups_from_clusters(layer)
+    router = fitting.fit_router(group, epochs)
+    for _ in range(rounds):
+        group = fitting.groups_from_scores(router, preferred=F.one_hot(group, groups).float())
+        router = fitting.fit_router(group, epochs)
+    order = torch.argsort(group, stable=True)
     _renumber(layer, order)
-    router = fitting.folded_router().to(layer.gate.weight)
+    router = fitting.folded(router).to(layer.gate.weight)
     if layer.router is not None and layer.router.weight.shape == router.weight.shape:
         layer.router.load_state_dict(router.state_dict())
     else:
@@ -143,12 +145,12 @@ def fit_router(
 
 
 def fit_routers(model: MxDModel, inputs: Mapping[int, Tensor], **options: Any) -> dict[int, Tensor]:
-    """`fit_router` for layers of a model, whose configuration then says so: it can be saved, and loads as it is.
+    """Fit the routers of some layers of a model with `fit_router`, and update the model's configuration.
 
     Args:
-        model: is changed in place.
-        inputs: of every layer that gets a router, by layer index.
-        **options: as for `fit_router`.
+        model: Changed in place; it can then be saved and loaded.
+        inputs: Inputs of the MLP of every layer that gets a router, by layer index.
+        **options: As for `fit_router`.
 
     Returns:
         The order of experts, by layer index.
@@ -165,30 +167,44 @@ def fit_routers(model: MxDModel, inputs: Mapping[int, Tensor], **options: Any) -
 
 
 class _Fitting:
-    """Groups and router of one layer while they are found; inputs are centred and scaled here."""
+    """The inputs of one layer, centred and scaled, with its exact coefficients; fits groups and router in turn."""
 
     def __init__(self, layer: SparseLayer, x: Tensor, config: MxDLayerConfig, random: torch.Generator):
         self.config, self.random = config, random
-        self.groups = config.num_expert_groups or 1
+        self.num_groups = config.num_expert_groups or 1
         coefficients = [exact_coefficients(layer, part) for part in x.split(PART)]
         self.values = torch.cat([values for values, _ in coefficients]).float()
         self.indices = torch.cat([indices for _, indices in coefficients])
         self.mean = x.float().mean(0)
         self.scale = (x.float() - self.mean).square().mean().sqrt().clamp_min(1e-12)
         self.x = (x.float() - self.mean) / self.scale
-        self.router = nn.utils.skip_init(nn.Linear, config.hidden_size, self.groups, device=x.device)
-        # The first "router" is clusters of inputs; experts that never fire go where their gate rows point.
+
+    def groups_from_clusters(self, layer: SparseLayer) -> Tensor:
+        """Return the first groups (N), from clusters of the inputs; idle experts go where their gate rows point."""
         centers = self._cluster_centers()
-        self._scores = lambda part: CLUSTER_SHARPNESS * F.normalize(part, dim=-1) @ centers.T
-        self._otherwise = F.normalize(layer.gate.weight.float(), dim=-1) @ centers.T
-        self.group = torch.zeros(config.num_experts, dtype=torch.int64, device=x.device)
+        preferred = F.normalize(layer.gate.weight.float(), dim=-1) @ centers.T
+        return self.groups_from_scores(
+            lambda part: CLUSTER_SHARPNESS * F.normalize(part, dim=-1) @ centers.T, preferred=preferred
+        )
+
+    def groups_from_scores(self, score: Callable[[Tensor], Tensor], preferred: Tensor) -> Tensor:
+        """Put every expert into the group that is scored highest where it fires; → (N).
+
+        Args:
+            score: Scores of the groups, (T, I) → (T, G).
+            preferred: (N, G), decides for experts that do not fire.
+        """
+        weights = torch.cat([score(part).softmax(-1) for part in self.x.split(PART)])
+        affinity = scatter_rows(self.indices, self.values, weights, self.config.num_experts)
+        affinity /= affinity.sum(-1, keepdim=True).clamp_min(1e-12)
+        return balanced_groups(affinity + 1e-3 * preferred, self.config.expert_group_size)
 
     def _cluster_centers(self) -> Tensor:
-        """Directions (G, I) of the inputs' clusters, by k-means on the sphere from k-means++."""
+        """Return the directions (G, I) of clusters of the inputs, by k-means on the sphere from k-means++."""
         directions = F.normalize(self.x, dim=-1)
         distance = torch.ones(len(directions), device=directions.device)  # to the nearest center so far
         chosen = []
-        for _ in range(self.groups):
+        for _ in range(self.num_groups):
             chosen.append(directions[int(torch.multinomial(distance.cpu(), 1, generator=self.random))])
             distance = torch.minimum(distance, 1 - directions @ chosen[-1]).clamp_min_(1e-6)
         centers = torch.stack(chosen)
@@ -198,44 +214,40 @@ class _Fitting:
             centers = F.normalize(sums, dim=-1).where(sums.any(-1, keepdim=True), centers)
         return centers
 
-    def form_groups(self) -> None:
-        """Put every expert into the group that is scored highest where it fires."""
-        weights = torch.cat([self._scores(part).softmax(-1) for part in self.x.split(PART)])
-        affinity = scatter_rows(self.indices, self.values, weights, self.config.num_experts)
-        affinity /= affinity.sum(-1, keepdim=True).clamp_min(1e-12)
-        self.group = balanced_groups(affinity + 1e-3 * self._otherwise, self.config.expert_group_size)
-        self._otherwise = F.one_hot(self.group, self.groups).float()
+    def fit_router(self, group: Tensor, epochs: int) -> nn.Linear:
+        """Fit a router for scaled inputs to the tokens' shares of coefficients in groups `group` (N).
 
-    def learn_router(self, epochs: int) -> None:
-        """Cross-entropy to the tokens' shares of coefficients, Adam with a rate that falls to zero."""
-        for parameter in self.router.parameters():
+        Adam, with a learning rate that falls to zero.
+        """
+        router = nn.utils.skip_init(nn.Linear, self.x.shape[1], self.num_groups, device=self.x.device)
+        for parameter in router.parameters():
             nn.init.zeros_(parameter)
-        optimizer = torch.optim.Adam(self.router.parameters(), lr=LEARNING_RATE)
+        optimizer = torch.optim.Adam(router.parameters(), lr=LEARNING_RATE)
         steps = epochs * -(-len(self.x) // BATCH)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         with torch.enable_grad():
             for _ in range(epochs):
                 for rows in torch.randperm(len(self.x), generator=self.random).to(self.x.device).split(BATCH):
-                    target = _shares(self.values[rows], self.group[self.indices[rows]], self.groups)
-                    loss = _cross_entropy(self.router(self.x[rows]), target)
+                    target = _shares(self.values[rows], group[self.indices[rows]], self.num_groups)
+                    loss = _cross_entropy(router(self.x[rows]), target)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     schedule.step()
-        self._scores = self.router
+        return router
 
-    def folded_router(self) -> nn.Linear:
-        """The router for inputs as they are."""
-        self.router.weight.div_(self.scale)
-        self.router.bias.sub_(self.router.weight @ self.mean)
-        return self.router
+    def folded(self, router: nn.Linear) -> nn.Linear:
+        """Change a router for scaled inputs into one for the inputs as they are."""
+        router.weight.div_(self.scale)
+        router.bias.sub_(router.weight @ self.mean)
+        return router
 
 
 def balanced_groups(scores: Tensor, size: int) -> Tensor:
-    """Assign experts to groups of `size` (the last takes what is left), by what they score there, (N, G) → (N).
+    """Assign experts to groups of `size` (the last takes the rest) by their scores, (N, G) → (N).
 
     Deferred acceptance: every expert asks the best group that has not refused it, and every group keeps the `size`
-    best of those that asked. No expert and group would rather have each other than what they got.
+    best of those that asked. No expert and group would both prefer each other to what they got.
     """
     experts, groups = scores.shape
     room = torch.full((groups,), size, device=scores.device)
@@ -255,7 +267,7 @@ def balanced_groups(scores: Tensor, size: int) -> Tensor:
 
 
 def _shares(values: Tensor, groups_of_indices: Tensor, groups: int) -> Tensor:
-    """Share of a token's coefficients in each group, (T, K), (T, K) → (T, G); zeros where none is active."""
+    """Return a token's share of coefficients in each group, (T, K), (T, K) → (T, G); zeros if none is active."""
     sums = values.new_zeros(len(values), groups).scatter_add_(1, groups_of_indices, values)
     return sums / sums.sum(-1, keepdim=True).clamp_min(1e-12)
 

@@ -1,1 +1,1 @@
-"""The frozen base model: loading it, and reading what its MLPs are given and give."""
+"""The frozen base model: load it, and read the inputs and outputs of its MLPs."""

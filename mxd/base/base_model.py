@@ -1,7 +1,7 @@
-"""Loading the language model that a decomposition belongs to."""
+"""Load the frozen language model that a decomposition replaces MLPs of."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,22 +29,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class BaseModelError(ValueError):
-    """The base model cannot be loaded; the message says which and what to do."""
+    """The base model cannot be loaded; the message names the model and the remedy."""
 
 
 def default_device() -> torch.device:
-    """Where models run: an accelerator if there is one that knows float64, as Apple's do not."""
+    """Return the accelerator if there is one that supports float64 (Apple's do not), else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
 
 
+def bfloat16_is_emulated() -> bool:
+    """Return whether this CPU has no bfloat16 instructions; False if this version of torch cannot tell.
+
+    A bfloat16 product then takes longer than a float32 one (three times as long on an Intel Cascade Lake).
+    """
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    known = capabilities.get("architecture") in ("x86_64", "arm64", "aarch64")
+    return known and not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 def resolve_name(name: str) -> str:
-    """The name under which a config records a base model: folders as absolute paths, the rest as given."""
+    """Return the name under which a config records a base model: an absolute path for a folder, else `name`."""
     return str(Path(name).resolve()) if name != demo.MODEL_NAME and Path(name).is_dir() else name
 
 
 def model_source(name: str) -> str:
-    """Where a model of this name is loaded from: the embedded one's folder, else as given."""
+    """Return the folder of the embedded model if it has this name, else `name`."""
     return str(demo.model_path()) if name == demo.MODEL_NAME else name
 
 
@@ -55,30 +65,41 @@ def check_base_model(
     pickles: bool = True,
     context_length: int | None = None,
 ) -> PreTrainedConfig:
-    """The config of a model, once it shows nothing that `load_base_model`, which has these arguments too, refuses. No
-    more than that is downloaded.
+    """Return the config of a model, after checking it as far as `load_base_model` does without other files.
+
+    Args:
+        name, revision, dtype, pickles, context_length: see `load_base_model`.
 
     Raises:
-        BaseModelError: as `load_base_model`.
+        BaseModelError: see `load_base_model`.
     """
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = model_source(name)
-    with _explained(name):
-        if not pickles:  # a stranger chose it: before transformers makes anything of its config
+    with _base_model_errors(name):
+        if not pickles:  # an untrusted config: check it before transformers builds a config object
             check_language_config(resolve(source, {"revision": revision}))
         load = partial(AutoConfig.from_pretrained, source, revision=revision, trust_remote_code=False)
         config = with_retries(load, name)
-        _check_config(config, name, context_length)
+        positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(config, MxDConfig):
+        raise BaseModelError(
+            f"{name!r} is a decomposition itself: name its base model, {config.base_model_name_or_path!r}"
+        )
+    if context_length is not None and isinstance(positions, int) and 0 < positions < context_length:
+        raise BaseModelError(
+            f"the model {name!r} has {positions} positions, fewer than a row of {context_length} tokens: choose a "
+            "smaller context length (--context-length)"
+        )
     return config
 
 
 def base_skeleton(
     name: str, revision: str | None = None, dtype: str = "float32", context_length: int | None = None
 ) -> PreTrainedModel:
-    """The language model without its weights, on the meta device; see `check_base_model`."""
+    """Build the language model without its weights, on the meta device; see `check_base_model`."""
     config = check_base_model(name, revision, dtype, context_length=context_length)
-    with _explained(name), torch.device("meta"):
+    with _base_model_errors(name), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
@@ -92,66 +113,47 @@ def load_base_model(
     """Load a causal language model and its tokenizer, in eval mode, on the CPU.
 
     Args:
-        name: Hub id, folder, or the name of the embedded default.
+        name: Hub id, folder, or the name of the embedded model.
         revision: branch, tag or commit on the Hub.
         dtype: a key of `DTYPES`.
-        pickles: whether weights may be read from a pickle, where there are no safetensors; False where a stranger
-            chose the model.
-        context_length: tokens a row that it shall read.
+        pickles: whether weights may be read from a pickle if there are no safetensors; False if a decomposition, whose
+            config may come from a stranger, names the model.
+        context_length: tokens in a row, which the model must have positions for.
 
     Returns:
-        Model, tokenizer, and the Hub commit that was loaded (None for a folder).
+        Model, tokenizer, and the loaded Hub commit (None for a folder).
 
     Raises:
-        BaseModelError: when it is neither a folder nor can be had from the Hub, is a decomposition, or has fewer
-            positions than `context_length`.
+        BaseModelError: it is neither a folder nor on the Hub, is a decomposition, or has fewer positions than
+            `context_length`.
     """
     check_base_model(name, revision, dtype, pickles, context_length)
-    if dtype == "bfloat16" and not torch.accelerator.is_available():
-        from mxd.trainers.decomposition_arguments import bfloat16_is_emulated
-
-        if bfloat16_is_emulated():
-            logger.warning("this processor emulates bfloat16: the model is faster with float32")
+    if dtype == "bfloat16" and not torch.accelerator.is_available() and bfloat16_is_emulated():
+        logger.warning("this processor emulates bfloat16: the model is faster with float32")
     source = model_source(name)
     how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    with _explained(name, pickles):
+    weights: dict[str, Any] = {"dtype": DTYPES[dtype], **({} if pickles else {"use_safetensors": True})}
+    with _base_model_errors(name, pickles):
         if not pickles:
             check_language_model(resolve(source, {"revision": revision}))
         tokenizer = with_retries(partial(AutoTokenizer.from_pretrained, source, **how), name)
-        how |= {"dtype": DTYPES[dtype]} if pickles else {"dtype": DTYPES[dtype], "use_safetensors": True}
-        model = with_retries(partial(AutoModelForCausalLM.from_pretrained, source, **how), name)
+        model = with_retries(partial(AutoModelForCausalLM.from_pretrained, source, **how, **weights), name)
     commit = _loaded_commit(source, revision)
-    model.config._commit_hash = commit  # newer transformers don't keep it; it is never saved
+    model.config._commit_hash = commit  # transformers 5 does not keep it; it is never saved
     return model.eval(), tokenizer, commit
 
 
 @contextmanager
-def _explained(name: str, pickles: bool = True) -> Iterator[None]:
-    """Makes a `BaseModelError` of whatever transformers raises."""
+def _base_model_errors(name: str, pickles: bool = True) -> Iterator[None]:
+    """Turn the errors of transformers into a `BaseModelError`."""
     try:
         yield
-    except BaseModelError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = first_line(error)
         if not pickles and "use_safetensors" in reason:
-            reason = "it has no safetensors, and of a model that a decomposition names no pickle is read"
-        where = "" if Path(model_source(name)).is_dir() else "it is no folder with a model, and: "
+            reason = "it has no safetensors, and no pickle is read of a model that a decomposition names"
+        where = "" if Path(model_source(name)).is_dir() else "it is not a local folder with a model, and: "
         raise BaseModelError(f"cannot load the model {name!r}: {where}{reason}") from error
-
-
-def _check_config(config: PreTrainedConfig, name: str, context_length: int | None) -> None:
-    """Refuse, before any weight is read, what is no language model, or reads no row of so many tokens."""
-    if isinstance(config, MxDConfig):
-        raise BaseModelError(
-            f"{name!r} is a decomposition itself: name the model that it is of, {config.base_model_name_or_path!r}"
-        )
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context_length is not None and isinstance(positions, int) and 0 < positions < context_length:
-        raise BaseModelError(
-            f"the model {name!r} has {positions} positions, fewer than a row of {context_length} tokens: take a "
-            "context length (--context-length) that it can read"
-        )
 
 
 def _loaded_commit(source: str, revision: str | None) -> str | None:
@@ -163,11 +165,9 @@ def _loaded_commit(source: str, revision: str | None) -> str | None:
 
 
 def check_safetensors(name: str, commit: str | None) -> None:
-    """Refuse a loaded model whose weights are in a pickle only: no decomposition of it could be put to use, since of a
-    model that a decomposition names no pickle is read.
+    """Raise `BaseModelError` if a loaded model has its weights in a pickle only.
 
-    Raises:
-        BaseModelError: saying what to do.
+    A decomposition of it could not be used: loading one never reads a pickle of its base model.
     """
     source = model_source(name)
     names = ("model.safetensors", "model.safetensors.index.json")
@@ -177,6 +177,6 @@ def check_safetensors(name: str, commit: str | None) -> None:
         found = any(isinstance(try_to_load_from_cache(source, file, revision=commit), str) for file in names)
     if not found:
         raise BaseModelError(
-            f"the weights of {name!r} are in a pickle, which a decomposition's base is never read from: load it, write "
-            "it anew with save_pretrained, and name that folder or repo"
+            f"the weights of {name!r} are in a pickle, which a decomposition's base model is never read from: load it, "
+            "save it again with save_pretrained, and name that folder or repo"
         )

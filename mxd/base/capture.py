@@ -1,4 +1,4 @@
-"""Reading the inputs and outputs of a model's MLPs on the way through a forward pass."""
+"""Record the inputs and outputs of a model's MLPs during a forward pass."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 from mxd.modeling_mxd.sites import MAIN, MLPSite, SurgeryError, find_mlps, site_of
 
 Capture = Callable[[Mapping[str, Tensor]], dict[int, tuple[Tensor, Tensor]]]
-"""Gives, for a batch of `input_ids` and perhaps `attention_mask`, {layer: (x, y)} as `capture_mlps` does."""
+"""A function from a batch (`input_ids`, optionally `attention_mask`) to {layer: (x, y)}, as `capture_mlps` returns."""
 
 
 class _CaptureComplete(Exception):
-    """Stops the model's forward once the last wanted MLP has run."""
+    """Stop the model's forward pass after the last requested MLP."""
 
 
 @torch.no_grad()
@@ -30,25 +30,25 @@ def capture_mlps(
     site: str = MAIN,
     **inputs: Any,
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Inputs and outputs of the MLPs of `layers` in one forward pass, by default only as far as the last of them.
+    """Return inputs and outputs of the MLPs of `layers`, from one forward pass, by default only up to the last layer.
 
     Args:
         model: any model with MLPs.
         layers: indices of the transformer layers.
-        input_ids: token ids (batch, tokens), where the model reads text.
+        input_ids: token ids (batch, tokens), if the model reads text.
         attention_mask: 1 where a token is not padding (batch, tokens), or None.
-        stop_after_last: end the pass once the last of them has run.
+        stop_after_last: end the pass after the last of the MLPs.
         stack, site: which stack of layers, and which of a layer's MLPs; see `find_mlps`.
-        **inputs: what the model reads besides (`decoder_input_ids`, `pixel_values` …).
+        **inputs: further inputs of the model (`decoder_input_ids`, `pixel_values` …).
 
     Returns:
-        {layer: (x, y)} with x (batch, tokens, I) and y (batch, tokens, O), in the model's dtype. Of a layer that the
-        model runs n times (ALBERT) all n runs, (n · batch, tokens, …).
+        {layer: (x, y)} with x (batch, tokens, I) and y (batch, tokens, O), in the model's dtype. A layer that the model
+        runs n times (ALBERT) has all n runs, (n · batch, tokens, …).
 
     Raises:
         SurgeryError: no such stack, layer or MLP.
     """
-    # All are found before the first hook is set: a layer that does not exist leaves none behind.
+    # Find all MLPs before setting a hook, so that a missing layer leaves no hook behind.
     sites = find_mlps(model, stack, site)
     recorders = [_Recorder(site_of(sites, layer)) for layer in layers]
     whole = not stop_after_last or any(recorder.runs_again for recorder in recorders)
@@ -74,7 +74,7 @@ def capture_mlps(
 
 
 class _Recorder:
-    """What one MLP is given and gives in a forward pass."""
+    """Record the inputs and outputs of one MLP in a forward pass."""
 
     def __init__(self, site: MLPSite):
         self.site = site
@@ -84,11 +84,11 @@ class _Recorder:
 
     @property
     def runs_again(self) -> bool:
-        """Whether one pass runs the MLP more than once."""
+        """Return whether one pass runs the MLP more than once."""
         return self.site.repeated or self.chunked
 
     def listen(self, done: Callable[[], None]) -> list[RemovableHandle]:
-        """Note every input and output from now on, and call `done` after each output."""
+        """Record every input and output from now on, and call `done` after each output."""
 
         def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.inputs.append(args[0] if args else next(iter(kwargs.values())))
@@ -96,7 +96,7 @@ class _Recorder:
         def keep_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             self.outputs.append(output[0] if isinstance(output, tuple) else output)
             done()
-            self.outputs[-1] = self.outputs[-1].clone()  # where the pass goes on, some models add to it (Falcon)
+            self.outputs[-1] = self.outputs[-1].clone()  # if the pass goes on, some models add to it (Falcon)
 
         return [
             self.site.input_module.register_forward_pre_hook(keep_input, with_kwargs=True),
@@ -104,7 +104,7 @@ class _Recorder:
         ]
 
     def captured(self, shapes: list[torch.Size]) -> tuple[Tensor, Tensor]:
-        """All inputs and outputs, each (batch, tokens, …); `shapes` are those of the token ids."""
+        """Return all inputs and outputs, each (batch, tokens, …); `shapes` are the shapes of token ids."""
         if not self.outputs:
             raise SurgeryError(f"the MLP of layer {self.site.layer} ({self.site.path}) did not run on these inputs")
         xs = [_by_token(x, shapes) for x in self.inputs]
@@ -114,7 +114,7 @@ class _Recorder:
 
 
 def _by_token(x: Tensor, shapes: list[torch.Size]) -> Tensor:
-    """Some layers run their MLP on (batch · tokens, I): back to (batch, tokens, I)."""
+    """Restore (batch, tokens, I) of a layer that runs its MLP on (batch · tokens, I)."""
     if x.ndim > 2:
         return x
     shape = next((shape for shape in shapes if shape.numel() == len(x)), (1, len(x)))

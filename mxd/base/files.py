@@ -1,4 +1,4 @@
-"""Files that others read while they are written."""
+"""Write files atomically."""
 
 import json
 import math
@@ -9,15 +9,15 @@ from typing import Any
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON, which has no NaN and no infinity: both are null, "not defined"."""
+    """Return `value` as JSON, with null for NaN and infinity, which JSON does not have."""
     return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one move, folders made if need be.
+    """Write JSON atomically, creating missing folders.
 
     Raises:
-        TypeError: `value` holds something that JSON has not; an earlier file is then left as it is.
+        TypeError: `value` is not serialisable; an existing file is left unchanged.
     """
     text = json_text(value) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one move, so that no half file is ever seen; one that cannot be written leaves nothing."""
+    """Write a file atomically: readers never see half of it, and a failure leaves nothing behind."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -35,7 +35,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with every float that is not finite replaced by None."""
+    """Replace every float of `value` that is not finite by None."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

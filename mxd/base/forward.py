@@ -1,4 +1,4 @@
-"""Forward passes as evaluation needs them: without dropout, without padding on the left, each run once."""
+"""Run forward passes for evaluation: without dropout, and with padding on the right."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mxd.modeling_mxd import MxDConfig, spliced_mlps
+from mxd.modeling_mxd.surgery import running_device
 
 from .allocation import freed_memory_kept
 from .capture import capture_mlps
@@ -18,8 +19,10 @@ Batch = tuple[Tensor, Tensor | None]
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, where on a CPU freed memory is kept for the next batch; afterwards, also after an
-    exception, every module's own mode."""
+    """Put models in eval mode inside the block, and afterwards, also after an exception, restore every module's mode.
+
+    On a CPU, freed memory is kept for the next batch.
+    """
     before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -33,13 +36,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def right_padded(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
-    """Token ids and mask on `device`, with every row's padding moved to its right.
+    """Move token ids and mask to `device`, and every row's padding to its right.
 
-    Models with absolute positions count them from the left of the row: with padding there a plain forward pass
-    gives every token a wrong position (generation corrects this, forward does not).
+    Models with absolute positions count them from the left of the row: with padding there, a plain forward pass gives
+    every token a wrong position (generation corrects this, forward does not).
 
     Raises:
-        ValueError: when the batch has no tokens, or ids and mask differ in shape.
+        ValueError: the batch has no tokens, or ids and mask differ in shape.
     """
     ids, mask = batch["input_ids"].to(device), batch.get("attention_mask")
     if ids.ndim != 2 or not ids.numel():
@@ -53,25 +56,26 @@ def right_padded(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     return ids.gather(-1, order), mask.gather(-1, order)
 
 
+def batch_for(model: nn.Module, batch: Mapping[str, Tensor]) -> Batch:
+    """Return `right_padded` of a batch on the device of a model's inputs."""
+    return right_padded(batch, running_device(model))
+
+
 def padding_last(mask: Tensor) -> Tensor:
-    """The order of a row's positions that moves its padding to its right, (batch, tokens) int64, from its mask."""
+    """Return the order of each row's positions that moves its padding to the right, (batch, tokens) int64."""
     return (mask == 0).to(torch.int8).argsort(dim=-1, stable=True)
 
 
 def check_causal(model: nn.Module) -> None:
-    """Refuse an encoder–decoder model: it shifts its inputs for its decoder, and its logits are of other tokens.
-
-    Raises:
-        ValueError: naming the class.
-    """
+    """Raise `ValueError` for an encoder–decoder model, whose logits do not predict the next token of its inputs."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} is an encoder–decoder model: cross-entropies are of causal language models only"
+            f"{type(model).__name__} is an encoder–decoder model: cross-entropies need a causal language model"
         )
 
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (batch, tokens, vocabulary) of a causal language model."""
+    """Return the logits (batch, tokens, vocabulary) of a causal language model."""
     ids, attention_mask = batch
     logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
     assert isinstance(logits, Tensor)
@@ -81,7 +85,7 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
 def capture_with_logits(
     model: nn.Module, config: MxDConfig, batch: Batch
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
-    """What `capture_mlps` gives of a decomposition's layers, and `next_token_logits`, in one forward pass."""
+    """Return `capture_mlps` of a decomposition's layers and `next_token_logits`, in one forward pass."""
     kept: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -93,20 +97,20 @@ def capture_with_logits(
 
 
 class ZeroMLP(nn.Module):
-    """An ablated MLP: (..., I) → zeros (..., O)."""
+    """An ablated MLP: map (..., I) to zeros (..., O), in the dtype of x."""
 
     def __init__(self, output_size: int):
         super().__init__()
         self.output_size = output_size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zeros of the output's shape, in the dtype of x."""
+        """Return zeros of the output's shape."""
         return x.new_zeros(*x.shape[:-1], self.output_size)
 
 
 @contextmanager
 def zero_ablated(model: nn.Module, config: MxDConfig) -> Iterator[None]:
-    """The MLPs of a decomposition's layers give zeros inside the block."""
+    """Replace the MLPs of a decomposition's layers by `ZeroMLP` inside the block."""
     zeros = {layer: ZeroMLP(config.layer(layer).output_size) for layer in config.layers}
     with spliced_mlps(model, zeros, **config.where):
         yield

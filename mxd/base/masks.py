@@ -1,15 +1,15 @@
-"""The one definition of which positions count, in training and in evaluation."""
+"""Define which positions count, in training and in evaluation."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-_IGNORED = -100  # of a label, where it is padding
+_IGNORED = -100  # label of padding
 
 
 def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_first: bool = True) -> Tensor:
-    """True where a position counts: everything that is not padding, on whichever side the padding is.
+    """Return a mask that is True where a position counts: where it is not padding, on either side.
 
         mask_bt = attention_mask_bt ≠ 0                                          include_first
         mask_bt = attention_mask_bt ≠ 0  and  Σ_{s ≤ t} attention_mask_bs > 1    without the first
@@ -17,15 +17,15 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_
     Args:
         input_ids: token ids, (batch, tokens).
         attention_mask: 1 where a token is not padding, (batch, tokens); None when there is no padding.
-        include_first: off, each row's first unpadded position is left out too. That is where BOS stands: an
-            attention sink, whose activations have an extreme norm in many models. It is told by its position, so
-            that a BOS id of 0, or a tokenizer without BOS, makes no difference.
+        include_first: if False, exclude each row's first unpadded position too. That is the place of BOS, an attention
+            sink whose activations have an extreme norm in many models. It is found by its position, so a BOS id of 0,
+            or a tokenizer without BOS, makes no difference.
 
     Returns:
         (batch, tokens) bool.
 
     Raises:
-        ValueError: when the two have different shapes.
+        ValueError: the two have different shapes.
     """
     if attention_mask is None:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -42,15 +42,17 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_
 def activation_mask(
     inputs: Mapping[str, Tensor], x: Tensor, include_first: bool = True, decoder: bool = False
 ) -> Tensor:
-    """True where an activation counts that `capture_mlps` gave: `token_mask` where x has a position for every token,
-    and everywhere where its positions are no tokens of the batch (patches of an image, frames of a sound).
+    """Return a mask that is True where an activation of `capture_mlps` counts.
+
+    This is `token_mask` if x has a position for every token, and True everywhere if its positions are not the tokens of
+    the batch (patches of an image, frames of a sound).
 
     Args:
-        inputs: what the model was given.
-        x: (batch, tokens, I); (n · batch, tokens, I) of a layer that runs n times.
+        inputs: inputs of the model.
+        x: (batch, tokens, I), or (n · batch, tokens, I) for a layer that runs n times.
         include_first: see `token_mask`.
-        decoder: x comes from the decoder of an encoder–decoder model, whose tokens are `decoder_input_ids`, or the
-            `labels` that the model shifts.
+        decoder: whether x comes from the decoder of an encoder–decoder model, whose tokens are `decoder_input_ids`, or
+            the `labels` that the model shifts.
 
     Returns:
         (batch, tokens) bool, or (n · batch, tokens).
@@ -60,19 +62,19 @@ def activation_mask(
         labels = inputs.get("labels")
         ids, padding = inputs.get("decoder_input_ids", labels), inputs.get("decoder_attention_mask")
         if padding is None and labels is not None and ids is not None and labels.shape == ids.shape:
-            padding = labels != _IGNORED  # as collators pad labels, beside which they make no mask
+            padding = labels != _IGNORED  # collators pad labels with it, and add no mask
     if ids is None or ids.shape[1] != x.shape[1] or len(x) % len(ids):
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     return token_mask(ids, padding, include_first).repeat(len(x) // len(ids), 1).to(x.device)
 
 
 def next_token_mask(mask: Tensor) -> Tensor:
-    """True where a prediction counts: where a position and its next one both do.
+    """Return where a prediction counts: where a position and its next one both do.
 
     Args:
         mask: which positions count, (batch, tokens) bool.
 
     Returns:
-        (batch, tokens − 1) bool: of every position but the last.
+        (batch, tokens − 1) bool, without the last position.
     """
     return mask[:, :-1] & mask[:, 1:]

@@ -3,14 +3,15 @@
 import logging
 import os
 import sys
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from . import measuring as cli_measuring
-from . import sharing as cli_sharing
-from . import training as cli_training
-from .options import OUTPUTS
+from .commands import make_command
+from .jobs import COMMANDS
 from .tables import visible
 
 INTERRUPTED = 130
@@ -20,35 +21,38 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",  # the default one takes "[the account's default]" for markup and leaves it out
+    rich_markup_mode="markdown",  # the default mode takes "[the account's default]" for markup and drops it
     help="Mixtures of Decoders: take the MLPs of a language model apart without breaking the model.",
     epilog="With --debug, anywhere, an error shows its traceback.",
 )
-for command in (
-    cli_training.decompose,
-    cli_measuring.evaluate,
-    cli_measuring.experts,
-    cli_measuring.use,
-    cli_measuring.probe,
-    cli_training.frontier,
-    cli_training.finetune,
-    cli_sharing.push,
-    cli_sharing.search,
-    cli_sharing.show,
-    cli_measuring.layers,
-):
-    app.command()(command)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(make_command(_command.options, _command.run))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mxd {version('mxd')}")
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def about(
+    show: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Take the options that stand before the command."""
 
 
 def main() -> None:
-    """Run the command: what a user can put right is one message and exit code 1, never a traceback."""
+    """Run the command. What a user can put right is one message and exit code 1, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if debug := "--debug" in sys.argv:
         sys.argv.remove("--debug")
     try:
         app()
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        if ended.code == INTERRUPTED:  # typer's exit code for a KeyboardInterrupt
             kept, how = _kept(sys.argv[1:])
             _fail(f"interrupted; {kept}: {how}" if kept else "interrupted", INTERRUPTED)
         raise
@@ -61,26 +65,29 @@ def main() -> None:
 
 
 def _kept(arguments: list[str]) -> tuple[str, str]:
-    """What is left of a command that was ended or could not write, and how it goes on; empty where nothing is."""
+    """Return what an interrupted or failed command left, and how to continue it; empty strings if nothing."""
     command, output = arguments[0] if arguments else "", ""
     if command == "frontier":
         return "what is finished is kept", "run the same command to go on"
+    known = {one.name: one.default for one in fields(COMMANDS[command].options)} if command in COMMANDS else {}
     for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument.partition("=")[0] == "--output":
             output = argument.partition("=")[2] or value
-    folder = Path(output or OUTPUTS.get(command, ""))
-    if command not in OUTPUTS or not any(folder.glob("checkpoint-*/trainer_state.json")):  # which is written last
+    folder = Path(output or str(known.get("output")))
+    # trainer_state.json is the last file of a checkpoint
+    if "resume" not in known or not any(folder.glob("checkpoint-*/trainer_state.json")):
         return "", ""
     return "checkpoints that were complete are kept", "run again with --resume"
 
 
 def _explain(error: Exception, kept: str = "") -> str:
+    """Return an error as one message."""
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
         return f"{os.strerror(error.errno)}{where}{kept}"
     name = type(error).__name__
-    # torch.save says of a full disk only that its position in the file is not the expected one, safetensors' own error
-    # is of reading too.
+    # On a full disk torch.save only reports an unexpected position in the file, and safetensors an error that it also
+    # has for reading.
     if any(sign in str(error) for sign in ("No space left", "inline_container", "Error while serializing")):
         return f"a file could not be written, the disk may be full ({error}){kept}"
     if name == "SafetensorError":

@@ -1,6 +1,6 @@
-"""Evaluations as tables on screen."""
+"""Results of the commands as tables on screen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
@@ -11,16 +11,16 @@ MAX_ROWS = 100
 MAX_CELL = 200
 
 Show = Callable[[dict[str, Any]], str]
-"""Gives a figure of an evaluation, or of one of its layers, as text."""
+"""Returns a figure of an evaluation, or of one of its layers, as text."""
 
 
 def visible(text: str) -> str:
-    """For a terminal: a character that could steer it, or hide or reorder others, becomes a space."""
+    """Replace characters that could steer a terminal, or hide or reorder others, by spaces."""
     return "".join(character if character.isprintable() or character == "\n" else " " for character in text)
 
 
 def cell(value: Any) -> Text:
-    """A value that a stranger may have written: no markup, one line, not long."""
+    """Return an untrusted value as a cell: no markup, one short line."""
     return Text(visible(str(value)[:MAX_CELL]).replace("\n", " "))
 
 
@@ -57,20 +57,17 @@ def _rise(results: dict[str, Any], model: str = "spliced") -> str:
 
 
 def _rise_and_interval(results: dict[str, Any]) -> str:
-    """`+0.0081 ± 0.0012`, half the width of the 95 % interval, which earlier evaluations do not have."""
+    """Return the rise and half the width of its 95 % interval: `+0.0081 ± 0.0012`."""
     low, high = results["cross_entropy"].get("rise_interval") or (None, None)
     return _rise(results) + ("" if low is None or high is None else f" ± {(high - low) / 2:.4f}")
 
 
 def _layer_table(title: str) -> Table:
-    table = Table(title=title)
-    for column in ("layer", *_LAYER):
-        table.add_column(column, justify="right")
-    return table
+    return _table(title, None, "layer", *_LAYER)
 
 
 def _measured_on(results: dict[str, Any]) -> str:
-    """`32,512 tokens of held-out text`; what a training itself measured on, which says nothing of it, is held out."""
+    """Return on what was measured: `32,512 tokens of held-out text`. A training measures on held-out text itself."""
     settings = results.get("settings", {})
     tokens, evaluated = settings.get("tokens"), settings.get("evaluation", {"held_out": True})
     held_out = evaluated.get("held_out")
@@ -84,7 +81,7 @@ def _measured_on(results: dict[str, Any]) -> str:
 
 
 def print_evaluation(results: dict[str, Any]) -> None:
-    """What `mxd.evaluation.faithfulness` measured: a row a layer, and the model with all of them spliced in."""
+    """Print results of `mxd.evaluation.faithfulness`: a row for each layer, and the spliced model."""
     layers = _layer_table(f"Layers, on {_measured_on(results)}")
     for layer, row in list(results["layers"].items())[:MAX_ROWS]:
         layers.add_row(cell(layer), *(show(row) for show in _LAYER.values()))
@@ -118,9 +115,8 @@ def _ablation_table(curve: dict[str, Any]) -> Table:
 
 
 def _rank_table(ranks: dict[str, Any]) -> Table:
-    table = Table(title="Ranks of a sample of experts, over min(H, O)")
-    for column in ("layer", "experts", "mean rank", "least", "smallest singular value\n(median)", "largest\n(median)"):
-        table.add_column(column, justify="right")
+    columns = ("layer", "experts", "mean rank", "least", "smallest singular value\n(median)", "largest\n(median)")
+    table = _table("Ranks of a sample of experts, over min(H, O)", None, *columns)
     for layer, row in list(ranks.items())[:MAX_ROWS]:
         medians = (f"{row[f'{which}_singular_value']['median']:.2g}" for which in ("smallest", "largest"))
         shown = (row["experts"], *(_shown(row[name]) for name in ("normalised_rank", "minimum_normalised_rank")))
@@ -129,11 +125,9 @@ def _rank_table(ranks: dict[str, Any]) -> Table:
 
 
 def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """The figures of two evaluations on the same text, side by side."""
+    """Print two evaluations on the same text side by side."""
     columns = ("NMSE", "dead\nexperts", "expert\nshare", "specialised\nshare")
-    layers = Table(title=f"Layers, on {_measured_on(after)}: before → after")
-    for column in ("layer", *columns):
-        layers.add_column(column, justify="right")
+    layers = _table(f"Layers, on {_measured_on(after)}: before → after", None, "layer", *columns)
     for layer, row in after["layers"].items():
         earlier = before["layers"][layer]
         layers.add_row(cell(layer), *(_change(_LAYER[column], earlier, row) for column in columns))
@@ -145,13 +139,18 @@ def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:
     _print(layers, model)
 
 
+def print_finetuning(results: dict[str, Any]) -> None:
+    """Print results of `mxd finetune`: before and after."""
+    print_change(results["settings"]["finetuning"][-1]["before"], results)
+
+
 def print_frontier(results: dict[str, Any]) -> None:
-    """What `mxd.frontier` found: a row a point, with means over layers."""
+    """Print results of `mxd.jobs.frontier`: a row for each point, with means over layers."""
     untouched, points = results["untouched"], results["points"][:MAX_ROWS]
     title = "Frontier" if untouched is None else f"Frontier; cross-entropy untouched {untouched:.4f} nats per token"
     table = Table(title=title, box=None, padding=(0, 2, 0, 0))
     table.add_column("method", min_width=10)
-    # Eighty characters wide, as terminals are.
+    # Fits a terminal of 80 characters.
     heads = {"NMSE": "NMSE", "dead\nexperts": "dead", "expert\nshare": "expert\nshare"}
     heads["specialised\nshare"] = "special-\nised"
     for column in ("K", "CE rise", "KL", *heads.values()):
@@ -171,18 +170,12 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def print_probing(results: dict[str, Any]) -> None:
-    """What `mxd.probe` found: a row a representation, and their F1 for every class."""
+    """Print results of `mxd.jobs.probe`: a row for each representation, and their F1 for each class."""
     found = results["representations"]
     sparsities = list(next(iter(found.values()))["k_sparse"])
-    table = Table(title="Sparse probing, means over classes and folds of test texts")
-    table.add_column("representation", overflow="fold")
-    for column in (
-        "features",
-        "F1 of the\nbest feature",
-        "best F1 on\nthe test texts",
-        *(f"accuracy\nk = {k}" for k in sparsities),
-    ):
-        table.add_column(column, justify="right")
+    columns = ("features", "F1 of the\nbest feature", "best F1 on\nthe test texts")
+    title = "Sparse probing, means over classes and folds of test texts"
+    table = _table(title, "representation", *columns, *(f"accuracy\nk = {k}" for k in sparsities))
     chance = results["always_yes_f1"]
     table.add_row("(always yes)", "–", f"{sum(chance.values()) / len(chance):.3f}", "–", *("0.500" for _ in sparsities))
     for name, row in found.items():
@@ -199,11 +192,110 @@ def print_probing(results: dict[str, Any]) -> None:
     _print(table, classes)
 
 
+def print_domain_use(results: dict[str, Any]) -> None:
+    """Print results of `mxd evaluate --by`: for each domain, how many experts are active there, and only there."""
+    for layer, use in list(results["layers"].items())[:MAX_ROWS]:
+        own = f"experts with {100 * use['share']:.0f} % of their firings there"
+        title = f"Layer {layer}: {use['judged_experts']} of {use['experts']} experts judged"
+        table = _table(title, "domain", "tokens", "active experts", own, "most frequent of them")
+        for domain, row in use["domains"].items():
+            first = ", ".join(list(row["own_experts"])[:5]) or "–"
+            table.add_row(*map(cell, (domain, row["tokens"], row["active_experts"], len(row["own_experts"]), first)))
+        _print(table)
+
+
+def print_experts(results: dict[str, Any], shown: int = 3) -> None:
+    """Print results of `mxd experts`: the strongest `shown` examples of each expert."""
+    from mxd.jobs.experts import NOT_ACTIVE, percent
+
+    for layer, experts in results["layers"].items():
+        table = _table(f"Layer {layer}: where experts are most active", None, "expert", "% of training\ntokens", "a")
+        table.add_column("text")
+        for expert, found in experts.items():
+            for number, example in enumerate(found["examples"][:shown]):
+                head = ("", "") if number else (expert, percent(found["frequency"]))
+                before, after = cell(example["before"][-30:]), cell(example["after"][:30])
+                text = Text.assemble(before, (cell(example["token"]).plain, "bold reverse"), after)
+                table.add_row(*map(cell, (*head, f"{example['coefficient']:.3g}")), text)
+            if not found["examples"]:
+                table.add_row(*map(cell, (expert, percent(found["frequency"]), "–", NOT_ACTIVE)))
+        _print(table)
+
+
+def print_layers(model: str, groups: Iterable[Any]) -> None:
+    """Print the sites of a model, `mxd.jobs.layers.LayerGroup`: a table for each stack, and the reasons below it."""
+    for stack in dict.fromkeys(group.site.stack for group in groups):
+        table = Table(title=cell(f"{stack} of {model}"))
+        for column in ("layers", "site", "kind", "widths", "activation", "weights"):
+            table.add_column(column, overflow="fold")
+        notes = []
+        for group in [group for group in groups if group.site.stack == stack]:
+            site = group.site
+            widths = " → ".join(f"{width:,}" for width in group.widths) if group.widths else "–"
+            own = (widths, group.hidden_act or "–", group.layout or "–")
+            table.add_row(*map(cell, (group.ranges, site.name, site.kind, *own)))
+            notes += [f"{group.ranges}, {site.name}: {site.reason}"] if site.reason else []
+        _print(table, *map(cell, notes))
+
+
+def print_found(found: list[Any]) -> None:
+    """Print decompositions on the Hub, `mxd.hub_cards.DecompositionInfo`."""
+    if not found:
+        _print("none found")
+        return
+    table = Table(title="Decompositions on the Hub")
+    for column in ("repo", "base model", "layers"):
+        table.add_column(column, overflow="fold")
+    for column in ("K", "experts", "CE rise", "likes", "date"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for info in found:
+        date = "–" if info.last_modified is None else f"{info.last_modified:%Y-%m-%d}"
+        counts = (str(value) if value is not None else "–" for value in (info.num_experts_per_tok, info.num_experts))
+        layers, rise = ", ".join(map(str, info.layers[:20])) or "–", _shown(info.cross_entropy_rise, "+.4f")
+        table.add_row(*map(cell, (info.repo_id, info.base_model or "–", layers, *counts, rise, info.likes, date)))
+    _print(table)
+
+
+def print_details(details: Any) -> None:
+    """Print a decomposition on the Hub, as `mxd.hub_cards.show_decomposition` returns it."""
+    from mxd.hub_cards import OLDEST_TRANSFORMERS
+
+    config = details.config
+    title = f"{details.info.repo_id}, commit {details.commit[:8]}"
+    table = _table(title, None, "layer", "method", "K", "experts", "encoder", "parameters")
+    for layer in config.layers[:MAX_ROWS]:
+        sizes = config.layer(layer)
+        encoder = f"{sizes.intermediate_size} {sizes.hidden_act} {sizes.encoder_type}" if sizes.method == "mxd" else "–"
+        row = (layer, sizes.method, sizes.num_experts_per_tok, sizes.num_experts, encoder, f"{sizes.num_parameters:,}")
+        table.add_row(*map(cell, row))
+    more = [f"and {len(config.layers) - MAX_ROWS} more layers"] if len(config.layers) > MAX_ROWS else []
+    base = f"{config.base_model_name_or_path} at {config.base_model_revision or 'its newest commit'}"
+    needs = cell(f"needs: transformers {OLDEST_TRANSFORMERS} or later, the base model {base}")
+    _print(table, *more, needs, cell(f"download: {details.weight_bytes / 1e6:,.1f} MB, besides the base model"))
+    if details.evaluation is None:
+        _print("no evaluation comes with it")
+        return
+    try:
+        print_evaluation(details.evaluation)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        _print("its evaluation.json is not as `mxd evaluate` writes it, and is not shown")
+
+
+def _table(title: str, left: str | None, *right: str) -> Table:
+    """Return a table with a column aligned to the left, if any, and others to the right."""
+    table = Table(title=cell(title))
+    if left is not None:
+        table.add_column(left, overflow="fold")
+    for column in right:
+        table.add_column(column, justify="right")
+    return table
+
+
 def _change(show: Show, before: dict[str, Any], after: dict[str, Any]) -> str:
     return f"{show(before).removesuffix(' %')} → {show(after)}"
 
 
-def _print(*tables: Table) -> None:
+def _print(*parts: Any) -> None:
     console = Console()
-    for table in tables:
-        console.print(table)
+    for part in parts:
+        console.print(part)

@@ -1,1 +1,1 @@
-"""Text: documents, rows of tokens, labelled text."""
+"""Text: documents, rows of tokens, labelled text, and whether a text was trained on."""

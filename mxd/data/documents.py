@@ -1,4 +1,4 @@
-"""Documents of any `datasets` source: loaded, and divided into a training and a held-out side.
+"""Load documents from any `datasets` source, and split them into a training and a held-out side.
 
 documents = load_text("HuggingFaceFW/fineweb-edu", config_name="sample-10BT", streaming=True)
 train, heldout = split_documents(documents, heldout_fraction=0.01)
@@ -17,20 +17,18 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 
-from mxd.hub_cards.safe_text import DATA_ENDINGS
-from mxd.modeling_mxd.loading import first_line
-
 logger = logging.getLogger(__name__)
 
-_OF_TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-_BUILDERS = {ending: _OF_TABLES.get(ending, "text") for ending in DATA_ENDINGS}
-_ENDINGS = ", ".join(_BUILDERS)
+DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".rst", ".py")
+
+_TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_BUILDERS = {ending: _TABLES.get(ending, "text") for ending in DATA_ENDINGS}
 _GLOB = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class DataError(ValueError):
-    """Text that cannot be found, read or packed; the message names the offender and what to do about it."""
+    """Text cannot be found, read or packed; the message names the source and the remedy."""
 
 
 def load_text(
@@ -46,24 +44,23 @@ def load_text(
     """Load documents from the Hub or from local files.
 
     Args:
-        dataset: The name of a Hub dataset, or one or several local paths: files, folders (searched recursively, hidden
-            files left out) and globs, of parquet, jsonl, json, csv, txt, md, rst and py files in any mixture. A file
-            of the last four kinds is one document. What looks like a path (starts with `.`, `/` or `~`, ends as a
-            data file does, contains a glob character, or exists on disk) is never sent to the Hub.
-        config_name: The Hub dataset's configuration.
+        dataset: A Hub dataset, or one or several local paths: files, folders (searched recursively, without hidden
+            files) and globs, of parquet, jsonl, json, csv, txt, md, rst and py files in any mixture. A file of the
+            last four kinds is one document. A name that looks like a path (starts with `.`, `/` or `~`, has the
+            ending of a data file, contains a glob character, or exists on disk) is never sent to the Hub.
+        config_name: Configuration of the Hub dataset.
         split: The split, for example `"train"` or, when not streaming, `"train[:1%]"`. Local files have only `"train"`.
-        text_column: The column that holds the text in tables; text files need none.
-        revision: The Hub dataset's commit, tag or branch.
-        streaming: Whether to read lazily instead of downloading and converting everything first.
-        keep: Further columns to keep, such as a label, which every source has to have.
+        text_column: The text column of tables; text files need none.
+        revision: Commit, tag or branch of the Hub dataset.
+        streaming: Read lazily instead of downloading and converting everything first.
+        keep: Further columns to keep, such as a label. Every source must have them.
 
     Returns:
-        Rows `{"text": str}`, with a `"domain"` column where any source has one (empty for the sources that don't), and
-        those of `keep`.
+        Rows `{"text": str}`, with the columns of `keep`.
 
     Raises:
-        DataError: when a file or Hub dataset cannot be found or read, an ending is unknown, the text column is missing
-            or holds something other than text, a column of `keep` is missing, or there are no documents at all.
+        DataError: A file or Hub dataset cannot be found or read, an ending is unknown, the text column is missing or
+            does not hold text, a column of `keep` is missing, or there are no documents.
     """
     sources = [dataset] if isinstance(dataset, str) else list(dataset)
     if not sources:
@@ -78,14 +75,14 @@ def load_text(
         parts = [_select_text(loaded, text_column, f"dataset {sources[0]!r}", keep)]
     else:
         raise DataError(
-            f"no such file or folder: {', '.join(map(repr, remote))}; several sources have to be local paths, "
+            f"no such file or folder: {', '.join(map(repr, remote))}; several sources must all be local paths, "
             "and a Hub dataset is given alone"
         )
-    return _join(parts, keep)
+    return parts[0] if len(parts) == 1 else concatenate_datasets([_as_strings(part, ["text", *keep]) for part in parts])
 
 
 def _is_local(source: str) -> bool:
-    """Whether a source is a path, existing or not, rather than the name of a Hub dataset."""
+    """Whether a source is a path, existing or not, rather than a Hub dataset."""
     looks_local = source.startswith((".", "/", "~")) or Path(source).suffix.lower() in _BUILDERS
     return looks_local or _GLOB.search(source) is not None or Path(source).exists()
 
@@ -95,9 +92,9 @@ def _load_hub(name: str, config_name: str | None, split: str, revision: str | No
         raise DataError(f"no such file or folder: {name!r}; nor is it a Hub dataset's name (owner/name)")
     try:
         return load_dataset(name, config_name, split=split, revision=revision, streaming=streaming)
-    except Exception as error:  # datasets, huggingface_hub and the HTTP client each have families of their own
+    except Exception as error:  # datasets, huggingface_hub and the HTTP client have unrelated exception classes
         raise DataError(
-            f"no local path {name!r}, and the Hub dataset of that name cannot be loaded: {first_line(error)}; "
+            f"no local path {name!r}, and the Hub dataset of that name cannot be loaded: {_first_line(error)}; "
             "check the name, config_name, split and revision, the network, and for a gated dataset `hf auth login`"
         ) from error
 
@@ -106,20 +103,19 @@ def _load_files(
     sources: Sequence[str], split: str, text_column: str, streaming: bool, keep: Sequence[str]
 ) -> list[Any]:
     """Load local files, one part per format, in the order in which the formats first appear."""
-    files = list(dict.fromkeys(itertools.chain.from_iterable(_expand(source) for source in sources)))
     by_builder: dict[str, list[Path]] = {}
-    for file in files:
-        if file.stat().st_size > 0:  # the builders fail on a file of nothing
+    for file in dict.fromkeys(itertools.chain.from_iterable(map(_expand, sources))):
+        if file.stat().st_size > 0:  # the builders fail on an empty file
             by_builder.setdefault(_BUILDERS[file.suffix.lower()], []).append(file)
     if not by_builder:
         raise DataError(f"no documents: every file of {', '.join(map(repr, sources))} is empty")
     parts = []
-    for builder, group in by_builder.items():
-        shown = ", ".join(str(file) for file in group[:3]) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
-        logger.info("%d %s file(s): %s", len(group), builder, shown)
+    for builder, files in by_builder.items():
+        shown = ", ".join(str(file) for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        logger.info("%d %s file(s): %s", len(files), builder, shown)
         options = {"sample_by": "document"} if builder == "text" else {}
-        # load_dataset takes paths for globs, and a file may well be called "notes [1].txt"
-        paths = [glob.escape(str(file.absolute())) for file in group]
+        # load_dataset expands globs, and a file may be called "notes [1].txt".
+        paths = [glob.escape(str(file.absolute())) for file in files]
         try:
             part = load_dataset(builder, data_files={"train": paths}, split=split, streaming=streaming, **options)
             column = "text" if builder == "text" else text_column
@@ -127,68 +123,64 @@ def _load_files(
         except DataError:
             raise
         except Exception as error:  # each builder has its own errors, StopIteration among them
-            raise DataError(f"cannot read {builder} file(s) {shown}: {_explain(error, group)}") from error
+            raise DataError(f"cannot read {builder} file(s) {shown}: {_explain(error, files)}") from error
     return parts
 
 
-def _expand(source: str) -> list[Path]:
-    """The data files that a path, folder or glob stands for, sorted."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix.lower() not in _BUILDERS:
-            raise DataError(f"unknown ending {path.suffix!r} of {source!r}; rename or convert it to one of {_ENDINGS}")
-        return [path]
-    # A folder may be called "notes [1]"; and Path.glob takes no absolute patterns.
-    found = [path] if path.is_dir() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
-    matches = [Path(match) for match in found]
-    if not matches:
-        raise DataError(f"no such file, folder or glob: {source!r} (looked in {Path.cwd()})")
-    files: list[Path] = []
-    for match in matches:
-        if match.is_dir():
-            files.extend(_folder_files(match))
-        elif match.suffix.lower() in _BUILDERS:
-            files.append(match)
-    if not files:
-        raise DataError(f"{source!r} matches nothing with a known ending; known are {_ENDINGS}")
-    return files
-
-
 def local_files(source: str) -> list[Path]:
-    """The data files that a path, folder or glob stands for, sorted; none of what is not there, or on the Hub."""
+    """Return the data files of a path, folder or glob, sorted; empty for a missing path or a Hub dataset."""
     try:
         return _expand(source) if _is_local(source) else []
     except DataError:
         return []
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    """The data files anywhere below a folder, sorted, without hidden ones."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        raise DataError(f"{str(folder)!r} was written by save_to_disk; load it with datasets.load_from_disk instead")
-    files = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in _BUILDERS and path.is_file() and not hidden:
-            files.append(path)
+def _expand(source: str) -> list[Path]:
+    """Return the data files of a path, folder or glob, sorted."""
+    known = ", ".join(DATA_ENDINGS)
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in _BUILDERS:
+            raise DataError(f"unknown ending {path.suffix!r} of {source!r}; rename or convert it to one of {known}")
+        return [path]
+    # A folder may be called "notes [1]"; and Path.glob takes no absolute patterns.
+    matches = [path] if path.is_dir() else [Path(found) for found in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+    if not matches:
+        raise DataError(f"no such file, folder or glob: {source!r} (looked in {Path.cwd()})")
+    files = [file for match in matches for file in (_folder_files(match) if match.is_dir() else [match])]
+    files = [file for file in files if file.suffix.lower() in _BUILDERS]
+    if not files:
+        raise DataError(f"{source!r} matches nothing with a known ending; known are {known}")
     return files
 
 
+def _folder_files(folder: Path) -> list[Path]:
+    """Return the files anywhere below a folder, sorted, without hidden ones."""
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        raise DataError(f"{str(folder)!r} was written by save_to_disk; load it with datasets.load_from_disk instead")
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def _explain(error: BaseException, files: Sequence[Path]) -> str:
-    """The first line of what went wrong, and for text that is not UTF-8, in which file."""
-    cause = error.__cause__ or error  # datasets wraps the builder's error in one that says nothing
+    """Return the first line of an error; for text that is not UTF-8, name the file."""
+    cause = error.__cause__ or error  # datasets wraps the builder's error in an uninformative one
     if isinstance(cause, UnicodeDecodeError):
         for file in files:
             try:
                 file.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 return f"{file} is not UTF-8; convert it or leave it out"
-    return first_line(cause)
+    return _first_line(cause)
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]
 
 
 def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) -> Any:
-    """Keep the text, renamed to "text", the domain, and what is asked for, once the first row has shown that there is
-    text."""
+    """Check the first row, and keep the text (renamed to "text") and the columns of `keep`."""
     first = next(iter(part), None)
     if first is None:
         raise DataError(f"no documents: {name} has no rows")
@@ -200,101 +192,75 @@ def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) ->
         raise DataError(f"column {text_column!r} of {name} holds {kind}, not text; set text_column to another")
     if missing := [column for column in keep if column not in columns]:
         raise DataError(f"{name} has no column {missing[0]!r}, only {', '.join(columns)}")
-    kept = [column for column in (text_column, "domain", *keep) if column in columns]
-    part = part.select_columns(list(dict.fromkeys(kept)))
+    part = part.select_columns(list(dict.fromkeys([text_column, *keep])))
     return part if text_column == "text" else part.rename_column(text_column, "text")
 
 
-def _join(parts: list[Any], keep: Sequence[str]) -> Any:
-    """Concatenate what the formats gave, with a domain everywhere if it is anywhere."""
-    if len(parts) == 1:
-        return parts[0]
-    # only now are all columns needed, which in streaming mode means those of the first rows
-    columns = [part.column_names or list(next(iter(part))) for part in parts]
-    if any("domain" in names for names in columns):
-        parts = [
-            part if "domain" in names else _add_blank_domain(part) for part, names in zip(parts, columns, strict=True)
-        ]
-        keep = [*dict.fromkeys(["domain", *keep])]
-    return concatenate_datasets([_as_strings(part, ("text", *keep)) for part in parts])
-
-
-def _add_blank_domain(part: Any) -> Any:
-    if isinstance(part, Dataset):
-        return part.add_column("domain", [""] * len(part))
-    return part.map(_blank_domain, features=Features({"text": Value("string"), "domain": Value("string")}))
-
-
-def _blank_domain(row: dict[str, Any]) -> dict[str, Any]:
-    return {"text": row["text"], "domain": ""}
-
-
-def _as_strings(part: Any, columns: Sequence[str]) -> Any:
-    """Parquet may hold string or large_string, which don't concatenate."""
+def _as_strings(part: Any, columns: list[str]) -> Any:
+    """Cast to string: Parquet may hold string or large_string, which do not concatenate."""
     wanted = Features({column: Value("string") for column in columns})
+    selected = part.select_columns(columns)
     if part.features is not None and all(part.features[column] == wanted[column] for column in columns):
-        return part.select_columns(list(columns))
-    return part.select_columns(list(columns)).cast(wanted)
+        return selected
+    return selected.cast(wanted)
 
 
 def split_documents(
     documents: Dataset | IterableDataset, heldout_fraction: float = 0.05, seed: int = 0
 ) -> tuple[Dataset, Dataset] | tuple[IterableDataset, IterableDataset]:
-    """Divide documents into a training and a held-out side, the same way for the same seed.
+    """Split documents into a training and a held-out side, the same way for the same seed.
 
-    Map-style datasets are divided at random, with the fraction exact up to rounding and a document or more on either
-    side. A stream is divided by a hash of each document's text. (A hash of its position would be wrong: shuffling the
-    shards of the training side, or sharing them among workers, renumbers the documents, and held-out ones would
-    return.) So copies of a document in a stream stay on one side, and the fraction holds on average. About
-    `1 / heldout_fraction` documents are read at once, to find the first of each side.
+    Map-style datasets are split at random: the fraction is exact up to rounding, with at least one document on either
+    side. A stream is split by a hash of each document's text, so copies of a document stay on one side, and the
+    fraction holds on average. (A hash of the position would leak held-out documents into training: shuffling or
+    distributing the shards of the training side renumbers the documents.) About `1 / heldout_fraction` documents are
+    read at once, to find the first of each side.
 
     Args:
-        documents: Rows with a `"text"` column, as `load_text` gives them.
+        documents: Rows with a `"text"` column, as `load_text` returns them.
         heldout_fraction: The share of documents to hold out, between 0 and 1.
-        seed: Another seed, another division.
+        seed: Seed of the split.
 
     Returns:
         The training side and the held-out side, of the same kind as `documents`.
 
     Raises:
-        DataError: when the fraction is out of range, there is no `"text"` column, or a side would be left without
-            documents.
+        DataError: The fraction is out of range, there is no `"text"` column, or a side would have no documents.
     """
     if not 0 < heldout_fraction < 1:
         raise DataError(f"heldout_fraction must lie between 0 and 1, got {heldout_fraction}")
     if isinstance(documents, Dataset):
         count = len(documents)
         if count < 2:
-            raise DataError(f"{count} document(s) cannot be divided by document; pass a separate held-out dataset")
+            raise DataError(f"{count} document(s) cannot be split by document; pass a separate held-out dataset")
         heldout_count = min(count - 1, max(1, round(count * heldout_fraction)))
         # Not train_test_split: in datasets 5.2 it cannot keep the indices of a cached dataset in memory.
         order = np.random.default_rng(seed).permutation(count)
         train_rows, heldout_rows = np.sort(order[heldout_count:]), np.sort(order[:heldout_count])
         return documents.select(train_rows, keep_in_memory=True), documents.select(heldout_rows, keep_in_memory=True)
     require_text(documents)
-    is_heldout = partial(_is_heldout, fraction=heldout_fraction, seed=seed)
-    train = documents.filter(partial(_is_train, is_heldout=is_heldout), input_columns=["text"])
-    heldout = documents.filter(is_heldout, input_columns=["text"])
-    for side, name in ((train, "training"), (heldout, "held-out")):
+    sides = [
+        documents.filter(
+            partial(_on_side, heldout=heldout, fraction=heldout_fraction, seed=seed), input_columns=["text"]
+        )
+        for heldout in (False, True)
+    ]
+    for side, name in zip(sides, ("training", "held-out"), strict=True):
         if next(iter(side), None) is None:
             raise DataError(
                 f"heldout_fraction={heldout_fraction} leaves the {name} side of the stream without documents; "
                 "change it, or pass a separate held-out dataset"
             )
-    return train, heldout
+    return sides[0], sides[1]
 
 
 def require_text(documents: Dataset | IterableDataset) -> None:
-    """Refuse documents without a column of text."""
+    """Raise `DataError` if the documents have no text column."""
     columns = documents.column_names or list(next(iter(documents), {"text": ""}))
     if "text" not in columns:
         raise DataError(f"the documents have no column 'text', only {columns}; load them with load_text")
 
 
-def _is_heldout(text: str | None, fraction: float, seed: int) -> bool:
+def _on_side(text: str | None, heldout: bool, fraction: float, seed: int) -> bool:
     digest = hashlib.blake2b((text or "").encode(), digest_size=8, key=str(seed).encode()).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def _is_train(text: str | None, is_heldout: partial[bool]) -> bool:
-    return not is_heldout(text)
+    return (int.from_bytes(digest, "big") < fraction * 2**64) == heldout

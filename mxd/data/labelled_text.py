@@ -1,4 +1,4 @@
-"""Labelled documents of any `datasets` source, cut into short texts of token ids: what probes are fitted on.
+"""Load labelled documents from any `datasets` source, and cut them into short texts of token ids for probing.
 
 documents = load_labelled_text("fancyzhx/ag_news", label_column="label")
 texts = cut_texts(documents, tokenizer, context_length=128, texts_per_class=500)
@@ -17,19 +17,19 @@ from transformers import PreTrainedTokenizerBase
 from .documents import DataError, load_text
 
 MIN_TOKENS = 5
-"""Shorter texts are left out, BOS not counted."""
+"""Shorter texts are dropped; BOS does not count."""
 MAX_CLASSES = 100
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
 class LabelledDocuments:
-    """Documents, their classes, and which of them belong together.
+    """Documents with a class and a group each.
 
     Attributes:
-        texts: D texts, read when they are asked for.
-        labels: class of each, (D) str.
-        groups: of each, (D) str: those of one group are never divided between training and test texts.
+        texts: D texts, read lazily.
+        labels: class of each document, (D) str.
+        groups: group of each document, (D) str; a group is never split between training and test texts.
     """
 
     texts: Sequence[str | None]
@@ -43,11 +43,11 @@ class LabelledDocuments:
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts as token ids.
+    """Texts as token ids, with a class and a group each.
 
     Attributes:
         ids: T texts, each a list of token ids of any length, BOS first if the tokenizer has one.
-        labels, groups: of each, (T) str; see `LabelledDocuments`.
+        labels, groups: of each text, (T) str; see `LabelledDocuments`.
     """
 
     ids: list[list[int]]
@@ -70,18 +70,18 @@ def load_labelled_text(
 
     Args:
         dataset, text_column, config_name, split, revision: see `load_text`.
-        label_column: the column of the classes: words, whole numbers (also as floats, which a CSV file with an empty
-            cell has) or a `ClassLabel`. Rows without one are left out.
-        group_column: a column by which documents belong together, as chunks of one book do; None where each document
-            stands alone.
-        classes: those that are wanted; None for all.
+        label_column: column of the classes: words, whole numbers (also as floats, which a CSV file with an empty cell
+            has) or a `ClassLabel`. Rows without a class are dropped.
+        group_column: column whose equal values group documents, such as chunks of one book; None if every document is
+            its own group.
+        classes: classes to keep; None for all.
 
     Raises:
         DataError: as `load_text`; a column is missing or holds no classes, there are fewer than two classes or more
-            than `MAX_CLASSES`, or a class that was asked for does not occur.
+            than `MAX_CLASSES`, or a class of `classes` does not occur.
     """
     if label_column == text_column:
-        raise DataError(f"{label_column!r} is named as the column of the text and as that of the labels")
+        raise DataError(f"{label_column!r} is named as the text column and as the label column")
     keep = [label_column, *([group_column] if group_column else [])]
     found = load_text(
         dataset, text_column=text_column, config_name=config_name, split=split, revision=revision, keep=keep
@@ -93,7 +93,7 @@ def load_labelled_text(
         raise DataError(f"column {label_column!r} has no class {missing[0]!r}, only {_some(known)}")
     wanted = known if classes is None else set(classes)
     if len(wanted) < 2:
-        raise DataError(f"probing tells classes apart, and column {label_column!r} has only {_some(wanted) or 'none'}")
+        raise DataError(f"probing needs two classes, and column {label_column!r} has only {_some(wanted) or 'none'}")
     if len(wanted) > MAX_CLASSES:
         raise DataError(
             f"column {label_column!r} has {len(wanted)} different values ({_some(wanted)}): name at most "
@@ -104,13 +104,13 @@ def load_labelled_text(
     return LabelledDocuments(
         texts=found.select(chosen, keep_in_memory=True)["text"],
         labels=np.array([labels[index] for index in chosen]),
-        # A row without a group stands alone.
+        # A row without a group is its own group.
         groups=np.array([f"(row {index})" if groups[index] is None else groups[index] for index in chosen]),
     )
 
 
 def _labels(found: Dataset, column: str) -> list[str | None]:
-    """The class of each row, None where it has none."""
+    """Return the class of each row, None for a missing one."""
     for value in found[column]:
         whole = isinstance(value, float) and (math.isnan(value) or value.is_integer())
         if not whole and not isinstance(value, str | int | None):
@@ -120,7 +120,7 @@ def _labels(found: Dataset, column: str) -> list[str | None]:
 
 
 def label_names(found: Dataset, column: str) -> list[str | None]:
-    """What every row has in a column, as text, of a `ClassLabel` its name; None where it has nothing."""
+    """Return each row's value in a column as text (for a `ClassLabel` its name); None for a missing value."""
     feature, values = found.features[column], list(found[column])
     if isinstance(feature, ClassLabel):
         return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
@@ -146,12 +146,11 @@ def cut_texts(
     texts_per_class: int = 500,
     seed: int = 0,
 ) -> LabelledTexts:
-    """Windows of the documents, at most `texts_per_class` of each class, from as many documents as can be and about as
-    many from each.
+    """Cut documents into windows, and draw at most `texts_per_class` of each class, evenly over its documents.
 
-    A document's windows follow one another without overlap, each of `context_length` tokens with the BOS token that
-    it begins with if the tokenizer has one; the last may be shorter. Which of them are taken is drawn at random. (The
-    papers take a document's first one: with books and source files that would be title pages and licences.)
+    The windows of a document do not overlap. Each has `context_length` tokens, including BOS at its start if the
+    tokenizer has one; the last may be shorter. The windows are drawn at random. (The papers take the first window of
+    a document, which in books and source files is a title page or a licence.)
 
     Raises:
         DataError: a number is out of range, or a class has no text of `MIN_TOKENS` tokens.
@@ -172,7 +171,7 @@ def cut_texts(
             left = texts_per_class - (len(ids) - taken)
             if not left:
                 break
-            share = -(-left // (len(order) - place))  # what short documents lack is asked of those that follow
+            share = -(-left // (len(order) - place))  # later documents make up for short ones
             windows = _windows(documents.texts[int(index)], tokenizer, length)
             drawn = rng.permutation(len(windows))[:share]
             ids.extend(start + windows[window] for window in sorted(drawn))
@@ -189,7 +188,7 @@ def _windows(text: str | None, tokenizer: PreTrainedTokenizerBase, length: int) 
 
 
 def count_texts(texts: LabelledTexts) -> dict[str, dict[str, int]]:
-    """{class: {"texts": …, "groups": …}}."""
+    """Count the texts and groups of every class: {class: {"texts": …, "groups": …}}."""
     groups = {label: set(texts.groups[texts.labels == label]) for label in np.unique(texts.labels)}
     counts = Counter(texts.labels.tolist())
     return {str(label): {"texts": counts[label], "groups": len(members)} for label, members in groups.items()}

@@ -2,12 +2,11 @@
 
     rows = pack(train, tokenizer, context_length=1024, seed=0, repeat=True)
 
-Everything is lazy: documents are shuffled, cut into passages, shuffled, tokenised, joined, cut into
-rows and shuffled again only as the rows are asked for. The order depends on the data and on the seed alone, so a
-second iteration, here or in a new process, gives the same rows. That is what resuming needs, since
-`transformers.Trainer` resumes by skipping the batches it has seen. Two things change the order: the number of
-DataLoader workers, and `set_epoch`, which the Trainer calls when an iterable dataset runs out (train with
-`repeat=True`, which never does).
+Everything is lazy: documents are shuffled, cut into passages, shuffled, tokenised, joined, cut into rows and shuffled
+again only as the rows are read. The order depends on the data and the seed alone, so a second iteration, here or in a
+new process, gives the same rows. Resuming needs this, since `transformers.Trainer` skips the batches it has seen. Two
+things change the order: the number of DataLoader workers, and `set_epoch`, which the Trainer calls when an iterable
+dataset runs out (train with `repeat=True`, which never does).
 """
 
 import logging
@@ -30,7 +29,7 @@ PASSAGE_CHARACTERS = 16_384
 PASSAGES_PER_BATCH = 64
 ROWS_PER_BATCH = 16
 
-# Cut before the last whitespace that leaves the passage short enough; inside a "word" only where one is longer still.
+# Cut before the last whitespace within the limit; inside a word only if the word itself is longer.
 _PASSAGE = re.compile(rf"(?s).{{1,{PASSAGE_CHARACTERS}}}(?=\s|\Z)|.{{1,{PASSAGE_CHARACTERS}}}")
 
 
@@ -44,31 +43,31 @@ def pack(
     buffer_size: int = 1000,
     repeat: bool = False,
 ) -> IterableDataset:
-    """Turn documents into rows of exactly `context_length` token ids, lazily and in an order set by the seed.
+    """Pack documents into rows of exactly `context_length` token ids, lazily and in an order set by the seed.
 
     Documents are shuffled (map-style: all of them; a stream: through a buffer, and its shards), cut at whitespace into
     passages of at most 16,384 characters so that a book is spread over the run, and shuffled again. Batches of
     passages are tokenised without special tokens, joined with the EOS token if the tokenizer has one, and cut into
-    rows that each start with the BOS token if it has one; the rows are shuffled once more. What is left of a batch
-    after its last row is dropped. A batch is at least 64 passages and, where those are short, as many as make about
-    16 rows, so that what is dropped is some 3 % of the text on average, or less. Nothing marks the texts in a row but
-    the EOS tokens: attention crosses them.
+    rows that each start with the BOS token if it has one; the rows are shuffled once more. The remainder of a batch
+    after its last row is dropped. A batch is at least 64 passages and, if those are short, enough for about 16 rows,
+    so that on average at most some 3 % of the text is dropped. Attention crosses document boundaries in a row: only
+    the EOS tokens mark them.
 
     Args:
-        documents: Rows with a `"text"` column, as `load_text` gives them; missing and blank texts are skipped.
-        tokenizer: The model's own.
+        documents: Rows with a `"text"` column, as `load_text` returns them; missing and blank texts are skipped.
+        tokenizer: The model's tokenizer.
         context_length: Tokens in a row, BOS included.
-        seed: Another seed, another order.
-        shuffle: False keeps the documents' order, for held-out text.
-        buffer_size: Documents of a stream, passages and rows that the three shuffles choose among.
-        repeat: Start again after the last row, for ever and in the same order.
+        seed: Seed of the order.
+        shuffle: If False, keep the order of the documents, for held-out text.
+        buffer_size: Size of the shuffle buffers of streamed documents, passages and rows.
+        repeat: Start again after the last row, endlessly and in the same order.
 
     Returns:
         Rows `{"input_ids": list[int]}`, each of length `context_length`.
 
     Raises:
-        DataError: when `context_length` is below 2, `buffer_size` below 1, there is no `"text"` column, or the text is
-            too short for a single row. The documents for a first row are read at once to find out.
+        DataError: `context_length` is below 2, `buffer_size` below 1, there is no `"text"` column, or the text is too
+            short for a single row. The documents for a first row are read at once to find out.
     """
     if context_length < 2:
         raise DataError(f"context_length must be at least 2, one token to predict another from; got {context_length}")
@@ -96,7 +95,7 @@ def pack(
 
 
 def _passages(documents: Dataset | IterableDataset) -> IterableDataset:
-    """Rows `{"text": str}` of at most `PASSAGE_CHARACTERS` each, which joined give the documents back."""
+    """Cut documents into rows `{"text": str}` of at most `PASSAGE_CHARACTERS` each, losing no character."""
     if isinstance(documents, Dataset):
         documents = documents.with_format(None).to_iterable_dataset()
     return documents.select_columns(["text"]).map(
@@ -110,17 +109,17 @@ def _cut_documents(batch: dict[str, list[str | None]]) -> dict[str, list[str]]:
 
 
 def _shuffle_locally(dataset: IterableDataset, seed: int, buffer_size: int) -> IterableDataset:
-    """Shuffle through a buffer, without touching the shards that the documents come from.
+    """Shuffle through a buffer, without shuffling the shards of the documents.
 
-    A plain shuffle would also open up to ten shards at once, each with all buffers below it: a hundred times the
-    documents to read before the first row. Datasets shuffle but don't reorder what skip() has fixed the order of.
+    A plain shuffle would also open up to ten shards at once, each with all buffers below it, and so read a hundred
+    times the documents before the first row. `skip` fixes the order of the shards.
     """
     return dataset.skip(0).shuffle(seed=seed, buffer_size=buffer_size)
 
 
 def _token_stream(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The passages' ids, one after the other, with EOS in between if there is one."""
-    # verbose=False: a passage longer than the model's context is no mistake here, it is cut below
+    """Return the ids of all passages in one list, with EOS in between if there is one."""
+    # verbose=False: do not warn of a passage longer than the model's context, which is cut below
     encoded = tokenizer(
         passages,
         add_special_tokens=False,
@@ -150,7 +149,7 @@ def _pack_batch(
 
 
 def _passages_per_batch(passages: IterableDataset, tokenizer: PreTrainedTokenizerBase, context_length: int) -> int:
-    """How many passages to tokenise together, judged by the first ones in their original order."""
+    """Return how many passages to tokenise together, estimated from the first ones in their original order."""
     needed = context_length - (tokenizer.bos_token_id is not None)
     count = tokens = 0
     for batch in passages.iter(batch_size=PASSAGES_PER_BATCH):
@@ -167,38 +166,31 @@ def _passages_per_batch(passages: IterableDataset, tokenizer: PreTrainedTokenize
 
 
 def take_tokens(rows: IterableDataset, tokens: int) -> IterableDataset:
-    """The first rows that together hold at least `tokens` token ids, BOS included.
-
-    Args:
-        rows: What `pack` returned.
-        tokens: How many are wanted; rounded up to whole rows.
-
-    Returns:
-        `ceil(tokens / context_length)` rows, or all there are.
+    """Take the first `ceil(tokens / context_length)` rows of `pack`'s result, or all of them if there are fewer.
 
     Raises:
-        DataError: when `tokens` is below 1, or the rows are not `pack`'s, whose features tell their length.
+        DataError: `tokens` is below 1, or the rows do not come from `pack`, whose features state their length.
     """
     if tokens < 1:
         raise DataError(f"tokens must be at least 1, got {tokens}")
     feature = (rows.features or {}).get("input_ids")
     if not isinstance(feature, List) or feature.length < 1:
-        raise DataError(f"the rows do not say how long they are (features: {rows.features}); pass what pack returns")
+        raise DataError(f"the features of the rows state no length (features: {rows.features}); pass what pack returns")
     return rows.take(math.ceil(tokens / feature.length))
 
 
 def materialize(rows: IterableDataset, tokens: int | None = None) -> Dataset:
-    """Read rows into memory, for evaluation, which passes over the same ones again and again.
+    """Read rows into memory, for evaluation, which passes over the same rows repeatedly.
 
     Args:
-        rows: What `pack` returned; with `repeat=True` there is no end to it, so give `tokens` too.
+        rows: The result of `pack`; with `repeat=True` it is endless, so give `tokens` too.
         tokens: Stop once there are this many token ids; None takes every row.
 
     Returns:
-        A map-style dataset whose `input_ids` come as LongTensors of shape (context_length,).
+        A map-style dataset whose `input_ids` are LongTensors of shape (context_length,).
 
     Raises:
-        DataError: when there are no rows, or `tokens` is below 1.
+        DataError: There are no rows, or `tokens` is below 1.
     """
     limited = rows if tokens is None else take_tokens(rows, tokens)
     ids = [np.asarray(row["input_ids"], dtype=np.int64) for row in limited]
@@ -211,20 +203,16 @@ def materialize(rows: IterableDataset, tokens: int | None = None) -> Dataset:
 
 
 class CausalCollator:
-    """Stack rows into a batch for a causal language model, padding on the right where lengths differ, with the id 0,
-    which the mask hides as well as any other."""
+    """Stack rows into a batch for a causal language model, padded on the right with the id 0, which the mask hides."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Stack rows.
-
-        Args:
-            rows: B rows with `input_ids` and, optionally, `attention_mask`, as lists or tensors; others are dropped.
+        """Stack B rows with `input_ids` and, optionally, `attention_mask` (lists or tensors); drop other columns.
 
         Returns:
             `input_ids` and `attention_mask`, both LongTensors of shape (B, T), T the length of the longest row.
 
         Raises:
-            DataError: when there are no rows, or a row's mask is not as long as its ids.
+            DataError: There are no rows, or the mask of a row is not as long as its ids.
         """
         if not rows:
             raise DataError("a batch needs at least one row")

@@ -1,4 +1,4 @@
-"""Which experts are of one domain: their use counted apart for the texts of every domain."""
+"""Find experts that are specific to one domain of text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,25 +14,24 @@ MIN_FIRINGS = 10
 def domain_use(
     uses: Mapping[str, ExpertUse], share: float = ONE_DOMAIN_SHARE, min_firings: int = MIN_FIRINGS
 ) -> dict[str, Any]:
-    """How the experts of one layer divide over domains.
+    """Assign the experts of one layer to domains.
 
-    An expert is of one domain when at least `share` of its firings are there, counted as if all domains had equally
-    many tokens: f_d / Σ_d f_d with f_d the share of the domain's tokens on which it is active. One that fired fewer
-    than `min_firings` times in all is of none, since a single firing is always in one domain.
+    An expert belongs to domain d if f_d / Σ_d f_d is at least `share`, with f_d the share of the domain's tokens on
+    which it is active (so that all domains weigh the same). An expert that fired fewer than `min_firings` times in all
+    domains belongs to none.
 
     Args:
-        uses: domain → use of the layer's experts on its text, as `count_expert_use` gives it.
-        share: see above.
-        min_firings: see above.
+        uses: domain → use of the layer's experts on its text, from `count_expert_use`.
+        share, min_firings: see above.
 
     Returns:
-        {"domains": {domain: {"tokens", "active_experts": that fired there at all, "expert_entropy", "own_experts":
-        {expert: share of its firings there}, the most frequent of them first}}, "experts": N, "dead_experts": share
-        that fired nowhere, "judged_experts": that fired `min_firings` times, "share", "min_firings"}.
+        {"domains": {domain: {"tokens", "active_experts": number that fired there, "expert_entropy", "own_experts":
+        {expert: share of its firings there}, most frequent first}}, "experts": N, "dead_experts": share that fired
+        nowhere, "judged_experts": number that fired `min_firings` times, "share", "min_firings"}.
 
     Raises:
-        ValueError: with fewer than two domains, where all experts would be of one; a domain without tokens; or a share
-            of at most 1/2, by which an expert could be of two.
+        ValueError: there are fewer than two domains, a domain has no tokens, or `share` is at most 1/2, by which an
+            expert could belong to two.
     """
     if len(uses) < 2:
         raise ValueError(f"experts are compared over at least two domains, got {', '.join(uses) or 'none'}")

@@ -1,31 +1,35 @@
-"""How the experts of a layer are used: how often, how strongly, by how many tokens."""
+"""Measure how the experts of a layer are used: how often, and how strongly."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from mxd.base.capture import Capture, capture_mlps
-from mxd.base.forward import evaluating, right_padded
+from mxd.base.forward import batch_for, evaluating
 from mxd.base.masks import activation_mask
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel
-from mxd.modeling_mxd.surgery import running_device
 
 from .metrics import normalised_entropy
 
 SPECIALISED_FREQUENCY = 0.25
 ALWAYS_ON_FREQUENCY = 0.9
+_TRAINING = "training tokens"
+_EVALUATED = "the evaluated tokens, since the decomposition carries none from its training"
+
+Statistics = tuple[Tensor, Tensor]
+"""Frequency and mean coefficient of a layer's experts, (N) each."""
 
 
 class ExpertUse:
-    """Counts over tokens, streamed. An expert is active on a token when its coefficient is not 0.
+    """Count, streamed over tokens, how the experts are used. An expert is active if its coefficient is not 0.
 
     Args:
         num_experts: N.
 
     Attributes:
-        tokens: T, tokens so far.
-        counts: tokens on which each expert was active, (N) int64.
+        tokens: T, number of tokens so far.
+        counts: number of tokens on which each expert was active, (N) int64.
         sums: Σ_t a_t, (N) float64.
     """
 
@@ -35,7 +39,7 @@ class ExpertUse:
         self.sums = torch.zeros(num_experts, dtype=torch.float64)
 
     def update(self, coefficients: ExpertCoefficients) -> None:
-        """Add tokens: values and indices (..., K), as `SparseLayer.encode` gives them (no expert twice a token)."""
+        """Add tokens: values and indices (..., K), as `SparseLayer.encode` returns them."""
         values, indices = (tensor.detach().cpu() for tensor in coefficients)
         active = values != 0
         self.tokens += values.shape[:-1].numel()
@@ -44,27 +48,28 @@ class ExpertUse:
 
     @property
     def frequency(self) -> Tensor:
-        """Share of tokens on which each expert is active, counts / T, (N) float64."""
+        """Return the share of tokens on which each expert is active, counts / T, (N) float64."""
         return self.counts.double() / max(self.tokens, 1)
 
     @property
     def mean(self) -> Tensor:
-        """Mean coefficient of each expert over all tokens, zeros included, Σ_t a_t / T, (N) float64."""
+        """Return the mean coefficient of each expert over all tokens, zeros included, Σ_t a_t / T, (N) float64."""
         return self.sums / max(self.tokens, 1)
 
     def always_on(self, at_least: float = ALWAYS_ON_FREQUENCY) -> dict[str, float]:
-        """{expert: frequency} of the experts active on at least this share of tokens, the most frequent first; with K
-        active experts a token there are at most K / `at_least`."""
+        """Return {expert: frequency} of the experts active on at least this share of tokens, most frequent first.
+
+        With K active experts per token there are at most K / `at_least`.
+        """
         order = self.frequency.argsort(descending=True, stable=True).tolist()
         return {str(expert): float(self.frequency[expert]) for expert in order if self.frequency[expert] >= at_least}
 
     def summary(self, frequent_above: float = SPECIALISED_FREQUENCY) -> dict[str, float]:
-        """The numbers of evaluation.json.
+        """Return the numbers of evaluation.json.
 
-        Returns:
-            `l0`: active experts a token, Σ counts / T. `dead_experts`: share of experts active on none of these
-            tokens. `expert_entropy`: of counts / Σ counts, see `normalised_entropy`. `max_expert_frequency`.
-            `frequent_experts`: number of experts with a frequency over `frequent_above`.
+        `l0`: active experts per token, Σ counts / T. `dead_experts`: share of experts active on none of these tokens.
+        `expert_entropy`: of counts / Σ counts, see `normalised_entropy`. `max_expert_frequency`. `frequent_experts`:
+        number of experts with a frequency over `frequent_above`.
         """
         return {
             "l0": float(self.counts.sum()) / max(self.tokens, 1),
@@ -82,13 +87,12 @@ def count_expert_use(
     batches: Iterable[Mapping[str, Tensor]],
     include_first: bool = True,
 ) -> dict[int, ExpertUse]:
-    """Use of the experts of every layer over all unpadded positions.
+    """Count the use of the experts of every layer over all unpadded positions.
 
     Args:
-        model: the base model, or a function that gives the MLPs' inputs and outputs for a batch, such as a
-            recording of them.
-        decomposition: its layers.
-        batches: `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+        model: the base model, or a function from a batch to the MLPs' inputs and outputs, such as an activation cache.
+        decomposition: the decomposition of the model.
+        batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
         include_first: whether each row's first position (BOS) counts.
 
     Returns:
@@ -108,10 +112,10 @@ def count_expert_use(
 def captured_activations(
     model: nn.Module | Capture, decomposition: MxDModel, batch: Mapping[str, Tensor], include_first: bool
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]:
-    """{layer: (x, y)} of a batch, and {layer: mask of the positions that count}."""
+    """Return {layer: (x, y)} of a batch, and {layer: mask of the positions that count}."""
     config = decomposition.config
     if isinstance(model, nn.Module):
-        ids, attention_mask = right_padded(batch, running_device(model))
+        ids, attention_mask = batch_for(model, batch)
         captured = capture_mlps(model, config.layers, ids, attention_mask, **config.where)
         batch = {"input_ids": ids} if attention_mask is None else {"input_ids": ids, "attention_mask": attention_mask}
     else:
@@ -126,17 +130,48 @@ def measure_expert_statistics(
     batches: Iterable[Mapping[str, Tensor]],
     include_first: bool = True,
 ) -> None:
-    """Write frequency and mean coefficient of every expert over `batches` (training tokens) into the layers'
-    buffers `expert_frequency` and `expert_mean`, from where evaluation takes them. Arguments as for
-    `count_expert_use`.
+    """Write frequency and mean coefficient of every expert into the layers' buffers, which evaluation reads.
+
+    The buffers are `expert_frequency` and `expert_mean`.
+
+    Args:
+        batches: training tokens.
+        model, decomposition, include_first: see `count_expert_use`.
 
     Raises:
-        ValueError: when there is no token to measure on; the buffers are left as they are.
+        ValueError: there is no token to measure on; the buffers are left unchanged.
     """
     uses = count_expert_use(model, decomposition, batches, include_first)
     if not all(use.tokens for use in uses.values()):
-        raise ValueError("no tokens to measure the experts on: batches is empty, or all of it is padding")
+        raise ValueError("no tokens to measure the experts on: batches is empty, or contains only padding")
     for layer, use in uses.items():
         module = decomposition.layer(layer)
         module.expert_frequency.copy_(use.frequency)
         module.expert_mean.copy_(use.mean)
+
+
+def expert_statistics(
+    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+) -> tuple[dict[int, Statistics], str]:
+    """Return the statistics of every layer's experts, and a description of the tokens that they come from.
+
+    They are read from the layers' buffers; layers without any are measured on `batches`.
+
+    Raises:
+        ValueError: layers must be measured, and `batches` is an iterator, which evaluation needs afterwards.
+    """
+    layers = {index: decomposition.layer(index) for index in decomposition.config.layers}
+    statistics = {index: (layer.expert_frequency, layer.expert_mean) for index, layer in layers.items()}
+    unmeasured = [index for index, layer in layers.items() if not layer.expert_frequency.any()]
+    if not unmeasured:
+        return statistics, _TRAINING
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"the experts of layer {unmeasured[0]} have never been measured, so batches must be passed over twice, "
+            "which an iterator does not allow: give a list or a DataLoader, or call measure_expert_statistics first"
+        )
+    uses = count_expert_use(model, decomposition, batches)
+    statistics.update({index: (uses[index].frequency, uses[index].mean) for index in unmeasured})
+    if len(unmeasured) == len(layers):
+        return statistics, _EVALUATED
+    return statistics, f"{_TRAINING}; for layers {', '.join(map(str, unmeasured))}: {_EVALUATED}"

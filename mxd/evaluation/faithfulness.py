@@ -1,8 +1,8 @@
-"""How faithful a decomposition is to its model, and how much of that its experts carry."""
+"""Measure how faithful a decomposition is to its model, and how much of that its experts carry."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,28 @@ from tqdm.auto import tqdm
 
 from mxd.base.files import write_json
 from mxd.base.forward import (
+    batch_for,
     capture_with_logits,
     check_causal,
     evaluating,
     next_token_logits,
-    right_padded,
     zero_ablated,
 )
 from mxd.base.masks import next_token_mask, token_mask
-from mxd.modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer
-from mxd.modeling_mxd.surgery import running_device
+from mxd.modeling_mxd import MxDModel, SparseLayer
 
-from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, count_expert_use
+from .ablation import MeanExperts
+from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, Statistics, expert_statistics
 from .metrics import ErrorSums, LogitSums, explained_share, recovered_share
 from .paired import PairedDifference
 from .untouched import UntouchedLosses
 
 EVALUATION_NAME = "evaluation.json"
 _POSITIONS = "all but padding; *_without_first: also without each row's first position (BOS)"
-_TRAINING = "training tokens"
-_EVALUATED = "the evaluated tokens, since the decomposition carries none from its training"
-
-Statistics = tuple[Tensor, Tensor]
-"""Of the experts of one layer: frequency (N) and mean coefficient (N)."""
 
 
 class LayerEvaluation:
-    """Errors and expert use of one layer, streamed over the untouched model's activations.
+    """Measure errors and expert use of one layer, streamed over the untouched model's activations.
 
     Args:
         layer: the layer.
@@ -51,11 +46,8 @@ class LayerEvaluation:
     ):
         self.layer = layer
         self.specialised_frequency = specialised_frequency
-        table = layer.expert_table
-        frequency, mean = statistics[0].to(table.device), statistics[1].to(table)
-        self.frequent = frequency > specialised_frequency
-        self.mean_sum = mean @ table
-        self.mean_specialised_sum = (mean * ~self.frequent) @ table
+        self.mean = MeanExperts(layer, statistics)
+        self.mean_specialised = MeanExperts(layer, statistics, specialised_frequency)
         self.use = ExpertUse(layer.config.num_experts)
         self.errors, self.errors_without_first = ErrorSums(), ErrorSums()
         self.errors_of_mean, self.errors_of_mean_specialised = ErrorSums(), ErrorSums()
@@ -63,21 +55,23 @@ class LayerEvaluation:
     def update(self, x: Tensor, y: Tensor, mask: Tensor, mask_without_first: Tensor) -> None:
         """Add a batch: x (batch, tokens, I), y (batch, tokens, O), masks (batch, tokens)."""
         mask, mask_without_first = mask.to(x.device), mask_without_first.to(x.device)
-        x, y, first = (tensor[mask].to(self.mean_sum.device) for tensor in (x, y, ~mask_without_first))
-        values, indices = coefficients = self.layer.encode(x)
+        device = self.layer.expert_table.device
+        x, y, first = (tensor[mask].to(device) for tensor in (x, y, ~mask_without_first))
+        coefficients = self.layer.encode(x)
         self.use.update(coefficients)
-        frequent = ExpertCoefficients(values * self.frequent[indices], indices)
         summed = self.layer.sum_experts(coefficients)
-        mean_specialised = self.layer.sum_experts(frequent) + self.mean_specialised_sum
         x = x.to(summed.dtype)
         prediction = self.layer.combine(summed, x)
         self.errors.update(prediction, y)
         self.errors_without_first.update(prediction[~first], y[~first])
-        self.errors_of_mean.update(self.layer.combine(self.mean_sum.expand_as(summed), x), y)
-        self.errors_of_mean_specialised.update(self.layer.combine(mean_specialised, x), y)
+        for errors, mean in (
+            (self.errors_of_mean, self.mean),
+            (self.errors_of_mean_specialised, self.mean_specialised),
+        ):
+            errors.update(self.layer.combine(mean(self.layer, x, coefficients), x), y)
 
     def result(self) -> dict[str, float]:
-        """The layer's entry of evaluation.json; see `faithfulness`."""
+        """Return the layer's entry of evaluation.json; see `faithfulness`."""
         nmse, clipped = self.errors.nmse, self.errors.clipped_nmse
         mean, mean_specialised = self.errors_of_mean, self.errors_of_mean_specialised
         return {
@@ -94,13 +88,13 @@ class LayerEvaluation:
 
 
 class ModelEvaluation:
-    """The base model untouched, spliced and zero-ablated, and its layers, streamed over batches.
+    """Measure the base model untouched, spliced and zero-ablated, and its layers, streamed over batches.
 
     Args:
         model: the base model, in eval mode.
-        decomposition: its layers, in eval mode and on their MLPs' devices.
+        decomposition: its layers, in eval mode and on the devices of their MLPs.
         layers: the evaluation of every layer.
-        known: of the untouched model on the same batches, if it was measured before.
+        known: losses of the untouched model on the same batches, if they were measured before.
     """
 
     def __init__(
@@ -120,8 +114,8 @@ class ModelEvaluation:
         self.batches = self.tokens = self.rows = 0
 
     def update(self, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch: three forward passes, two where the zero-ablated cross-entropy is known."""
-        ids, attention_mask = rows = right_padded(batch, running_device(self.model))
+        """Add a batch: three forward passes, two if the zero-ablated cross-entropy is known."""
+        ids, attention_mask = rows = batch_for(self.model, batch)
         mask, without_first = token_mask(ids, attention_mask), token_mask(ids, attention_mask, include_first=False)
         self.rows += len(ids)
         self.tokens += int(mask.sum())
@@ -141,7 +135,7 @@ class ModelEvaluation:
         self.batches += 1
 
     def _untouched(self, batch: Mapping[str, Tensor], logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The untouched model's losses of a batch, (batch, tokens − 1)."""
+        """Return the untouched model's losses of a batch, (batch, tokens − 1)."""
         if self.known is None:
             return self.untouched.update(logits, ids, mask)
         known = self.known.of_batch(self.batches, batch)
@@ -150,10 +144,10 @@ class ModelEvaluation:
         return known
 
     def result(self) -> dict[str, Any]:
-        """What `faithfulness` returns; of the settings, what the tokens and the model are.
+        """Return the result of `faithfulness`, with the settings of the tokens and the model.
 
         Raises:
-            ValueError: when there were no tokens.
+            ValueError: there were no tokens.
         """
         if not self.rows:
             raise ValueError("no held-out rows to evaluate on: the text is shorter than one row of context")
@@ -200,46 +194,40 @@ def faithfulness(
 ) -> dict[str, Any]:
     """Measure a decomposition on held-out tokens.
 
-    Every metric is over all unpadded positions, the first (BOS) included, since a spliced model runs the layer
-    there too; NMSE and FVU are given without it as well. Layer metrics use the untouched model's activations; see
-    `ErrorSums`, `LogitSums` and `ExpertUse` for their equations. A value that is not defined is NaN.
+    Metrics are over all unpadded positions, including the first (BOS); NMSE and FVU are given without it too. Layer
+    metrics use the untouched model's activations; see `ErrorSums`, `LogitSums` and `ExpertUse`. NaN: not defined.
 
-        rise               CE_spliced − CE_untouched, paired token by token; `rise_interval` is its 95 % interval, in
-                           which the rows are the clusters, see `PairedDifference`
+        rise               CE_spliced − CE_untouched with its 95 % `rise_interval`, see `PairedDifference`
         recovered          (CE_zero − CE_spliced) / (CE_zero − CE_untouched)
         expert_share       (NMSE_mean − NMSE) / (1 − NMSE), NMSE_mean with Cᵀa replaced by its mean over training
-                           tokens: how much of what the layer explains its experts' choice explains
-        specialised_share  the same when only the part of the specialised experts in Cᵀa is so replaced, those
-                           active on at most `specialised_frequency` of the training tokens
-        clipped_…_share    the same of clipped NMSEs, in which every token's error counts at most 1: at most 1, where
-                           the others have no bound, since a single token's error has none
+                           tokens: the share of the explained error that depends on the choice of experts
+        specialised_share  the same with only the specialised experts replaced, those active on at most
+                           `specialised_frequency` of the training tokens
+        clipped_…_share    the same with clipped NMSEs; at most 1, while the others have no bound
 
     Args:
         model: the base model; its MLPs are in place again afterwards.
-        decomposition: its layers; each is moved to its MLP's device and keeps its dtype. Registered interventions
-            act on the spliced model, not on the layer metrics.
-        batches: `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
-        settings: added to the settings that are recorded.
+        decomposition: its layers; each moves to its MLP's device. Interventions act on the spliced model only.
+        batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
+        settings: added to the recorded settings.
         progress: show a progress bar.
         specialised_frequency: see above; `frequent_experts` counts those active on more of the evaluated tokens.
-        untouched: what is known of the model on these very batches, so that several decompositions share it. The
-            untouched pass stays, KL needs its logits; that of the zero-ablated MLPs goes, where it was measured.
+        untouched: known losses on these batches, which save the pass of the zero-ablated model if they include it.
 
     Returns:
         {"layers": {"15": {"nmse", "nmse_without_first", "fvu", "fvu_without_first", "expert_share",
-        "specialised_share", "clipped_expert_share", "clipped_specialised_share", "l0", "dead_experts",
-        "expert_entropy", "max_expert_frequency", "frequent_experts"}}, "always_on": {"15": {expert: frequency}, see
-        `ExpertUse.always_on`}, "cross_entropy": {"untouched", "spliced", "zero_ablated", "rise", "rise_interval":
-        [low, high], "recovered"}, "kl", "top1_agreement", "settings"}; cross-entropies and KL in nats per token.
+        "specialised_share", "clipped_expert_share", "clipped_specialised_share", and `ExpertUse.summary`}},
+        "always_on": {"15": `ExpertUse.always_on`}, "cross_entropy": {"untouched", "spliced", "zero_ablated", "rise",
+        "rise_interval": [low, high], "recovered"}, "kl", "top1_agreement", "settings"}; in nats per token.
 
     Raises:
-        ValueError: when the model is no causal one, there are no tokens, `batches` can be passed over only once and has
-            to be twice, or `untouched` is of other batches or of another model.
-        SurgeryError: when the model does not fit the decomposition, before anything is measured.
+        ValueError: the model is not causal, there are no tokens, `batches` is an iterator that is needed twice, or
+            `untouched` is of other batches or another model.
+        SurgeryError: the model does not fit the decomposition; nothing is measured.
     """
     check_causal(model)
     with decomposition.spliced(model, cast=False):
-        pass  # refuses what does not fit, and moves every layer to where its MLP is
+        pass  # checks that it fits, and moves every layer to the device of its MLP
     with evaluating(model, decomposition):
         statistics, source = expert_statistics(model, decomposition, batches)
         layers = {
@@ -255,39 +243,14 @@ def faithfulness(
     return results
 
 
-def expert_statistics(
-    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
-) -> tuple[dict[int, Statistics], str]:
-    """Statistics of every layer's experts from its buffers, or from `batches` where training left none; and which
-    of the two in words."""
-    indices = decomposition.config.layers
-    layers = {index: decomposition.layer(index) for index in indices}
-    statistics = {index: (layer.expert_frequency, layer.expert_mean) for index, layer in layers.items()}
-    unmeasured = [index for index, layer in layers.items() if not layer.expert_frequency.any()]
-    if not unmeasured:
-        return statistics, _TRAINING
-    if isinstance(batches, Iterator):
-        raise ValueError(
-            f"the experts of layer {unmeasured[0]} have never been measured, so batches must be passed over twice, "
-            "and an iterator can be only once: give a list or a DataLoader, or call measure_expert_statistics first"
-        )
-    uses = count_expert_use(model, decomposition, batches)
-    statistics.update({index: (uses[index].frequency, uses[index].mean) for index in unmeasured})
-    if len(unmeasured) == len(layers):
-        return statistics, _EVALUATED
-    return statistics, f"{_TRAINING}; for layers {', '.join(map(str, unmeasured))}: {_EVALUATED}"
-
-
 def save_evaluation(results: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
-    """Write evaluation.json, in one move so that no half file is ever seen; the folder is made if need be.
-
-    JSON has no NaN and no infinity: both are written as null, "not defined".
+    """Write evaluation.json atomically into a folder, which is created if missing, with null for NaN and infinity.
 
     Returns:
-        The file's path.
+        The path of the file.
 
     Raises:
-        TypeError: when `results` holds something that JSON has not; an earlier file is then left as it is.
+        TypeError: `results` is not serialisable; an existing file is left unchanged.
     """
     path = Path(folder) / EVALUATION_NAME
     write_json(path, results)
@@ -295,11 +258,11 @@ def save_evaluation(results: Mapping[str, Any], folder: str | os.PathLike[str]) 
 
 
 def load_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read evaluation.json of a decomposition's folder; null stays None.
+    """Read evaluation.json of a decomposition's folder; null is None.
 
     Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when it is no JSON object.
+        FileNotFoundError: there is none.
+        ValueError: it is not a JSON object.
     """
     path = Path(folder) / EVALUATION_NAME
     results = json.loads(path.read_text(encoding="utf-8"))

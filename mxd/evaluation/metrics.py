@@ -1,4 +1,4 @@
-"""Definitions of the metrics, each once: functions of a token, sums in float64 over batches, the ratio last."""
+"""Define every metric once: functions per token, sums in float64 over batches, the ratio last."""
 
 import math
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from mxd.base.masks import next_token_mask
 
-# Elements of the largest temporary made of logits: 64 MiB in float32.
+# Elements of the largest temporary made from logits: 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
 
 
 def squared_norm(x: Tensor) -> Tensor:
-    """‖x_t‖² in float64; (..., O) → (...)."""
+    """Return ‖x_t‖² in float64; (..., O) → (...)."""
     return x.double().square().sum(-1)
 
 
 def normalised_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """‖ŷ_t − y_t‖² / ‖y_t‖² of every token (the paper's normalised error), in float64; NaN where y_t = 0.
+    """Return ‖ŷ_t − y_t‖² / ‖y_t‖² of every token (the paper's normalised error), in float64; NaN if y_t = 0.
 
     Args:
         prediction: ŷ, (..., O).
@@ -32,7 +32,7 @@ def normalised_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def next_token_loss(log_p: Tensor, targets: Tensor) -> Tensor:
-    """−log p(next token), nats.
+    """Return −log p(next token) in nats.
 
     Args:
         log_p: log-probabilities, (..., vocabulary).
@@ -45,33 +45,32 @@ def next_token_loss(log_p: Tensor, targets: Tensor) -> Tensor:
 
 
 def kl_divergence(log_reference: Tensor, log_p: Tensor) -> Tensor:
-    """KL(ref ‖ p) = Σ_v p_ref(v) (log p_ref(v) − log p(v)), nats; log-probabilities (..., vocabulary) → (...).
-    Tokens that the reference rules out (log-probability −inf, as where a model masks some) count 0."""
+    """Return KL(ref ‖ p) = Σ_v p_ref(v) (log p_ref(v) − log p(v)) in nats.
+
+    Log-probabilities (..., vocabulary) → (...). Tokens with reference log-probability −inf count 0.
+    """
     terms = F.kl_div(log_p, log_reference, log_target=True, reduction="none")
     return terms.masked_fill(log_reference == -torch.inf, 0.0).sum(-1)
 
 
 def explained_share(error: float, ablated_error: float) -> float:
-    """Share of what a layer explains that is lost when a part of it is ablated: (e_ablated − e) / (1 − e).
-
-    NaN for a layer that explains nothing (e ≥ 1).
-    """
+    """Return the share of a layer's explained error that an ablation loses, (e_ablated − e) / (1 − e); NaN if e ≥ 1."""
     return (ablated_error - error) / (1 - error) if error < 1 else math.nan
 
 
 def recovered_share(untouched: float, spliced: float, zero_ablated: float) -> float:
-    """(CE_zero − CE_spliced) / (CE_zero − CE_untouched): 1 as good as the original MLP, 0 as bad as none.
+    """Return (CE_zero − CE_spliced) / (CE_zero − CE_untouched): 1 for the original MLP, 0 for no MLP.
 
-    NaN when zeros do no harm, or even help.
+    NaN if zero-ablation does not raise the cross-entropy.
     """
     gap = zero_ablated - untouched
     return (zero_ablated - spliced) / gap if gap > 0 else math.nan
 
 
 def normalised_entropy(counts: Tensor) -> float:
-    """−Σ_n p_n log p_n / log N with p = counts / Σ counts, (N): 1 when all are used alike, 0 when only one is.
+    """Return −Σ_n p_n log p_n / log N with p = counts / Σ counts, (N): 1 for uniform use, 0 if only one is used.
 
-    NaN for a single expert, or when none was ever used.
+    NaN for a single expert, or if none was ever used.
     """
     total = counts.double().sum()
     if len(counts) < 2 or total == 0:
@@ -81,14 +80,14 @@ def normalised_entropy(counts: Tensor) -> float:
 
 
 class ErrorSums:
-    """Errors of a layer's output over tokens, streamed.
+    """Sum the errors of a layer's output, streamed over tokens.
 
-        NMSE = mean_t ‖ŷ_t − y_t‖² / ‖y_t‖²                   tokens with y_t = 0, which have no ratio, left out
+        NMSE = mean_t ‖ŷ_t − y_t‖² / ‖y_t‖²                   without tokens with y_t = 0
         FVU  = Σ_t ‖ŷ_t − y_t‖² / Σ_t ‖y_t − ȳ‖²              ȳ the mean output over the same tokens
         clipped NMSE = mean_t min(1, ‖ŷ_t − y_t‖² / ‖y_t‖²)
 
-    NMSE weighs every token alike, but a single one's error has no bound; clipped, a token that is worse than an output
-    of zero counts as one. In FVU a token weighs as much as it is far from the mean.
+    NMSE weighs all tokens equally, but the error of one token has no bound; clipped, it counts at most as much as an
+    output of zero. In FVU a token weighs by its squared distance from the mean.
     """
 
     def __init__(self) -> None:
@@ -97,7 +96,7 @@ class ErrorSums:
         self._ratios = 0.0
         self._clipped_ratios = 0.0
         self._squared_error = 0.0
-        # Deviations are from the first token, so that Σ‖d‖² − ‖Σd‖²/n is exact where y does not vary at all.
+        # Deviations are from the first token, so that Σ‖d‖² − ‖Σd‖²/n is exactly 0 if y does not vary.
         self._origin: Tensor | None = None
         self._deviation: Tensor | None = None
         self._squared_deviation = 0.0
@@ -123,20 +122,17 @@ class ErrorSums:
 
     @property
     def nmse(self) -> float:
-        """Mean over tokens of the normalised squared error; 0 is exact, 1 is what an output of zero gets.
-
-        NaN when there is no token with y ≠ 0.
-        """
+        """Return the NMSE: 0 for an exact output, 1 for an output of zero; NaN without a token with y ≠ 0."""
         return self._ratios / self._nonzero_tokens if self._nonzero_tokens else math.nan
 
     @property
     def clipped_nmse(self) -> float:
-        """Mean over tokens of the normalised squared error, of which each counts at most 1; NaN as `nmse`."""
+        """Return the clipped NMSE; NaN without a token with y ≠ 0."""
         return self._clipped_ratios / self._nonzero_tokens if self._nonzero_tokens else math.nan
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained; 0 is exact, 1 is what the mean output gets. NaN without variance."""
+        """Return the fraction of variance unexplained: 0 for an exact output, 1 for the mean; NaN without variance."""
         if self._deviation is None:
             return math.nan
         variance = self._squared_deviation - float(squared_norm(self._deviation)) / self.tokens
@@ -144,14 +140,14 @@ class ErrorSums:
 
 
 class LogitSums:
-    """Next-token metrics of one model, and against a reference model, streamed.
+    """Sum next-token metrics of one model, and against a reference model, streamed over batches.
 
     cross-entropy = mean −log p(next token)                            nats per token
     KL            = mean Σ_v p_ref(v) (log p_ref(v) − log p(v))        nats per token
     agreement     = share of tokens at which both have the same most likely next token
 
-    Probabilities are a float32 log-softmax of a chunk of tokens at a time: no second (batch, tokens, vocabulary)
-    tensor is ever alive.
+    The log-softmax is in float32, over a chunk of tokens at a time: there is never a second (batch, tokens,
+    vocabulary) tensor.
     """
 
     def __init__(self) -> None:
@@ -195,15 +191,15 @@ class LogitSums:
 
     @property
     def cross_entropy(self) -> float:
-        """Nats per token; NaN when no token has a next one."""
+        """Return nats per token; NaN if no token has a next one."""
         return self._loss / self.targets if self.targets else math.nan
 
     @property
     def kl(self) -> float:
-        """KL(reference ‖ this model), nats per token; NaN without a reference."""
+        """Return KL(reference ‖ this model), nats per token; NaN without a reference."""
         return self._divergence / self._compared if self._compared else math.nan
 
     @property
     def agreement(self) -> float:
-        """Share of tokens with the reference's most likely next token; NaN without a reference."""
+        """Return the share of tokens with the reference's most likely next token; NaN without a reference."""
         return self._agreements / self._compared if self._compared else math.nan

@@ -1,4 +1,4 @@
-"""Two models' cross-entropies compared token by token: their difference, with an interval."""
+"""Compare the cross-entropies of two models token by token, with a confidence interval."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _QUANTILE = NormalDist().inv_cdf(0.975)
 
 
 def half_width(interval: Sequence[float | None] | None) -> float | None:
-    """What stands behind a ±; None where the interval is not defined, or an earlier evaluation has none."""
+    """Return half the width of an interval; None if there is none, or it is not defined."""
     low, high = interval or (None, None)
     return None if low is None or high is None else (high - low) / 2
 
@@ -22,8 +22,8 @@ class PairedDifference:
         mean = Σ_r S_r / T        S_r = Σ_t d_rt over the n_r tokens of row r,  T = Σ_r n_r
         SE²  = G / (G − 1) · Σ_r (S_r − mean · n_r)² / T²                        G rows that have a token
 
-    Tokens of one row are dependent, so the clusters are the rows of the batches. Where a long document fills several
-    rows, these count as independent, which makes the interval too narrow.
+    Tokens of one row are dependent, so the clusters are the rows of the batches. Several rows of one long document
+    count as independent, which makes the interval too narrow.
 
     Source: Cameron and Miller, "A Practitioner's Guide to Cluster-Robust Inference" (2015).
     """
@@ -33,7 +33,7 @@ class PairedDifference:
         self._counts: list[Tensor] = []
 
     def update(self, difference: Tensor, counted: Tensor) -> None:
-        """Add rows: d and which of it counts, both (batch, tokens)."""
+        """Add rows: d and the mask of the tokens that count, both (batch, tokens)."""
         counted = counted.to(difference.device)
         self._sums.append(torch.where(counted, difference.double(), 0.0).sum(-1).cpu())
         self._counts.append(counted.sum(-1).cpu())
@@ -46,13 +46,13 @@ class PairedDifference:
 
     @property
     def mean(self) -> float:
-        """Mean over tokens; NaN without a token."""
+        """Return the mean over tokens; NaN without a token."""
         sums, counts = self._rows()
         return float(sums.sum() / counts.sum()) if len(sums) else math.nan
 
     @property
     def standard_error(self) -> float:
-        """See above; NaN with fewer than two rows."""
+        """Return SE; NaN with fewer than two rows."""
         sums, counts = self._rows()
         rows = len(sums)
         if rows < 2:
@@ -62,6 +62,6 @@ class PairedDifference:
 
     @property
     def interval(self) -> list[float]:
-        """The 95 % interval, mean ± 1.96 standard errors (normal: meant for dozens of rows and more)."""
+        """Return the 95 % interval, mean ± 1.96 standard errors (a normal approximation for dozens of rows or more)."""
         half = _QUANTILE * self.standard_error
         return [self.mean - half, self.mean + half]

@@ -1,102 +1,149 @@
-"""Figures beside the numbers. They use matplotlib's object interface: no global state, no display."""
+"""Plot results, with one palette. All figures use matplotlib's object interface: no global state, no display."""
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from .expert_use import SPECIALISED_FREQUENCY
+from .paired import half_width
 
-# Okabe and Ito's palette, told apart with any colour vision; its yellow is too pale for lines on white.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+PathLike: TypeAlias = str | os.PathLike[str]
+
+# The palette of Okabe and Ito, distinguishable with any colour vision; its yellow is too pale for lines on white.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 _LINE_STYLES = ("-", "--", ":", "-.")
+_DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 1}
 _BINS_PER_DECADE = 8
 _LEGEND_ROWS = 16
+_PANELS_PER_ROW = 4
+# method: (label, marker)
+_METHODS = {"transcoder": ("Transcoder", "s"), "skip_transcoder": ("Skip transcoder", "^"), "mxd": ("MxD", "o")}
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+def _figure(
+    width: float = 6.4, height: float = 4.0, rows: int = 1, columns: int = 1, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure and its axes, row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).ravel())
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _line(index: int, count: int) -> dict[str, Any]:
-    """Colour and dashes of one line of `count`: the palette, or shades in order where it is too short."""
-    if count <= len(_COLOURS):
-        return {"color": _COLOURS[index], "linestyle": _LINE_STYLES[index % len(_LINE_STYLES)]}
-    return {"color": matplotlib.colormaps["cividis"](0.9 * index / (count - 1)), "linewidth": 1}
-
-
-def _legend(figure: Figure, count: int) -> None:
-    """Above the axes where it is short, else beside them: never over the data."""
-    if count <= len(_COLOURS):
+def _save(figure: Figure, path: PathLike, labels: int = 0) -> None:
+    """Save a figure with a legend of `labels` entries: above the axes if it is short, else beside them."""
+    if 0 < labels <= len(COLOURS):
         figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize="small")
-        return
-    columns = -(-count // _LEGEND_ROWS)
-    figure.set_figwidth(6.4 + 2.2 * columns)
-    figure.legend(loc="outside right center", ncols=columns, frameon=False, fontsize="x-small")
-
-
-def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Histogram of log₁₀ of how often each expert is active, one line per layer; experts that never are, of which
-    the logarithm does not exist, are named in the legend.
-
-    Args:
-        frequencies: label → share of tokens on which each expert is active, (N).
-        path: the image's path; its ending says the format.
-    """
-    figure, axes = _figure()
-    shares = {label: frequency.detach().double().cpu() for label, frequency in frequencies.items()}
-    smallest = min((float(share[share > 0].min()) for share in shares.values() if share.any()), default=1.0)
-    decades = max(1, math.ceil(-math.log10(smallest)))
-    for index, (label, share) in enumerate(shares.items()):
-        alive = share[share > 0]
-        dead = 100 * (1 - len(alive) / len(share))
-        counts, edges = torch.histogram(
-            alive.log10().clamp(-decades, 0), bins=_BINS_PER_DECADE * decades, range=(-float(decades), 0.0)
-        )
-        name = f"{label}: {dead:.1f} % of {len(share):,} dead"
-        centres = (edges[:-1] + edges[1:]) / 2
-        style = "steps-mid" if len(shares) <= len(_COLOURS) else "default"  # many steps hide one another
-        axes.plot(centres.numpy(), counts.numpy(), label=name, drawstyle=style, **_line(index, len(shares)))
-    axes.axvline(
-        math.log10(SPECIALISED_FREQUENCY),
-        color="grey", linestyle=(0, (1, 1)), label=f"{100 * SPECIALISED_FREQUENCY:.0f} % of tokens",
-    )  # fmt: skip
-    axes.set(xlabel="share of tokens on which an expert is active", ylabel="experts per bin", xlim=(-decades, 0))
-    axes.set_ylim(bottom=0)
-    axes.set_xticks(range(-decades, 1), [f"$10^{{{power}}}$" for power in range(-decades, 1)])
-    _legend(figure, len(shares))
+    elif labels:
+        columns = -(-labels // _LEGEND_ROWS)
+        figure.set_figwidth(6.4 + 2.2 * columns)
+        figure.legend(loc="outside right center", ncols=columns, frameon=False, fontsize="x-small")
     figure.savefig(path, dpi=150)
 
 
-def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Rise of cross-entropy as the strongest experts are removed, one line per curve; dashed of the same colour, what
-    zero-ablated MLPs have.
+def _style(index: int, count: int) -> dict[str, Any]:
+    """Return colour and dashes of one line of `count`: the palette, or ordered shades for more lines than colours."""
+    if count <= len(COLOURS):
+        return {"color": COLOURS[index], "linestyle": _LINE_STYLES[index % len(_LINE_STYLES)]}
+    return {"color": matplotlib.colormaps["cividis"](0.9 * index / (count - 1)), "linewidth": 1}
+
+
+def _grid(axes: Axes, axis: Any = "both") -> None:
+    axes.grid(axis=axis, alpha=0.3, linewidth=0.5)
+
+
+def _log_ticks(axis: Axis, digits: Sequence[float]) -> None:
+    """Label a logarithmic axis at these multiples of the powers of ten, in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _histograms(axes: Axes, logs: Mapping[str, Tensor], bins: int, low: float, high: float) -> None:
+    """Draw histograms of log₁₀ values on a logarithmic axis, one line per label."""
+    for index, (label, values) in enumerate(logs.items()):
+        counts, edges = torch.histogram(values, bins=bins, range=(low, high))
+        centres = 10 ** ((edges[:-1] + edges[1:]) / 2)
+        style = "steps-mid" if len(logs) <= len(COLOURS) else "default"  # many steps would hide one another
+        axes.plot(centres.numpy(), counts.numpy(), label=label, drawstyle=style, **_style(index, len(logs)))
+    axes.set(xscale="log", ylabel="experts per bin")
+    axes.set_ylim(bottom=0)
+
+
+def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: PathLike) -> None:
+    """Plot a histogram of the experts' frequencies, one line per layer; the legend counts those that are never active.
 
     Args:
-        curves: label → what `ablation_curve` gave, or evaluation.json has of it.
-        path: the image's path; its ending says the format.
+        frequencies: label → share of tokens on which each expert is active, (N).
+        path: path of the image; its ending sets the format.
     """
-    figure, axes = _figure()
+    figure, (axes,) = _figure()
+    shares = {label: frequency.detach().double().cpu() for label, frequency in frequencies.items()}
+    smallest = min((float(share[share > 0].min()) for share in shares.values() if share.any()), default=1.0)
+    decades = max(1, math.ceil(-math.log10(smallest)))
+    logs = {
+        f"{label}: {100 * float((share == 0).double().mean()):.1f} % of {len(share):,} dead": (
+            share[share > 0].log10().clamp(-decades, 0)
+        )
+        for label, share in shares.items()
+    }
+    _histograms(axes, logs, _BINS_PER_DECADE * decades, -float(decades), 0.0)
+    quarter = f"{100 * SPECIALISED_FREQUENCY:.0f} % of tokens"
+    axes.axvline(SPECIALISED_FREQUENCY, color="grey", linestyle=(0, (1, 1)), label=quarter)
+    axes.set(xlabel="share of tokens on which an expert is active", xlim=(10.0**-decades, 1))
+    _save(figure, path, max(1, len(shares)))
+
+
+def plot_singular_values(values: Mapping[str, Tensor], path: PathLike) -> None:
+    """Plot a histogram of the experts' smallest singular values, one line per layer; the legend counts zeros.
+
+    Args:
+        values: label → smallest singular value of each sampled expert, (S), as `ExpertRanks.smallest`.
+        path: path of the image; its ending sets the format.
+    """
+    figure, (axes,) = _figure()
+    logs = {}
+    for label, value in values.items():
+        zeros = int((value <= 0).sum())
+        name = f"{label}: {len(value):,} experts" + (f", {zeros} at 0" if zeros else "")
+        logs[name] = value[value > 0].detach().double().cpu().log10()
+    positive = torch.cat([*logs.values(), torch.zeros(0, dtype=torch.float64)])
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (-1.0, 0.0)
+    low, high = (low - 0.1, high + 0.1) if high - low < 0.1 else (low, high)
+    _histograms(axes, logs, 24, low, high)
+    axes.set(xlabel="smallest singular value of an expert's matrix")
+    _save(figure, path, len(values))
+
+
+def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: PathLike) -> None:
+    """Plot the rise of cross-entropy as the strongest experts are removed; a dashed line is the zero-ablated model.
+
+    Args:
+        curves: label → result of `ablation_curve`, or its entry in evaluation.json.
+        path: path of the image; its ending sets the format.
+    """
+    figure, (axes,) = _figure()
     most = max((count for curve in curves.values() for count in curve["removed"]), default=1)
     for index, (label, curve) in enumerate(curves.items()):
-        rises = [math.nan if rise is None else rise for rise in curve["rise"]]
-        style = _line(index, len(curves)) | {"linestyle": "-"}
-        axes.plot(curve["removed"], rises, label=label, marker=".", **style)
+        style = _style(index, len(curves)) | {"linestyle": "-"}
+        axes.plot(curve["removed"], [_number(rise) for rise in curve["rise"]], label=label, marker=".", **style)
         if curve["zero_ablated"] is not None and curve["untouched"] is not None:
-            axes.axhline(
-                curve["zero_ablated"] - curve["untouched"],
-                color=style["color"], linestyle="--", linewidth=1, label=f"{label}: zero-ablated",
-            )  # fmt: skip
+            ablated = curve["zero_ablated"] - curve["untouched"]
+            axes.axhline(ablated, color=style["color"], label=f"{label}: zero-ablated", **_DASHED)
     # 0 has no logarithm: the axis is linear up to 1.
     axes.set_xscale("symlog", base=2, linthresh=1)
     ticks = [0, *(2**power for power in range(max(1, most).bit_length()))]
@@ -104,94 +151,146 @@ def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLi
     axes.set_xlim(-0.1, 1.1 * most)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="strongest active experts removed", ylabel="rise of cross-entropy (nats per token)")
-    axes.grid(alpha=0.3, linewidth=0.5)
-    _legend(figure, 2 * len(curves))
-    figure.savefig(path, dpi=150)
+    _grid(axes)
+    _save(figure, path, 2 * len(curves))
 
 
-def plot_domain_use(uses: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Bars of how many experts are active in every domain, and within them, solid, how many are of that domain alone.
+def plot_domain_use(uses: Mapping[str, Mapping[str, Any]], path: PathLike) -> None:
+    """Plot a bar of the active experts of every domain, and within it, solid, the experts of that domain alone.
 
     Args:
-        uses: label of a layer → what `domain_use` gave.
-        path: the image's path; its ending says the format.
+        uses: label of a layer → result of `domain_use`.
+        path: path of the image; its ending sets the format.
     """
-    figure, axes = _figure()
     domains = list(dict.fromkeys(domain for use in uses.values() for domain in use["domains"]))
-    figure.set_figheight(max(4.0, 1 + 0.25 * len(domains) * len(uses)))
+    figure, (axes,) = _figure(height=max(4.0, 1 + 0.25 * len(domains) * len(uses)))
     height = 0.8 / max(1, len(uses))
     for index, (label, use) in enumerate(uses.items()):
         places = [row + height * (index - (len(uses) - 1) / 2) for row in range(len(domains))]
         rows = [use["domains"].get(domain, {"active_experts": 0, "own_experts": {}}) for domain in domains]
-        colour = _line(index, len(uses))["color"]
-        axes.barh(places, [row["active_experts"] for row in rows], height, color=colour, alpha=0.3,
-                  label=f"{label}: active there")  # fmt: skip
-        axes.barh(places, [len(row["own_experts"]) for row in rows], height, color=colour,
-                  label=f"{label}: {100 * use['share']:.0f} % of firings there")  # fmt: skip
+        active, own = [row["active_experts"] for row in rows], [len(row["own_experts"]) for row in rows]
+        colour, share = _style(index, len(uses))["color"], f"{100 * use['share']:.0f} %"
+        axes.barh(places, active, height, color=colour, alpha=0.3, label=f"{label}: active there")
+        axes.barh(places, own, height, color=colour, label=f"{label}: {share} of firings there")
     axes.set_yticks(range(len(domains)), domains)
     axes.invert_yaxis()
     axes.set(xlabel="experts")
-    _legend(figure, 2 * len(uses))
-    figure.savefig(path, dpi=150)
-
-
-def plot_singular_values(values: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Histogram of log₁₀ of the experts' smallest singular values, one line per layer; zeros, of which the logarithm
-    does not exist, are counted in the legend.
-
-    Args:
-        values: label → smallest singular value of each sampled expert, (S), as `ExpertRanks.smallest`.
-        path: the image's path; its ending says the format.
-    """
-    figure, axes = _figure()
-    logs = {label: value[value > 0].detach().double().cpu().log10() for label, value in values.items()}
-    positive = torch.cat([*logs.values(), torch.zeros(0, dtype=torch.float64)])
-    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (-1.0, 0.0)
-    low, high = (low - 0.1, high + 0.1) if high - low < 0.1 else (low, high)
-    for index, (label, value) in enumerate(values.items()):
-        counts, edges = torch.histogram(logs[label], bins=24, range=(low, high))
-        name = f"{label}: {len(value):,} experts" + (f", {int((value <= 0).sum())} at 0" if (value <= 0).any() else "")
-        style = "steps-mid" if len(values) <= len(_COLOURS) else "default"
-        centres = 10 ** ((edges[:-1] + edges[1:]) / 2)
-        axes.plot(centres.numpy(), counts.numpy(), label=name, drawstyle=style, **_line(index, len(values)))
-    axes.set(xlabel="smallest singular value of an expert's matrix", ylabel="experts per bin", xscale="log")
-    axes.set_ylim(bottom=0)
-    _legend(figure, len(values))
-    figure.savefig(path, dpi=150)
+    _save(figure, path, 2 * len(uses))
 
 
 def plot_training_loss(
-    log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], loss: str = "normalised squared error"
+    log_history: Sequence[Mapping[str, Any]], path: PathLike, loss: str = "normalised squared error"
 ) -> None:
-    """Training loss, from `trainer.state.log_history`: over tokens where the log counts them
-    (`include_num_input_tokens_seen`), else over optimiser steps; one line per layer if it has them (`layer_8/loss`).
+    """Plot the training loss, one line per layer if the log has them (`layer_8/loss`).
+
+    The axis is tokens if the log counts them (`include_num_input_tokens_seen`), else optimiser steps.
 
     Args:
-        log_history: entries with "step", "loss" and perhaps more; those without "loss" are passed over.
-        path: the image's path; its ending says the format.
-        loss: what the loss is, for the axis.
+        log_history: `trainer.state.log_history`; entries without "loss" are skipped.
+        path: path of the image; its ending sets the format.
+        loss: name of the loss, for the axis.
     """
-    figure, axes = _figure()
+    figure, (axes,) = _figure()
     logs = [entry for entry in log_history if "loss" in entry]
     by_tokens = bool(logs) and all("num_input_tokens_seen" in entry for entry in logs)
     position = "num_input_tokens_seen" if by_tokens else "step"
     names = [name for name in (logs[0] if logs else {}) if name.endswith("/loss")] or ["loss"]
     for index, name in enumerate(names):
-        points = [(entry[position], entry[name]) for entry in logs if name in entry]
+        entries = [entry for entry in logs if name in entry]
+        xs, losses = [entry[position] for entry in entries], [entry[name] for entry in entries]
         label = name.removesuffix("/loss").replace("_", " ")
-        marker = "." if len(points) < 30 else None
-        axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, marker=marker,
-                  **_line(index, len(names)))  # fmt: skip
+        axes.plot(xs, losses, label=label, marker="." if len(xs) < 30 else None, **_style(index, len(names)))
     axes.set(
-        xlabel="training tokens" if by_tokens else "optimiser steps",
-        ylabel=f"training loss ({loss})", yscale="log",
-    )  # fmt: skip
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+        xlabel="training tokens" if by_tokens else "optimiser steps", ylabel=f"training loss ({loss})", yscale="log"
+    )
+    _log_ticks(axes.yaxis, (1, 2, 3, 5))
     if by_tokens:
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.grid(alpha=0.3, linewidth=0.5)
-    if len(names) > 1:
-        _legend(figure, len(names))
-    figure.savefig(path, dpi=150)
+    _grid(axes)
+    _save(figure, path, len(names) if len(names) > 1 else 0)
+
+
+def plot_frontier(results: Mapping[str, Any], path: PathLike) -> None:
+    """Plot cross-entropy and NMSE over K, one line per method, as in the paper's Fig. 3.
+
+    The untouched model is a dashed line. Bars are the 95 % intervals of the rise of the cross-entropy, paired token by
+    token.
+
+    Args:
+        results: "untouched" and "points", as `measure_frontier` returns them.
+        path: path of the image; its ending sets the format.
+    """
+    figure, (loss_axes, error_axes) = _figure(9.6, columns=2)
+    present = {point["method"] for point in results["points"]}
+    methods = [name for name in _METHODS if name in present] + sorted(present - _METHODS.keys())
+    for index, method in enumerate(methods):
+        points = [point for point in results["points"] if point["method"] == method]
+        points.sort(key=lambda point: point["num_experts_per_tok"])
+        label, marker = _METHODS.get(method, (method, "x"))
+        style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": marker, "markersize": 5}
+        ks = [point["num_experts_per_tok"] for point in points]
+        losses = [_number(point["cross_entropy"]["spliced"]) for point in points]
+        halves = [half_width(point["cross_entropy"].get("rise_interval")) or 0.0 for point in points]  # 0 draws no bar
+        shift = 2 ** (0.05 * (index - (len(methods) - 1) / 2))  # so that the bars do not hide each other
+        loss_axes.errorbar([k * shift for k in ks], losses, yerr=halves, capsize=2, elinewidth=1, **style)
+        error_axes.plot(ks, [_mean_error(point) for point in points], label=label, **style)
+    if results["untouched"] is not None:
+        loss_axes.axhline(results["untouched"], color="black", **_DASHED)
+        error_axes.plot([], [], color="black", label="Untouched model", **_DASHED)  # last in the legend
+    ticks = sorted({point["num_experts_per_tok"] for point in results["points"]})
+    for axes in (loss_axes, error_axes):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("K, experts active per token")
+        _grid(axes)
+    loss_axes.set_ylabel("cross-entropy (nats per token)")
+    error_axes.set(ylabel="NMSE", yscale="log")
+    _log_ticks(error_axes.yaxis, (1, 1.5, 2, 3, 4, 5, 7))
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def _mean_error(point: Mapping[str, Any]) -> float:
+    """Return the NMSE, averaged over layers."""
+    errors = [_number(layer["nmse"]) for layer in point["layers"].values()]
+    return sum(errors) / len(errors)
+
+
+def plot_probing(
+    problems: Mapping[str, Mapping[str, Any]],
+    path: PathLike,
+    chance: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Plot the F1 of the best single feature, a panel per problem and a row per representation.
+
+    A row shows the mean over classes with its standard error over folds, and a small dot for every class.
+
+    Args:
+        problems: name → {representation: result of `probe_features`}, with the same representations in all.
+        path: path of the image; its ending sets the format.
+        chance: name → result of `always_yes_f1`; its mean is a dashed line.
+    """
+    names = list(next(iter(problems.values())))
+    columns = min(_PANELS_PER_ROW, len(problems))
+    rows = -(-len(problems) // columns)
+    width, height = 0.5 + 0.08 * max(map(len, names)) + 2.4 * columns, 0.5 + rows * (0.6 + 0.28 * len(names))
+    figure, panels = _figure(width, height, rows, columns, sharex=True, sharey=True)
+    for axes, (problem, found) in zip(panels, problems.items(), strict=False):
+        if chance is not None:
+            known = chance[problem].values()
+            axes.axvline(sum(known) / len(known), color="grey", **_DASHED)
+        for row, name in enumerate(names):
+            result = found[name]
+            scores = [each["f1"] for each in result["classes"].values()]
+            axes.plot(scores, [row] * len(scores), ".", color=COLOURS[0], alpha=0.35, markersize=5)
+            axes.errorbar(result["f1"], row, xerr=result["f1_error"], fmt="o", color=COLOURS[0], capsize=3)
+        axes.set(title=problem, xlim=(0, 1.02))
+        _grid(axes, "x")
+    for axes in panels[len(problems) :]:
+        axes.set_visible(False)
+    note = "" if chance is None else "; dashed: always yes"
+    figure.supxlabel(f"F1 of the best single feature{note}", fontsize=10)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    _save(figure, path)

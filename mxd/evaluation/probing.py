@@ -1,20 +1,19 @@
-"""Sparse probing: can single features, or a few, tell classes of texts apart?
+"""Sparse probing: classify texts by a single feature, or by a few.
 
-Every class is told from all others, on folds of the texts that keep those of one document together: what a probe
-knows of a document from its training it cannot use on the test.
+Every class is separated from all others. A fold never splits a document, so that a probe cannot use on test texts what
+it learned of a document in training.
 
-    single    of the `candidates` features with the largest difference of class means on the training texts, each alone
-              in a class-balanced logistic regression, the one with the best F1 there; reported is its F1 on the test
-              texts. Oldfield et al. (arXiv 2505.21364) publish the best F1 on the test texts themselves, which is an
-              optimistic figure: here `best_test_f1`.
-    k-sparse  one logistic regression on the k features with the largest absolute difference of class means; texts are
-              drawn so that half are of the class and the rest in equal parts of the others, and the figure is accuracy
-              on the test texts, of which 0.5 is chance (SAEBench, Karvonen et al., arXiv 2503.09532).
+    single    Fit a class-balanced logistic regression on each of the `candidates` features with the largest difference
+              of class means on the training texts, and choose the best by training F1; report its test F1. Oldfield et
+              al. (arXiv 2505.21364) report the best test F1, an optimistic figure: here `best_test_f1`.
+    k-sparse  Fit one logistic regression on the k features with the largest absolute difference of class means, on
+              texts drawn half from the class and half evenly from the others; report the test accuracy, for which
+              chance is 0.5 (SAEBench, Karvonen et al., arXiv 2503.09532).
 
 Hyper-parameters are those of the authors' code: scikit-learn's L2 penalty with C = 1; newton-cholesky and 200
-iterations for single features, lbfgs and 1,000 for several. Features go in as they are, so that the penalty weighs more
-on those of a small scale; `standardize` divides each by its standard deviation first, which makes representations of
-different scales comparable.
+iterations for single features, lbfgs and 1,000 for several. Features are not scaled, so the penalty weighs more on
+those of a small scale; `standardize` divides each by its standard deviation, which makes representations of different
+scales comparable.
 """
 
 import math
@@ -30,11 +29,11 @@ SPARSITIES = (1, 2, 5)
 FOLDS = 5
 
 Fold = tuple[np.ndarray, np.ndarray]
-"""Indices of the training texts and of the test texts."""
+"""Indices of the training texts, and of the test texts."""
 
 
 def check_scikit_learn() -> None:
-    """Raise an ImportError that says what to install, where scikit-learn is not."""
+    """Raise an ImportError with the pip command if scikit-learn is not installed."""
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
@@ -42,35 +41,33 @@ def check_scikit_learn() -> None:
 
 
 def f1_score(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """2 TP / (2 TP + FP + FN) of boolean arrays (texts); 0 where nothing is positive."""
+    """Return 2 TP / (2 TP + FP + FN) of boolean arrays (texts); 0 if nothing is positive."""
     hits = int((predicted & actual).sum())
     positives = int(predicted.sum()) + int(actual.sum())
     return 2 * hits / positives if positives else 0.0
 
 
 def always_yes_f1(labels: np.ndarray) -> dict[str, float]:
-    """{class: 2p / (1 + p)} with p its share of the texts: the F1 of saying yes to every text, which knows nothing."""
+    """Return {class: 2p / (1 + p)}, p its share of the texts: the F1 of a probe that always says yes."""
     names, counts = np.unique(labels, return_counts=True)
     return {str(name): float(2 * count / (len(labels) + count)) for name, count in zip(names, counts, strict=True)}
 
 
 def balanced_accuracy(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """Mean of the shares of positives and of negatives that are told right, of boolean arrays (texts)."""
+    """Return the mean of recall and specificity of boolean arrays (texts)."""
     return (float(predicted[actual].mean()) + float((~predicted[~actual]).mean())) / 2
 
 
 def grouped_folds(labels: np.ndarray, groups: np.ndarray, folds: int = FOLDS, seed: int = 0) -> list[Fold]:
-    """Divide texts into folds with about the same shares of classes in each, no group in more than one; each fold in
-    turn is the test side, the others the training side.
+    """Split texts into folds, stratified by class, with every group in one fold; return each fold as the test side.
 
     Args:
-        labels, groups: of each text, (T).
-        folds: how many; 5 give the authors' 80 : 20.
-        seed: another seed, other folds.
+        labels, groups: class and group of each text, (T).
+        folds: number of folds; 5 give the authors' 80 : 20.
+        seed: seed of the split.
 
     Raises:
-        ValueError: there are fewer than two classes; a class has fewer groups than there are folds, or the groups are
-            so uneven that a fold is left without it.
+        ValueError: see `check_groups`; or the groups are so uneven that a fold lacks a class.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -82,22 +79,21 @@ def grouped_folds(labels: np.ndarray, groups: np.ndarray, folds: int = FOLDS, se
         missing = set(classes) - set(labels[test]) | set(classes) - set(labels[train])
         if missing:
             raise ValueError(
-                f"the documents are too uneven for {folds} folds: one is left without class {min(missing)}; take "
+                f"the documents are too uneven for {folds} folds: one is left without class {min(missing)}; use "
                 "fewer folds, more documents, or another seed"
             )
     return found
 
 
 def check_groups(labels: np.ndarray, groups: np.ndarray, folds: int = FOLDS) -> None:
-    """Refuse what no division by groups can be had of, which is known without one: of a million documents it takes
-    minutes.
+    """Check quickly that `grouped_folds`, which takes minutes for a million documents, can succeed.
 
     Raises:
         ValueError: there are fewer than two classes or folds, or a class has fewer groups than there are folds.
     """
     classes = np.unique(labels)
     if len(classes) < 2:
-        raise ValueError(f"probing tells classes apart, and there is only {', '.join(map(str, classes)) or 'none'}")
+        raise ValueError(f"probing needs two classes, and there is only {', '.join(map(str, classes)) or 'none'}")
     if folds < 2:
         raise ValueError(f"folds must be at least 2, one to train on and one to test on; got {folds}")
     counts = {str(name): len(np.unique(groups[labels == name])) for name in classes}
@@ -105,8 +101,8 @@ def check_groups(labels: np.ndarray, groups: np.ndarray, folds: int = FOLDS) -> 
     if few:
         named = ", ".join(f"{name} ({count})" for name, count in list(few.items())[:8])
         raise ValueError(
-            f"{len(few)} classes have texts of fewer documents than the {folds} folds, among which a document cannot "
-            f"be divided: {named}; leave them out (classes), give more documents, or take fewer folds"
+            f"{len(few)} classes have texts of fewer documents than the {folds} folds, and no document may be in two: "
+            f"{named}; leave them out (classes), give more documents, or use fewer folds"
         )
 
 
@@ -120,27 +116,25 @@ def probe_features(
     standardize: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Probe one representation for every class against all others. The module's text says how.
+    """Probe one representation for every class against all others; see the module's docstring.
 
-    Of a sparse representation (non-negative coefficients) the candidates are those with the largest mean on the class
-    minus mean off it, as in the authors' code; of a dense one, whose features have both signs, the difference counts
-    without its sign.
+    Candidates of a sparse representation (non-negative coefficients) have the largest mean on the class minus mean off
+    it, as in the authors' code; those of a dense one, whose features have both signs, the largest absolute difference.
 
     Args:
-        features: (T, width), as `pool_features` gives them.
+        features: (T, width), from `pool_features`.
         labels: (T).
-        folds: of `grouped_folds`.
-        candidates: features that are tried alone.
-        sparsities: the k of the k-sparse probes.
-        standardize: divide every feature by its standard deviation on the training texts before all else.
-        seed: of the texts that are drawn for the k-sparse probes; with the same seed they are the same for every
-            representation.
+        folds: from `grouped_folds`.
+        candidates: number of features that are tried alone.
+        sparsities: values of k for the k-sparse probes.
+        standardize: first divide every feature by its standard deviation on the training texts.
+        seed: seed of the texts drawn for the k-sparse probes, which are the same for every representation.
 
     Returns:
         `width`: number of features. `classes`: for each class `f1`, `best_test_f1`, `balanced_accuracy` (of the same
         probe as `f1`) and `k_sparse` {k: accuracy}, means over folds; `f1_folds`, the F1 of each fold, and `features`,
         the feature chosen in each. `f1`, `best_test_f1`, `balanced_accuracy`, `k_sparse`, `f1_folds`: means over
-        classes. `f1_error`: standard error of the mean of `f1_folds`, the folds taken for independent.
+        classes. `f1_error`: standard error of the mean of `f1_folds`, treating folds as independent.
     """
     import sklearn
 
@@ -163,12 +157,12 @@ def probe_features(
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest, in falling order; of equal ones the first."""
+    """Return the indices of the `count` largest values, in descending order, the first of equal ones first."""
     return np.argsort(-values, kind="stable")[:count]
 
 
 def probe_single(columns: np.ndarray, actual: np.ndarray, fold: Fold) -> dict[str, Any]:
-    """Every feature alone in a class-balanced logistic regression.
+    """Fit a class-balanced logistic regression on every feature alone; skip those constant on the training texts.
 
     Args:
         columns: the candidates, (T, candidates).
@@ -177,8 +171,7 @@ def probe_single(columns: np.ndarray, actual: np.ndarray, fold: Fold) -> dict[st
 
     Returns:
         `feature`, the candidate with the best F1 on the training texts (the first of equals); its `f1` and
-        `balanced_accuracy` on the test texts; `best_test_f1`, the best that any has there. Features that are the same
-        on all training texts tell nothing and are passed over.
+        `balanced_accuracy` on the test texts; `best_test_f1`, the best test F1 of any candidate.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -199,7 +192,7 @@ def probe_single(columns: np.ndarray, actual: np.ndarray, fold: Fold) -> dict[st
 
 
 def balanced_fold(labels: np.ndarray, name: Any, fold: Fold, rng: np.random.Generator) -> Fold:
-    """SAEBench's balance: as many texts of the class as of all others, and of these as many of each, on both sides."""
+    """Balance both sides as SAEBench does: half of the class, half evenly of the others."""
     train, test = (_balanced(labels, name, side, rng) for side in fold)
     return train, test
 
@@ -216,7 +209,7 @@ def _balanced(labels: np.ndarray, name: Any, side: np.ndarray, rng: np.random.Ge
 def _probe_few(
     table: "_Table", scale: np.ndarray, actual: np.ndarray, fold: Fold, sparsities: Sequence[int]
 ) -> dict[str, float]:
-    """{k: accuracy on the test texts}; k in words, as in JSON."""
+    """Return {k: accuracy on the test texts}, with k as a string, as in JSON."""
     from sklearn.linear_model import LogisticRegression
 
     train, test = fold
@@ -231,12 +224,12 @@ def _probe_few(
 
 
 class _Table:
-    """Features as probes need them: columns as float64, and means of classes.
+    """Features with access to columns as float64, and to class means.
 
     Attributes:
         classes: names, (C).
         width: number of features.
-        sparse: whether the features are coefficients of which few are not zero.
+        sparse: whether the features are a sparse array.
     """
 
     def __init__(self, features: Features, labels: np.ndarray):
@@ -248,29 +241,29 @@ class _Table:
         self._columns: Any = features if isinstance(features, np.ndarray) else features.tocsc()
 
     def columns(self, chosen: np.ndarray) -> np.ndarray:
-        """(T, chosen) float64."""
+        """Return (T, chosen) float64."""
         found = self._columns[:, chosen]
         return np.asarray(found.toarray() if self.sparse else found, dtype=np.float64)
 
     def sums(self, weights: np.ndarray) -> np.ndarray:
-        """weights (n, T) times the features: (n, width) float64."""
+        """Return weights (n, T) times the features, (n, width) float64."""
         return np.asarray(weights @ self.rows, dtype=np.float64)
 
     def differences(self, texts: np.ndarray) -> np.ndarray:
-        """Mean of each class minus mean of all others over `texts`, (C, width)."""
+        """Return the mean of each class minus the mean of all others over `texts`, (C, width)."""
         members = np.zeros((len(self.classes), len(self.labels)))
         members[:, texts] = self.labels[texts] == self.classes[:, None]
         counts, sums = members.sum(1, keepdims=True), self.sums(members)
         return sums / counts - (sums.sum(0) - sums) / (counts.sum() - counts)
 
     def difference(self, positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-        """Mean over some texts minus mean over others, (width)."""
+        """Return the mean over some texts minus the mean over others, (width)."""
         weights = np.zeros((1, len(self.labels)))
         weights[0, positives], weights[0, negatives] = 1 / len(positives), -1 / len(negatives)
         return self.sums(weights)[0]
 
     def deviations(self, texts: np.ndarray) -> np.ndarray:
-        """Standard deviation over `texts`, (width); 1 where a feature does not vary."""
+        """Return the standard deviation over `texts`, (width); 1 if a feature does not vary."""
         rows: Any = self.rows[texts]
         rows = rows.astype(np.float64)
         squares = rows.multiply(rows) if self.sparse else rows * rows
@@ -280,7 +273,7 @@ class _Table:
 
 
 def _summary(per_class: dict[str, list[dict[str, Any]]], sparsities: Sequence[int]) -> dict[str, Any]:
-    """Means over folds for each class, and over classes."""
+    """Average over folds for each class, and over classes."""
     classes = {
         label: {
             **_means(found, sparsities),

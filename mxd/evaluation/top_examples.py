@@ -1,4 +1,4 @@
-"""Where in a text the experts are most active: what one reads to learn what an expert responds to."""
+"""Find the places in a text where each expert is most active."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from .expert_use import captured_activations
 
 @dataclass
 class TopExamples:
-    """The M rows on which each of N experts is most active, streamed; of a row only the strongest position.
+    """The M rows on which each of N experts is most active, streamed; each row counts with its strongest position.
 
     Attributes:
-        values: coefficients, (N, M) float32, the largest first; 0 where an expert is active on fewer rows.
+        values: coefficients, (N, M) float32, the largest first; 0 if an expert is active on fewer rows.
         rows: index of the row, in the order of the text, (N, M) int64.
-        positions: in the row, (N, M) int64.
+        positions: position in the row, (N, M) int64.
     """
 
     values: Tensor
@@ -28,7 +28,7 @@ class TopExamples:
 
     @classmethod
     def empty(cls, num_experts: int, count: int) -> "TopExamples":
-        """Of no rows yet."""
+        """Create a table without rows."""
         none = torch.zeros(num_experts, count, dtype=torch.int64)
         return cls(torch.zeros(num_experts, count), none, none.clone())
 
@@ -36,7 +36,7 @@ class TopExamples:
         """Add a batch.
 
         Args:
-            coefficients: values and indices, both (batch, tokens, K), as `SparseLayer.encode` gives them.
+            coefficients: values and indices, both (batch, tokens, K), as `SparseLayer.encode` returns them.
             mask: the positions that count, (batch, tokens) bool.
             first_row: index of the batch's first row in the text.
         """
@@ -44,7 +44,7 @@ class TopExamples:
         row, position, slot = ((values > 0) & mask[..., None]).nonzero(as_tuple=True)
         value, expert = values[row, position, slot].float(), indices[row, position, slot]
         experts, place = expert.unique(return_inverse=True)
-        # Of every row the strongest position, and of several the first: (experts, batch), flat.
+        # The strongest position of every row, the first of several: (experts, batch), flat.
         key, shape = place * len(values) + row, (len(experts), len(values))
         strongest = torch.zeros(shape).flatten().scatter_reduce(0, key, value, "amax")
         first = value == strongest[key]
@@ -65,17 +65,17 @@ def top_examples(
     count: int = 10,
     include_first: bool = True,
 ) -> dict[int, TopExamples]:
-    """Where the experts of every layer are most active, on the untouched model's activations.
+    """Find where the experts of every layer are most active, on the untouched model's activations.
 
     Args:
         model: the base model.
-        decomposition: its layers.
-        batches: `input_ids` (batch, tokens) and, where there is padding on the right, `attention_mask`.
-        count: M, rows of each expert.
+        decomposition: the decomposition of the model.
+        batches: `input_ids` (batch, tokens) and, if there is padding on the right, `attention_mask`.
+        count: M, rows per expert.
         include_first: whether each row's first position (BOS) counts.
 
     Returns:
-        {layer: examples}; rows are counted over all batches.
+        {layer: examples}; row indices run over all batches.
     """
     config = decomposition.config
     found = {layer: TopExamples.empty(config.layer(layer).num_experts, count) for layer in config.layers}

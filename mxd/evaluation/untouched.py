@@ -1,42 +1,36 @@
-"""An untouched model's losses on held-out text, measured once for all decompositions of it."""
+"""Measure the losses of an untouched model on held-out text once, for all decompositions of it."""
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mxd.base.forward import check_causal, evaluating, next_token_logits, right_padded, zero_ablated
-from mxd.base.masks import next_token_mask, token_mask
-from mxd.modeling_mxd import MxDConfig, MxDModel
-from mxd.modeling_mxd.surgery import running_device
+from mxd.base.forward import batch_for, check_causal, evaluating, next_token_logits, zero_ablated
+from mxd.base.masks import token_mask
+from mxd.modeling_mxd import MxDConfig
 
 from .metrics import LogitSums
-from .paired import PairedDifference
 
-# Mean difference of one model's per-token losses in two dtypes or on two machines is less, that of two models more.
+# The per-token losses of one model in two dtypes or on two machines differ by less on average, of two models by more.
 _SAME_MODEL = 0.05
 
 
 class UntouchedLosses:
-    """What is known of an untouched model on some batches, measured once and shared by many decompositions of it.
+    """Losses of an untouched model on some batches, measured once and shared by many decompositions of it.
 
     Args:
-        model: the base model, untouched.
-        batches: `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
-        ablated: a decomposition's configuration: the cross-entropy with its layers' MLPs zero-ablated is measured too,
-            by a second pass.
+        model: the base model.
+        batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
+        ablated: configuration of a decomposition: measure, in a second pass, also the cross-entropy with the MLPs of
+            its layers zero-ablated.
         progress: show a progress bar.
 
     Attributes:
         cross_entropy: nats per token.
-        tokens: predicted tokens. Memory is 8 bytes a token.
+        tokens: number of predicted tokens. The losses take 8 bytes of memory per token.
     """
 
     @torch.no_grad()
@@ -51,51 +45,45 @@ class UntouchedLosses:
         self._losses: list[Tensor] = []
         self._digests: list[str] = []
         self._ablated = None if ablated is None else _ablation_of(ablated)
-        sums, of_ablated = LogitSums(), LogitSums()
+        sums, ablated_sums = LogitSums(), LogitSums()
         with evaluating(model):
             for batch in tqdm(batches, desc="untouched", unit="batch", disable=not progress, dynamic_ncols=True):
-                self._losses.append(_losses(model, batch, sums)[0].cpu())
+                self._losses.append(_losses(model, batch, sums).cpu())
                 self._digests.append(_digest(batch))
                 if ablated is not None:
                     with zero_ablated(model, ablated):
-                        _losses(model, batch, of_ablated)
-        self.cross_entropy, self.tokens, self._zero_ablated = sums.cross_entropy, sums.targets, of_ablated.cross_entropy
+                        _losses(model, batch, ablated_sums)
+        self.cross_entropy, self.tokens = sums.cross_entropy, sums.targets
+        self._zero_ablated = ablated_sums.cross_entropy
 
     def zero_ablated(self, config: MxDConfig) -> float | None:
-        """Cross-entropy with the MLPs of a decomposition zero-ablated; None where that was not measured for them."""
+        """Return the cross-entropy with the MLPs of a decomposition zero-ablated; None if it was not measured."""
         return self._zero_ablated if self._ablated == _ablation_of(config) else None
 
     def of_batch(self, index: int, batch: Mapping[str, Tensor]) -> Tensor:
-        """Losses of batch `index`, (batch, tokens − 1) float64, 0 where a position does not count.
+        """Return the losses of batch `index`, (batch, tokens − 1) float64, 0 where a position does not count.
 
         Raises:
-            ValueError: when `batch` is not that batch.
+            ValueError: `batch` is a different batch.
         """
         if index >= len(self._losses) or _digest(batch) != self._digests[index]:
             raise ValueError(
-                f"batch {index} is not the one that the untouched model's losses are of: "
+                f"batch {index} is not the one that the untouched model's losses were measured on: "
                 "give the same batches in the same order, or measure UntouchedLosses on these"
             )
         return self._losses[index]
 
     def check_complete(self, batches: int) -> None:
-        """Refuse fewer batches than the losses are of.
-
-        Raises:
-            ValueError: naming both numbers.
-        """
+        """Raise `ValueError` if fewer batches were seen than the losses were measured on."""
         if batches != len(self._losses):
             raise ValueError(f"the untouched model's losses are of {len(self._losses)} batches, got {batches}")
 
     def check_model(self, index: int, losses: Tensor, counted: Tensor) -> None:
-        """Refuse a model whose losses of a batch are others than those that are known.
+        """Raise `ValueError` if a model's losses of a batch differ by more than hardware and dtype explain.
 
         Args:
-            index: of the batch.
-            losses, counted: of the model, and which of them count, both (batch, tokens − 1).
-
-        Raises:
-            ValueError: when they differ by more than hardware and dtype explain.
+            index: index of the batch.
+            losses, counted: losses of the model, and the mask of those that count, both (batch, tokens − 1).
         """
         counted = counted.cpu()
         if not counted.any():
@@ -107,76 +95,11 @@ class UntouchedLosses:
                 f"{difference:.3f} nats per token; measure UntouchedLosses with this one"
             )
 
-    @torch.no_grad()
-    def rise(
-        self, model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
-    ) -> dict[str, object]:
-        """Rise of cross-entropy when `model` is spliced, by one forward pass a batch.
 
-        Args:
-            model: the same base model.
-            decomposition: its layers.
-            batches: the batches of the untouched model's losses, in their order.
-
-        Returns:
-            {"untouched", "spliced", "rise", "rise_interval", "tokens"}, in nats per token; see `PairedDifference`.
-
-        Raises:
-            ValueError: when the batches are others than those, or in another order.
-        """
-        sums, difference, seen = LogitSums(), PairedDifference(), 0
-        with evaluating(model, decomposition), decomposition.spliced(model, cast=False):
-            for seen, batch in enumerate(batches, start=1):
-                untouched = self.of_batch(seen - 1, batch)
-                losses, counted = _losses(model, batch, sums)
-                difference.update(losses - untouched.to(losses.device), counted)
-        self.check_complete(seen)
-        return {
-            "untouched": self.cross_entropy,
-            "spliced": sums.cross_entropy,
-            "rise": difference.mean,
-            "rise_interval": difference.interval,
-            "tokens": self.tokens,
-        }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to a safetensors file, from which `load` reads it in another process."""
-        known = {
-            "digests": self._digests,
-            "cross_entropy": self.cross_entropy,
-            "tokens": self.tokens,
-            "ablated": self._ablated,
-            "zero_ablated": self._zero_ablated,
-        }
-        tensors = {str(index): losses for index, losses in enumerate(self._losses)}
-        save_file(tensors, path, metadata={"untouched": json.dumps(known)})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "UntouchedLosses":
-        """What `save` wrote.
-
-        Raises:
-            ValueError: when the file is another's.
-        """
-        self = cls.__new__(cls)
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if "untouched" not in metadata:
-                raise ValueError(f"{path} was not written by UntouchedLosses.save")
-            known = json.loads(metadata["untouched"])
-            self._digests = known["digests"]
-            self._losses = [file.get_tensor(str(index)) for index in range(len(self._digests))]
-        self.cross_entropy, self.tokens = known["cross_entropy"], known["tokens"]
-        self._ablated, self._zero_ablated = known["ablated"], known["zero_ablated"]
-        return self
-
-
-def _losses(model: nn.Module, batch: Mapping[str, Tensor], sums: LogitSums) -> tuple[Tensor, Tensor]:
-    """Losses of a batch, added to `sums`, and which of them count, both (batch, tokens − 1)."""
-    ids, attention_mask = rows = right_padded(batch, running_device(model))
-    mask = token_mask(ids, attention_mask)
-    losses = sums.update(next_token_logits(model, rows), ids, mask)
-    return losses, next_token_mask(mask).to(losses.device)
+def _losses(model: nn.Module, batch: Mapping[str, Tensor], sums: LogitSums) -> Tensor:
+    """Add a batch to `sums`, and return its losses, (batch, tokens − 1)."""
+    ids, attention_mask = rows = batch_for(model, batch)
+    return sums.update(next_token_logits(model, rows), ids, token_mask(ids, attention_mask))
 
 
 def _digest(batch: Mapping[str, Tensor]) -> str:

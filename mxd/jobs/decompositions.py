@@ -1,26 +1,35 @@
-"""Decompositions that are there: loaded from a folder or the Hub, with their base, and how they were made."""
+"""Load decompositions from folders or the Hub, with their base models and the record of how they were made."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from mxd.base.base_model import BaseModelError, check_base_model, default_device, load_base_model
+from mxd.data.provenance import recorded_runs
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.hub_cards.reading import check_weights, read_config, read_json
 from mxd.modeling_mxd import MxDModel
 from mxd.modeling_mxd.loading import file_if_any, first_line, with_retries
 
+from .options import STDOUT
+from .run_folder import output_folder
+
+Text = TypeVar("Text")
+
 
 def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
-    """A decomposition from a folder or the Hub (`user/repo`, or `user/repo@revision`), or some layers of it; no code of
-    it is run.
+    """Load a decomposition, or some of its layers. No code of its repo is run.
+
+    Args:
+        name: folder, or Hub id `user/repo`, or `user/repo@revision`.
+        layers: None for all.
 
     Raises:
-        ValueError: it is none, or cannot be had.
+        ValueError: there is no decomposition of that name, or it cannot be read.
     """
     source, how = _source(name)
     if Path(source).is_dir():
@@ -42,29 +51,19 @@ def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
-    """Folder or Hub id, and the revision that stands behind its `@`, as in the Hub client's `hf://` paths."""
+    """Return folder or Hub id, and the revision that follows `@`, as in the Hub client's `hf://` paths."""
     repo, _, revision = name.partition("@")
     return (name, {}) if Path(name).is_dir() or not revision else (repo, {"revision": revision})
 
 
-def output_folder(name: str) -> Path:
-    """A folder to write into, which need not be there.
+def results_folder(source: str, output: str | None) -> Path | None:
+    """Return the folder for a decomposition's results: the one asked for, else its own; None for standard output.
 
     Raises:
-        ValueError: it is a file.
+        ValueError: neither is a folder, or the one asked for holds another decomposition.
     """
-    folder = Path(name)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the output {folder} is a file: name a folder with --output")
-    return folder
-
-
-def results_folder(source: str, output: str | None) -> Path:
-    """Where what was measured of a decomposition is written: a folder that was asked for, else its own.
-
-    Raises:
-        ValueError: neither is a folder, or the one that was asked for is of another decomposition.
-    """
+    if output == STDOUT:
+        return None
     if output is None and not Path(source).is_dir():
         raise ValueError(f"{source} is no folder: if it is on the Hub, name a folder for the results with --output")
     folder = output_folder(source if output is None else output)
@@ -73,68 +72,50 @@ def results_folder(source: str, output: str | None) -> Path:
     return folder
 
 
-def check_base_of(decomposition: MxDModel, dtype: str, context_length: int | None = None) -> None:
-    """Refuse what `load_base_of` refuses, as far as the base model's config shows it; no more is downloaded.
+def load_base_and_text(
+    decomposition: MxDModel, dtype: str, context_length: int, load_text: Callable[[], Text]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Text]:
+    """Load the base model of a decomposition, and text; move both models to the accelerator, if there is one.
+
+    What the base model's config shows to be wrong is refused before the text is fetched, and a wrong text before the
+    base model's weights are.
+
+    Args:
+        decomposition: its config names the base model.
+        dtype: of the base model.
+        context_length: tokens in a row that the base model must be able to read.
+        load_text: loads the text, and refuses a wrong one.
+
+    Returns:
+        Base model, its tokenizer, and what `load_text` returned.
 
     Raises:
-        ValueError: the decomposition names no base model (`BaseModelError`: or one that cannot be loaded).
+        ValueError: the decomposition names no base model, or one that cannot be loaded (`BaseModelError`).
     """
-    name, revision = _base_of(decomposition)
-    check_base_model(name, revision, dtype, pickles=False, context_length=context_length)
-
-
-def _base_of(decomposition: MxDModel) -> tuple[str, str | None]:
-    """Name and revision."""
-    config = decomposition.config
-    if not config.base_model_name_or_path:
-        raise ValueError("config.json of the decomposition names no base_model_name_or_path, which its layers are of")
-    name, revision = config.base_model_name_or_path, config.base_model_revision
+    name, revision = decomposition.config.base_model_name_or_path, decomposition.config.base_model_revision
+    if not name:
+        raise ValueError("config.json of the decomposition names no base model (base_model_name_or_path)")
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise BaseModelError(
             f"the folder {name} of the base model is not here: write into base_model_name_or_path of the "
-            "decomposition's config.json where it is now, or what it is called on the Hub"
+            "decomposition's config.json where it is now, or its id on the Hub"
         )
-    return name, revision
-
-
-def load_base_of(
-    decomposition: MxDModel, dtype: str, context_length: int | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that a decomposition's config names, and its tokenizer; see `load_base_model`. Both models are
-    then on the accelerator, where there is one.
-
-    Raises:
-        ValueError: as `check_base_of`.
-    """
-    name, revision = _base_of(decomposition)
+    check_base_model(name, revision, dtype, pickles=False, context_length=context_length)
+    text = load_text()
     model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False, context_length=context_length)
     decomposition.to(default_device())
-    return model.to(default_device()), tokenizer
+    return model.to(default_device()), tokenizer, text
 
 
 def made_how(name: str) -> dict[str, Any]:
-    """What evaluation.json of a decomposition (named as for `load_decomposition`) says of how it was made: the settings
-    of its training and of its fine-tunings. Empty where it says nothing."""
+    """Return the settings of a decomposition's training and fine-tunings, as its evaluation.json records them.
+
+    Args:
+        name: as for `load_decomposition`.
+
+    Returns:
+        {"training": dict, "finetuning": list}, each if it is recorded.
+    """
     source, how = _source(name)
     path = file_if_any(source, EVALUATION_NAME, how)
-    settings = {} if path is None else read_json(Path(path)).get("settings")
-    if not isinstance(settings, dict):
-        return {}
-    kinds = {"training": dict, "finetuning": list}
-    return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
-
-
-def trainings(made: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of what `made_how` gives, the settings of the training and of every fine-tuning that say on which text it was."""
-    texts = ((run, run.get("text")) for run in _runs(made) if isinstance(run, dict))
-    return [run for run, text in texts if isinstance(text, dict) and isinstance(text.get("dataset"), list)]
-
-
-def is_held_out(made: Mapping[str, Any], seen: Collection[str]) -> bool | None:
-    """Whether none of a text was trained on, of which `seen` was; None where a training does not say on what it was."""
-    known = len(trainings(made)) == len(_runs(made))
-    return False if seen else True if known else None
-
-
-def _runs(made: Mapping[str, Any]) -> list[Any]:
-    return [made.get("training"), *made.get("finetuning", [])]
+    return recorded_runs({} if path is None else read_json(Path(path)).get("settings"))

@@ -31,38 +31,33 @@ def write_mixture(folder):
     (folder / "ignored.bin").write_bytes(b"\0")
 
 
-EXPECTED_MIXTURE = {
-    "in parquet": "web",
-    "in jsonl 0": "",
-    "in jsonl 1": "",
-    "in json": "",
-    "in csv": "",
-    "first line\n\nsecond line\n": "",
-    "# title\n": "",
-    "x = 1\n": "",
-}
+EXPECTED_MIXTURE = [
+    "in parquet", "in jsonl 0", "in jsonl 1", "in json", "in csv",
+    "x = 1\n", "first line\n\nsecond line\n", "# title\n",
+]  # fmt: skip
 
 
 # --- loading
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_mixed_formats_give_text_and_domain(tmp_path, streaming):
+def test_mixed_formats_give_text(tmp_path, streaming):
     write_mixture(tmp_path / "corpus")
     loaded = load_text(str(tmp_path / "corpus"), streaming=streaming)
     assert isinstance(loaded, IterableDataset if streaming else Dataset)
-    rows = list(loaded)
-    assert all(set(row) == {"text", "domain"} for row in rows)
-    assert {row["text"]: row["domain"] for row in rows} == EXPECTED_MIXTURE
-    assert len(rows) == len(EXPECTED_MIXTURE)
+    assert list(loaded) == [{"text": text} for text in EXPECTED_MIXTURE]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_formats_without_domain_give_text_alone(tmp_path, streaming):
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.csv").write_text("text,domain_name\ntwo,x\n")
-    loaded = load_text([str(tmp_path / "b.csv"), str(tmp_path / "a.txt")], streaming=streaming)
-    assert list(loaded) == [{"text": "two"}, {"text": "one"}]
+def test_columns_are_kept_on_request(tmp_path, streaming):
+    wide = pa.table({"text": pa.array(["one"], pa.large_string()), "domain": ["web"]})
+    pq.write_table(wide, tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text("text,domain\ntwo,law\n")
+    paths = [str(tmp_path / "b.csv"), str(tmp_path / "a.parquet")]
+    expected = [{"text": "two", "domain": "law"}, {"text": "one", "domain": "web"}]
+    assert list(load_text(paths, streaming=streaming, keep=["domain"])) == expected
+    with pytest.raises(DataError, match="no column 'kind', only text, domain"):
+        load_text(paths, streaming=streaming, keep=["kind"])
 
 
 def test_paths_globs_and_repetitions(tmp_path, monkeypatch):
@@ -90,7 +85,7 @@ def test_a_folder_is_no_glob_whatever_it_is_called(tmp_path, name):
 def test_text_column_is_renamed(tmp_path, streaming):
     (tmp_path / "a.jsonl").write_text(json.dumps({"content": "hello", "text": 5, "domain": "web"}))
     path = str(tmp_path / "a.jsonl")
-    assert list(load_text(path, text_column="content", streaming=streaming)) == [{"domain": "web", "text": "hello"}]
+    assert list(load_text(path, text_column="content", streaming=streaming)) == [{"text": "hello"}]
     with pytest.raises(DataError, match=r"no column 'body'.*content, text, domain"):
         load_text(path, text_column="body", streaming=streaming)
     with pytest.raises(DataError, match=r"'text' of .* holds int, not text"):
@@ -179,7 +174,7 @@ def test_hub_names_go_to_the_hub_and_failures_are_short(monkeypatch):
 def test_hub_rows_pass_the_same_checks(monkeypatch):
     hub = Dataset.from_dict({"content": ["a"], "score": [0.5], "domain": ["web"]})
     monkeypatch.setattr(documents_module, "load_dataset", lambda *args, **kwargs: hub)
-    assert list(load_text("foo", text_column="content")) == [{"text": "a", "domain": "web"}]
+    assert list(load_text("foo", text_column="content")) == [{"text": "a"}]
     with pytest.raises(DataError, match=r"dataset 'foo' has no column 'text'; set text_column to one of content"):
         load_text("foo")
 

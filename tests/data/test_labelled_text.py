@@ -67,7 +67,7 @@ def test_formats_are_joined_with_their_labels(tmp_path):
     [
         ({"label_column": "colour"}, "no column 'colour', only text, kind, book"),
         ({"label_column": "kind", "group_column": "shelf"}, "no column 'shelf'"),
-        ({"label_column": "text"}, "as the column of the text and as that of the labels"),
+        ({"label_column": "text"}, "named as the text column and as the label column"),
         ({"label_column": "kind", "classes": ["a", "z"]}, "has no class 'z', only a, b"),
         ({"label_column": "kind", "classes": ["a"]}, "has only a"),
         ({"label_column": "same"}, "has only x"),

@@ -99,7 +99,7 @@ PLACES = {
     "layer metrics": ("mxd.modeling_mxd.layers.MxDLayer.sum_experts", 0),
     "inside the untouched model": ("transformers.models.llama.modeling_llama.LlamaMLP.forward", 4),
     "spliced, second layer": ("mxd.modeling_mxd.layers.MxDLayer.forward", 1),
-    "ablated, second batch": ("mxd.evaluation.ZeroMLP.forward", 2),
+    "ablated, second batch": ("mxd.base.forward.ZeroMLP.forward", 2),
 }
 
 

@@ -42,7 +42,7 @@ def test_histogram_counts_every_living_expert_and_names_the_dead(figures, tmp_pa
     (axes,) = figures[0].axes
     first, second, quarter = axes.get_lines()
     assert (first.get_ydata().sum(), second.get_ydata().sum()) == (6, 0)
-    assert quarter.get_xdata() == pytest.approx([math.log10(0.25)] * 2)
+    assert list(quarter.get_xdata()) == [0.25, 0.25] and axes.get_xscale() == "log"
     assert legend(figures[0]) == ["layer 8: 25.0 % of 8 dead", "layer 9: 100.0 % of 4 dead", "25 % of tokens"]
     assert axes.get_xlabel() and axes.get_ylabel()
 
@@ -54,7 +54,7 @@ def test_no_frequency_falls_off_the_axis(figures, tmp_path, smallest):
     line = figures[0].axes[0].get_lines()[0]
     assert line.get_ydata().sum() == 3
     left, right = figures[0].axes[0].get_xlim()
-    assert left <= math.log10(smallest) <= right == 0
+    assert left <= 1.001 * smallest and right == 1
 
 
 def test_many_layers_and_none(figures, tmp_path):

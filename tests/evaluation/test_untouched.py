@@ -1,7 +1,6 @@
 import pytest
 import torch
 from evaluation_cases import approximate, batches, pad
-from safetensors.torch import save_file
 
 from mxd.base.forward import ZeroMLP
 from mxd.evaluation import UntouchedLosses, faithfulness
@@ -12,20 +11,10 @@ def rows():
     return [pad(batch, left=2, right=1, rows=1) for batch in batches(count=3)]
 
 
-def test_the_rise_is_what_faithfulness_gives(tiny_llama, rows):
-    untouched = UntouchedLosses(tiny_llama, rows)
-    for layers in ((1,), (0, 2)):
-        mxd = approximate(tiny_llama, layers)
-        rise, expected = untouched.rise(tiny_llama, mxd, rows), faithfulness(tiny_llama, mxd, rows)["cross_entropy"]
-        assert rise["rise"] == pytest.approx(expected["spliced"] - expected["untouched"], rel=1e-9)
-        assert rise.pop("tokens") == 54
-        assert rise == {name: expected[name] for name in rise}
-
-
-def test_faithfulness_is_the_same_with_what_is_known(tiny_llama, rows, tmp_path, monkeypatch):
+def test_faithfulness_is_the_same_with_what_is_known(tiny_llama, rows, monkeypatch):
     first, second, other = (approximate(tiny_llama, layers) for layers in ((1,), (1,), (0,)))
-    UntouchedLosses(tiny_llama, rows, ablated=first.config).save(tmp_path / "known.safetensors")
-    known = UntouchedLosses.load(tmp_path / "known.safetensors")
+    known = UntouchedLosses(tiny_llama, rows, ablated=first.config)
+    assert known.tokens == 54
     expected = {mxd: faithfulness(tiny_llama, mxd, rows) for mxd in (first, second, other)}
     runs = []
     monkeypatch.setattr(ZeroMLP, "forward", lambda self, x: runs.append(1) or torch.zeros_like(x))
@@ -40,13 +29,12 @@ def test_faithfulness_is_the_same_with_what_is_known(tiny_llama, rows, tmp_path,
 def test_other_batches_are_refused(tiny_llama):
     rows = batches(count=2)
     untouched, mxd = UntouchedLosses(tiny_llama, rows), approximate(tiny_llama)
-    for measure in (untouched.rise, lambda *arguments: faithfulness(*arguments, untouched=untouched)):
-        with pytest.raises(ValueError, match="batch 0 is not the one"):
-            measure(tiny_llama, mxd, rows[::-1])
-        with pytest.raises(ValueError, match="of 2 batches, got 1"):
-            measure(tiny_llama, mxd, rows[:1])
-        with pytest.raises(ValueError, match="batch 2 is not the one"):
-            measure(tiny_llama, mxd, [*rows, rows[0]])
+    with pytest.raises(ValueError, match="batch 0 is not the one"):
+        faithfulness(tiny_llama, mxd, rows[::-1], untouched=untouched)
+    with pytest.raises(ValueError, match="of 2 batches, got 1"):
+        faithfulness(tiny_llama, mxd, rows[:1], untouched=untouched)
+    with pytest.raises(ValueError, match="batch 2 is not the one"):
+        faithfulness(tiny_llama, mxd, [*rows, rows[0]], untouched=untouched)
 
 
 def test_another_model_is_refused(tiny_llama, rows):
@@ -54,9 +42,3 @@ def test_another_model_is_refused(tiny_llama, rows):
     tiny_llama.lm_head.weight.data.mul_(8)
     with pytest.raises(ValueError, match="of another model"):
         faithfulness(tiny_llama, mxd, rows, untouched=known)
-
-
-def test_another_file_is_refused(tmp_path):
-    save_file({"0": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"not written by UntouchedLosses"):
-        UntouchedLosses.load(tmp_path / "other.safetensors")

@@ -1,7 +1,6 @@
 import json
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,14 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from typer.main import get_command
 
-from mxd import DecompositionOptions, FinetuningOptions, TextOptions, demo
+from mxd import demo
+from mxd.cli.main import app
 from mxd.hub_cards import build_card, update_card
 from mxd.hub_cards.card import BEGIN, END
 from mxd.hub_cards.safe_text import without_folders
 from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
-from mxd.trainers import DistillationArguments
 
 LAYER = {
     "nmse": 0.2114,
@@ -66,7 +66,7 @@ EVALUATION = {
             "modulation_learning_rate_factor": 3.0,
             "gate_init": "data",
             "encoder_init": "pretrained",
-            "modulation_init": "random",
+            "modulation_init": "unit",
             "scale_activations": True,
             "bf16": True,
             "loss": "squared_norm",
@@ -254,7 +254,8 @@ def test_hostile_texts_are_only_text(tmp_path):
     body = str(card)
     body.encode()
     assert (card.text.count(BEGIN), card.text.count(END)) == (1, 1)
-    assert card.text.count("```") == plain.text.count("```")
+    # A training with another stack has no command, which would need a flag for it.
+    assert card.text.count("```") == plain.text.count("```") - 2
     assert body.count("\n## ") == str(plain).count("\n## ")
     for part in ("<script", "<img", "{{", "{%", "$$", "\u202e", "\x00"):
         assert part not in card.text
@@ -406,10 +407,9 @@ def test_figures_are_embedded_by_relative_path(tmp_path):
 
 
 def options_of(command):
-    """Option → its values, of a command as the card prints it; checks that each is a field of the options."""
+    """Option → its values, of a command as the card prints it; checks that the command takes each."""
     words = shlex.split(command.replace("\\\n", " "))
-    known = {"decompose": DecompositionOptions, "finetune": FinetuningOptions}[words[1]]
-    names = {field.name for options in (known, TextOptions, DistillationArguments) for field in fields(options)}
+    names = {parameter.name for parameter in get_command(app).commands[words[1]].params}
     options = {}
     for word in words[3:]:
         if word.startswith("--"):
@@ -434,7 +434,7 @@ def test_the_command_repeats_the_run(tmp_path):
         "method": ["mxd"],
         "dataset": ["HuggingFaceFW/fineweb-edu", "*.parquet", "part.jsonl"],
         "heldout_dataset": ["held.txt"],
-        "config_name": ["sample-10BT"],
+        "dataset_config": ["sample-10BT"],
         "split": ["train"],
         "text_column": ["text"],
         "streaming": [],
@@ -446,9 +446,6 @@ def test_the_command_repeats_the_run(tmp_path):
         "batch_tokens": ["2048"],
         "evaluation_tokens": ["16384"],
         "learning_rate": ["0.003"],
-        "gate_init": ["data"],
-        "encoder_init": ["pretrained"],
-        "modulation_init": ["random"],
         "dtype": ["float32"],
         "bf16": [],
         "seed": ["7"],

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
-from mxd import FinetuningOptions, TextOptions, finetune
+from mxd import FinetuningOptions, finetune
 from mxd.hub_cards import push_decomposition
 
 REPO = "user/mxd-tiny"
@@ -31,7 +31,8 @@ def test_a_shared_decomposition_is_finetuned(hub, base_with_tokenizer, folder, t
             tokens=640,
             batch_tokens=64,
             evaluation_tokens=128,
-            text=TextOptions(dataset=[text], context_length=32),
+            dataset=[text],
+            context_length=32,
             training={"disable_tqdm": True, "calibration_tokens": 64, "statistics_tokens": 64, "use_cpu": True},
             output=str(tmp_path / "finetuned"),
         )

@@ -4,9 +4,8 @@
 kill, interrupt: the last of the processes; plain: SGD, rows in their order, and a step of 8 rows in one process or in
 two.
 
-KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `sparse` (rows, and
-the optimiser that follows the experts that fired), `routed` (rows, hierarchical routing), `coded` (rows, a sparse code
-trained along), or `finetuning`.
+KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `routed` (rows,
+hierarchical routing), `auxiliary` (rows, auxiliary transcoder), or `finetuning`.
 """
 
 import os
@@ -85,12 +84,12 @@ def main(output, kind, *options):
         trainer = FinetuningTrainer(model, FinetuningArguments(**arguments), **common)
     else:
         arguments |= {
-            "auxiliary_weight": float(kind in ("coded", "routed")),
+            "auxiliary_weight": float(kind in ("auxiliary", "routed")),
         }
         model = MxDModel(config)
         if "plain" in options:  # each process would start it from its own rows, and scale it by them
             model = started(config)
-            arguments |= {"gate_init": "keep", "scale_activations": False}
+            arguments |= {"warm_start": True, "scale_activations": False}
         trainer = DistillationTrainer(model, teacher, DistillationArguments(**arguments), **common)
     trainer.train(resume_from_checkpoint="resume" in options)
     trainer.save_model(output + "/final")

@@ -7,9 +7,10 @@ import torch
 from torch.utils.data import DataLoader
 from trainer_cases import ARGUMENTS
 
+from mxd.base.activation_cache import ActivationCache
 from mxd.base.capture import capture_mlps
 from mxd.modeling_mxd import MxDConfig, MxDModel
-from mxd.trainers import ActivationCache, DistillationArguments, DistillationTrainer, ReplayTrainer
+from mxd.trainers import DistillationArguments, DistillationTrainer
 
 LAYERS = [0, 2]
 
@@ -20,8 +21,8 @@ def rows():
 
 
 @pytest.fixture
-def recording(tiny_llama, rows, tmp_path):
-    return ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, rows, rows_per_step=3)
+def cache(tiny_llama, rows, tmp_path):
+    return ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows, rows_per_step=3)
 
 
 def decomposition(layers=(0, 2), **changes):
@@ -34,10 +35,10 @@ def arguments(folder, **changes):
     return DistillationArguments(**{"output_dir": str(folder), **ARGUMENTS, **changes})
 
 
-def test_it_gives_what_the_model_gives(tiny_llama, rows, recording):
+def test_it_gives_what_the_model_gives(tiny_llama, rows, cache):
     order = torch.randperm(len(rows))[:7]
     expected = capture_mlps(tiny_llama, LAYERS, rows[order])
-    got = recording({"input_ids": rows[order], "attention_mask": torch.ones(7, 12)})
+    got = cache({"input_ids": rows[order], "attention_mask": torch.ones(7, 12)})
     assert list(got) == LAYERS
     for layer in LAYERS:
         for tensor, wanted in zip(got[layer], expected[layer], strict=True):
@@ -45,56 +46,67 @@ def test_it_gives_what_the_model_gives(tiny_llama, rows, recording):
             torch.testing.assert_close(tensor.float(), wanted, rtol=2**-8, atol=1e-6)
 
 
-def test_it_is_the_training_data_in_its_order(rows, recording):
-    (batch,) = DataLoader(recording, batch_size=len(rows))
+def test_it_is_the_training_data_in_its_order(rows, cache):
+    (batch,) = DataLoader(cache, batch_size=len(rows))
     assert torch.equal(batch["input_ids"], rows)
-    with pytest.raises(ValueError, match="not recorded"):
-        recording({"input_ids": rows.roll(1)})
+    with pytest.raises(ValueError, match="not in the activation cache"):
+        cache({"input_ids": rows.roll(1)})
 
 
-def test_replay_trains_as_the_live_teacher_does(tiny_llama, rows, recording, tmp_path):
-    tiny_llama.bfloat16()  # so that rounding what is recorded changes nothing
-    recording = ActivationCache.record(tmp_path / "second", tiny_llama, LAYERS, rows)
-    trained = {}
-    for kind, data in ((DistillationTrainer, [{"input_ids": row} for row in rows]), (ReplayTrainer, recording)):
+def test_training_on_it_is_training_on_the_live_teacher(tiny_llama, rows, tmp_path):
+    tiny_llama.bfloat16()  # so that rounding what is cached changes nothing
+    cache = ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows)
+    trained = []
+    for given in ({"train_dataset": [{"input_ids": row} for row in rows]}, {"activations": cache}):
         torch.manual_seed(0)
         model = decomposition()
-        given = {"train_dataset": data} if kind is DistillationTrainer else {"recording": data}
-        trainer = kind(model, tiny_llama, arguments(tmp_path / "out", num_train_epochs=2), **given)
+        trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path / "out", num_train_epochs=2), **given)
         trainer.train()
         assert trainer.state.global_step == 6
-        trained[kind] = model.state_dict()
-    live, replayed = trained.values()
-    assert all(torch.equal(live[name], replayed[name]) for name in live)
+        trained.append(model.state_dict())
+    live, cached = trained
+    assert all(torch.equal(live[name], cached[name]) for name in live)
 
 
-def test_every_epoch_has_the_rows_in_their_order(tiny_llama, rows, recording, tmp_path, monkeypatch):
-    seen, training_step = [], ReplayTrainer.training_step
+def test_every_epoch_has_the_rows_in_their_order(tiny_llama, rows, cache, tmp_path, monkeypatch):
+    seen, training_step = [], DistillationTrainer.training_step
 
     def keep(self, model, inputs, *args):
         seen.append(inputs["input_ids"])
         return training_step(self, model, inputs, *args)
 
-    monkeypatch.setattr(ReplayTrainer, "training_step", keep)
+    monkeypatch.setattr(DistillationTrainer, "training_step", keep)
     for method in ("mxd", "transcoder"):
-        model = decomposition([2], method=method)
-        ReplayTrainer(model, tiny_llama, arguments(tmp_path / "out", num_train_epochs=3), recording).train()
+        settings = arguments(tmp_path / "out", num_train_epochs=3)
+        DistillationTrainer(decomposition([2], method=method), tiny_llama, settings, activations=cache).train()
         assert torch.equal(torch.cat(seen), rows.repeat(3, 1))
         seen.clear()
 
 
-def test_replay_runs_no_forward_of_the_teacher(tiny_llama, recording, tmp_path):
+def test_the_teacher_does_not_run(tiny_llama, cache, tmp_path):
     tiny_llama.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
-    ReplayTrainer(decomposition([2]), tiny_llama, arguments(tmp_path / "out"), recording).train()
+    settings = arguments(tmp_path / "out", eval_strategy="epoch")
+    trainer = DistillationTrainer(decomposition([2]), tiny_llama, settings, activations=cache, eval_dataset=cache)
+    assert trainer.train_dataset is cache
+    trainer.train()
+    assert any("eval_nmse" in entry for entry in trainer.state.log_history)
 
 
-def test_layers_that_were_not_recorded_are_refused(tiny_llama, recording, tmp_path):
-    with pytest.raises(ValueError, match=r"recorded are layers \[0, 2\].*of layers \[1\]"):
-        ReplayTrainer(decomposition([1]), tiny_llama, arguments(tmp_path / "out"), recording)
+def test_a_dataset_of_its_own_takes_some_of_the_rows(tiny_llama, rows, cache, tmp_path):
+    data = [{"input_ids": row} for row in rows[:8]]
+    trainer = DistillationTrainer(
+        decomposition([2]), tiny_llama, arguments(tmp_path / "out"), train_dataset=data, activations=cache
+    )
+    assert trainer.train().global_step == 1
 
 
-def test_an_interrupted_recording_goes_on(tiny_llama, rows, recording, tmp_path, monkeypatch):
-    expected = recording({"input_ids": rows})
+def test_layers_that_are_not_in_it_are_refused(tiny_llama, cache, tmp_path):
+    with pytest.raises(ValueError, match=r"cache has layers \[0, 2\].*decomposition has layers \[1\]"):
+        DistillationTrainer(decomposition([1]), tiny_llama, arguments(tmp_path / "out"), activations=cache)
+
+
+def test_an_interrupted_cache_goes_on(tiny_llama, rows, cache, tmp_path, monkeypatch):
+    expected = cache({"input_ids": rows})
     folder, runs = tmp_path / "interrupted", []
 
     def interrupt(*_):
@@ -106,8 +118,8 @@ def test_an_interrupted_recording_goes_on(tiny_llama, rows, recording, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         ActivationCache.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3)
     handle.remove()
-    assert json.loads((folder / "recording.json").read_text())["recorded"] == 9
-    with pytest.raises(ValueError, match="no complete recording"):
+    assert json.loads((folder / "manifest.json").read_text())["recorded"] == 9
+    with pytest.raises(ValueError, match="no complete activation cache"):
         ActivationCache(folder)
     seen = []
     tiny_llama.register_forward_pre_hook(lambda _, args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
@@ -120,52 +132,53 @@ def test_an_interrupted_recording_goes_on(tiny_llama, rows, recording, tmp_path,
     assert sum(seen[1:]) == len(rows) - 9 + 1
 
 
-def test_another_recording_is_refused_or_replaced(tiny_llama, rows, recording, tmp_path):
-    folder = tmp_path / "recording"
-    with pytest.raises(ValueError, match="another, by the text:"):
+def test_another_cache_is_refused_or_replaced(tiny_llama, rows, cache, tmp_path):
+    folder = tmp_path / "cache"
+    with pytest.raises(ValueError, match="different: rows"):
         ActivationCache.record(folder, tiny_llama, LAYERS, rows.flip(0))
-    with pytest.raises(ValueError, match="another, by the layers"):
+    with pytest.raises(ValueError, match="different: layers"):
         ActivationCache.record(folder, tiny_llama, [1], rows)
-    tiny_llama.model.layers[0].mlp.up_proj.weight.data.add_(1e-3)
-    with pytest.raises(ValueError, match="another, by the model or its dtype"):
+    tiny_llama.config._name_or_path, tiny_llama.config._commit_hash = "user/other", "0" * 40
+    with pytest.raises(ValueError, match="different: base_model, base_model_revision"):
         ActivationCache.record(folder, tiny_llama, LAYERS, rows)
+    tiny_llama.bfloat16().model.layers[0].mlp.up_proj.weight.data.add_(0.1)
     replaced = ActivationCache.record(folder, tiny_llama, LAYERS, rows, overwrite=True)
-    (x, y), (x_before, y_before) = (teacher({"input_ids": rows[:1]})[0] for teacher in (replaced, recording))
-    assert torch.equal(x, x_before) and not torch.equal(y, y_before)
+    about = {"base_model": "user/other", "base_model_revision": "0" * 40, "dtype": "bfloat16", "layers": LAYERS}
+    assert about.items() <= replaced.manifest.items()
+    y, y_before = (teacher({"input_ids": rows[:1]})[0][1] for teacher in (replaced, cache))
+    assert not torch.equal(y, y_before)
 
 
 def test_a_full_disk_is_told_of_before_anything_runs(tiny_llama, rows, tmp_path, monkeypatch):
     free = 20 * 12 * (4 + 2 * 2 * (16 + 16)) - 1
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free))
-    with pytest.raises(ValueError, match=r"the recording takes .* GB left"):
-        ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, rows)
-    assert not (tmp_path / "recording").exists()
+    with pytest.raises(ValueError, match=r"the activation cache takes .* GB left"):
+        ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows)
+    assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free + 1))
-    ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, rows)
-    assert sum(path.stat().st_size for path in (tmp_path / "recording").glob("*.bin")) == free + 1
+    ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.bin")) == free + 1
 
 
-def test_a_recording_is_not_given_up_for_one_that_does_not_fit(tiny_llama, rows, recording, tmp_path, monkeypatch):
+def test_a_cache_is_not_given_up_for_one_that_does_not_fit(tiny_llama, rows, cache, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0))
-    with pytest.raises(ValueError, match=r"the recording takes .* GB left"):
-        ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, torch.cat([rows, rows]), overwrite=True)
-    assert len(ActivationCache(tmp_path / "recording")) == len(rows)
-    ActivationCache.record(
-        tmp_path / "recording", tiny_llama, LAYERS, rows[:4], overwrite=True
-    )  # in the old one's place
-    assert len(ActivationCache(tmp_path / "recording")) == 4
+    with pytest.raises(ValueError, match=r"the activation cache takes .* GB left"):
+        ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, torch.cat([rows, rows]), overwrite=True)
+    assert len(ActivationCache(tmp_path / "cache")) == len(rows)
+    ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows[:4], overwrite=True)  # in the old one's place
+    assert len(ActivationCache(tmp_path / "cache")) == 4
 
 
-def test_some_layers_alone_are_read(rows, recording):
+def test_some_layers_alone_are_read(rows, cache):
     batch = {"input_ids": rows[:2]}
-    whole = recording(batch)
-    some = recording(batch, LAYERS[:1])
+    whole = cache(batch)
+    some = cache(batch, LAYERS[:1])
     assert list(some) == LAYERS[:1] and torch.equal(some[LAYERS[0]][0], whole[LAYERS[0]][0])
 
 
 @pytest.mark.parametrize("shape", [(0, 12), (12,)])
 def test_rows_that_are_none(tiny_llama, tmp_path, shape):
     with pytest.raises(ValueError, match="at least one token"):
-        ActivationCache.record(tmp_path / "recording", tiny_llama, LAYERS, torch.zeros(shape, dtype=torch.int64))
+        ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, torch.zeros(shape, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""The sparse code that an MxD's coefficients may be, too: its error, what it does to the experts, where it is kept."""
+"""The auxiliary transcoder: its loss, its effect on the gate, its file in checkpoints."""
 
 import json
 
@@ -15,20 +15,18 @@ from mxd.trainers.auxiliary_transcoder import FILE_NAME
 def test_its_error_is_that_of_a_skip_transcoder_on_the_gate(tiny_llama, tmp_path):
     model = decomposition()
     trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, auxiliary_weight=0.5), train_dataset=rows())
-    layer, code = model.layer(1), trainer.codes.of_layer(1)
-    for parameter in (*layer.parameters(), *code.parameters()):
+    layer, auxiliary = model.layer(1), trainer.auxiliary.of_layer(1)
+    for parameter in (*layer.parameters(), *auxiliary.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
     x, y, mask = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
     mask[1, 3:] = False
-    (loss, rest), (first, second) = (
-        part(model, 1, x, y, mask) for part in (trainer._losses, trainer._losses_with_code)
-    )
+    losses = trainer.layer_losses(1, x, y, mask)
     values, indices = layer.encode(x)
     dense = torch.zeros(2, 5, 48).scatter(-1, indices, values)
-    coded = dense @ code.decoder + x @ code.skip.weight.T + code.output_bias
+    coded = dense @ auxiliary.decoder + x @ auxiliary.skip.weight.T + auxiliary.output_bias
     error = ((coded - y).square().sum(-1) / y.square().sum(-1))[mask].sum()
-    torch.testing.assert_close(first, loss)
-    torch.testing.assert_close(second, rest + 0.5 * error)
+    torch.testing.assert_close(losses.distillation, trainer.distillation_loss(layer(x), y, mask))
+    torch.testing.assert_close(losses.auxiliary, 0.5 * error)
 
 
 def test_the_gate_learns_to_code_the_output(tiny_llama, tmp_path):
@@ -52,12 +50,12 @@ def test_the_gate_learns_to_code_the_output(tiny_llama, tmp_path):
 def test_it_learns_at_a_transcoders_rate_and_scales(tiny_llama, tmp_path):
     model = decomposition()
     trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path, auxiliary_weight=1.0), train_dataset=rows())
-    trainer._start()
+    trainer.init_weights()
     optimizer = trainer.create_optimizer()
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-    code, scales = trainer.codes.of_layer(1), trainer.scales[1]
-    assert rates[id(code.decoder)] == rates[id(code.output_bias)] == pytest.approx(3e-2 * scales.output_scale)
-    assert rates[id(code.skip.weight)] == pytest.approx(3e-2 * scales.output_scale / scales.input_scale)
+    auxiliary, scales = trainer.auxiliary.of_layer(1), trainer.scales[1]
+    assert rates[id(auxiliary.decoder)] == rates[id(auxiliary.output_bias)] == pytest.approx(3e-2 * scales.output_scale)
+    assert rates[id(auxiliary.skip.weight)] == pytest.approx(3e-2 * scales.output_scale / scales.input_scale)
 
 
 def test_only_checkpoints_keep_it_and_in_a_file_beside(tiny_llama, tmp_path):
@@ -66,7 +64,7 @@ def test_only_checkpoints_keep_it_and_in_a_file_beside(tiny_llama, tmp_path):
     trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
     names = set(model.state_dict())
     trainer.train()
-    assert trainer.codes.of_layer(1).decoder.any()
+    assert trainer.auxiliary.of_layer(1).decoder.any()
     assert set(model.state_dict()) == names
     trainer.save_model(tmp_path / "final")
     for folder in (tmp_path / "checkpoint-10", tmp_path / "final"):
@@ -81,16 +79,16 @@ def test_a_second_training_starts_it_anew(tiny_llama, tmp_path):
     settings = arguments(tmp_path, auxiliary_weight=1.0, max_steps=2)
     trainer = DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=rows())
     trainer.train()
-    assert trainer.codes.of_layer(1).decoder.any()
-    trainer._start()
-    assert not any(parameter.any() for parameter in trainer.codes.parameters())
+    assert trainer.auxiliary.of_layer(1).decoder.any()
+    trainer.init_weights()
+    assert not any(parameter.any() for parameter in trainer.auxiliary.parameters())
 
 
 def test_transcoders_have_none(tiny_llama, tmp_path):
     settings = arguments(tmp_path, auxiliary_weight=1.0, save_strategy="steps", save_steps=10)
     trainer = DistillationTrainer(decomposition(method="transcoder"), tiny_llama, settings, train_dataset=rows())
     trainer.train()
-    assert not len(trainer.codes)
+    assert not len(trainer.auxiliary)
     assert not (tmp_path / "checkpoint-10" / FILE_NAME).exists()
 
 
@@ -98,8 +96,8 @@ def test_transcoders_have_none(tiny_llama, tmp_path):
 def test_sharded_training_is_refused(tiny_llama, tmp_path, sharding):
     trainer = DistillationTrainer(decomposition(), tiny_llama, arguments(tmp_path), train_dataset=rows())
     setattr(trainer, sharding, True)
-    with pytest.raises(ValueError, match="neither FSDP nor DeepSpeed trains a sparse code"):
-        trainer._make_codes()
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed do not train an auxiliary transcoder"):
+        trainer.train()
 
 
 def test_a_checkpoint_with_it_is_not_resumed_without(tiny_llama, tmp_path):
@@ -107,7 +105,7 @@ def test_a_checkpoint_with_it_is_not_resumed_without(tiny_llama, tmp_path):
     DistillationTrainer(decomposition(), tiny_llama, arguments(tmp_path, **changes), train_dataset=rows()).train()
     settings = arguments(tmp_path, auxiliary_weight=0.0, max_steps=20)
     trainer = DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=rows())
-    with pytest.raises(ValueError, match="was trained with a sparse code"):
+    with pytest.raises(ValueError, match="was trained with an auxiliary transcoder"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
@@ -126,6 +124,6 @@ def test_a_checkpoint_without_it_is_not_resumed_from(tiny_llama, tmp_path, damag
     trainer = DistillationTrainer(
         decomposition(), tiny_llama, arguments(folder, auxiliary_weight=1.0), train_dataset=rows()
     )
-    message = "it was trained with auxiliary_weight 0" if damage == "missing" else "other layers or sizes"
+    message = "was trained with auxiliary_weight 0" if damage == "missing" else "other layers or sizes"
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))

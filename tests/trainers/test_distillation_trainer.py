@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_cases import PLAIN, arguments, decomposition, rows
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from mxd.base.capture import capture_mlps
 from mxd.base.masks import token_mask
-from mxd.evaluation import expert_ranks, faithfulness
+from mxd.evaluation import faithfulness
 from mxd.modeling_mxd import MxDModel, SurgeryError
-from mxd.trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
-from mxd.trainers.decomposition_trainer import ROUTER_TOKENS
+from mxd.trainers import DistillationArguments, DistillationTrainer, FinetuningTrainer, last_complete_checkpoint
+from mxd.trainers.decomposition_trainer import PRIVATE_OVERRIDES, ROUTER_TOKENS, DecompositionTrainer
+from mxd.trainers.hub_pushes import HubPushes
 from mxd.trainers.router import router_loss, routing_recall
 
 SCRIPT = Path(__file__).parent / "distil.py"
@@ -51,9 +53,9 @@ def test_loss_falls_and_every_parameter_moves(tiny_llama, tmp_path, method):
     trainer = DistillationTrainer(
         model, tiny_llama, arguments(tmp_path, max_steps=40, logging_steps=5, **PLAIN), train_dataset=rows()
     )
-    trainer._start()
+    trainer.init_weights()
     start = {name: value.clone() for name, value in model.named_parameters()}
-    trainer.args.gate_init = "keep"  # not anew: what was recorded is the start
+    trainer.args.warm_start = True  # not anew: what was recorded is the start
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
@@ -76,13 +78,13 @@ def test_what_is_missing_to_the_experts_share_by_hand(tiny_llama, tmp_path):
         torch.nn.init.normal_(parameter, std=0.3)
     x, y, mask = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
     mask[1, 3:] = False
-    loss, missing = trainer._losses(model, 1, x, y, mask)
-    torch.testing.assert_close(loss, trainer.distillation_loss(layer(x), y, mask))
+    losses = trainer.layer_losses(1, x, y, mask)
+    torch.testing.assert_close(losses.distillation, trainer.distillation_loss(layer(x), y, mask))
     x, y = x[mask], y[mask]
     mean = layer.sum_experts(layer.encode(x)).mean(0)
     of_mean = mean * layer.decoder(layer.hidden(x)) + layer.output_bias
     errors = ((of_mean - y).square().sum(-1) / y.square().sum(-1)).clamp_max(1)
-    assert missing.item() == pytest.approx(2 * 8 * max(0.0, 0.9 - errors.mean().item()), rel=1e-4)
+    assert losses.mean_ablation.item() == pytest.approx(2 * 8 * max(0.0, 0.9 - errors.mean().item()), rel=1e-4)
 
 
 def test_experts_come_to_carry_the_share_that_is_asked_for(tiny_llama, tmp_path):
@@ -101,8 +103,8 @@ def test_experts_come_to_carry_the_share_that_is_asked_for(tiny_llama, tmp_path)
 def test_transcoders_are_asked_for_no_share(tiny_llama, tmp_path):
     model = decomposition(method="skip_transcoder")
     trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path), train_dataset=rows())
-    _, missing = trainer._losses(model, 1, torch.randn(5, 16), torch.randn(5, 16), torch.ones(5, dtype=torch.bool))
-    assert missing == 0
+    losses = trainer.layer_losses(1, torch.randn(5, 16), torch.randn(5, 16), torch.ones(5, dtype=torch.bool))
+    assert losses.distillation > 0 and losses.mean_ablation == losses.auxiliary == 0
 
 
 def test_logs_every_layer(tiny_llama, tmp_path):
@@ -140,13 +142,13 @@ def test_layerwise_backward_equals_the_whole_loss(tiny_llama, tmp_path):
     start = {"encoder_init": "pretrained", "decoder_init": "pretrained"}
     settings = arguments(tmp_path, modulation_init="unit", min_mean_ablation_error=0.9, auxiliary_weight=0.0, **start)
     trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
-    trainer._start()
+    trainer.init_weights()
     batch = trainer.data_collator([{"input_ids": row} for row in rows(8)["input_ids"]])
     captured, tokens = trainer.capture(batch), batch["input_ids"].numel()
-    losses = [trainer._losses(model, layer, x, y, torch.ones(x.shape[:2]).bool()) for layer, (x, y) in captured.items()]
-    reported, missing = (torch.stack(parts).mean() / tokens for parts in zip(*losses, strict=True))
-    assert missing > 0
-    (reported + missing).backward()
+    losses = [trainer.layer_losses(layer, x, y, torch.ones(x.shape[:2]).bool()) for layer, (x, y) in captured.items()]
+    reported, penalty, auxiliary = (torch.stack(parts).mean() / tokens for parts in zip(*losses, strict=True))
+    assert penalty > 0 and auxiliary == 0
+    (reported + penalty).backward()
     gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
     model.zero_grad()
     stepwise = trainer.training_step(model, batch)
@@ -180,7 +182,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream", "sparse", "routed", "coded", "finetuning"])
+@pytest.mark.parametrize("kind", ["rows", "stream", "routed", "auxiliary", "finetuning"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
     def run(folder, *options):
         command = [sys.executable, str(SCRIPT), str(tmp_path / folder), kind, *options]
@@ -368,7 +370,7 @@ def test_the_reported_loss_is_the_distillation_loss_alone(tiny_llama, tmp_path):
     reported = trainer.training_step(model, dict(batch))
     mask = token_mask(batch["input_ids"])
     x, y = capture_mlps(tiny_llama, [1], batch["input_ids"])[1]
-    torch.testing.assert_close(reported, trainer._losses(model, 1, x, y, mask)[0].detach() / mask.sum())
+    torch.testing.assert_close(reported, trainer.layer_losses(1, x, y, mask).distillation.detach() / mask.sum())
     assert model.layer(1).router.weight.grad.any()
 
 
@@ -401,7 +403,7 @@ def test_unknown_layer_is_refused_before_training(tiny_llama, tmp_path):
         ({"intermediate_size": 39}, {}, True),
         ({"encoder_type": "mlp"}, {}, True),
         ({"intermediate_size": 39}, {"encoder_init": "random", "decoder_init": "zero"}, False),
-        ({"intermediate_size": 39}, {"gate_init": "keep"}, False),
+        ({"intermediate_size": 39}, {"warm_start": True}, False),
         ({"intermediate_size": 39, "method": "transcoder"}, {}, False),
     ],
 )
@@ -410,10 +412,51 @@ def test_an_encoder_that_cannot_start_from_the_mlps_is_refused_before_training(
 ):
     model, settings = decomposition(**config), arguments(tmp_path, max_steps=1, **start)
     if refused:
-        with pytest.raises(ValueError, match=r"layer 1: .* cannot start from the pretrained MLP.*form glu and 40"):
+        with pytest.raises(ValueError, match=r"layer 1: .* from the pretrained MLP, which has form glu and 40"):
             DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
     else:
         DistillationTrainer(model, tiny_llama, settings, train_dataset=rows()).train()
+
+
+def test_a_warm_start_trains_on_from_the_given_weights(tiny_llama, tmp_path):
+    model = decomposition()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    given = {name: value.clone() for name, value in model.named_parameters()}
+    settings = arguments(tmp_path, warm_start=True, learning_rate=0.0, max_steps=1)
+    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
+    trainer.train()
+    assert all(torch.equal(value, given[name]) for name, value in model.named_parameters())
+    assert trainer.scales  # measured all the same
+    settings = arguments(tmp_path, learning_rate=0.0, max_steps=1)
+    DistillationTrainer(model, tiny_llama, settings, train_dataset=rows()).train()
+    assert not [name for name, value in model.named_parameters() if torch.equal(value, given[name])]
+
+
+def test_the_overridden_private_methods_are_the_listed_ones():
+    found = set()
+    for trainer in (HubPushes, DecompositionTrainer, DistillationTrainer, FinetuningTrainer):
+        found |= {name for name in vars(trainer) if re.match("_[a-z]", name) and hasattr(Trainer, name)}
+    assert found == PRIVATE_OVERRIDES.keys()
+    assert len(found) <= 5
+
+
+def test_interventions_apply_in_training(tiny_llama, tmp_path):
+    model = decomposition()
+    trainer = DistillationTrainer(model, tiny_llama, arguments(tmp_path), train_dataset=rows())
+    x, y, mask = torch.randn(5, 16), torch.randn(5, 16), torch.ones(5, dtype=torch.bool)
+    torch.nn.init.normal_(model.layer(1).decoder.weight)
+    before = trainer.layer_losses(1, x, y, mask).distillation
+    with model.layer(1).intervene(ablate=range(48)):
+        ablated = trainer.layer_losses(1, x, y, mask).distillation
+    torch.testing.assert_close(ablated, trainer.distillation_loss(torch.zeros_like(y), y, mask))
+    assert before != ablated
+
+
+def test_other_columns_are_ignored(tiny_llama, tmp_path):
+    data = rows().add_column("text", ["words"] * 64)
+    trainer = DistillationTrainer(decomposition(), tiny_llama, arguments(tmp_path, max_steps=1), train_dataset=data)
+    assert trainer.train().global_step == 1
 
 
 def test_no_tracker_by_default(tmp_path):
@@ -447,27 +490,3 @@ def test_bf16_products_keep_float32_weights(tiny_llama, tmp_path):
     assert torch.bfloat16 in dtypes
     assert all(value.dtype == torch.float32 for value in model.parameters())
     assert all(torch.isfinite(value).all() for value in model.parameters())
-
-
-def test_ranks_are_logged_when_asked_for(tiny_llama, tmp_path):
-    logged = {}
-    for steps in (0, 4):
-        mxd = decomposition(layers=(0, 1))
-        args = arguments(tmp_path, rank_logging_steps=steps)
-        trainer = DistillationTrainer(mxd, tiny_llama, args, train_dataset=rows())
-        trainer.train()
-        logged[steps] = [entry for entry in trainer.state.log_history if "layer_1/normalised_rank" in entry]
-    assert logged[0] == []
-    assert [entry["step"] for entry in logged[4]] == [4, 8, 10]
-    last, ranks = logged[4][-1], expert_ranks(mxd.layer(1), 16)
-    assert last["layer_1/smallest_singular_value"] == pytest.approx(ranks.smallest.mean().item())
-    assert last["layer_1/normalised_rank"] == 1 and last["layer_0/zeros"] == 0
-    with pytest.raises(ValueError, match="rank_logging_steps"):
-        arguments(tmp_path, rank_logging_steps=-1)
-
-
-def test_a_transcoder_logs_no_rank(tiny_llama, tmp_path):
-    args = arguments(tmp_path, rank_logging_steps=4)
-    trainer = DistillationTrainer(decomposition(method="transcoder"), tiny_llama, args, train_dataset=rows())
-    trainer.train()
-    assert not any("rank" in name for entry in trainer.state.log_history for name in entry)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,9 +11,9 @@ from mxd.trainers.initialization import (
     ActivationScales,
     calibrate,
     init_decomposition,
-    initialize_layer,
+    init_from_pretrained,
+    init_layer,
     parameter_scales,
-    start_encoder_from_pretrained,
 )
 
 START = {
@@ -70,7 +72,7 @@ def test_calibration_refuses_activations_that_are_not_finite():
 def test_gate_from_data_points_from_the_mean_to_inputs(calibrations):
     layer = model().layer(1)
     calibration = calibrations[1]
-    initialize_layer(layer, calibration, "data")
+    init_layer(layer, calibration, "data")
     directions = torch.nn.functional.normalize(calibration.inputs - calibration.input_mean, dim=-1)
     cosines = torch.nn.functional.normalize(layer.gate.weight, dim=-1) @ directions.T
     torch.testing.assert_close(cosines.max(-1).values, torch.ones(64))
@@ -82,13 +84,13 @@ def test_gate_from_data_points_from_the_mean_to_inputs(calibrations):
 
 def test_gate_from_data_works_with_fewer_tokens_than_experts(calibrations):
     layer = model(num_experts=2000).layer(1)
-    initialize_layer(layer, calibrations[1], "data")
+    init_layer(layer, calibrations[1], "data")
     assert torch.isfinite(layer.gate.weight).all()
 
 
 def test_scaled_start_sees_inputs_of_unit_scale(calibrations):
     layer, calibration = model().layer(1), calibrations[1]
-    initialize_layer(layer, calibration, "random")
+    init_layer(layer, calibration, "random")
     bound = 1 / 16**0.5 / calibration.scales.input_scale
     assert layer.gate.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
     assert layer.encoder.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
@@ -98,14 +100,16 @@ def test_scaled_start_sees_inputs_of_unit_scale(calibrations):
 
 def test_unscaled_start_is_the_authors_own(calibrations):
     layer = model().layer(1)
-    initialize_layer(layer, calibrations[1], "random", scale_activations=False)
+    init_layer(layer, calibrations[1], "random", scale_activations=False)
     assert layer.gate.weight.abs().max() <= 1 / 16**0.5
     assert not layer.output_bias.any()
 
 
 def test_pretrained_encoder_gives_the_mlps_hidden_units(tiny_llama, calibrations):
     decomposition = model()
-    init_decomposition(decomposition, tiny_llama, calibrations, **START | {"encoder_init": "pretrained"})
+    init_decomposition(
+        decomposition, tiny_llama, calibrations, SimpleNamespace(**START | {"encoder_init": "pretrained"})
+    )
     x, mlp = torch.randn(5, 16), tiny_llama.model.layers[1].mlp
     expected = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
     torch.testing.assert_close(decomposition.layer(1).hidden(x), expected)
@@ -114,7 +118,7 @@ def test_pretrained_encoder_gives_the_mlps_hidden_units(tiny_llama, calibrations
 def test_pretrained_encoder_and_decoder_are_the_mlp_where_the_experts_sum_to_one(tiny_llama, calibrations):
     decomposition = model()
     start = START | {"encoder_init": "pretrained", "decoder_init": "pretrained"}
-    init_decomposition(decomposition, tiny_llama, calibrations, **start)
+    init_decomposition(decomposition, tiny_llama, calibrations, SimpleNamespace(**start))
     x, mlp = torch.randn(5, 16), tiny_llama.model.layers[1].mlp
     torch.testing.assert_close(decomposition.layer(1).combine(torch.ones(5, 16), x), mlp(x))
 
@@ -124,12 +128,12 @@ def test_pretrained_encoder_of_another_form_is_refused(tiny_llama, changes):
     config = {"hidden_size": 16, "output_size": 16, "intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 2}
     layer = make_layer(MxDLayerConfig(**{**config, "hidden_act": "silu", "encoder_type": "glu", **changes}))
     with pytest.raises(ValueError, match="layer 1"):
-        start_encoder_from_pretrained(layer, find_mlp(tiny_llama, 1))
+        init_from_pretrained(layer, find_mlp(tiny_llama, 1))
 
 
 def test_unit_modulation_starts_around_one(tiny_llama, calibrations):
     decomposition = model(num_experts=256, num_experts_per_tok=16)
-    init_decomposition(decomposition, tiny_llama, calibrations, **START | {"modulation_init": "unit"})
+    init_decomposition(decomposition, tiny_llama, calibrations, SimpleNamespace(**START | {"modulation_init": "unit"}))
     layer = decomposition.layer(1)
     summed = layer.sum_experts(layer.encode(calibrations[1].inputs))
     assert summed.mean().item() == pytest.approx(1, rel=0.1)

@@ -56,17 +56,10 @@ def test_weights_are_not_saved_beside_the_figures_of_others(tiny_llama, tmp_path
     assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "evaluation.json").exists()
 
 
-def test_logged_ranks_leave_the_loss_in_the_log(tiny_llama, tmp_path):
-    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, rank_logging_steps=2, logging_steps=2)
-    trainer.train()
-    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == [2, 4, 6, 8, 10]
-
-
 def test_a_routed_layer_starts_at_unit_modulation_with_its_fitted_router(tiny_llama, tmp_path):
     model = decomposition(num_experts=240, num_expert_groups=24, num_groups_per_tok=2)
     trainer = trainer_of(model, tiny_llama, tmp_path, calibration_tokens=800)
-    trainer._start()
+    trainer.init_weights()
     layer = model.layer(1)
     x = torch.cat([trainer.capture(batch)[1][0].flatten(0, 1) for batch in trainer._training_batches()])
     assert layer.sum_experts(layer.encode(x)).mean().item() == pytest.approx(1, rel=0.1)
@@ -95,10 +88,10 @@ def test_a_chosen_optimizer_trains(tiny_llama, tmp_path):
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     assert isinstance(optimizer, torch.optim.SGD)
     assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
-    assert len(optimizer.state) == len(list(model.parameters())) + len(list(trainer.codes.parameters()))
+    assert len(optimizer.state) == len(list(model.parameters())) + len(list(trainer.auxiliary.parameters()))
 
 
-def test_a_given_optimizer_is_refused_where_a_sparse_code_would_not_learn(tiny_llama, tmp_path):
+def test_a_given_optimizer_is_refused_that_would_not_step_the_auxiliary_transcoder(tiny_llama, tmp_path):
     model = decomposition()
     given = (torch.optim.SGD(model.parameters(), lr=0.01), None)
     with pytest.raises(ValueError, match="auxiliary_weight"):
@@ -207,7 +200,7 @@ def test_padding_on_the_left_is_moved(tmp_path):
     trainer = trainer_of(MxDModel(config), base.eval(), tmp_path)
     ids = torch.randint(0, 64, (2, 6))
     left = {"input_ids": F.pad(ids, (3, 0)), "attention_mask": F.pad(torch.ones_like(ids), (3, 0))}
-    prepared = trainer._prepare_inputs(left)
+    prepared = trainer.prepare_batch(left)
     assert torch.equal(prepared["input_ids"][:, :6], ids) and not prepared["attention_mask"][:, 6:].any()
     x, expected = (trainer.capture(batch)[1][0] for batch in (prepared, {"input_ids": ids}))
     torch.testing.assert_close(x[:, :6], expected)
@@ -224,15 +217,19 @@ def test_an_evaluation_of_the_same_weights_stays(tiny_llama, tmp_path):
     assert not (tmp_path / "evaluation.json").exists()
 
 
-def test_the_sparse_code_is_clipped_too(tiny_llama, tmp_path):
-    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, max_grad_norm=1.0)
-    parameters = [*trainer.model.parameters(), *trainer.codes.parameters()]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    norm = trainer._clip_grad_norm(trainer.model)
-    assert float(norm) == pytest.approx(sum(parameter.numel() for parameter in parameters) ** 0.5)
-    clipped = torch.stack([parameter.grad.square().sum() for parameter in parameters]).sum().sqrt()
-    assert float(clipped) == pytest.approx(1, rel=1e-3)
+def test_the_auxiliary_transcoder_is_clipped_with_the_model(tiny_llama, tmp_path):
+    trainer = trainer_of(decomposition(), tiny_llama, tmp_path, max_grad_norm=1e-3, max_steps=1)
+    norms = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **_):
+            parameters = [*trainer.model.layer(1).parameters(), *trainer.auxiliary.parameters()]
+            norms.append(torch.stack([parameter.grad.square().sum() for parameter in parameters]).sum().sqrt())
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert norms[0].item() == pytest.approx(1e-3, rel=1e-2)
+    assert all(parameter.grad is None for parameter in trainer.auxiliary.parameters())
 
 
 class Diverge(TrainerCallback):
@@ -241,8 +238,8 @@ class Diverge(TrainerCallback):
     def __init__(self, model, step):
         self.model, self.step = model, step
 
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
+    def on_optimizer_step(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
             torch.nn.init.constant_(self.model.layer(1).decoder.weight, torch.nan)
 
 
@@ -269,5 +266,5 @@ def test_a_diverged_training_stops_and_is_not_saved(tiny_llama, tmp_path, step, 
 
 def test_a_learning_rate_that_is_far_too_high_is_said(tiny_llama, tmp_path):
     trainer = trainer_of(decomposition(), tiny_llama, tmp_path, learning_rate=1e20, warmup_steps=0)
-    with pytest.raises(DivergenceError, match="the loss of the steps 1 to 10 is not finite"):
+    with pytest.raises(DivergenceError, match="the loss of the steps 1 to 8 is not finite"):
         trainer.train()

@@ -27,12 +27,12 @@ def trained(folder, kind, *launcher):
     return {name: value for file in files for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("kind", ["finetuning", "coded"])
+@pytest.mark.parametrize("kind", ["finetuning", "auxiliary"])
 def test_two_processes_learn_what_one_does(tmp_path, kind):
     one = trained(tmp_path / "one", kind, sys.executable)
     two = trained(tmp_path / "two", kind, *TWO)
     assert one.keys() == two.keys()
-    assert (kind == "coded") == ("0.decoder" in one)
+    assert (kind == "auxiliary") == ("0.decoder" in one)
     for name, value in one.items():
         if "expert_" not in name:  # measured by each process on its own rows, as the activations' scales are
             torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-3, msg=name)

@@ -7,81 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from inspect import signature
 
 import pytest
 import torch
-import typer
 from commands import killed_at_the_end, refused, run
 from safetensors.torch import load_file
 
-from mxd import demo
+from mxd import EvaluationOptions, demo, evaluate
 from mxd.cli import main as cli
-from mxd.cli import training as cli_training
-from mxd.cli.options import parse_count, parse_layers, report, split_arguments
 from mxd.data.texts import TextOptions, warn_of_embedded_text
-from mxd.jobs import pipeline
-from mxd.jobs.decompositions import check_base_of, load_base_of
-from mxd.jobs.pipeline import evaluate
+from mxd.jobs import decompose as decompose_job
+from mxd.jobs import evaluate as evaluate_job
+from mxd.jobs.decompositions import load_base_and_text
 from mxd.modeling_mxd import MxDModel
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("480M", 480_000_000),
-        ("1.5k", 1500),
-        ("2B", 2 * 10**9),
-        ("500_000", 500_000),
-        ("7", 7),
-        ("1,500,000", 1_500_000),
-        ("1,000.5k", 1_000_500),
-    ],
-)
-def test_counts(text, count):
-    assert parse_count(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "many", "-5", "0", "1T"])
-def test_counts_that_are_none(text):
-    with pytest.raises(typer.BadParameter):
-        parse_count(text)
-
-
-@pytest.mark.parametrize("text", ["1,5M", "1,50", "1500,000", "1,,000", ",500"])
-def test_a_comma_is_no_decimal_point(text):
-    with pytest.raises(typer.BadParameter, match="a comma stands between thousands, a point before decimals"):
-        parse_count(text)
-
-
-@pytest.mark.parametrize(("text", "layers"), [("8", [8]), ("4,8", [4, 8]), ("4-7,10", [4, 5, 6, 7, 10]), (None, None)])
-def test_layers(text, layers):
-    assert parse_layers(text) == layers
-
-
-@pytest.mark.parametrize("text", ["", "x", "1-", "-1", "7-4,10"])
-def test_layers_that_are_none(text):
-    with pytest.raises(typer.BadParameter):
-        parse_layers(text)
-
-
-def test_files_that_the_shell_made_of_a_glob():
-    assert split_arguments(["model", "b.parquet", "c.parquet"], ["a.parquet"]) == (
-        "model",
-        ["a.parquet", "b.parquet", "c.parquet"],
-    )
-    assert split_arguments(["gpt2", "B.PARQUET"], ["a.parquet"]) == ("gpt2", ["a.parquet", "B.PARQUET"])
-    with pytest.raises(typer.BadParameter, match="one model"):
-        split_arguments(["gpt2", "gpt3"], [])
-    with pytest.raises(typer.BadParameter, match="--dataset"):
-        split_arguments(["a.parquet"], [])
-    with pytest.raises(typer.BadParameter, match=r"is b\.parquet to be trained on, or held out\? quote"):
-        split_arguments(["model", "b.parquet"], ["train.parquet"], ["a.parquet"])
-
-
-def test_json_on_screen_has_no_nan(capsys):
-    report({"kl": float("nan"), "layers": {4: [float("inf"), 0.5]}}, as_json=True)
-    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"kl": None, "layers": {"4": [None, 0.5]}}
+def evaluated(folder, **changes):
+    return evaluate(EvaluationOptions(decomposition=str(folder), **changes))
 
 
 def test_decompose_leaves_a_folder_that_loads(finished):
@@ -92,6 +34,7 @@ def test_decompose_leaves_a_folder_that_loads(finished):
         "evaluation.json",
         "figures",
         "model.safetensors",
+        "run.yaml",
         "tokenizer.json",
         "tokenizer_config.json",
         "training_arguments.json",
@@ -124,7 +67,7 @@ def test_evaluation_is_complete(finished):
 def test_evaluate_again_gives_the_same_numbers(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
     before = json.loads((folder / "evaluation.json").read_text())
-    code, output, error = run("evaluate", folder, "--tokens", "2048", "--json")
+    code, output, error = run("evaluate", folder, "--tokens", "2048", "--output", "-")
     assert code == 0, error
     after = json.loads(output)
     assert after["layers"]["2"] == pytest.approx(before["layers"]["2"], rel=1e-5)
@@ -141,12 +84,12 @@ def test_evaluate_on_the_text_of_the_training_says_so(finished, tmp_path, caplog
     results = json.loads((folder / "evaluation.json").read_text())
     results["settings"]["training"]["text"]["dataset"] = ["own.txt"]
     (folder / "evaluation.json").write_text(json.dumps(results))
-    found = pipeline.evaluate(str(folder), TextOptions([str(text)], context_length=64), tokens=256)
+    found = evaluated(folder, dataset=[str(text)], context_length=64, tokens=256)
     assert "was trained on" in caplog.text and found["settings"]["evaluation"]["held_out"] is False
-    found = pipeline.evaluate(str(folder), TextOptions(context_length=64), tokens=256)
+    found = evaluated(folder, context_length=64, tokens=256)
     assert found["settings"]["evaluation"]["held_out"] is True
     (folder / "evaluation.json").unlink()  # as of what a Trainer made: on what it was trained is not known
-    found = pipeline.evaluate(str(folder), TextOptions(context_length=64), tokens=256)
+    found = evaluated(folder, context_length=64, tokens=256)
     assert found["settings"]["evaluation"]["held_out"] is None
 
 
@@ -171,9 +114,9 @@ def test_evaluate_with_ablation_and_ranks(finished, tmp_path):
     figures = {path.name for path in (folder / "figures").iterdir()}
     assert {"ablation.png", "smallest_singular_values.png"} <= figures
     # On the same tokens both are kept; on others only what depends on no text.
-    again = evaluate(str(folder), TextOptions(), tokens=1024)
+    again = evaluated(folder, tokens=1024)
     assert again["ablation"] == curve and again["ranks"] == results["ranks"]
-    other = evaluate(str(folder), TextOptions(), tokens=512)
+    other = evaluated(folder, tokens=512)
     assert "ablation" not in other and other["ranks"] == results["ranks"]
     figures = {path.name for path in (folder / "figures").iterdir()}
     assert "ablation.png" not in figures and "smallest_singular_values.png" in figures
@@ -183,7 +126,7 @@ def test_another_decomposition_s_figures_are_removed(finished, tmp_path):
     (tmp_path / "figures").mkdir()
     for name in ("ablation.png", "smallest_singular_values.png", "mine.png"):
         (tmp_path / "figures" / name).touch()
-    evaluate(str(finished[0]), TextOptions(), tokens=256, output=str(tmp_path))
+    evaluated(finished[0], tokens=256, output=str(tmp_path))
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"mine.png"}
 
 
@@ -191,10 +134,10 @@ def test_an_evaluation_that_cannot_be_read_is_refused_before_measuring(finished,
     def measure(*_, **__):
         raise AssertionError("measured")
 
-    monkeypatch.setattr(pipeline, "faithfulness", measure)
+    monkeypatch.setattr(evaluate_job, "faithfulness", measure)
     (tmp_path / "evaluation.json").write_text('{"layers"')
     with pytest.raises(ValueError, match=r"evaluation.json is no JSON that can be read: .*move it away"):
-        evaluate(str(finished[0]), TextOptions(), tokens=256, output=str(tmp_path))
+        evaluated(finished[0], tokens=256, output=str(tmp_path))
 
 
 def test_embedded_model_beats_unigrams_by_far():
@@ -207,9 +150,9 @@ def test_embedded_model_beats_unigrams_by_far():
     [
         (["no/such-model"], "cannot load the model 'no/such-model'"),
         (["--layers", "99"], "layer 99 is out of range: the model has layers 0 to 4"),
-        (["--layers", "x"], "names no layers"),
+        (["--layers", "x"], "is no list of numbers"),
         (["--tokens", "lots"], "is no number of tokens"),
-        (["--k", "65", "--experts", "64"], "num_experts_per_tok (65) must not exceed num_experts (64)"),
+        (["-k", "65", "--num-experts", "64"], "num_experts_per_tok (65) must not exceed num_experts (64)"),
         (["--dataset", "missing.parquet"], "missing.parquet"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--layers", "1,1"], "more than once"),
@@ -218,17 +161,18 @@ def test_embedded_model_beats_unigrams_by_far():
 )
 def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, arguments, message):
     if "--dataset" not in arguments:
-        monkeypatch.setattr(pipeline, "load_documents", lambda *_: pytest.fail("text was fetched"))
+        monkeypatch.setattr(decompose_job, "load_documents", lambda *_: pytest.fail("text was fetched"))
     error = refused(monkeypatch, capsys, "decompose", "--output", tmp_path / "out", *arguments)
     assert message in " ".join(error.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["evaluate", "experts", "use", "probe", "finetune"])
+@pytest.mark.parametrize("command", ["evaluate", "experts", "probe", "finetune"])
 def test_what_the_base_cannot_do_is_refused_before_text_is_fetched(monkeypatch, capsys, tmp_path, finished, command):
     monkeypatch.chdir(tmp_path)
     labels = ["--label-column", "kind"] if command == "probe" else []
-    arguments = ["--context-length", "257", "--dataset", "missing.parquet", *labels]
+    (tmp_path / "long.yaml").write_text("context_length: 257")
+    arguments = ["--config", "long.yaml", "--dataset", "missing.parquet", *labels]
     assert "fewer than a row of 257 tokens" in refused(monkeypatch, capsys, command, finished[0], *arguments)
 
 
@@ -239,9 +183,8 @@ def test_a_stranger_s_base_of_absurd_sizes_is_refused_before_a_config_is_made_of
     monkeypatch.setattr("mxd.base.base_model.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was made"))
     decomposition = MxDModel.from_pretrained(finished[0])
     decomposition.config.base_model_name_or_path = str(base)
-    for load in (check_base_of, load_base_of):
-        with pytest.raises(ValueError, match="has sizes that no model has"):
-            load(decomposition, "float32")
+    with pytest.raises(ValueError, match="has sizes that no model has"):
+        load_base_and_text(decomposition, "float32", 128, lambda: pytest.fail("text was fetched"))
 
 
 def test_a_model_of_ones_own_on_the_embedded_text_is_warned_of(caplog):
@@ -275,7 +218,7 @@ def test_output_that_is_not_empty(monkeypatch, capsys, tmp_path, finished):
 
 def test_a_decomposition_is_no_model_to_decompose(monkeypatch, capsys, tmp_path, finished):
     error = refused(monkeypatch, capsys, "decompose", finished[0], "--output", tmp_path / "out")
-    assert "is a decomposition itself: name the model that it is of" in error
+    assert "is a decomposition itself: name its base model" in error
     assert "fewer than a row" in refused(monkeypatch, capsys, "evaluate", finished[0], "--context-length", "512")
 
 
@@ -300,7 +243,7 @@ def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
 
 def test_interrupt_then_resume(tmp_path):
     folder = tmp_path / "out"
-    arguments = ["--experts", "64", "--k", "4", "--evaluation-tokens", "2048", "--tokens", "200k", "--output", folder]
+    arguments = ["--num-experts", "64", "-k", "4", "--evaluation-tokens", "2048", "--tokens", "40k", "--output", folder]
     command = [sys.executable, "-m", "mxd", "decompose", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
@@ -335,7 +278,7 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
         "from mxd.cli import main\n"
         "main()\n"
     )
-    arguments = ["decompose", "--experts", "64", "--k", "4", "--tokens", "40k", "--output", str(folder)]
+    arguments = ["decompose", "--num-experts", "64", "-k", "4", "--tokens", "40k", "--output", str(folder)]
     command = [sys.executable, "-c", script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
@@ -409,11 +352,6 @@ def test_of_an_interrupt_it_says_how_to_go_on(monkeypatch, capsys, tmp_path, arg
     assert ("kept: run again with --resume" in error) == goes_on == ("kept" in error)
 
 
-def test_what_a_command_keeps_is_where_it_writes():
-    for command, folder in cli.OUTPUTS.items():
-        assert signature(getattr(cli_training, command)).parameters["output"].default == folder
-
-
 @pytest.mark.parametrize(
     ("arguments", "rate"),
     [
@@ -425,36 +363,10 @@ def test_what_a_command_keeps_is_where_it_writes():
 )
 def test_the_learning_rate_is_the_one_that_is_asked_for(monkeypatch, capsys, arguments, rate):
     def decompose(options):
-        raise ValueError(f"it is {options.training['learning_rate']}")
+        raise ValueError(f"it is {options.learning_rate}")
 
-    monkeypatch.setattr(pipeline, "decompose", decompose)
+    monkeypatch.setattr(decompose_job, "decompose", decompose)
     assert f"it is {rate}\n" in refused(monkeypatch, capsys, "decompose", *arguments)
-
-
-@pytest.mark.parametrize(
-    ("command", "shown"),
-    [
-        ("decompose", "[the embedded default]"),
-        ("push", "[the account's default]"),
-        ("evaluate", "(user/repo[@revision])"),
-    ],
-)
-def test_help_shows_what_stands_in_brackets(command, shown):
-    code, output, _ = run(command, "--help")
-    assert code == 0
-    assert shown in " ".join(output.replace("│", " ").split())
-
-
-def test_help_needs_no_torch():
-    code = (
-        "import sys; from mxd import cli; from typer.testing import CliRunner\n"
-        "shown = CliRunner().invoke(cli.app, ['decompose', '--help'])\n"
-        "assert shown.exit_code == 0 and '--layers' in shown.output, shown.output\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "COLUMNS": "200"}).returncode == 0
-    )
 
 
 def test_version_of_torch_is_recorded(finished):

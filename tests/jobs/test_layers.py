@@ -8,26 +8,26 @@ from typer.testing import CliRunner
 from mxd.base.base_model import BaseModelError
 from mxd.base.pretrained_weights import mlp_widths
 from mxd.cli.main import app
-from mxd.jobs.layers import describe_layers, layer_groups, load_skeleton
+from mxd.jobs.layers import layer_groups, load_skeleton
 from mxd.modeling_mxd import MxDConfig
 
 
-def shorten(*arguments):
+def shown(*arguments):
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["layers", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def test_the_embedded_model():
-    output = shorten()
+    output = shown()
     assert "model.layers of LlamaForCausalLM" in output
     assert "0-4" in output and "192 → 512 → 192" in output and "gate_proj, up_proj, down_proj" in output
 
 
 def test_layers_that_are_alike_share_a_line_and_those_without_say_why(tmp_path):
     tiny_config("nemotron_h").save_pretrained(tmp_path)
-    output = shorten(tmp_path)
-    assert output.count("mixture-of-experts") == 1
+    output = shown(tmp_path)
+    assert output.count("mlp.experts") == 1
     assert (
         "NemotronHBlock has no module that is an MLP, only norm (NemotronHRMSNorm), mixer (NemotronHMamba2Mixer)"
         in (" ".join(output.split()))
@@ -36,7 +36,7 @@ def test_layers_that_are_alike_share_a_line_and_those_without_say_why(tmp_path):
 
 def test_every_stack_has_a_table(tmp_path):
     tiny_config("t5").save_pretrained(tmp_path)
-    output = shorten(tmp_path)
+    output = shown(tmp_path)
     assert "encoder.block of T5ForConditionalGeneration" in output and "decoder.block of" in output
 
 
@@ -56,13 +56,18 @@ def test_what_is_no_model_is_refused(tmp_path):
         load_skeleton(str(tmp_path / "nothing"))
 
 
-def test_ranges_of_layers():
-    assert describe_layers([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+@pytest.mark.parametrize("name", ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_the_routed_experts_of_a_mixture_are_a_site_of_their_own(tmp_path, name):
+    tiny_config(name).save_pretrained(tmp_path)
+    sites = {group.site.name: group for group in layer_groups(load_skeleton(str(tmp_path)))}
+    assert {"mlp", "mlp.experts"} <= sites.keys()
+    assert sites["mlp.experts"].site.slots != sites["mlp"].site.slots
+    assert "mlp.experts" in shown(tmp_path)
 
 
 def test_a_decomposition_is_told_from_a_model(tmp_path):
     MxDConfig(layers=[2], base_model_name_or_path="user/base").save_pretrained(tmp_path)
-    with pytest.raises(BaseModelError, match=r"is a decomposition, of 'user/base'"):
+    with pytest.raises(BaseModelError, match=r"is a decomposition of 'user/base'"):
         load_skeleton(str(tmp_path))
 
 

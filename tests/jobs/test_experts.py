@@ -4,13 +4,16 @@ import shutil
 
 from commands import refused, run
 
-from mxd import TextOptions, read_experts
-from mxd.jobs.experts import page, print_experts
+from mxd import ExpertsOptions, read_experts
+from mxd.cli.tables import print_experts
+from mxd.jobs.experts import page
 
 
 def test_a_random_sample_is_shown_and_written(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
-    code, output, error = run("experts", folder, "--tokens", "4096", "--sample", "5", "--examples", "3")
+    config = tmp_path / "sample.yaml"
+    config.write_text("sample: 5")
+    code, output, error = run("experts", folder, "--tokens", "4096", "--examples", "3", "--config", config)
     assert code == 0, error
     assert "where experts are most active" in output and "experts.html" in output
     results = json.loads((folder / "experts.json").read_text())
@@ -27,8 +30,9 @@ def test_a_random_sample_is_shown_and_written(finished, tmp_path):
 def test_named_experts_of_some_text_in_another_folder(finished, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    output = str(tmp_path / "results")
     results = read_experts(
-        str(finished[0]), TextOptions([str(text)]), experts=[3, 7], examples=2, output=str(tmp_path / "results")
+        ExpertsOptions(decomposition=str(finished[0]), dataset=[str(text)], experts=[3, 7], examples=2, output=output)
     )
     (experts,) = results["layers"].values()
     assert list(experts) == ["3", "7"]

@@ -6,8 +6,8 @@ from commands import interrupted, refused, run
 from transformers import AutoModelForCausalLM
 
 from mxd import FinetuningOptions, demo, finetune
-from mxd.jobs import finetuning as command
-from mxd.jobs.runs import START_NAME, Interrupted
+from mxd.jobs import finetune as command
+from mxd.jobs.run_folder import START_NAME, Interrupted
 from mxd.modeling_mxd import MxDModel
 from mxd.trainers import FinetuningTrainer
 
@@ -64,7 +64,15 @@ def test_both_evaluations_are_kept(finetuned):
     (finetuning,) = results["settings"]["finetuning"]
     assert finetuning["decomposition"] == str(source)
     assert (finetuning["loss"], finetuning["tokens_trained"], finetuning["seed"]) == ("kl", 14336, 0)
-    assert {"learning_rate", "nmse_weight", "seconds", "versions", "batch_tokens", "text"} <= finetuning.keys()
+    assert {
+        "learning_rate",
+        "nmse_weight",
+        "seconds",
+        "versions",
+        "batch_tokens",
+        "text",
+        "training",
+    } <= finetuning.keys()
     before = finetuning["before"]
     # The same text and model as in the earlier evaluation; the shares are measured anew, on a few tokens.
     intervals = [results["cross_entropy"].pop("rise_interval") for results in (before, earlier)]
@@ -78,7 +86,7 @@ def test_both_evaluations_are_kept(finetuned):
 def test_measuring_again_keeps_how_it_was_made(finetuned):
     folder = finetuned[0]
     before = json.loads((folder / "evaluation.json").read_text())
-    code, output, error = run("evaluate", folder, "--tokens", "2048", "--json")
+    code, output, error = run("evaluate", folder, "--tokens", "2048", "--output", "-")
     assert code == 0, error
     after = json.loads(output)
     assert after["layers"]["2"] == pytest.approx(before["layers"]["2"], rel=1e-5)
@@ -162,7 +170,7 @@ def test_documents_are_split_as_where_the_decomposition_was_trained(
         (["{mxd}", "--output", "{mxd}", "--overwrite"], "must be two folders"),
         (["{mxd}", "--output", "{mxd}/inside"], "must be two folders"),
         (["{mxd}", "--tokens", "lots"], "is no number of tokens"),
-        (["{mxd}", "--loss", "mse"], "'kl', 'cross-entropy'"),
+        (["{mxd}", "--loss", "mse"], "'mse' is not one of kl, cross_entropy"),
         (["{mxd}", "--dataset", "missing.parquet"], "missing.parquet"),
         (["{mxd}", "--resume"], "no complete checkpoint"),
         (["{mxd}", "--dtype", "int8"], "dtype must be one of"),

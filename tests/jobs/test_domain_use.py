@@ -6,7 +6,7 @@ from commands import refused, run
 from datasets import ClassLabel, Dataset, Features, Value
 
 from mxd.data.texts import TextOptions
-from mxd.jobs.domains import documents_by_domain
+from mxd.jobs.domain_use import documents_by_domain
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 CODE = "def f(x):\n    return x + 1\n\nfor i in range(10):\n    print(f(i))\n"
@@ -20,12 +20,12 @@ def labelled(tmp_path_factory):
     return path
 
 
-def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path):
+def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path, caplog):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
     short = tmp_path / "short.jsonl"
     short.write_text(labelled.read_text() + json.dumps({"text": "too short", "kind": "note"}) + "\n")
     how = ("--dataset", short, "--by", "kind", "--tokens", "1024")
-    code, output, error = run("use", folder, *how)
+    code, output, error = run("evaluate", folder, *how)
     assert code == 0, error
     assert "prose" in output and "active experts" in output
     assert (folder / "figures" / "experts_per_domain.png").stat().st_size
@@ -35,22 +35,24 @@ def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path):
     for row in layer["domains"].values():
         assert 0 < row["tokens"] <= 1024 and 0 < row["active_experts"] <= 64
     assert results["settings"]["domain_column"] == "kind" and results["settings"]["left_out"] == ["note"]
-    assert "domain 'note' is left out: the text is too short" in error and "asked for" not in error
+    assert "domain 'note' is left out: the text is too short" in caplog.text and "asked for" not in caplog.text
 
 
 def test_text_that_cannot_be_divided(finished, labelled, monkeypatch, capsys):
     folder = finished[0]
-    assert "no column 'domain'" in refused(monkeypatch, capsys, "use", folder, "--dataset", labelled)
-    assert "holds the text" in refused(monkeypatch, capsys, "use", folder, "--dataset", labelled, "--by", "text")
-    assert "pass --dataset" in refused(monkeypatch, capsys, "use", folder)
+    assert "no column 'domain'" in refused(
+        monkeypatch, capsys, "evaluate", folder, "--dataset", labelled, "--by", "domain"
+    )
+    assert "holds the text" in refused(monkeypatch, capsys, "evaluate", folder, "--dataset", labelled, "--by", "text")
+    assert "name it with --dataset" in refused(monkeypatch, capsys, "evaluate", folder, "--by", "kind")
     short = labelled.with_name("short.jsonl")
     short.write_text("".join(json.dumps({"text": text, "kind": text[:3]}) + "\n" for text in (PROSE * 60, "too short")))
-    error = refused(monkeypatch, capsys, "use", folder, "--dataset", short, "--by", "kind")
+    error = refused(monkeypatch, capsys, "evaluate", folder, "--dataset", short, "--by", "kind")
     assert "of the domains 'It ', 'too' fewer than two have enough text" in error
-    assert "is no folder" in refused(monkeypatch, capsys, "use", "nowhere", "--dataset", labelled)
+    assert "is no folder" in refused(monkeypatch, capsys, "evaluate", "nowhere", "--dataset", labelled, "--by", "kind")
     one = labelled.with_name("one.jsonl")
     one.write_text(json.dumps({"text": PROSE, "domain": "prose"}) + "\n")
-    assert "it has 1" in refused(monkeypatch, capsys, "use", folder, "--dataset", one)
+    assert "it has 1" in refused(monkeypatch, capsys, "evaluate", folder, "--dataset", one, "--by", "domain")
 
 
 def test_labels_are_called_by_their_names(tmp_path):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from mxd import ProbingOptions, probe
 from mxd.cli.main import app
-from mxd.jobs import probing as command
+from mxd.jobs import probe as command
 from mxd.modeling_mxd import MxDModel
 
 TEXTS = {
@@ -55,7 +55,8 @@ COLUMNS = ["--label-column", "kind", "--text-column", "body", "--group-column", 
 
 
 def test_probe_shows_and_saves(finished, transcoder, labelled, tmp_path):
-    folder = tmp_path / "out"
+    folder, config = tmp_path / "out", tmp_path / "few.yaml"
+    config.write_text("candidates: 10")
     arguments = [
         "probe",
         finished[0],
@@ -63,8 +64,8 @@ def test_probe_shows_and_saves(finished, transcoder, labelled, tmp_path):
         "--dataset",
         labelled,
         *COLUMNS,
-        "--candidates",
-        10,
+        "--config",
+        config,
         "--output",
         folder,
     ]
@@ -127,12 +128,9 @@ def test_same_seed_same_figures(finished, labelled, tmp_path):
         (["--classes", "prose"], "has only prose"),
         (["--classes", "prose,verse"], "has no class 'verse'"),
         (["--group-column", "kind"], "fewer documents than the 5 folds"),
-        (["--folds", "11"], "fewer documents than the 11 folds"),
         (["--layer", "0"], "not every decomposition has layer 0 (decomposition: 2)"),
-        (["--against", "input,soul"], "the MLP has no representation 'soul'"),
-        (["--k", "1,two"], "is no list of numbers"),
-        (["--k", "0"], "must be at least 1"),
-        (["--context-length", "4"], "context_length must be at least"),
+        (["--against", "input,soul"], "the MLP's representations are input, neurons, output, got input, soul"),
+        (["--layer", "two"], "is no whole number"),
         (["--dataset", "missing.parquet"], "missing.parquet"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["{tmp}/nothing"], "is no folder with a decomposition"),
@@ -194,8 +192,8 @@ def test_results_are_not_overwritten(finished, labelled, tmp_path):
         ({"dataset": []}, "probing needs labelled text: name it with --dataset"),
         ({"decompositions": []}, "no decomposition to probe"),
         ({"pooling": "sum"}, "pooling must be one of mean, max"),
-        ({"candidates": 0}, r"candidates \(0\) .* must be at least 1"),
-        ({"sparsities": []}, "there must be a k"),
+        ({"candidates": 0}, "candidates and all sparsities must be at least 1"),
+        ({"sparsities": []}, "sparsities must name at least one"),
         ({"seed": -1}, "seed must not be negative"),
     ],
 )

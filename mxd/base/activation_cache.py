@@ -1,0 +1,279 @@
+"""Activation cache: inputs and outputs of a frozen model's MLPs for fixed rows of token ids, stored on disk.
+
+The frozen model is the largest cost of a distillation. One pass over the text serves any number of trainings of the
+same layers, and any number of epochs:
+
+    rows = materialize(pack(documents, tokenizer, 256), tokens=10**6)[:]["input_ids"]    # (rows, tokens)
+    cache = ActivationCache.record("cache", model, [15], rows)
+    DistillationTrainer(decomposition, model, arguments, activations=cache).train()
+
+A token takes 2 (I + O) bytes per layer, in bfloat16: 2.3 kB with I = O = 576, so 10 M tokens take 23 GB.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from mxd.modeling_mxd import find_mlps, site_of
+from mxd.modeling_mxd.surgery import running_device
+
+from .capture import capture_mlps
+from .files import replace_text
+from .forward import evaluating
+
+MANIFEST_NAME = "manifest.json"
+_ROWS_NAME = "rows.bin"
+_SIDES = ("inputs", "outputs")
+_SAVE_SECONDS = 10
+
+
+class ActivationCache(Dataset[dict[str, Tensor]]):
+    """Inputs and outputs of a model's MLPs for rows of token ids, read from a folder.
+
+    As a dataset it yields the rows `{"input_ids": (tokens)}` in the order of recording. Called with a batch of those
+    rows it returns their activations. Several processes can read the same folder.
+
+    Args:
+        folder: Folder that `record` wrote.
+
+    Attributes:
+        layers: Indices of the recorded layers.
+        rows: Token ids, (rows, tokens) int32.
+        manifest: Base model, dtype, layers, stack, site, digest and shape of the rows, widths (I, O) of the layers.
+
+    Raises:
+        ValueError: The folder holds no complete cache.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        folder = Path(folder)
+        self.manifest, recorded = _read_manifest(folder)
+        if not self.manifest or recorded < self.manifest["shape"][0]:
+            raise ValueError(f"{folder} holds no complete activation cache: create it with ActivationCache.record")
+        files = _open(folder, self.manifest, "r")
+        self.layers: list[int] = self.manifest["layers"]
+        self.rows = files[_ROWS_NAME]
+        self._activations = {layer: tuple(files[_file_name(layer, side)] for side in _SIDES) for layer in self.layers}
+        self._index = {rows_digest(row): index for index, row in enumerate(self.rows)}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index].long()}
+
+    def __call__(
+        self, batch: Mapping[str, Tensor], layers: Iterable[int] | None = None
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the activations of a batch of recorded rows, which may come in any order.
+
+        Args:
+            batch: `input_ids` (batch, tokens).
+            layers: Layers to read; by default all. Files of other layers are not touched.
+
+        Returns:
+            {layer: (x, y)} as `capture_mlps` returns them, in bfloat16.
+
+        Raises:
+            ValueError: A row was not recorded.
+        """
+        try:
+            index = torch.tensor([self._index[rows_digest(row)] for row in batch["input_ids"].cpu()])
+        except KeyError:
+            raise ValueError("the batch has a row that is not in the activation cache: train on its own rows") from None
+        wanted = self.layers if layers is None else layers
+        return {layer: (x[index], y[index]) for layer in wanted for x, y in [self._activations[layer]]}
+
+    @classmethod
+    @torch.no_grad()
+    def record(
+        cls,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        layers: Sequence[int],
+        rows: Tensor,
+        *,
+        stack: str | None = None,
+        site: str = "mlp",
+        rows_per_step: int = 8,
+        overwrite: bool = False,
+        progress: bool = False,
+    ) -> "ActivationCache":
+        """Run a model over rows once and store what its MLPs read and write.
+
+        An interrupted recording of the same rows continues where it stopped; a complete one is opened.
+
+        Args:
+            folder: Folder to write; created if it does not exist.
+            model: Model that reads token ids. Its mode is restored.
+            layers: Indices of the layers.
+            rows: Token ids, (rows, tokens), without padding.
+            stack, site: Stack of layers, and MLP of a layer; see `modeling_mxd.find_mlps`.
+            rows_per_step: Rows of one forward pass.
+            overwrite: Replace a cache of another model, text or layers.
+            progress: Show a progress bar, in tokens.
+
+        Raises:
+            ValueError: Before the model runs: `rows` is empty, the folder holds another cache, the disk is too full, a
+                layer runs several times in a forward pass, or the model is an encoder–decoder model.
+            SurgeryError: The model has no such layer.
+        """
+        folder = Path(folder)
+        wanted = _manifest(model, layers, rows, stack, site)
+        found, _ = _read_manifest(folder)
+        if found and found != wanted and not overwrite:
+            different = ", ".join(name for name in wanted if found.get(name) != wanted[name])
+            raise ValueError(
+                f"{folder} holds another activation cache (different: {different}): choose another folder or "
+                "overwrite it"
+            )
+        if found != wanted:
+            earlier = [*folder.glob(_ROWS_NAME), *folder.glob(_file_name("*", "*puts"))] if found else []
+            needed = recording_bytes(rows.numel(), wanted["widths"]) - sum(path.stat().st_size for path in earlier)
+            check_free_space(folder, needed, "the activation cache")
+            for path in [folder / MANIFEST_NAME, *earlier] if found else []:
+                path.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_manifest(folder, wanted, 0)
+        _record(folder, model, rows, rows_per_step, progress)
+        return cls(folder)
+
+
+def recording_bytes(tokens: int, widths: Iterable[Sequence[int]]) -> int:
+    """Return the size on disk of a cache; `widths` are (I, O) of its layers."""
+    return tokens * (4 + sum(2 * sum(pair) for pair in widths))
+
+
+def check_free_space(folder: Path, needed: int, what: str) -> None:
+    """Raise a ValueError if the disk of `folder` has fewer than `needed` bytes free."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"{what} takes {needed / 1e9:,.1f} GB and {existing} has {free / 1e9:,.1f} GB left: use fewer tokens or "
+            "layers, or a folder on another disk"
+        )
+
+
+def rows_digest(rows: Tensor) -> str:
+    """Return a digest of token ids of any shape."""
+    return hashlib.blake2b(rows.to("cpu", torch.int32).contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def model_identity(model: nn.Module) -> dict[str, str | None]:
+    """Return name, Hub commit and dtype of a model. Its weights are not read."""
+    config = getattr(model, "config", None)
+    return {
+        "base_model": getattr(config, "_name_or_path", None) or None,
+        "base_model_revision": getattr(config, "_commit_hash", None),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _manifest(model: nn.Module, layers: Sequence[int], rows: Tensor, stack: str | None, site: str) -> dict[str, Any]:
+    if rows.ndim != 2 or not rows.numel():
+        raise ValueError(f"rows must be (rows, tokens) with at least one token, got {tuple(rows.shape)}")
+    found = find_mlps(model, stack, site)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if encoder_decoder or any(site_of(found, layer).repeated for layer in layers):
+        raise ValueError(
+            "only layers that run once for the token ids of a batch can be cached: train without activations="
+        )
+    with evaluating(model):
+        probe = capture_mlps(model, list(layers), rows[:1, :2].to(running_device(model)), stack=stack, site=site)
+    return {
+        **model_identity(model),
+        "layers": list(layers),
+        "stack": stack,
+        "site": site,
+        "rows": rows_digest(rows),
+        "shape": list(rows.shape),
+        "widths": [[tensor.shape[-1] for tensor in probe[layer]] for layer in layers],
+    }
+
+
+def _file_name(layer: int | str, side: str) -> str:
+    return f"layer_{layer}_{side}.bin"
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], int]:
+    """Return the manifest and the number of rows recorded so far; ({}, 0) if the folder holds no cache."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return {}, 0
+    state = json.loads(path.read_text())
+    if not isinstance(state, dict) or not {"manifest", "recorded"} <= state.keys():
+        raise ValueError(f"{path} was not written by ActivationCache.record")
+    return state["manifest"], state["recorded"]
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any], recorded: int) -> None:
+    replace_text(folder / MANIFEST_NAME, json.dumps({"manifest": manifest, "recorded": recorded}, indent=1) + "\n")
+
+
+def _open(folder: Path, manifest: Mapping[str, Any], mode: Literal["r+", "r"]) -> dict[str, Tensor]:
+    """Map the files, which may be larger than the memory: rows (rows, tokens), activations (rows, tokens, width)."""
+    shape = tuple(manifest["shape"])
+    layouts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {_ROWS_NAME: (torch.int32, shape)}
+    for layer, widths in zip(manifest["layers"], manifest["widths"], strict=True):
+        for side, width in zip(_SIDES, widths, strict=True):
+            layouts[_file_name(layer, side)] = (torch.bfloat16, (*shape, width))
+    tensors = {}
+    for name, (dtype, size) in layouts.items():
+        if mode == "r+":
+            _reserve(folder / name, dtype.itemsize * int(np.prod(size)))
+        array = np.memmap(folder / name, np.int32 if dtype == torch.int32 else np.int16, mode, shape=size)
+        with warnings.catch_warnings():  # torch warns of arrays that are not writable; a cache is not written to
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensors[name] = torch.from_numpy(array).view(dtype)
+    return tensors
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Allocate a file. A full disk raises OSError here; on writing to the mapped file it would kill the process."""
+    with path.open("a+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+
+
+def _record(folder: Path, model: nn.Module, rows: Tensor, rows_per_step: int, progress: bool) -> None:
+    """Record the rows that are missing, and store how far it came, also after an interrupt."""
+    manifest, done = _read_manifest(folder)
+    if done == len(rows):
+        return
+    files, device, length = _open(folder, manifest, "r+"), running_device(model), rows.shape[1]
+    files[_ROWS_NAME].copy_(rows)
+    where = {"stack": manifest["stack"], "site": manifest["site"]}
+    bar = tqdm(
+        desc="record", total=rows.numel(), initial=done * length, unit="tok", unit_scale=True,
+        disable=not progress, dynamic_ncols=True,
+    )  # fmt: skip
+    saved = time.monotonic()
+    try:
+        with bar, evaluating(model):
+            while done < len(rows):
+                part = rows[done : done + rows_per_step]
+                for layer, pair in capture_mlps(model, manifest["layers"], part.to(device), **where).items():
+                    for side, tensor in zip(_SIDES, pair, strict=True):
+                        files[_file_name(layer, side)][done : done + len(part)] = tensor
+                done += len(part)
+                bar.update(part.numel())
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    _write_manifest(folder, manifest, done)
+                    saved = time.monotonic()
+    finally:
+        _write_manifest(folder, manifest, done)

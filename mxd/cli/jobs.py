@@ -1,0 +1,114 @@
+"""What each command does: run its job, show the results, and say what was saved. torch is imported only then."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+from mxd.jobs import options as classes
+
+from . import tables
+
+_TRAINED = "weights, evaluation.json, run.yaml, training_log.json, figures/"
+
+
+class Command(NamedTuple):
+    """A command; its help is the docstring of its options."""
+
+    options: type
+    job: str | Callable[[Any], None]
+    """Name of a function in `mxd.jobs` that returns results, or a function that shows them itself."""
+    show: Callable[[Any], None] = tables.print_evaluation
+    saved: str = ""
+
+    def run(self, options: Any) -> None:
+        """Do the command."""
+        if not isinstance(self.job, str):
+            self.job(options)
+            return
+        _quiet()
+        module, _, name = self.job.partition(":")
+        results = getattr(import_module(f"mxd.jobs.{module}"), name)(options)
+        folder = options.output or options.decomposition
+        if folder == classes.STDOUT:
+            from mxd.base.files import json_text
+
+            typer.echo(json_text(results))
+            return
+        by = getattr(options, "by", None) is not None
+        (tables.print_domain_use if by else self.show)(results)
+        typer.echo(f"\nSaved in {folder}: {'domain_use.json, figures/' if by else self.saved}")
+        if isinstance(options, classes.DecompositionOptions):
+            typer.echo(f"Next:  mxd evaluate {folder} --dataset <other text>")
+            typer.echo(
+                f'       mxd.MxDModel.from_pretrained("{folder}")   # then read and steer experts: see the README'
+            )
+
+
+def push(options: classes.PushOptions) -> None:
+    """Push, and show how to load what was pushed."""
+    from mxd.hub_cards import push_decomposition
+    from mxd.hub_cards.reading import read_config
+    from mxd.modeling_mxd.loading import is_causal
+
+    asked = {name: value for name, value in vars(options).items() if name not in ("folder", "repo")}
+    pushed = push_decomposition(options.folder, options.repo, **asked)
+    typer.echo(f"Pushed to {pushed.pr_url or pushed.repo_url} (commit {pushed.oid[:8]})")
+    where = pushed.pr_revision or options.revision
+    at = f', revision="{where}"' if where else ""
+    config = read_config(Path(options.folder) / "config.json", options.folder)
+    auto = "AutoModelForCausalLM" if is_causal(config.base_model_type) else "AutoModel"
+    typer.echo(f'Next:  {auto}.from_pretrained("{pushed.repo_url.repo_id}"{at}, trust_remote_code=True)')
+
+
+def search(options: classes.SearchOptions) -> None:
+    """Show what others share."""
+    from mxd.hub_cards import list_decompositions
+
+    tables.print_found(list(list_decompositions(**vars(options))))
+
+
+def show(options: classes.ShowOptions) -> None:
+    """Show a decomposition on the Hub."""
+    from mxd.hub_cards import show_decomposition
+
+    tables.print_details(show_decomposition(options.repo, revision=options.revision))
+
+
+def layers(options: classes.LayersOptions) -> None:
+    """Show where a model keeps its MLPs."""
+    from mxd.jobs.layers import layer_groups, load_skeleton
+
+    _quiet()
+    model = load_skeleton(options.model, options.revision)
+    tables.print_layers(type(model).__name__, layer_groups(model))
+
+
+def _quiet() -> None:
+    """Turn off progress bars and warnings of the libraries: the commands have their own."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+COMMANDS = {
+    "decompose": Command(classes.DecompositionOptions, "decompose:decompose", saved=_TRAINED),
+    "evaluate": Command(classes.EvaluationOptions, "evaluate:evaluate", saved="evaluation.json"),
+    "experts": Command(
+        classes.ExpertsOptions, "experts:read_experts", tables.print_experts, "experts.json, experts.html"
+    ),
+    "probe": Command(classes.ProbingOptions, "probe:probe", tables.print_probing, "probing.json, probing.png"),
+    "frontier": Command(
+        classes.FrontierOptions, "frontier:measure_frontier", tables.print_frontier, "frontier.json, points/"
+    ),
+    "finetune": Command(classes.FinetuningOptions, "finetune:finetune", tables.print_finetuning, _TRAINED),
+    "push": Command(classes.PushOptions, push),
+    "search": Command(classes.SearchOptions, search),
+    "show": Command(classes.ShowOptions, show),
+    "layers": Command(classes.LayersOptions, layers),
+}

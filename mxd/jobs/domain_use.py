@@ -1,0 +1,99 @@
+"""`mxd evaluate --by COLUMN`: which experts are active on which kinds of text."""
+
+import logging
+from typing import Any
+
+from datasets import Dataset
+
+from mxd.base.files import write_json
+from mxd.data.documents import DataError, load_text
+from mxd.data.labelled_text import label_names
+from mxd.data.texts import TextOptions, evaluation_batches
+from mxd.evaluation import count_expert_use, domain_use, plot_domain_use
+
+from .decompositions import load_base_and_text, load_decomposition, results_folder
+from .options import EvaluationOptions
+from .run_folder import write_run
+
+logger = logging.getLogger(__name__)
+
+USE_NAME = "domain_use.json"
+MAX_DOMAINS = 50
+
+
+def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
+    """Return the documents of each value of a column, without those that have none.
+
+    Raises:
+        ValueError: the column has fewer than two values, or more than `MAX_DOMAINS`.
+        DataError: the text cannot be read, or has no such column.
+    """
+    if not text.dataset:
+        raise ValueError("no text to compare: name it with --dataset, and the column of its kinds with --by")
+    if column == text.text_column:
+        raise ValueError(f"the column {column!r} holds the text: name with --by the one that says what it is")
+    if text.streaming:
+        raise ValueError("--by divides the whole dataset, which cannot be streamed: leave --streaming out")
+    documents = load_text(
+        text.dataset, config_name=text.config_name, split=text.split, text_column=text.text_column, keep=[column]
+    )
+    assert isinstance(documents, Dataset)
+    rows: dict[str, list[int]] = {}
+    for index, domain in enumerate(label_names(documents, column)):
+        if domain is not None:
+            rows.setdefault(domain, []).append(index)
+    if not 2 <= len(rows) <= MAX_DOMAINS:
+        raise ValueError(f"the column {column!r} must have 2 to {MAX_DOMAINS} different values, it has {len(rows)}")
+    return {domain: documents.select(rows[domain]) for domain in sorted(rows)}
+
+
+def measure_domain_use(options: EvaluationOptions) -> dict[str, Any]:
+    """Count which experts are active on which domain of text.
+
+    The results are written into the decomposition's folder, or the one asked for, as domain_use.json and
+    figures/experts_per_domain.png. Each domain gets `tokens` tokens in whole rows, or all that it has.
+
+    Returns:
+        {"layers": {"15": what `domain_use` returns}, "settings"}.
+
+    Raises:
+        ValueError: there is no such decomposition, or the text cannot be read or has no domains.
+    """
+    column = options.by or "domain"
+    if options.ablation or options.ranks:
+        raise ValueError("--by measures the experts' use alone: leave --ablation and --ranks out")
+    folder = results_folder(options.decomposition, options.output)
+    decomposition = load_decomposition(options.decomposition)
+    model, tokenizer, documents = load_base_and_text(
+        decomposition, options.dtype, options.context_length, lambda: documents_by_domain(options.text, column)
+    )
+    batches, short = {}, []
+    for domain, part in documents.items():
+        try:  # the table shows which domain has fewer tokens, no warning is needed
+            batches[domain] = evaluation_batches(part, tokenizer, options.context_length, options.tokens, warn=False)
+        except DataError as error:
+            logger.warning("domain %r is left out: %s", domain, error)
+            short.append(domain)
+    if len(batches) < 2:
+        raise ValueError(f"of the domains {', '.join(map(repr, documents))} fewer than two have enough text")
+    uses = {domain: count_expert_use(model, decomposition, of_domain) for domain, of_domain in batches.items()}
+    layers = {
+        layer: domain_use({domain: use[layer] for domain, use in uses.items()}) for layer in decomposition.config.layers
+    }
+    results: dict[str, Any] = {
+        "layers": {str(layer): use for layer, use in layers.items()},
+        "settings": {
+            **vars(options.text),
+            "domain_column": column,
+            "tokens_per_domain": options.tokens,
+            "left_out": short,
+            "model_dtype": options.dtype,
+        },
+    }
+    if folder is not None:
+        write_run(folder, "evaluate", options)
+        write_json(folder / USE_NAME, results)
+        figures = folder / "figures"
+        figures.mkdir(exist_ok=True)
+        plot_domain_use({f"layer {layer}": use for layer, use in layers.items()}, figures / "experts_per_domain.png")
+    return results

@@ -1,0 +1,107 @@
+"""`mxd finetune`: train a decomposition further, end to end in its language model, and measure it before and after."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from mxd.base.base_model import resolve_name
+from mxd.data.packing import pack
+from mxd.data.provenance import is_held_out, seen_in_training, split_seed
+from mxd.data.texts import (
+    count_documents,
+    evaluation_batches,
+    evaluation_settings,
+    load_documents,
+    warn_of_embedded_text,
+)
+from mxd.evaluation import faithfulness
+from mxd.modeling_mxd import MxDModel, SplicedLanguageModel, make_spliced
+from mxd.trainers import FinetuningArguments, FinetuningTrainer, last_complete_checkpoint
+
+from .decompositions import load_base_and_text, load_decomposition, made_how
+from .options import FinetuningOptions
+from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
+from .training import asked_for, run_training, save_results, step_arguments, warn_of_whole_rows
+
+logger = logging.getLogger(__name__)
+
+MEASURED = ("layers", "cross_entropy", "kl", "top1_agreement")
+_LOSS_NAMES = {"kl": "KL to the untouched model, nats per token", "cross_entropy": "cross-entropy, nats per token"}
+
+
+def finetune(options: FinetuningOptions) -> dict[str, Any]:
+    """Train a decomposition further in its language model, measure it before and after, and save it in another folder.
+
+    Returns:
+        The content of evaluation.json: the figures of the result, as `mxd.evaluation.faithfulness` returns them, and in
+        settings.finetuning a list of the decomposition's fine-tunings. The last is this one: how it was made, and
+        `before`, the figures of the decomposition that it started from, on the same held-out tokens.
+
+    Raises:
+        ValueError: bad input of any kind, before anything expensive runs.
+        Interrupted: Ctrl-C during training; a checkpoint was saved.
+    """
+    set_seed(options.seed)
+    folder = check_output(options)
+    _check_apart(folder, Path(options.decomposition))
+    arguments = FinetuningArguments(**step_arguments(options, folder))
+    checkpoint = last_complete_checkpoint(folder) if options.resume else None
+    start = resumed_start(folder, options) if checkpoint else {}
+    decomposition = load_decomposition(options.decomposition)
+    settings, context = made_how(options.decomposition), options.context_length
+    warn_of_whole_rows(options)
+    base, tokenizer, (documents, heldout_documents) = load_base_and_text(
+        decomposition, options.dtype, context, lambda: _load_text(options, decomposition, settings)
+    )
+    count = count_documents(documents, heldout_documents)
+    check_same_documents(folder, start, count)
+    seen = seen_in_training(settings, options.text, options.seed, count)
+    if seen:
+        logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
+    rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
+    heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
+    model = make_spliced(base, decomposition, options.decomposition, cast=False)
+    assert isinstance(model, SplicedLanguageModel)
+    trainer = FinetuningTrainer(model, arguments, train_dataset=rows)
+
+    def measure(settings: dict[str, Any]) -> dict[str, Any]:
+        with model.untouched():
+            return faithfulness(base, decomposition, heldout, settings=settings, progress=not arguments.disable_tqdm)
+
+    if checkpoint is None:
+        trainer.measure_experts()  # on the tokens of the later measurement, so that both are comparable
+        measured = measure({})
+        start = {"before": {name: measured[name] for name in MEASURED}, "documents": count}
+        prepare_output(folder, "finetune", options, **start)  # nothing is refused from here on
+    how = run_training(trainer, tokenizer, options, checkpoint)
+    made = {
+        **asked_for(options),
+        **how,
+        "decomposition": resolve_name(options.decomposition),
+        "loss": options.loss,
+        "nmse_weight": options.nmse_weight,
+        "documents": count,
+        "before": start["before"],
+    }
+    held_out = is_held_out(settings, seen)  # of the earlier runs: this one trains on the other documents
+    settings["finetuning"] = [*settings.get("finetuning", []), made]
+    settings["evaluation"] = {**evaluation_settings(options.text, options.dtype), "held_out": held_out}
+    return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
+
+
+def _load_text(options: FinetuningOptions, decomposition: MxDModel, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """Load training and held-out documents, divided as in the decomposition's training if the text is the same."""
+    warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
+    return load_documents(options.text, split_seed(settings, options.seed))
+
+
+def _check_apart(output: Path, source: Path) -> None:
+    """Refuse an output that would change the decomposition to start from."""
+    output, source = output.resolve(), source.resolve()
+    if output == source or source in output.parents or output in source.parents:
+        raise ValueError(
+            f"the output {output} and the decomposition {source} must be two folders, neither inside the other: the "
+            "decomposition is left as it is"
+        )

@@ -1,0 +1,314 @@
+"""Options of all jobs: one dataclass a command, its docstring the command's help, and each option's help once.
+
+A field is an option of the command (`num_experts` is `--num-experts`), a key of the YAML file that `--config` names,
+and an argument in Python. A field with `flag=False` is set in YAML or Python only.
+
+This module imports neither torch nor transformers, so that `mxd --help` is fast.
+"""
+
+# ruff: noqa: RUF009
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from mxd import demo
+from mxd.base.training_help import HELP
+
+if TYPE_CHECKING:
+    from mxd.data.texts import TextOptions
+
+WHAT, DATA, TRAINING, OUTPUT, MORE = "What to decompose", "Data", "Training", "Output", "More options"
+PANELS = (WHAT, DATA, TRAINING, "What to measure", OUTPUT, MORE)
+MEASURE = PANELS[3]
+
+LEARNING_RATES = {"mxd": 1e-3, "transcoder": 3e-3, "skip_transcoder": 3e-3}
+"""Default peak learning rate of each method, for about a million tokens."""
+STDOUT = "-"
+"""As `output`: write no files; the command prints the results as JSON."""
+
+Method = Literal["mxd", "transcoder", "skip_transcoder"]
+
+
+def option(default: Any, help: str, panel: str = MORE, **details: Any) -> Any:  # noqa: A002, metadata's own name
+    """Declare an option.
+
+    Args:
+        default: value, or a function that makes one; `...` for a required option.
+        help: shown by `--help`; `[…]` at its end says what None means.
+        panel: of the help.
+        **details: `alias` ("-k"); `argument` (its name in the usage line, for a positional argument); `flag` (False:
+            not on the command line); `count` (reads "1M"); `commas` (names separated by commas); `minimum`; `trainer`
+            (True: the option is an argument of the trainer). A class names further options without a flag in
+            `yaml_only`.
+    """
+    metadata = {"help": help, "panel": panel, **details}
+    if default is ...:
+        return field(metadata=metadata)
+    make = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**make, metadata=metadata)
+
+
+def values(options: Any, keep: Callable[[Any], Any] = lambda one: True) -> dict[str, Any]:
+    """{name: value} of the fields of options for which `keep(field)` is true."""
+    return {one.name: getattr(options, one.name) for one in fields(options) if keep(one)}
+
+
+@dataclass(kw_only=True)
+class DatasetOptions:
+    """Text to read, and the base model's dtype."""
+
+    dataset: list[str] = option(
+        list, "Hub dataset, or files, folders and globs of parquet, jsonl, csv or text. [the sample of mxd]", DATA
+    )
+    dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
+    split: str = option("train", "Split of a Hub dataset.")
+    text_column: str = option("text", "Column that holds the text.")
+    context_length: int = option(128, "Tokens in a row, BOS included.", minimum=2)
+    dtype: str = option("float32", "Dtype of the base model: float32, bfloat16 or float16.")
+
+    @property
+    def text(self) -> "TextOptions":
+        """The same options as `mxd.data.texts` takes them, and as evaluation.json records them."""
+        from mxd.data.texts import TextOptions
+
+        return TextOptions(
+            dataset=self.dataset,
+            heldout_dataset=getattr(self, "heldout_dataset", []),
+            config_name=self.dataset_config,
+            split=self.split,
+            text_column=self.text_column,
+            streaming=getattr(self, "streaming", False),
+            context_length=self.context_length,
+            heldout_split=getattr(self, "heldout_split", None),
+        )
+
+
+@dataclass(kw_only=True)
+class StreamableOptions(DatasetOptions):
+    """Text to read, all at once or while it downloads."""
+
+    streaming: bool = option(False, "Read a Hub dataset while it downloads.")
+
+
+@dataclass(kw_only=True)
+class RunOptions(StreamableOptions):
+    """Options of every command that trains."""
+
+    heldout_dataset: list[str] = option(list, "Other text to evaluate on. [documents held out of the dataset]")
+    heldout_split: str | None = option(None, "Split to evaluate on, of the held-out dataset, else of the dataset.")
+    tokens: int = option(1_000_000, "Training tokens: 500k, 10M, 1B.", TRAINING, count=True)
+    batch_tokens: int = option(2048, "Tokens of one optimiser step.", minimum=1)
+    bf16: bool = option(False, "Multiply matrices in bfloat16; weights stay in float32.", trainer=True)
+    evaluation_tokens: int = option(32768, "Held-out tokens to evaluate on.", count=True)
+    seed: int = option(0, "Seed of data order and initialisation.")
+    report_to: str = option("none", "Trackers of the Trainer, such as tensorboard.", flag=False, trainer=True)
+    training: dict[str, Any] = option(dict, "Further arguments of the trainer, by name.", flag=False)
+    output: str = option("mxd-output", "Folder for the result.", OUTPUT)
+    overwrite: bool = option(False, "Replace a decomposition in the output folder.", OUTPUT)
+
+    # A resumed run may change these. Intervals of logging and saving are the checkpoint's own.
+    may_change: ClassVar[tuple[str, ...]] = ("evaluation_tokens", "report_to", "disable_tqdm")
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Arguments of the trainer that the options set; `training` wins."""
+        named = values(self, lambda one: one.metadata.get("trainer"))
+        return {**{name: value for name, value in named.items() if value is not None}, **self.training}
+
+
+@dataclass(kw_only=True)
+class ResumableOptions(RunOptions):
+    """Options of a command that trains one decomposition, and keeps checkpoints."""
+
+    learning_rate: float | None = option(
+        None, HELP["learning_rate"] + " [0.001, of transcoders 0.003]", TRAINING, trainer=True
+    )
+    resume: bool = option(False, "Continue from the last checkpoint in the output folder.", OUTPUT)
+
+
+@dataclass(kw_only=True)
+class LayersOptions:
+    """Show where a model keeps its MLPs, which can be decomposed, and why others cannot; download no weights."""
+
+    model: str = option(demo.MODEL_NAME, "Hub id or folder. [the model of mxd]", argument="MODEL")
+    revision: str | None = option(None, "Branch, tag or commit of the model.")
+
+
+@dataclass(kw_only=True)
+class WhereOptions(LayersOptions):
+    """MLPs of a base model."""
+
+    layers: list[int] | None = option(None, "Layers to decompose: 8, 4,8 or 4-7. [the middle layer]", WHAT)
+    site: str = option("mlp", "Which MLP of a layer; `mxd layers` lists them. Routed experts are mlp.experts.")
+    stack: str | None = option(None, "Which list of layers; see `mxd layers`. [the language model's]", flag=False)
+    match_transcoder: int = option(32, "Match a transcoder of so many latents per dimension in parameters.", minimum=1)
+    intermediate_size: int | None = option(None, "Width of the encoder. [the MLP's]", flag=False, minimum=1)
+
+
+@dataclass(kw_only=True)
+class DecompositionOptions(WhereOptions, ResumableOptions):
+    """Replace MLPs of a language model by a decomposition, trained by distillation, and measure it.
+
+    Without arguments: the small model and text that ship with mxd.
+    """
+
+    method: Method = option("mxd", "What replaces the MLP.", WHAT)
+    num_experts_per_tok: int = option(32, "Experts active per token (K).", WHAT, alias="-k", minimum=1)
+    num_experts: int | None = option(None, "Number of experts (N). [see --match-transcoder]", minimum=1)
+    num_groups_per_tok: int | None = option(
+        None, "Hierarchical routing: groups, of about √N, that a token opens. [exact gate]", minimum=1
+    )
+    min_mean_ablation_error: float = option(0.45, HELP["min_mean_ablation_error"], trainer=True)
+    auxiliary_weight: float = option(1.0, HELP["auxiliary_weight"], trainer=True)
+    gate_init: Literal["data", "random"] = option("data", HELP["gate_init"], flag=False, trainer=True)
+    encoder_init: Literal["pretrained", "random"] | None = option(
+        None, HELP["encoder_init"] + " [pretrained, where intermediate_size allows it]", flag=False, trainer=True
+    )
+    modulation_init: Literal["unit", "random"] = option("unit", HELP["modulation_init"], flag=False, trainer=True)
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES.get(self.method)
+        if self.encoder_init is None:  # the pretrained encoder fits no other width
+            self.encoder_init = "pretrained" if self.intermediate_size is None else "random"
+
+
+@dataclass(kw_only=True)
+class FinetuningOptions(ResumableOptions):
+    """Train a decomposition further, end to end in its language model, and show what that changed."""
+
+    decomposition: str = option(
+        ..., "Folder or Hub id (user/repo[@revision]) of a decomposition, which is left unchanged.", argument="FOLDER"
+    )
+    loss: Literal["kl", "cross_entropy"] = option("kl", HELP["loss"], TRAINING, trainer=True)
+    nmse_weight: float = option(0.1, HELP["nmse_weight"], minimum=0, trainer=True)
+    learning_rate: float | None = option(3e-4, HELP["learning_rate"], TRAINING, trainer=True)
+    tokens: int = option(200_000, "Training tokens: 500k, 10M, 1B.", TRAINING, count=True)
+    output: str = option("mxd-finetuned", "Folder for the result.", OUTPUT)
+
+    # Not what it is measured on: the figures from before the first step are kept.
+    may_change = ("report_to", "disable_tqdm")
+
+
+@dataclass(kw_only=True)
+class FrontierOptions(WhereOptions, RunOptions):
+    """Compare methods at several K, at equal parameters and on the same tokens (the paper's Fig. 3).
+
+    The same command continues an interrupted one.
+    """
+
+    yaml_only = ("revision", "heldout_dataset", "heldout_split", "bf16", "seed", "streaming", "context_length")
+
+    methods: list[str] = option(lambda: list(LEARNING_RATES), "Methods to compare.", WHAT, commas=True)
+    num_experts_per_tok: list[int] = option(
+        lambda: [16, 32, 64, 128, 256], "Numbers of active experts (K).", WHAT, alias="-k"
+    )
+    num_train_epochs: int = option(1, "Passes over the recorded tokens.", TRAINING, minimum=1)
+    learning_rates: dict[str, float] = option(dict, "Peak learning rates by method. [see decompose]", flag=False)
+    output: str = option("mxd-frontier", "Folder for the result.", OUTPUT)
+    overwrite: bool = option(False, "Replace a recording of other text and points of other settings.", OUTPUT)
+
+    def __post_init__(self) -> None:
+        self.methods = [method.replace("-", "_") for method in self.methods]
+        for name, known in (("methods", list(LEARNING_RATES)), ("num_experts_per_tok", None)):
+            asked = getattr(self, name)
+            if not asked or len(set(asked)) < len(asked):
+                raise ValueError(f"{name} must name at least one, and none twice; got {asked}")
+            if known and (unknown := [value for value in asked if value not in known]):
+                raise ValueError(f"{name} must be among {', '.join(known)}, got {unknown[0]!r}")
+        if unknown := [method for method in self.learning_rates if method not in LEARNING_RATES]:
+            raise ValueError(f"learning_rates is by method ({', '.join(LEARNING_RATES)}), got {unknown[0]!r}")
+        if self.num_train_epochs < 1:
+            raise ValueError(f"num_train_epochs must be at least 1, got {self.num_train_epochs}")
+
+
+@dataclass(kw_only=True)
+class MeasuringOptions(StreamableOptions):
+    """Options of every command that reads a decomposition."""
+
+    decomposition: str = option(..., "Folder or Hub id (user/repo[@revision]) of a decomposition.", argument="FOLDER")
+    tokens: int = option(32768, "Tokens to read.", DATA, count=True)
+    output: str | None = option(None, "Folder for the results; - prints them as JSON. [the decomposition's]", OUTPUT)
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions(MeasuringOptions):
+    """Measure a decomposition on text, and write evaluation.json into its folder, in place of an earlier one."""
+
+    by: str | None = option(None, "Instead: which experts are active on which value of this column.", MEASURE)
+    ablation: Literal["coefficient", "contribution"] | None = option(
+        None, "Also remove each token's strongest experts, in this order; takes about four times as long.", MEASURE
+    )
+    ranks: bool = option(False, "Also measure the rank of a sample of experts.", MEASURE)
+
+
+@dataclass(kw_only=True)
+class ExpertsOptions(MeasuringOptions):
+    """Show where in a text experts are most active, on screen and as a page, experts.html."""
+
+    yaml_only = ("streaming", "context_length", "dataset_config", "split", "sample")
+
+    tokens: int = option(128_000, "Tokens to search.", DATA, count=True)
+    experts: list[int] | None = option(None, "Experts to show: 12,99. [a random sample]", MEASURE)
+    layer: int | None = option(None, "Layer to show. [all]", MEASURE, minimum=0)
+    sample: int = option(20, "Size of the random sample of each layer.", minimum=1)
+    examples: int = option(10, "Examples of each expert.", minimum=1)
+    seed: int = option(0, "Seed of the sample.", flag=False)
+
+
+@dataclass(kw_only=True)
+class ProbingOptions(DatasetOptions):
+    """Sparse probing: how well single experts, or a few, tell classes of texts apart, and the MLP's own neurons."""
+
+    yaml_only = ("context_length", "sparsities", "seed", "folds")
+
+    decompositions: list[str] = option(..., "Folders or Hub ids of decompositions of one layer.", argument="FOLDER...")
+    label_column: str = option(..., "Column that holds the classes.", DATA)
+    group_column: str | None = option(None, "Column of what must stay together, such as a book. [each row alone]")
+    classes: list[str] | None = option(None, "Use these classes only: a,b,c. [all]", commas=True)
+    layer: int | None = option(None, "Layer to probe. [the only one in common]", MEASURE, minimum=0)
+    against: list[str] = option(
+        lambda: ["input", "neurons", "output"], "Representations of the MLP itself to compare with.", commas=True
+    )
+    pooling: Literal["mean", "max"] = option("mean", "How to pool over the tokens of a text.", MEASURE)
+    include_first: bool = option(False, "Pool over the first position (BOS) too.", flag=False)
+    texts_per_class: int = option(500, "Largest number of texts of a class.", minimum=1)
+    folds: int = option(5, "Folds of documents; each is the test side once.", minimum=2)
+    candidates: int = option(100, "Features to try one by one.", flag=False, minimum=1)
+    sparsities: list[int] = option(lambda: [1, 2, 5], "Numbers of features of the k-sparse probes.")
+    standardize: bool = option(False, "Divide features by their standard deviation.", flag=False)
+    seed: int = option(0, "Seed of texts and folds.")
+    output: str = option("mxd-probing", "Folder for probing.json and its figure; - prints the results.", OUTPUT)
+    overwrite: bool = option(False, "Replace results in the output folder.", OUTPUT)
+
+
+@dataclass(kw_only=True)
+class PushOptions:
+    """Share a decomposition on the Hub: weights, results, code and a card, in one commit."""
+
+    folder: str = option(..., "Folder of a decomposition.", argument="FOLDER")
+    repo: str = option(..., "Repo on the Hub, which is made if need be.", argument="USER/NAME")
+    private: bool | None = option(None, "Make a new repo private. [the account's default]", OUTPUT)
+    revision: str | None = option(None, "Branch, which is made if need be.", OUTPUT)
+    create_pr: bool = option(False, "Open a pull request.", OUTPUT)
+    message: str | None = option(None, "Message of the commit.", OUTPUT)
+    base_model: str | None = option(None, "Hub id of the base model, if config.json names a folder.")
+    license: str | None = option(None, "Licence of the decomposition. [the base model's]")
+
+
+@dataclass(kw_only=True)
+class SearchOptions:
+    """List decompositions that others share on the Hub."""
+
+    query: str | None = option(None, "Part of the name of the repo or of its base model.", argument="QUERY")
+    base_model: str | None = option(None, "Exact Hub id of the base model.")
+    layer: int | None = option(None, "Only those that have this layer.", minimum=0)
+    author: str | None = option(None, "User or organisation.")
+    limit: int = option(20, "Largest number to list.", minimum=1)
+
+
+@dataclass(kw_only=True)
+class ShowOptions:
+    """Show configuration, results and size of a decomposition on the Hub; download no weights and run no code."""
+
+    repo: str = option(..., "Repo on the Hub.", argument="USER/NAME")
+    revision: str | None = option(None, "Branch, tag or commit.")

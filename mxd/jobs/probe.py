@@ -1,0 +1,221 @@
+"""`mxd probe`: sparse probing of decompositions, and of the MLP that they replace, on labelled text."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mxd.base.files import write_json
+from mxd.base.pretrained_weights import check_widths
+from mxd.data.labelled_text import LabelledDocuments, count_texts, cut_texts, load_labelled_text
+from mxd.evaluation import (
+    Representation,
+    always_yes_f1,
+    expert_representation,
+    grouped_folds,
+    input_representation,
+    neuron_representation,
+    output_representation,
+    plot_probing,
+    pool_features,
+    probe_features,
+)
+from mxd.evaluation.pooling import POOLINGS
+from mxd.evaluation.probing import check_groups, check_scikit_learn
+from mxd.modeling_mxd import MLPSite, MxDModel, SurgeryError, find_mlp
+
+from .decompositions import load_base_and_text, load_decomposition
+from .options import STDOUT, ProbingOptions, values
+from .run_folder import output_folder, write_run
+from .training import versions
+
+RESULTS_NAME, FIGURE_NAME = "probing.json", "probing.png"
+OF_THE_MLP = {
+    "input": ("MLP input", input_representation),
+    "neurons": ("MLP neurons", neuron_representation),
+    "output": ("MLP output", output_representation),
+}
+"""Values of `against`: a name in the results, and the function that makes the representation."""
+
+
+def probe(options: ProbingOptions, progress: bool = True) -> dict[str, Any]:
+    """Probe the coefficients of decompositions, and the MLP's own representations, for classes of texts.
+
+    Writes probing.json and a figure into a folder.
+
+    Args:
+        options: of the command.
+        progress: show a progress bar.
+
+    Returns:
+        The content of probing.json: `representations` {name: what `probe_features` returns}, `classes` {name: number of
+        texts and documents}, `always_yes_f1` {name: F1 of a probe that always says yes}, `settings`.
+
+    Raises:
+        ValueError: bad input of any kind, before the model reads a text.
+        ImportError: scikit-learn is not installed.
+    """
+    check_scikit_learn()
+    folder = _check_options(options)
+    decompositions = {name: load_decomposition(source) for name, source in named(options.decompositions).items()}
+    layer = common_layer(decompositions, options.layer)
+    first = next(iter(decompositions.values()))
+    model, tokenizer, documents = load_base_and_text(
+        first, options.dtype, options.context_length, lambda: _load_documents(options)
+    )
+    for decomposition in decompositions.values():
+        decomposition.to(model.device)
+    where = first.config.where
+    representations = make_representations(find_mlp(model, layer, **where), decompositions, options.against)
+    texts = cut_texts(
+        documents,
+        tokenizer,
+        context_length=options.context_length,
+        texts_per_class=options.texts_per_class,
+        seed=options.seed,
+    )
+    folds = grouped_folds(texts.labels, texts.groups, options.folds, options.seed)
+    if folder is not None:
+        write_run(folder, "probe", options)
+    features = pool_features(
+        model, layer, texts.ids, representations, pooling=options.pooling, include_first=options.include_first,
+        progress=progress, **where,
+    )  # fmt: skip
+    how = values(options, lambda one: one.name in ("candidates", "sparsities", "standardize", "seed"))
+    chance = always_yes_f1(texts.labels)
+    asked = values(options, lambda one: one.name not in ("output", "overwrite", "dataset_config", "streaming"))
+    results: dict[str, Any] = {
+        "representations": {
+            name: probe_features(found, texts.labels, folds, **how) for name, found in features.items()
+        },
+        "classes": count_texts(texts),
+        "always_yes_f1": chance,
+        "settings": {
+            **asked,
+            "config_name": options.dataset_config,
+            "layer": layer,
+            **describe(decompositions, layer),
+            "versions": probing_versions(),
+        },
+    }
+    if folder is not None:
+        write_json(folder / RESULTS_NAME, results)
+        name = options.label_column
+        plot_probing({name: results["representations"]}, folder / FIGURE_NAME, {name: chance})
+    return results
+
+
+def _load_documents(options: ProbingOptions) -> LabelledDocuments:
+    documents = load_labelled_text(
+        options.dataset,
+        label_column=options.label_column,
+        group_column=options.group_column,
+        classes=options.classes,
+        text_column=options.text_column,
+        config_name=options.dataset_config,
+        split=options.split,
+    )
+    # Too few documents show here already; the texts that are cut from them are checked again.
+    check_groups(documents.labels, documents.groups, options.folds)
+    return documents
+
+
+def _check_options(options: ProbingOptions) -> Path | None:
+    """Check the options that need no file, and return the output folder; None for standard output."""
+    wrong = {
+        "no decomposition to probe: name one folder at least": not options.decompositions,
+        "probing needs labelled text: name it with --dataset, and its labels with --label-column": not options.dataset,
+        f"the MLP's representations are {', '.join(OF_THE_MLP)}, got {', '.join(options.against)}": set(options.against)
+        - OF_THE_MLP.keys(),
+        f"pooling must be one of {', '.join(POOLINGS)}, got {options.pooling!r}": options.pooling not in POOLINGS,
+        "candidates and all sparsities must be at least 1": min([options.candidates, *options.sparsities]) < 1,
+        "sparsities must name at least one": not options.sparsities,
+        f"seed must not be negative, got {options.seed}": options.seed < 0,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(message)
+    if options.output == STDOUT:
+        return None
+    folder = output_folder(options.output)
+    if (folder / RESULTS_NAME).exists() and not options.overwrite:
+        raise ValueError(f"{folder / RESULTS_NAME} exists: pass --overwrite to replace it, or another --output")
+    return folder
+
+
+def named(sources: Sequence[str]) -> dict[str, str]:
+    """Return {short name: folder or Hub id}; the short name is the last part, or all of it if two share that.
+
+    Raises:
+        ValueError: one is given twice.
+    """
+    if len(set(sources)) < len(sources):
+        raise ValueError(f"a decomposition is named twice: {', '.join(sources)}")
+    last = [Path(source).name or source for source in sources]
+    return {name if last.count(name) == 1 else source: source for name, source in zip(last, sources, strict=True)}
+
+
+def common_layer(decompositions: Mapping[str, MxDModel], layer: int | None) -> int:
+    """Return the layer to probe.
+
+    Raises:
+        ValueError: the decompositions are of different base models or MLPs, have no layer or several in common, or
+            one lacks the layer that was asked for; the message names them.
+    """
+    configs = {name: decomposition.config for name, decomposition in decompositions.items()}
+    origins = {
+        name: (config.base_model_name_or_path, config.base_model_revision, *config.where.values())
+        for name, config in configs.items()
+    }
+    if len(set(origins.values())) > 1:
+        shown = "; ".join(f"{name}: {', '.join(map(str, filter(None, where)))}" for name, where in origins.items())
+        raise ValueError(f"the decompositions are not of one base model, stack and site ({shown}): probe them apart")
+    shown = "; ".join(f"{name}: {', '.join(map(str, config.layers))}" for name, config in configs.items())
+    shared = set.intersection(*(set(config.layers) for config in configs.values()))
+    if layer is not None and layer not in shared:
+        raise ValueError(f"not every decomposition has layer {layer} ({shown})")
+    if layer is None and len(shared) != 1:
+        reason = "have no layer in common" if not shared else "have several layers: say which with --layer"
+        raise ValueError(f"the decompositions {reason} ({shown})")
+    return layer if layer is not None else shared.pop()
+
+
+def make_representations(
+    site: MLPSite, decompositions: Mapping[str, MxDModel], against: Sequence[str] = tuple(OF_THE_MLP)
+) -> dict[str, Representation]:
+    """Return what is probed, by name: the MLP's own representations, then the coefficients of every decomposition.
+
+    Raises:
+        ValueError: the MLP has no such representation, or a decomposition does not fit it (`SurgeryError`).
+    """
+    found: dict[str, Representation] = {}
+    for key in against:
+        name, make = OF_THE_MLP[key]
+        found[name] = make(site)
+    for name, decomposition in decompositions.items():
+        if name in found:
+            raise ValueError(
+                f"{name!r} is the name of a representation of the MLP: rename the folder of the decomposition"
+            )
+        try:
+            check_widths(site, decomposition.config.layer(site.layer))
+        except SurgeryError as error:
+            raise SurgeryError(f"{name}: {error}") from error
+        found[name] = expert_representation(decomposition.eval().layer(site.layer))
+    return found
+
+
+def describe(decompositions: Mapping[str, MxDModel], layer: int) -> dict[str, Any]:
+    """Return method and sizes of each decomposition's layer, and where it is, for the settings."""
+    methods = {}
+    for name, decomposition in decompositions.items():
+        sizes = decomposition.config.layer(layer)
+        methods[name] = {one: getattr(sizes, one) for one in ("method", "num_experts", "num_experts_per_tok")}
+        methods[name]["parameters"] = sizes.num_parameters
+    config = next(iter(decompositions.values())).config
+    return {"base_model": config.base_model_name_or_path, **config.where, "methods": methods}
+
+
+def probing_versions() -> dict[str, str]:
+    """Return the versions that the figures depend on."""
+    return {**versions(), "scikit-learn": version("scikit-learn")}

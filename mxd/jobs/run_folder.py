@@ -1,0 +1,165 @@
+"""The output folder of a training: create, overwrite, resume.
+
+An unfinished run keeps `run_start.json` there, the facts of its beginning, and every run keeps `run.yaml`, its options:
+`mxd decompose --config run.yaml` repeats it.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mxd.base.base_model import resolve_name
+from mxd.base.files import replace_text
+from mxd.hub_cards.reading import read_json
+from mxd.modeling_mxd import MxDConfig
+
+from .options import ResumableOptions, values
+
+START_NAME, RUN_NAME = "run_start.json", "run.yaml"
+
+
+class Interrupted(Exception):
+    """Training was interrupted; the message says what was kept and how to continue."""
+
+
+def output_folder(name: str) -> Path:
+    """Return the path of a folder to write into, which need not exist.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output {folder} is a file: name a folder with --output")
+    return folder
+
+
+def write_run(folder: Path, command: str, options: Any) -> None:
+    """Write run.yaml: all options of a run, so that `mxd COMMAND --config run.yaml` repeats it.
+
+    The run.yaml of a decomposition, which says how it was made, is kept when results are written beside it.
+    """
+    if (folder / "config.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(_settled(options), sort_keys=False, allow_unicode=True, width=120)
+    replace_text(folder / RUN_NAME, f"# Repeat: mxd {command} --config {RUN_NAME} --output OTHER\n{text}")
+
+
+def _settled(options: Any) -> dict[str, Any]:
+    """Return the options that make a run, as plain values; local models by absolute paths."""
+    asked = values(options, lambda one: one.name not in ("overwrite", "resume"))
+    for name in {"model", "decomposition"}.intersection(asked):
+        asked[name] = resolve_name(asked[name])
+    return dict(json.loads(json.dumps(asked)))
+
+
+def check_output(options: ResumableOptions) -> Path:
+    """Return the output folder of a training if it may be written to; create and delete nothing yet.
+
+    Raises:
+        ValueError: it is not empty and neither `overwrite` nor `resume` is set, it holds something other than a
+            decomposition, or the run to resume is finished.
+    """
+    folder = output_folder(options.output)
+    if options.resume and (folder / "config.json").is_file() and not (folder / START_NAME).is_file():
+        raise ValueError(f"what is in {folder} is finished, there is nothing to resume: --overwrite makes it anew")
+    # A run that ended before its first checkpoint left only these two files.
+    left = folder.is_dir() and any(entry.name not in (START_NAME, RUN_NAME) for entry in visible_entries(folder))
+    if left and not options.resume:
+        if not options.overwrite:
+            raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
+        if not _ours(folder):
+            raise ValueError(f"the output folder {folder} holds no decomposition: --overwrite will not delete it")
+    return folder
+
+
+def visible_entries(folder: Path) -> list[Path]:
+    """Return the entries of a folder without hidden files (.git, .DS_Store), which are ignored and never deleted."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+
+
+def _ours(folder: Path) -> bool:
+    config = folder / "config.json"
+    if config.is_file():
+        return bool(read_json(config).get("model_type") == MxDConfig.model_type)
+    return (folder / START_NAME).is_file() or all(
+        entry.name == RUN_NAME
+        or (entry.name.startswith("checkpoint-") and (entry / "config.json").is_file() and _ours(entry))
+        for entry in visible_entries(folder)
+    )
+
+
+def prepare_output(folder: Path, command: str, options: ResumableOptions, **facts: Any) -> None:
+    """Empty the output folder, and write run.yaml and run_start.json with `facts`; do nothing when a run is resumed."""
+    if options.resume:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in visible_entries(folder):  # the folder itself may be a mount point, or the working directory
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    write_run(folder, command, options)
+    (folder / START_NAME).write_text(json.dumps(facts) + "\n")
+
+
+def resumed_start(folder: Path, options: ResumableOptions) -> dict[str, Any]:
+    """Return the facts that `prepare_output` wrote when the run to resume began.
+
+    Raises:
+        ValueError: the run had other options, or there is no record of it.
+    """
+    for name in (START_NAME, RUN_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no interrupted run: it has no {name}")
+    before = yaml.safe_load((folder / RUN_NAME).read_text(encoding="utf-8"))
+    if not isinstance(before, dict):
+        raise ValueError(f"{folder / RUN_NAME} does not say the options of the run: begin it anew with --overwrite")
+    before, now = flat(before), flat(_settled(options))
+    for name in {**before, **now}:
+        if name not in (*options.may_change, "output") and before.get(name) != now.get(name):
+            raise ValueError(
+                f"the run in {folder} had {name} {before.get(name)!r}, not {now.get(name)!r}: resume with the options "
+                "of that run"
+            )
+    return read_json(folder / START_NAME)
+
+
+def flat(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with the trainer's beside them, so that a message can name the one that differs."""
+    training = asked.get("training")
+    flat = {name: value for name, value in asked.items() if name != "training"}
+    for name, value in (training if isinstance(training, Mapping) else {}).items():
+        flat[f"training's {name}" if name in flat else name] = value
+    return flat
+
+
+def check_same_documents(folder: Path, start: Mapping[str, Any], documents: int | None) -> None:
+    """Refuse to resume on a text of the same name with another number of documents.
+
+    Args:
+        folder: of the run.
+        start: what `resumed_start` returned; empty for a new run.
+        documents: their number now; None if it is not known.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    before = start.get("documents")
+    if before is not None and documents is not None and before != documents:
+        raise ValueError(
+            f"the text of the run in {folder} had {before} documents and has {documents} now: resume with the files "
+            "of that run, or begin it anew with --overwrite"
+        )
+
+
+def finish(folder: Path) -> None:
+    """Remove checkpoints and the record of the beginning: the run is finished."""
+    for unneeded in folder.glob("checkpoint-*"):
+        shutil.rmtree(unneeded)
+    (folder / START_NAME).unlink(missing_ok=True)

@@ -1,0 +1,135 @@
+"""Training as `decompose`, `finetune` and `frontier` do it: the trainer's arguments, the run, and its results."""
+
+import json
+import logging
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from mxd.evaluation import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
+from mxd.modeling_mxd import MxDModel
+from mxd.trainers.decomposition_trainer import DecompositionTrainer
+
+from .options import RunOptions, values
+from .run_folder import Interrupted, finish
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "training_log.json"
+_NOT_RECORDED = ("output", "overwrite", "resume")  # folders of this machine
+_TEXT = ("dataset", "dataset_config", "split", "text_column", "streaming", "context_length", "heldout_dataset",
+         "heldout_split")  # fmt: skip
+
+
+def asked_for(options: RunOptions) -> dict[str, Any]:
+    """Return the options for evaluation.json: those of the text under "text"; the trainer's are recorded as used."""
+    kept = values(options, lambda one: one.name not in (*_NOT_RECORDED, *_TEXT) and not one.metadata.get("trainer"))
+    return {**kept, "text": vars(options.text)}
+
+
+def rows_per_step(options: RunOptions) -> int:
+    """Return the number of whole rows in one optimiser step."""
+    return max(1, options.batch_tokens // options.context_length)
+
+
+def warn_of_whole_rows(options: RunOptions) -> None:
+    """Warn if a step cannot take exactly the tokens that were asked for."""
+    context = options.context_length
+    if (real := rows_per_step(options) * context) != options.batch_tokens:
+        logger.warning("a step takes whole rows of %d: %d tokens, not %d", context, real, options.batch_tokens)
+
+
+def step_arguments(options: RunOptions, folder: Path) -> dict[str, Any]:
+    """Return the trainer's arguments for these options: rows per step, steps, checkpoints, and what they set."""
+    rows = rows_per_step(options)
+    steps = max(1, options.tokens // (rows * options.context_length))
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": rows,
+        "max_steps": steps,
+        "lr_scheduler_type": "linear",
+        "save_steps": max(1, min(500, steps // 4)),
+        "save_total_limit": 1,
+        "seed": options.seed,
+        "disable_tqdm": False,  # the default follows transformers' verbosity
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return {**defaults, **options.trainer_arguments()}
+
+
+def run_training(
+    trainer: DecompositionTrainer, tokenizer: PreTrainedTokenizerBase, options: RunOptions, checkpoint: str | None
+) -> dict[str, Any]:
+    """Train, and save decomposition, tokenizer and log in the output folder.
+
+    Returns:
+        How it was trained, for evaluation.json; without "seconds" if it was resumed.
+
+    Raises:
+        Interrupted: Ctrl-C; a checkpoint was saved.
+        DivergenceError: the loss or a weight is not finite; nothing was saved, and no checkpoint was removed.
+    """
+    folder, started = Path(options.output), time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.interrupted:
+        raise Interrupted(
+            f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is kept in "
+            f"{folder}: run the same command with --resume to go on"
+        )
+    seconds = {} if checkpoint else {"seconds": round(time.monotonic() - started, 1)}
+    trainer.save_model()
+    tokenizer.save_pretrained(folder)  # pipelines look for it beside the decomposition
+    (folder / LOG_NAME).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    arguments = trainer.args
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    batch_tokens = rows * options.context_length
+    names = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor", "scale_activations")
+    return {
+        **{name: getattr(arguments, name) for name in (*names, "bf16")},
+        "batch_tokens": batch_tokens,
+        "tokens_trained": trainer.state.max_steps * batch_tokens,
+        **seconds,
+        "threads": torch.get_num_threads(),
+        "device": str(arguments.device),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
+    return {
+        "mxd": version("mxd"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def save_results(
+    results: dict[str, Any], decomposition: MxDModel, folder: Path, loss: str = "normalised squared error"
+) -> dict[str, Any]:
+    """Write evaluation.json and figures, and mark the run as finished.
+
+    Args:
+        results: of `mxd.evaluation.faithfulness`.
+        decomposition: the figure of its experts' frequencies is drawn.
+        folder: where `run_training` saved.
+        loss: name of the training log's loss.
+
+    Returns:
+        The content of evaluation.json.
+    """
+    save_evaluation(results, folder)
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    plot_training_loss(json.loads((folder / LOG_NAME).read_text()), figures / "training_loss.png", loss)
+    frequencies = {f"layer {i}": decomposition.layer(i).expert_frequency for i in decomposition.config.layers}
+    plot_expert_frequency(frequencies, figures / "expert_frequency.png")
+    finish(folder)
+    return load_evaluation(folder)
