@@ -97,9 +97,6 @@ def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:
     return with_retries(find, name)
 
 
-# The way of a repo id: resolve, choose layers, resolve the base, check the files of both.
-
-
 class ResolvedRepo(NamedTuple):
     """A folder, or a Hub repo at one commit."""
 
@@ -203,9 +200,6 @@ def commit_of(config: Any) -> tuple[str | None, bool]:
         return None, False
     commits = list(Path(path).parent.parent.iterdir())
     return extract_commit_hash(path, None), len(commits) == 1
-
-
-# Weights
 
 
 def decomposition_files(repo: ResolvedRepo, config: MxDConfig) -> list[Path]:

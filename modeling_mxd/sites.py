@@ -85,9 +85,6 @@ class MLPSite:
             raise SurgeryError(f"layer {self.layer} of {type(self.model).__name__} has no MLP: {self.reason}")
 
 
-# Stacks
-
-
 def find_stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
     """Return all lists of transformer layers as {stack: [(path of a layer, the layer), …]}.
 
@@ -139,9 +136,6 @@ def choose_stack(model: PreTrainedModel, stack: str | None, stacks: Mapping[str,
     if len(found) != 1:
         raise SurgeryError(f"{kind} has the stacks {names}: say which is meant with stack=")
     return found[0]
-
-
-# Sites
 
 
 def find_mlps(model: nn.Module, stack: str | None = None, site: str = MAIN) -> dict[int, MLPSite]:

@@ -242,9 +242,6 @@ def as_replacement(site: MLPSite, layer: nn.Module) -> nn.Module:
     return layer if plain and second is None else MLPReplacement(layer, second)
 
 
-# Verification
-
-
 @torch.no_grad()
 def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping[str, Any] | None = None) -> Widths:
     """Check that replacing MLPs is exact: run `example_inputs` (8 tokens) twice, the second time through

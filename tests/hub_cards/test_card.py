@@ -254,7 +254,8 @@ def test_hostile_texts_are_only_text(tmp_path):
     body = str(card)
     body.encode()
     assert (card.text.count(BEGIN), card.text.count(END)) == (1, 1)
-    assert card.text.count("```") == plain.text.count("```")
+    # A training with another stack has no command, which would need a flag for it.
+    assert card.text.count("```") == plain.text.count("```") - 2
     assert body.count("\n## ") == str(plain).count("\n## ")
     for part in ("<script", "<img", "{{", "{%", "$$", "\u202e", "\x00"):
         assert part not in card.text
