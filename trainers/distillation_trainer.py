@@ -224,14 +224,15 @@ class DistillationTrainer(DecompositionTrainer):
         """
         if model is self.model:
             return function(*args)
-        forward = vars(self.model).get("forward")  # accelerate's, in mixed precision
-        self.model.forward = function
+        attributes = vars(self.model)
+        before = attributes.get("forward")  # accelerate's, in mixed precision
+        attributes["forward"] = function
         try:
             return model(*args)
         finally:
-            del self.model.forward
-            if forward is not None:
-                self.model.forward = forward
+            del attributes["forward"]
+            if before is not None:
+                attributes["forward"] = before
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -242,8 +243,8 @@ class DistillationTrainer(DecompositionTrainer):
         tokens = self.loss_mask(inputs).sum() if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over processes; the sum over all tokens is wanted.
         scale = self.args.world_size / tokens
-        captured, losses = self.capture(inputs), {}
-        layers = list(captured)
+        captured = self.capture(inputs)
+        layers, losses = list(captured), dict[str, Tensor]()
         for layer in layers:
             x, y = captured.pop(layer)
             mask = self._mask(inputs, x)
