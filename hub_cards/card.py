@@ -105,8 +105,8 @@ def build_card(
             "own_tokenizer": any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")),
             "first": config.layers[0],
             "dense": any(layer.method == "mxd" for layer in layers),
-            "experts": _range(layer.num_experts for layer in layers),
-            "active": _range(layer.num_experts_per_tok for layer in layers),
+            "experts": f"{max(layer.num_experts for layer in layers):,}",
+            "active": max(layer.num_experts_per_tok for layer in layers),
             "rows": [_layer_row(layer, config.layer(layer), evaluation) for layer in config.layers],
             "results": None if evaluation is None else _results(evaluation),
             "runs": _runs(config, base, evaluation, folder),
@@ -126,13 +126,6 @@ class _Base:
         shown = name if on_hub or name is None else last_path_part(name)
         self.name = one_line(shown) or "an unnamed language model"
         self.argument = code_word(self.name if name else "MODEL")
-
-
-def _range(numbers: Iterable[int]) -> str:
-    """Format numbers as `64`, or as `64 to 128`."""
-    known = list(numbers)
-    least, most = min(known), max(known)
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def layer_ranges(layers: list[int], separator: str = ",") -> str:
@@ -251,9 +244,8 @@ def _runs(config: MxDConfig, base: _Base, evaluation: Any, folder: Path) -> list
     runs: list[dict[str, Any]] = []
     training = get_nested(evaluation, "settings", "training")
     if isinstance(training, Mapping):
-        method = config.layer(config.layers[0]).method.replace("_", "-")
-        start = [f"mxd decompose {shell_word(base.argument)}", f"--layers {layer_ranges(config.layers)}"]
-        start.append(f"--method {method}")
+        layers = [f"--layers {layer_ranges(config.layers)}", f"--method {config.layer(config.layers[0]).method}"]
+        start = [f"mxd decompose {shell_word(base.argument)}", *layers]
         if training.get("num_experts") is not None:  # it takes precedence over the budget that is otherwise matched
             training = {**training, "match_transcoder": None}
         runs.append(_run("Training", start, training))
@@ -263,8 +255,9 @@ def _runs(config: MxDConfig, base: _Base, evaluation: Any, folder: Path) -> list
         )
     for finetuning in _finetunings(evaluation):
         source = next(iter(strings_in(finetuning.get("decomposition"))), "FOLDER")
-        loss = {"kl": ["--loss kl"], "cross_entropy": ["--loss cross-entropy"]}.get(str(finetuning.get("loss")), [])
-        start = [f"mxd finetune {shell_word(dataset_id(source) or last_path_part(source))}", *loss]
+        start = [f"mxd finetune {shell_word(dataset_id(source) or last_path_part(source))}"]
+        if finetuning.get("loss") in ("kl", "cross_entropy"):
+            start.append(f"--loss {finetuning['loss']}")
         run = _run("Fine-tuning in the language model", start, finetuning)
         before = get_nested(finetuning, "before") or {}
         run["lines"]["Cross-entropy rise before"] = _format_rise(before)

@@ -44,6 +44,7 @@ def push_decomposition(
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    tag: str | None = None,
     base_model: str | None = None,
     license: str | None = None,  # noqa: A002, the Hub's name for it
     tags: Sequence[str] | None = None,
@@ -63,6 +64,7 @@ def push_decomposition(
         private: whether a new repo is private; None for the default of the account.
         revision: branch, created if it does not exist.
         create_pr: propose the commit as a pull request.
+        tag: new tag of the commit.
         base_model: Hub id of the base model, if the config names a local folder.
         license: licence of the weights; by default that of the earlier card, or else of the base model.
         tags: tags of the card, in addition to ours.
@@ -87,7 +89,7 @@ def push_decomposition(
         logger.warning("the base model %s is gated: %s", base.repo_id, advice)
     title = message or "Upload decomposition"
     push = _Push(api, repo_id, revision or "main", create_pr, title, folder, base, license, tags or (), also or {})
-    return push.run(private)
+    return push.run(private, tag)
 
 
 def check_base_id(name: str | None) -> None:
@@ -158,8 +160,8 @@ class _Push:
     mark: str = field(default_factory=lambda: f"mxd push {uuid.uuid4()}")
     """text that tells our own commit from others'"""
 
-    def run(self, private: bool | None) -> CommitInfo:
-        """Create repo and branch if they do not exist, and make the commit."""
+    def run(self, private: bool | None, tag: str | None) -> CommitInfo:
+        """Create repo and branch if they do not exist, make the commit, and tag it."""
         self.files = {**_files_of(self.folder, self.base), **self.also}
         if "tokenizer_config.json" not in self.files:
             self.tokenizer = _tokenizer_of(self.base, self.api.token)
@@ -169,6 +171,24 @@ class _Push:
         if self.branch != "main" and not self.create_pr and not self.branch.startswith("refs/"):
             create = partial(self.api.create_branch, self.repo_id, branch=self.branch, exist_ok=True)
             with_retries(create, f"creating the branch {self.branch}")
+        if tag:
+            self.check_free(tag)
+        commit = self.commit()
+        if tag:  # it was free: a tag that exists now was set by an attempt whose reply was lost
+            create = partial(self.api.create_tag, self.repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+            with_retries(create, f"the commit {commit.oid[:8]} is on the Hub, but tagging it {tag}")
+        return commit
+
+    def check_free(self, tag: str) -> None:
+        try:
+            with_retries(partial(get_repo, self.repo_id, tag, self.api.token), f"looking for the tag {tag}")
+        except HubError as error:
+            if isinstance(error.__cause__, RevisionNotFoundError):
+                return
+            raise
+        raise HubError(f"{self.repo_id} has a tag or branch {tag} already: choose another name")
+
+    def commit(self) -> CommitInfo:
         for _ in range(_ATTEMPTS):
             try:
                 return with_retries(self.attempt, f"pushing to {self.repo_id}")

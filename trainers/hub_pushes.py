@@ -88,7 +88,7 @@ class HubPushes(Trainer):
             commit_message: of the commit.
             blocking: wait for it; otherwise a future is returned.
             token, revision, private: over those of the arguments.
-            **kwargs: `license`, `tags`, `create_pr`, as for `push_decomposition`. What else the stock Trainer's
+            **kwargs: `license`, `tags`, `tag`, `create_pr`, as for `push_decomposition`. What else the stock Trainer's
                 card takes is ignored: ours is made from the folder.
 
         Returns:
@@ -105,7 +105,7 @@ class HubPushes(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        how: dict[str, Any] = {name: kwargs[name] for name in ("license", "tags", "create_pr") if name in kwargs}
+        how: dict[str, Any] = {name: kwargs[name] for name in ("license", "tags", "tag", "create_pr") if name in kwargs}
         how |= {"message": commit_message, "token": token, "revision": revision}
         if blocking:
             return self._push_output(**how)

@@ -94,11 +94,6 @@ def entry(**values):
     return header(change)
 
 
-def twice(head):
-    text = json.dumps(head)
-    return (text[:-1] + f', "{NAME}": ' + json.dumps(head[NAME]) + "}").encode()
-
-
 def overlapping(head):
     names = [name for name in head if name != "__metadata__"]
     first = min(names, key=lambda name: head[name]["data_offsets"][0])
@@ -269,7 +264,6 @@ CASES = [
             "no complete safetensors"),
     weights("a header that is no JSON", header(lambda head: b"}" * 64), "no complete safetensors"),
     weights("a header of 100,000 lists in each other", header(lambda head: nested(10**5)), "no complete safetensors"),
-    weights("a weight twice in the header", header(twice), "twice in its header"),
     weights("overlapping weights", header(overlapping), "no complete safetensors"),
     weights("a weight beyond the end", entry(data_offsets=[10**6, 10**6 + 64]), "no complete safetensors"),
     weights("a negative shape", entry(shape=[-1]), "no complete safetensors"),

@@ -206,7 +206,7 @@ def test_transcoders_are_called_so(tmp_path):
     assert {"transcoder", "skip-transcoder"} <= set(card.data.tags)
     assert "mixture-of-decoders" not in card.data.tags
     assert "| 8 | skip transcoder | 32 | 4 | 1,328 |" in section(card, "Results")
-    assert "with 32 latents, at most 4 of them active per token" in card.text
+    assert "with up to 32 latents, at most 4 of them active per token" in card.text
 
 
 def test_without_evaluation_nothing_was_measured(tmp_path):
@@ -255,7 +255,8 @@ def test_hostile_texts_are_only_text(tmp_path):
     body = str(card)
     body.encode()
     assert (card.text.count(BEGIN), card.text.count(END)) == (1, 1)
-    assert card.text.count("```") == plain.text.count("```")
+    # A training with another stack has no command, which would need a flag for it.
+    assert card.text.count("```") == plain.text.count("```") - 2
     assert body.count("\n## ") == str(plain).count("\n## ")
     for part in ("<script", "<img", "{{", "{%", "$$", "\u202e", "\x00"):
         assert part not in card.text
@@ -473,7 +474,7 @@ def test_a_fine_tuning_is_told_after_the_training(tmp_path):
     words, options = options_of(command_in(made))
     assert words == ["mxd", "finetune", "gpt2-l4"]
     assert options == {
-        "loss": ["cross-entropy"],
+        "loss": ["cross_entropy"],
         "dataset": ["plays.parquet", "ann/plays"],
         "context_length": ["256"],
         "tokens": ["200000"],

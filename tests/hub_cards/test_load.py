@@ -209,7 +209,7 @@ def test_a_base_from_elsewhere(hub, pushed, base, tiny_llama, expected, warned, 
     ("changes", "message"),
     [
         ({"model_type": "mistral"}, "base_model_type 'llama', this model's is 'mistral'"),
-        ({"hidden_act": "gelu"}, "base_hidden_act 'silu', this model's is 'gelu'"),
+        ({"hidden_act": "gelu"}, "base_hidden_act 'silu', this model's config names 'gelu'"),
     ],
 )
 def test_another_base_is_refused_by_the_door(hub, pushed, changes, message):

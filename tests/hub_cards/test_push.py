@@ -35,9 +35,10 @@ def test_everything_in_one_commit(hub, folder, base):
     (folder / "training_arguments.json").write_text("{}")
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"x")
-    push_decomposition(folder, REPO)
+    pushed = push_decomposition(folder, REPO, tag="v1")
     assert_complete(hub, folder)
     assert len(hub.repos[REPO].commits) == 2  # the empty repo's and ours
+    assert hub.repos[REPO].tags == {"v1": pushed.oid}
     assert not {name for name in hub.files(REPO) if "checkpoint" in name or "arguments" in name}
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert (card.data.library_name, card.data.base_model, card.data.license) == ("mxd", "user/base", "mit")
