@@ -23,6 +23,7 @@ MAX_TEXT = 4096
 # field, which may replace a method, rename a field, or ask for a label for each of 10^12 classes.
 _FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self", "kwargs"} | {
     "architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version",
+    "use_cache",  # the Trainer sets it
 }  # fmt: skip
 
 

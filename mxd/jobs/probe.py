@@ -68,12 +68,9 @@ def probe(options: ProbingOptions, progress: bool = True) -> dict[str, Any]:
     where = first.config.where
     representations = make_representations(find_mlp(model, layer, **where), decompositions, options.against)
     texts = cut_texts(
-        documents,
-        tokenizer,
-        context_length=options.context_length,
-        texts_per_class=options.texts_per_class,
+        documents, tokenizer, context_length=options.context_length, texts_per_class=options.texts_per_class,
         seed=options.seed,
-    )
+    )  # fmt: skip
     folds = grouped_folds(texts.labels, texts.groups, options.folds, options.seed)
     if folder is not None:
         write_run(folder, "probe", options)
@@ -83,20 +80,13 @@ def probe(options: ProbingOptions, progress: bool = True) -> dict[str, Any]:
     )  # fmt: skip
     how = values(options, lambda one: one.name in ("candidates", "sparsities", "standardize", "seed"))
     chance = always_yes_f1(texts.labels)
-    asked = values(options, lambda one: one.name not in ("output", "overwrite", "dataset_config", "streaming"))
     results: dict[str, Any] = {
         "representations": {
             name: probe_features(found, texts.labels, folds, **how) for name, found in features.items()
         },
         "classes": count_texts(texts),
         "always_yes_f1": chance,
-        "settings": {
-            **asked,
-            "config_name": options.dataset_config,
-            "layer": layer,
-            **describe(decompositions, layer),
-            "versions": probing_versions(),
-        },
+        "settings": _settings(options, decompositions, layer),
     }
     if folder is not None:
         write_json(folder / RESULTS_NAME, results)
@@ -214,6 +204,12 @@ def describe(decompositions: Mapping[str, MxDModel], layer: int) -> dict[str, An
         methods[name]["parameters"] = sizes.num_parameters
     config = next(iter(decompositions.values())).config
     return {"base_model": config.base_model_name_or_path, **config.where, "methods": methods}
+
+
+def _settings(options: ProbingOptions, decompositions: Mapping[str, MxDModel], layer: int) -> dict[str, Any]:
+    asked = values(options, lambda one: one.name not in ("output", "overwrite", "dataset_config"))
+    where = {"config_name": options.dataset_config, "layer": layer, **describe(decompositions, layer)}
+    return {**asked, **where, "versions": probing_versions()}
 
 
 def probing_versions() -> dict[str, str]:

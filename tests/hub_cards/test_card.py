@@ -246,6 +246,7 @@ def test_absurd_numbers_stay_short(tmp_path):
 def test_hostile_texts_are_only_text(tmp_path):
     evaluation = every_text_replaced(EVALUATION, HOSTILE)
     evaluation["layers"] = {"4": LAYER}
+    evaluation["settings"]["training"] |= {"gate_init": "data", "encoder_init": "pretrained", "modulation_init": "unit"}
     # Of the names in config.json, those with characters that cannot be printed are refused before.
     base = "".join(character for character in HOSTILE if character.isprintable())
     folder = write_folder(tmp_path, evaluation=evaluation, base=base)
