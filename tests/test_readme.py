@@ -2,17 +2,29 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
+from mxd import demo
 from mxd.hub_cards import OLDEST_TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FINETUNING = (ROOT / "docs" / "finetuning.md").read_text()
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "recipe.json").read_text())["tables"]
+HELD_OUT, PYTHON = "K = 32, one pass", "Another kind of text than that of the training, Python sources"
+HEADLINE = {
+    "MxD, held-out text": RESULTS[HELD_OUT]["MxD"],
+    "skip transcoder, held-out text": RESULTS[HELD_OUT]["skip transcoder"],
+    "MxD, Python sources": RESULTS[PYTHON]["MxD, K = 32"],
+    "skip transcoder, Python sources": RESULTS[PYTHON]["skip transcoder, K = 32"],
+}
 
 
 def snippets(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+
+
+def test_it_is_short_and_begins_with_code():
+    assert len(README.split()) <= 900
+    assert README[: README.index("```python")].count("\n") < 40
 
 
 def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
@@ -26,13 +38,16 @@ def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
     )
     text = json.dumps({"text": "It is a truth universally acknowledged. " * 20}) + "\n"
     Path("texts.jsonl").write_text(text * 2)
-    reading, training = snippets(README)
+    loading, reading = snippets(README)
     names: dict[str, object] = {}
+    base = f'"demo-output", base_model_name_or_path={str(demo.model_path())!r}'
+    exec(loading.replace('"user/mxd-gpt2-l8"', base), names)
+    assert names["model"].decomposition.config.layers == [2]
+    capsys.readouterr()
     exec(reading, names)
-    assert len(capsys.readouterr().out.strip()) > 20  # the steered continuation
-    assert tuple(names["W"].shape) == (512, 192)
-    exec(training.replace("max_steps=500", "max_steps=2"), names)
-    assert names["config"].layers == [1, 3]
+    before, after = capsys.readouterr().out.strip().split("\n")[0], names["steered"]
+    assert before.startswith("The state of the Union") and after.startswith("The state of the Union")
+    assert before != after
     finetuning, adapter = snippets(FINETUNING)
     exec(finetuning.replace("max_steps=100", "max_steps=2"), names)
     assert Path("finetuned/model.safetensors").is_file()
@@ -40,9 +55,16 @@ def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
     assert Path("adapter/adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["modeling_mxd", "hub_cards", "trainers", "mxd", "benchmarks", "notebooks"])
-def test_rooms_named_in_the_readme_exist(name):
-    assert f"| `{name}` |" in README and (ROOT / name).is_dir()
+def test_the_headline_is_in_the_results():
+    for name, row in HEADLINE.items():
+        low, high = row["rise_interval"]
+        cells = (
+            f"{row['metrics']['nmse']:.3f}",
+            f"{100 * row['metrics']['expert_share']:.0f} %",
+            f"{row['kl']:.4f}",
+            f"{row['rise']:+.4f} ± {(high - low) / 2:.4f}",
+        )
+        assert f"| {name} | {' | '.join(cells)} |" in README
 
 
 def test_the_oldest_transformers_is_the_one_that_was_run():
@@ -50,4 +72,4 @@ def test_the_oldest_transformers_is_the_one_that_was_run():
     versions = {tuple(map(int, outcome["transformers"].split("."))) for outcome in outcomes}
     oldest = ".".join(map(str, min(versions)))
     assert oldest == f"{OLDEST_TRANSFORMERS}.0"
-    assert f"Transformers {OLDEST_TRANSFORMERS} and later" in README
+    assert f"transformers ({OLDEST_TRANSFORMERS} or later)" in README
