@@ -92,8 +92,8 @@ def pooled(
     where = next(iter(decompositions.values())).config.where
     found = make_representations(find_mlp(model, options.layer, **where), decompositions)
     paths = {
-        name: folder / f"{identity(name, sources.get(name))}.{'npy' if item.active is None else 'npz'}"
-        for name, item in found.items()
+        name: folder / f"{identity(name, sources.get(name))}.{'npz' if name in decompositions else 'npy'}"
+        for name in found
     }
     missing = {name: item for name, item in found.items() if not paths[name].exists()}
     if missing:

@@ -35,8 +35,7 @@ def domain_use(
     """
     if len(uses) < 2:
         raise ValueError(f"experts are compared over at least two domains, got {', '.join(uses) or 'none'}")
-    empty = [domain for domain, use in uses.items() if not use.tokens]
-    if empty:
+    if empty := [domain for domain, use in uses.items() if not use.tokens]:
         raise ValueError(f"no tokens of the domain {empty[0]!r}")
     if not 0.5 < share <= 1:
         raise ValueError(f"share must be over 0.5 and at most 1, got {share}")

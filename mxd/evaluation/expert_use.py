@@ -22,10 +22,7 @@ Statistics = tuple[Tensor, Tensor]
 
 
 class ExpertUse:
-    """Count, streamed over tokens, how the experts are used. An expert is active if its coefficient is not 0.
-
-    Args:
-        num_experts: N.
+    """Count, streamed over tokens, how N experts are used. An expert is active if its coefficient is not 0.
 
     Attributes:
         tokens: T, number of tokens so far.
@@ -56,13 +53,11 @@ class ExpertUse:
         """Return the mean coefficient of each expert over all tokens, zeros included, Σ_t a_t / T, (N) float64."""
         return self.sums / max(self.tokens, 1)
 
-    def always_on(self, at_least: float = ALWAYS_ON_FREQUENCY) -> dict[str, float]:
-        """Return {expert: frequency} of the experts active on at least this share of tokens, most frequent first.
-
-        With K active experts per token there are at most K / `at_least`.
-        """
-        order = self.frequency.argsort(descending=True, stable=True).tolist()
-        return {str(expert): float(self.frequency[expert]) for expert in order if self.frequency[expert] >= at_least}
+    def always_on(self) -> dict[str, float]:
+        """Return {expert: frequency} of the experts active on nine tokens in ten or more, most frequent first."""
+        frequency = self.frequency
+        order = frequency.argsort(descending=True, stable=True).tolist()
+        return {str(expert): float(frequency[expert]) for expert in order if frequency[expert] >= ALWAYS_ON_FREQUENCY}
 
     def summary(self, frequent_above: float = SPECIALISED_FREQUENCY) -> dict[str, float]:
         """Return the numbers of evaluation.json.
@@ -82,10 +77,7 @@ class ExpertUse:
 
 @torch.no_grad()
 def count_expert_use(
-    model: nn.Module | Capture,
-    decomposition: MxDModel,
-    batches: Iterable[Mapping[str, Tensor]],
-    include_first: bool = True,
+    model: nn.Module | Capture, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[int, ExpertUse]:
     """Count the use of the experts of every layer over all unpadded positions.
 
@@ -93,16 +85,15 @@ def count_expert_use(
         model: the base model, or a function from a batch to the MLPs' inputs and outputs, such as an activation cache.
         decomposition: the decomposition of the model.
         batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
-        include_first: whether each row's first position (BOS) counts.
 
     Returns:
         {layer: use}.
     """
     config = decomposition.config
     uses = {layer: ExpertUse(config.layer(layer).num_experts) for layer in config.layers}
-    with evaluating(*([model, decomposition] if isinstance(model, nn.Module) else [decomposition])):
+    with evaluating(*(one for one in (model, decomposition) if isinstance(one, nn.Module))):
         for batch in batches:
-            captured, masks = captured_activations(model, decomposition, batch, include_first)
+            captured, masks = captured_activations(model, decomposition, batch)
             for layer, (x, _) in captured.items():
                 module = decomposition.layer(layer)
                 uses[layer].update(module.encode(x[masks[layer]].to(module.gate.weight.device)))
@@ -110,7 +101,7 @@ def count_expert_use(
 
 
 def captured_activations(
-    model: nn.Module | Capture, decomposition: MxDModel, batch: Mapping[str, Tensor], include_first: bool
+    model: nn.Module | Capture, decomposition: MxDModel, batch: Mapping[str, Tensor]
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]:
     """Return {layer: (x, y)} of a batch, and {layer: mask of the positions that count}."""
     config = decomposition.config
@@ -120,28 +111,22 @@ def captured_activations(
         batch = {"input_ids": ids} if attention_mask is None else {"input_ids": ids, "attention_mask": attention_mask}
     else:
         captured = model(batch)
-    masks = {layer: activation_mask(batch, x, include_first, config.of_decoder) for layer, (x, _) in captured.items()}
+    masks = {layer: activation_mask(batch, x, decoder=config.of_decoder) for layer, (x, _) in captured.items()}
     return captured, masks
 
 
 def measure_expert_statistics(
-    model: nn.Module | Capture,
-    decomposition: MxDModel,
-    batches: Iterable[Mapping[str, Tensor]],
-    include_first: bool = True,
+    model: nn.Module | Capture, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
 ) -> None:
-    """Write frequency and mean coefficient of every expert into the layers' buffers, which evaluation reads.
+    """Measure every expert on training tokens, and write its frequency and mean coefficient into the layers' buffers.
 
-    The buffers are `expert_frequency` and `expert_mean`.
-
-    Args:
-        batches: training tokens.
-        model, decomposition, include_first: see `count_expert_use`.
+    The buffers are `expert_frequency` and `expert_mean`, which evaluation reads. For the arguments see
+    `count_expert_use`.
 
     Raises:
         ValueError: there is no token to measure on; the buffers are left unchanged.
     """
-    uses = count_expert_use(model, decomposition, batches, include_first)
+    uses = count_expert_use(model, decomposition, batches)
     if not all(use.tokens for use in uses.values()):
         raise ValueError("no tokens to measure the experts on: batches is empty, or contains only padding")
     for layer, use in uses.items():
@@ -156,9 +141,6 @@ def expert_statistics(
     """Return the statistics of every layer's experts, and a description of the tokens that they come from.
 
     They are read from the layers' buffers; layers without any are measured on `batches`.
-
-    Raises:
-        ValueError: layers must be measured, and `batches` is an iterator, which evaluation needs afterwards.
     """
     layers = {index: decomposition.layer(index) for index in decomposition.config.layers}
     statistics = {index: (layer.expert_frequency, layer.expert_mean) for index, layer in layers.items()}
@@ -167,8 +149,8 @@ def expert_statistics(
         return statistics, _TRAINING
     if isinstance(batches, Iterator):
         raise ValueError(
-            f"the experts of layer {unmeasured[0]} have never been measured, so batches must be passed over twice, "
-            "which an iterator does not allow: give a list or a DataLoader, or call measure_expert_statistics first"
+            f"the experts of layer {unmeasured[0]} have never been measured, which takes another pass over batches: "
+            "give a list or a DataLoader, not an iterator"
         )
     uses = count_expert_use(model, decomposition, batches)
     statistics.update({index: (uses[index].frequency, uses[index].mean) for index in unmeasured})

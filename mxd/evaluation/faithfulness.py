@@ -44,13 +44,11 @@ class LayerEvaluation:
     def __init__(
         self, layer: SparseLayer, statistics: Statistics, specialised_frequency: float = SPECIALISED_FREQUENCY
     ):
-        self.layer = layer
-        self.specialised_frequency = specialised_frequency
-        self.mean = MeanExperts(layer, statistics)
-        self.mean_specialised = MeanExperts(layer, statistics, specialised_frequency)
+        self.layer, self.specialised_frequency = layer, specialised_frequency
+        # All experts at their mean, then the specialised ones.
+        self.means = [(ErrorSums(), MeanExperts(layer, statistics, least)) for least in (1.0, specialised_frequency)]
         self.use = ExpertUse(layer.config.num_experts)
         self.errors, self.errors_without_first = ErrorSums(), ErrorSums()
-        self.errors_of_mean, self.errors_of_mean_specialised = ErrorSums(), ErrorSums()
 
     def update(self, x: Tensor, y: Tensor, mask: Tensor, mask_without_first: Tensor) -> None:
         """Add a batch: x (batch, tokens, I), y (batch, tokens, O), masks (batch, tokens)."""
@@ -64,16 +62,13 @@ class LayerEvaluation:
         prediction = self.layer.combine(summed, x)
         self.errors.update(prediction, y)
         self.errors_without_first.update(prediction[~first], y[~first])
-        for errors, mean in (
-            (self.errors_of_mean, self.mean),
-            (self.errors_of_mean_specialised, self.mean_specialised),
-        ):
-            errors.update(self.layer.combine(mean(self.layer, x, coefficients), x), y)
+        for errors, mean in self.means:
+            errors.update(self.layer.combine(mean(self.layer, coefficients), x), y)
 
     def result(self) -> dict[str, float]:
         """Return the layer's entry of evaluation.json; see `faithfulness`."""
         nmse, clipped = self.errors.nmse, self.errors.clipped_nmse
-        mean, mean_specialised = self.errors_of_mean, self.errors_of_mean_specialised
+        mean, mean_specialised = (errors for errors, _ in self.means)
         return {
             "nmse": nmse,
             "nmse_without_first": self.errors_without_first.nmse,
@@ -90,11 +85,7 @@ class LayerEvaluation:
 class ModelEvaluation:
     """Measure the base model untouched, spliced and zero-ablated, and its layers, streamed over batches.
 
-    Args:
-        model: the base model, in eval mode.
-        decomposition: its layers, in eval mode and on the devices of their MLPs.
-        layers: the evaluation of every layer.
-        known: losses of the untouched model on the same batches, if they were measured before.
+    Models are in eval mode, the decomposition's layers on the devices of their MLPs.
     """
 
     def __init__(
@@ -102,13 +93,10 @@ class ModelEvaluation:
         model: nn.Module,
         decomposition: MxDModel,
         layers: Mapping[int, LayerEvaluation],
-        known: UntouchedLosses | None = None,
+        known: UntouchedLosses | None,
     ):
-        self.model = model
-        self.decomposition = decomposition
-        self.layers = layers
-        self.known = known
-        self.known_ablated = None if known is None else known.zero_ablated(decomposition.config)
+        self.model, self.decomposition, self.layers, self.known = model, decomposition, layers, known
+        self.known_ablated = known and known.zero_ablated(decomposition.config)
         self.untouched, self.spliced, self.ablated = LogitSums(), LogitSums(), LogitSums()
         self.rise = PairedDifference()
         self.batches = self.tokens = self.rows = 0
@@ -124,7 +112,10 @@ class ModelEvaluation:
         for layer, (x, y) in captured.items():
             self.layers[layer].update(x, y, mask, without_first)
         del captured
-        untouched = self._untouched(batch, logits, ids, mask)
+        if self.known is None:
+            untouched = self.untouched.update(logits, ids, mask)
+        else:
+            untouched = self.known.of_batch(self.batches, ids)
         with self.decomposition.spliced(self.model, cast=False):
             spliced = self.spliced.update(next_token_logits(self.model, rows), ids, mask, reference=logits)
         self.rise.update(spliced - untouched.to(spliced.device), next_token_mask(mask))
@@ -134,30 +125,14 @@ class ModelEvaluation:
                 self.ablated.update(next_token_logits(self.model, rows), ids, mask)
         self.batches += 1
 
-    def _untouched(self, batch: Mapping[str, Tensor], logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the untouched model's losses of a batch, (batch, tokens − 1)."""
-        if self.known is None:
-            return self.untouched.update(logits, ids, mask)
-        known = self.known.of_batch(self.batches, batch)
-        if self.batches == 0:
-            self.known.check_model(0, LogitSums().update(logits, ids, mask), next_token_mask(mask))
-        return known
-
     def result(self) -> dict[str, Any]:
-        """Return the result of `faithfulness`, with the settings of the tokens and the model.
-
-        Raises:
-            ValueError: there were no tokens.
-        """
-        if not self.rows:
-            raise ValueError("no held-out rows to evaluate on: the text is shorter than one row of context")
+        """Return the result of `faithfulness`, with the settings of the tokens and the model."""
         if not self.tokens:
-            raise ValueError("no held-out tokens to evaluate on: every position is padding")
-        untouched, ablated = self.untouched.cross_entropy, self.ablated.cross_entropy
+            raise ValueError("no held-out tokens to evaluate on: there are no rows, or every position is padding")
         if self.known is not None:
             self.known.check_complete(self.batches)
-            untouched = self.known.cross_entropy
-        ablated = ablated if self.known_ablated is None else self.known_ablated
+        untouched = (self.known or self.untouched).cross_entropy
+        ablated = self.ablated.cross_entropy if self.known_ablated is None else self.known_ablated
         spliced = self.spliced.cross_entropy
         return {
             "layers": {str(layer): evaluation.result() for layer, evaluation in self.layers.items()},
@@ -222,7 +197,7 @@ def faithfulness(
 
     Raises:
         ValueError: the model is not causal, there are no tokens, `batches` is an iterator that is needed twice, or
-            `untouched` is of other batches or another model.
+            `untouched` is of other batches.
         SurgeryError: the model does not fit the decomposition; nothing is measured.
     """
     check_causal(model)
@@ -244,21 +219,14 @@ def faithfulness(
 
 
 def save_evaluation(results: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
-    """Write evaluation.json atomically into a folder, which is created if missing, with null for NaN and infinity.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        TypeError: `results` is not serialisable; an existing file is left unchanged.
-    """
+    """Write evaluation.json atomically into a folder, with null for NaN and infinity; return its path."""
     path = Path(folder) / EVALUATION_NAME
     write_json(path, results)
     return path
 
 
 def load_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read evaluation.json of a decomposition's folder; null is None.
+    """Read evaluation.json of a decomposition's folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -267,5 +235,5 @@ def load_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / EVALUATION_NAME
     results = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(results, dict):
-        raise ValueError(f"{path} holds no evaluation: a JSON object was expected, got {type(results).__name__}")
+        raise ValueError(f"{path} is no evaluation: a JSON object was expected, got {type(results).__name__}")
     return results

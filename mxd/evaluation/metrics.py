@@ -12,6 +12,10 @@ from mxd.base.masks import next_token_mask
 CHUNK_ELEMENTS = 2**24
 
 
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
+
+
 def squared_norm(x: Tensor) -> Tensor:
     """Return ‖x_t‖² in float64; (..., O) → (...)."""
     return x.double().square().sum(-1)
@@ -20,12 +24,7 @@ def squared_norm(x: Tensor) -> Tensor:
 def normalised_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Return ‖ŷ_t − y_t‖² / ‖y_t‖² of every token (the paper's normalised error), in float64; NaN if y_t = 0.
 
-    Args:
-        prediction: ŷ, (..., O).
-        target: y, (..., O).
-
-    Returns:
-        (...).
+    ŷ and y (..., O) → (...).
     """
     norm = squared_norm(target)
     return torch.where(norm > 0, squared_norm(prediction.double() - target.double()) / norm, torch.nan)
@@ -34,12 +33,7 @@ def normalised_error(prediction: Tensor, target: Tensor) -> Tensor:
 def next_token_loss(log_p: Tensor, targets: Tensor) -> Tensor:
     """Return −log p(next token) in nats.
 
-    Args:
-        log_p: log-probabilities, (..., vocabulary).
-        targets: ids of the next tokens, (...).
-
-    Returns:
-        (...).
+    Log-probabilities (..., vocabulary) and ids of the next tokens (...) → (...).
     """
     return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
@@ -55,7 +49,7 @@ def kl_divergence(log_reference: Tensor, log_p: Tensor) -> Tensor:
 
 def explained_share(error: float, ablated_error: float) -> float:
     """Return the share of a layer's explained error that an ablation loses, (e_ablated − e) / (1 − e); NaN if e ≥ 1."""
-    return (ablated_error - error) / (1 - error) if error < 1 else math.nan
+    return _ratio(ablated_error - error, 1 - error)
 
 
 def recovered_share(untouched: float, spliced: float, zero_ablated: float) -> float:
@@ -63,8 +57,7 @@ def recovered_share(untouched: float, spliced: float, zero_ablated: float) -> fl
 
     NaN if zero-ablation does not raise the cross-entropy.
     """
-    gap = zero_ablated - untouched
-    return (zero_ablated - spliced) / gap if gap > 0 else math.nan
+    return _ratio(zero_ablated - spliced, zero_ablated - untouched)
 
 
 def normalised_entropy(counts: Tensor) -> float:
@@ -91,30 +84,24 @@ class ErrorSums:
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
-        self._nonzero_tokens = 0
-        self._ratios = 0.0
-        self._clipped_ratios = 0.0
-        self._squared_error = 0.0
+        self.tokens = self._nonzero_tokens = 0
+        self._ratios = self._clipped_ratios = self._squared_error = self._squared_deviation = 0.0
         # Deviations are from the first token, so that Σ‖d‖² − ‖Σd‖²/n is exactly 0 if y does not vary.
-        self._origin: Tensor | None = None
-        self._deviation: Tensor | None = None
-        self._squared_deviation = 0.0
+        self._origin = self._deviation = torch.zeros(0)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add tokens: ŷ and y, both (..., O)."""
         prediction, target = prediction.flatten(0, -2).double(), target.flatten(0, -2).double()
         if not len(target):
             return
-        if self._origin is None:
+        if not self.tokens:
             self._origin, self._deviation = target[0].clone(), torch.zeros_like(target[0])
-        assert self._deviation is not None
         ratios = normalised_error(prediction, target)
-        nonzero = squared_norm(target) > 0
+        ratios = ratios[squared_norm(target) > 0]
         self.tokens += len(target)
-        self._nonzero_tokens += int(nonzero.sum())
-        self._ratios += float(ratios[nonzero].sum())
-        self._clipped_ratios += float(ratios[nonzero].clamp_max(1).sum())
+        self._nonzero_tokens += len(ratios)
+        self._ratios += float(ratios.sum())
+        self._clipped_ratios += float(ratios.clamp_max(1).sum())
         self._squared_error += float(squared_norm(prediction - target).sum())
         deviation = target - self._origin
         self._deviation = self._deviation + deviation.sum(0)
@@ -123,20 +110,18 @@ class ErrorSums:
     @property
     def nmse(self) -> float:
         """Return the NMSE: 0 for an exact output, 1 for an output of zero; NaN without a token with y ≠ 0."""
-        return self._ratios / self._nonzero_tokens if self._nonzero_tokens else math.nan
+        return _ratio(self._ratios, self._nonzero_tokens)
 
     @property
     def clipped_nmse(self) -> float:
         """Return the clipped NMSE; NaN without a token with y ≠ 0."""
-        return self._clipped_ratios / self._nonzero_tokens if self._nonzero_tokens else math.nan
+        return _ratio(self._clipped_ratios, self._nonzero_tokens)
 
     @property
     def fvu(self) -> float:
         """Return the fraction of variance unexplained: 0 for an exact output, 1 for the mean; NaN without variance."""
-        if self._deviation is None:
-            return math.nan
-        variance = self._squared_deviation - float(squared_norm(self._deviation)) / self.tokens
-        return self._squared_error / variance if variance > 0 else math.nan
+        variance = self._squared_deviation - float(squared_norm(self._deviation)) / max(self.tokens, 1)
+        return _ratio(self._squared_error, variance)
 
 
 class LogitSums:
@@ -151,11 +136,8 @@ class LogitSums:
     """
 
     def __init__(self) -> None:
-        self.targets = 0
-        self._compared = 0
-        self._loss = 0.0
-        self._divergence = 0.0
-        self._agreements = 0
+        self.targets = self._compared = self._agreements = 0
+        self._loss = self._divergence = 0.0
 
     def update(self, logits: Tensor, input_ids: Tensor, mask: Tensor, reference: Tensor | None = None) -> Tensor:
         """Add a batch.
@@ -192,14 +174,14 @@ class LogitSums:
     @property
     def cross_entropy(self) -> float:
         """Return nats per token; NaN if no token has a next one."""
-        return self._loss / self.targets if self.targets else math.nan
+        return _ratio(self._loss, self.targets)
 
     @property
     def kl(self) -> float:
         """Return KL(reference ‖ this model), nats per token; NaN without a reference."""
-        return self._divergence / self._compared if self._compared else math.nan
+        return _ratio(self._divergence, self._compared)
 
     @property
     def agreement(self) -> float:
         """Return the share of tokens with the reference's most likely next token; NaN without a reference."""
-        return self._agreements / self._compared if self._compared else math.nan
+        return _ratio(self._agreements, self._compared)

@@ -29,8 +29,8 @@ class PairedDifference:
     """
 
     def __init__(self) -> None:
-        self._sums: list[Tensor] = []
-        self._counts: list[Tensor] = []
+        self._sums = [torch.zeros(0, dtype=torch.float64)]
+        self._counts = [torch.zeros(0, dtype=torch.int64)]
 
     def update(self, difference: Tensor, counted: Tensor) -> None:
         """Add rows: d and the mask of the tokens that count, both (batch, tokens)."""
@@ -39,8 +39,6 @@ class PairedDifference:
         self._counts.append(counted.sum(-1).cpu())
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        if not self._sums:
-            return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
         sums, counts = torch.cat(self._sums), torch.cat(self._counts)
         return sums[counts > 0], counts[counts > 0]
 

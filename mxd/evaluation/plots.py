@@ -1,7 +1,4 @@
-"""Plot results, with one palette. The ending of `path` sets the format of the image.
-
-All figures use matplotlib's object interface: no global state, no display.
-"""
+"""Plot results, with one palette. The ending of `path` sets the format of the image."""
 
 import math
 import os
@@ -9,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import matplotlib
-import torch
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -25,7 +22,6 @@ PathLike: TypeAlias = str | os.PathLike[str]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 _LINE_STYLES = ("-", "--", ":", "-.")
 _DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 1}
-_BINS_PER_DECADE = 8
 _LEGEND_ROWS = 16
 _PANELS_PER_ROW = 4
 # method: (label, marker)
@@ -40,6 +36,7 @@ def _figure(
     axes = list(figure.subplots(rows, columns, squeeze=False, **shared).ravel())
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.3, linewidth=0.5)
     return figure, axes
 
 
@@ -61,29 +58,35 @@ def _style(index: int, count: int) -> dict[str, Any]:
     return {"color": matplotlib.colormaps["cividis"](0.9 * index / (count - 1)), "linewidth": 1}
 
 
-def _grid(axes: Axes, axis: Any = "both") -> None:
-    axes.grid(axis=axis, alpha=0.3, linewidth=0.5)
-
-
 def _log_ticks(axis: Axis, digits: Sequence[float]) -> None:
     """Label a logarithmic axis at these multiples of the powers of ten, in plain numbers."""
-    axis.set_major_locator(LogLocator(subs=digits))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set(major_locator=LogLocator(subs=digits), major_formatter=StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _count_ticks(axes: Axes, ticks: Sequence[int]) -> None:
+    """Label the x axis at these numbers alone."""
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _histograms(axes: Axes, logs: Mapping[str, Tensor], bins: int, low: float, high: float) -> None:
-    """Draw histograms of log₁₀ values on a logarithmic axis, one line per label."""
-    for index, (label, values) in enumerate(logs.items()):
-        counts, edges = torch.histogram(values, bins=bins, range=(low, high))
-        centres = 10 ** ((edges[:-1] + edges[1:]) / 2)
+def _floats(values: Sequence[float | None]) -> np.ndarray:
+    """Return an array with NaN for None."""
+    return np.array(values, dtype=float)
+
+
+def _histograms(axes: Axes, values: Mapping[str, np.ndarray], bins_per_decade: int) -> None:
+    """Draw histograms of positive values over whole decades of a logarithmic axis, one line per label."""
+    logs = {label: np.log10(value[value > 0]) for label, value in values.items()}
+    joined = np.concatenate([*logs.values(), [-0.5]])  # at least the decade below 1
+    low, high = math.floor(joined.min()), math.ceil(joined.max())
+    for index, (label, log) in enumerate(logs.items()):
+        counts, edges = np.histogram(log, bins_per_decade * (high - low), (low, high))
         style = "steps-mid" if len(logs) <= len(COLOURS) else "default"  # many steps would hide one another
-        axes.plot(centres.numpy(), counts.numpy(), label=label, drawstyle=style, **_style(index, len(logs)))
-    axes.set(xscale="log", ylabel="experts per bin")
+        axes.plot(
+            10 ** ((edges[:-1] + edges[1:]) / 2), counts, label=label, drawstyle=style, **_style(index, len(logs))
+        )
+    axes.set(xscale="log", xlim=(10.0**low, 10.0**high), ylabel="experts per bin")
     axes.set_ylim(bottom=0)
 
 
@@ -94,20 +97,15 @@ def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: PathLike) -> 
         frequencies: label → share of tokens on which each expert is active, (N).
     """
     figure, (axes,) = _figure()
-    shares = {label: frequency.detach().double().cpu() for label, frequency in frequencies.items()}
-    smallest = min((float(share[share > 0].min()) for share in shares.values() if share.any()), default=1.0)
-    decades = max(1, math.ceil(-math.log10(smallest)))
-    logs = {
-        f"{label}: {100 * float((share == 0).double().mean()):.1f} % of {len(share):,} dead": (
-            share[share > 0].log10().clamp(-decades, 0)
-        )
-        for label, share in shares.items()
-    }
-    _histograms(axes, logs, _BINS_PER_DECADE * decades, -float(decades), 0.0)
+    named = {}
+    for label, frequency in frequencies.items():
+        shares = frequency.detach().double().cpu().numpy()
+        named[f"{label}: {100 * (shares == 0).mean():.1f} % of {len(shares):,} dead"] = shares
+    _histograms(axes, named, bins_per_decade=8)
     quarter = f"{100 * SPECIALISED_FREQUENCY:.0f} % of tokens"
     axes.axvline(SPECIALISED_FREQUENCY, color="grey", linestyle=(0, (1, 1)), label=quarter)
-    axes.set(xlabel="share of tokens on which an expert is active", xlim=(10.0**-decades, 1))
-    _save(figure, path, max(1, len(shares)))
+    axes.set(xlabel="share of tokens on which an expert is active")
+    _save(figure, path, max(1, len(named)))
 
 
 def plot_singular_values(values: Mapping[str, Tensor], path: PathLike) -> None:
@@ -117,17 +115,14 @@ def plot_singular_values(values: Mapping[str, Tensor], path: PathLike) -> None:
         values: label → smallest singular value of each sampled expert, (S), as `ExpertRanks.smallest`.
     """
     figure, (axes,) = _figure()
-    logs = {}
+    named = {}
     for label, value in values.items():
         zeros = int((value <= 0).sum())
         name = f"{label}: {len(value):,} experts" + (f", {zeros} at 0" if zeros else "")
-        logs[name] = value[value > 0].detach().double().cpu().log10()
-    positive = torch.cat([*logs.values(), torch.zeros(0, dtype=torch.float64)])
-    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (-1.0, 0.0)
-    low, high = (low - 0.1, high + 0.1) if high - low < 0.1 else (low, high)
-    _histograms(axes, logs, 24, low, high)
+        named[name] = value.detach().double().cpu().numpy()
+    _histograms(axes, named, bins_per_decade=24)
     axes.set(xlabel="smallest singular value of an expert's matrix")
-    _save(figure, path, len(values))
+    _save(figure, path, len(named))
 
 
 def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: PathLike) -> None:
@@ -140,18 +135,14 @@ def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: PathLike) -> No
     most = max((count for curve in curves.values() for count in curve["removed"]), default=1)
     for index, (label, curve) in enumerate(curves.items()):
         style = _style(index, len(curves)) | {"linestyle": "-"}
-        axes.plot(curve["removed"], [_number(rise) for rise in curve["rise"]], label=label, marker=".", **style)
+        axes.plot(curve["removed"], _floats(curve["rise"]), label=label, marker=".", **style)
         if curve["zero_ablated"] is not None and curve["untouched"] is not None:
             ablated = curve["zero_ablated"] - curve["untouched"]
             axes.axhline(ablated, color=style["color"], label=f"{label}: zero-ablated", **_DASHED)
-    # 0 has no logarithm: the axis is linear up to 1.
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    ticks = [0, *(2**power for power in range(max(1, most).bit_length()))]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xscale("symlog", base=2, linthresh=1)  # 0 has no logarithm: the axis is linear up to 1
+    _count_ticks(axes, [0, *(2**power for power in range(max(1, most).bit_length()))])
     axes.set_xlim(-0.1, 1.1 * most)
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="strongest active experts removed", ylabel="rise of cross-entropy (nats per token)")
-    _grid(axes)
     _save(figure, path, 2 * len(curves))
 
 
@@ -159,14 +150,14 @@ def plot_domain_use(uses: Mapping[str, Mapping[str, Any]], path: PathLike) -> No
     """Plot a bar of the active experts of every domain, and within it, solid, the experts of that domain alone.
 
     Args:
-        uses: label of a layer → result of `domain_use`.
+        uses: label of a layer → result of `domain_use`, with the same domains in all.
     """
-    domains = list(dict.fromkeys(domain for use in uses.values() for domain in use["domains"]))
+    domains = list(next(iter(uses.values()))["domains"])
     figure, (axes,) = _figure(height=max(4.0, 1 + 0.25 * len(domains) * len(uses)))
-    height = 0.8 / max(1, len(uses))
+    height = 0.8 / len(uses)
     for index, (label, use) in enumerate(uses.items()):
         places = [row + height * (index - (len(uses) - 1) / 2) for row in range(len(domains))]
-        rows = [use["domains"].get(domain, {"active_experts": 0, "own_experts": {}}) for domain in domains]
+        rows = [use["domains"][domain] for domain in domains]
         active, own = [row["active_experts"] for row in rows], [len(row["own_experts"]) for row in rows]
         colour, share = _style(index, len(uses))["color"], f"{100 * use['share']:.0f} %"
         axes.barh(places, active, height, color=colour, alpha=0.3, label=f"{label}: active there")
@@ -198,13 +189,11 @@ def plot_training_loss(
         xs, losses = [entry[position] for entry in entries], [entry[name] for entry in entries]
         label = name.removesuffix("/loss").replace("_", " ")
         axes.plot(xs, losses, label=label, marker="." if len(xs) < 30 else None, **_style(index, len(names)))
-    axes.set(
-        xlabel="training tokens" if by_tokens else "optimiser steps", ylabel=f"training loss ({loss})", yscale="log"
-    )
+    axes.set(xlabel="optimiser steps", ylabel=f"training loss ({loss})", yscale="log")
     _log_ticks(axes.yaxis, (1, 2, 3, 5))
     if by_tokens:
+        axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    _grid(axes)
     _save(figure, path, len(names) if len(names) > 1 else 0)
 
 
@@ -218,46 +207,34 @@ def plot_frontier(results: Mapping[str, Any], path: PathLike) -> None:
         results: "untouched" and "points", as `measure_frontier` returns them.
     """
     figure, (loss_axes, error_axes) = _figure(9.6, columns=2)
-    present = {point["method"] for point in results["points"]}
-    methods = [name for name in _METHODS if name in present] + sorted(present - _METHODS.keys())
+    every = sorted(results["points"], key=lambda point: point["num_experts_per_tok"])
+    methods = [name for name in _METHODS if any(point["method"] == name for point in every)]
     for index, method in enumerate(methods):
-        points = [point for point in results["points"] if point["method"] == method]
-        points.sort(key=lambda point: point["num_experts_per_tok"])
-        label, marker = _METHODS.get(method, (method, "x"))
-        style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": marker, "markersize": 5}
-        ks = [point["num_experts_per_tok"] for point in points]
-        losses = [_number(point["cross_entropy"]["spliced"]) for point in points]
+        points = [point for point in every if point["method"] == method]
+        label, marker = _METHODS[method]
+        style: dict[str, Any] = {"color": COLOURS[index], "marker": marker, "markersize": 5}
+        ks = np.array([point["num_experts_per_tok"] for point in points])
+        losses = _floats([point["cross_entropy"]["spliced"] for point in points])
         halves = [half_width(point["cross_entropy"].get("rise_interval")) or 0.0 for point in points]  # 0 draws no bar
+        errors = [_floats([layer["nmse"] for layer in point["layers"].values()]).mean() for point in points]
         shift = 2 ** (0.05 * (index - (len(methods) - 1) / 2))  # so that the bars do not hide each other
-        loss_axes.errorbar([k * shift for k in ks], losses, yerr=halves, capsize=2, elinewidth=1, **style)
-        error_axes.plot(ks, [_mean_error(point) for point in points], label=label, **style)
+        loss_axes.errorbar(ks * shift, losses, yerr=halves, capsize=2, elinewidth=1, **style)
+        error_axes.plot(ks, errors, label=label, **style)
     if results["untouched"] is not None:
         loss_axes.axhline(results["untouched"], color="black", **_DASHED)
         error_axes.plot([], [], color="black", label="Untouched model", **_DASHED)  # last in the legend
-    ticks = sorted({point["num_experts_per_tok"] for point in results["points"]})
     for axes in (loss_axes, error_axes):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
+        _count_ticks(axes, sorted({point["num_experts_per_tok"] for point in every}))
         axes.set_xlabel("K, experts active per token")
-        _grid(axes)
     loss_axes.set_ylabel("cross-entropy (nats per token)")
     error_axes.set(ylabel="NMSE", yscale="log")
     _log_ticks(error_axes.yaxis, (1, 1.5, 2, 3, 4, 5, 7))
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize="small")
-    _save(figure, path)
-
-
-def _mean_error(point: Mapping[str, Any]) -> float:
-    """Return the NMSE, averaged over layers."""
-    errors = [_number(layer["nmse"]) for layer in point["layers"].values()]
-    return sum(errors) / len(errors)
+    _save(figure, path, len(methods) + 1)
 
 
 def plot_probing(
-    problems: Mapping[str, Mapping[str, Any]],
-    path: PathLike,
-    chance: Mapping[str, Mapping[str, float]] | None = None,
+    problems: Mapping[str, Mapping[str, Any]], path: PathLike, chance: Mapping[str, Mapping[str, float]]
 ) -> None:
     """Plot the F1 of the best single feature, a panel per problem and a row per representation.
 
@@ -273,20 +250,16 @@ def plot_probing(
     width, height = 0.5 + 0.08 * max(map(len, names)) + 2.4 * columns, 0.5 + rows * (0.6 + 0.28 * len(names))
     figure, panels = _figure(width, height, rows, columns, sharex=True, sharey=True)
     for axes, (problem, found) in zip(panels, problems.items(), strict=False):
-        if chance is not None:
-            known = chance[problem].values()
-            axes.axvline(sum(known) / len(known), color="grey", **_DASHED)
+        axes.axvline(np.mean(list(chance[problem].values())), color="grey", **_DASHED)
         for row, name in enumerate(names):
             result = found[name]
             scores = [each["f1"] for each in result["classes"].values()]
             axes.plot(scores, [row] * len(scores), ".", color=COLOURS[0], alpha=0.35, markersize=5)
             axes.errorbar(result["f1"], row, xerr=result["f1_error"], fmt="o", color=COLOURS[0], capsize=3)
         axes.set(title=problem, xlim=(0, 1.02))
-        _grid(axes, "x")
     for axes in panels[len(problems) :]:
         axes.set_visible(False)
-    note = "" if chance is None else "; dashed: always yes"
-    figure.supxlabel(f"F1 of the best single feature{note}", fontsize=10)
+    figure.supxlabel("F1 of the best single feature; dashed: always yes", fontsize=10)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     _save(figure, path)

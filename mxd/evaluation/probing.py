@@ -11,9 +11,8 @@ it learned of a document in training.
               chance is 0.5 (SAEBench, Karvonen et al., arXiv 2503.09532).
 
 Hyper-parameters are those of the authors' code: scikit-learn's L2 penalty with C = 1; newton-cholesky and 200
-iterations for single features, lbfgs and 1,000 for several. Features are not scaled, so the penalty weighs more on
-those of a small scale; `standardize` divides each by its standard deviation, which makes representations of different
-scales comparable.
+iterations for single features, lbfgs and 1,000 for several. The penalty weighs more on features of a small scale,
+unless `standardize` divides each by its standard deviation.
 """
 
 import math
@@ -33,7 +32,7 @@ Fold = tuple[np.ndarray, np.ndarray]
 
 
 def check_scikit_learn() -> None:
-    """Raise an ImportError with the pip command if scikit-learn is not installed."""
+    """Raise `ImportError` with the pip command if scikit-learn is not installed."""
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
@@ -72,12 +71,10 @@ def grouped_folds(labels: np.ndarray, groups: np.ndarray, folds: int = FOLDS, se
     from sklearn.model_selection import StratifiedGroupKFold
 
     check_groups(labels, groups, folds)
-    classes = np.unique(labels)
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     found = list(splitter.split(np.zeros(len(labels)), labels, groups))
-    for train, test in found:
-        missing = set(classes) - set(labels[test]) | set(classes) - set(labels[train])
-        if missing:
+    for side in (side for fold in found for side in fold):
+        if missing := set(labels) - set(labels[side]):
             raise ValueError(
                 f"the documents are too uneven for {folds} folds: one is left without class {min(missing)}; use "
                 "fewer folds, more documents, or another seed"
@@ -97,12 +94,11 @@ def check_groups(labels: np.ndarray, groups: np.ndarray, folds: int = FOLDS) -> 
     if folds < 2:
         raise ValueError(f"folds must be at least 2, one to train on and one to test on; got {folds}")
     counts = {str(name): len(np.unique(groups[labels == name])) for name in classes}
-    few = {name: count for name, count in counts.items() if count < folds}
+    few = [f"{name} ({count})" for name, count in counts.items() if count < folds]
     if few:
-        named = ", ".join(f"{name} ({count})" for name, count in list(few.items())[:8])
         raise ValueError(
-            f"{len(few)} classes have texts of fewer documents than the {folds} folds, and no document may be in two: "
-            f"{named}; leave them out (classes), give more documents, or use fewer folds"
+            f"{len(few)} classes have texts of fewer documents than the {folds} folds: {', '.join(few[:8])}; leave "
+            "them out (classes), give more documents, or use fewer folds"
         )
 
 
@@ -138,22 +134,21 @@ def probe_features(
     """
     import sklearn
 
-    table = _Table(features, labels)
-    per_class: dict[str, list[dict[str, Any]]] = {str(name): [] for name in table.classes}
+    table, classes = _Table(features), np.unique(labels)
+    members = labels == classes[:, None]
+    per_class: dict[str, list[dict[str, Any]]] = {str(name): [] for name in classes}
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
         for number, fold in enumerate(folds):
             scale = table.deviations(fold[0]) if standardize else np.ones(table.width)
-            differences = table.differences(fold[0]) / scale
-            for index, name in enumerate(table.classes):
-                actual = labels == name
+            differences = table.differences(fold[0], members) / scale
+            for index, (name, actual) in enumerate(zip(classes, members, strict=True)):
                 chosen = largest(differences[index] if table.sparse else np.abs(differences[index]), candidates)
                 found = probe_single(table.columns(chosen) / scale[chosen], actual, fold)
                 found["feature"] = int(chosen[found["feature"]])
-                rng = np.random.default_rng([seed, number, index])
-                balanced = balanced_fold(labels, name, fold, rng)
+                balanced = balanced_fold(labels, name, fold, np.random.default_rng([seed, number, index]))
                 found["k_sparse"] = _probe_few(table, scale, actual, balanced, sparsities)
                 per_class[str(name)].append(found)
-    return {"width": table.width, **_summary(per_class, sparsities)}
+    return {"width": table.width, **_summary(per_class)}
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:
@@ -167,7 +162,6 @@ def probe_single(columns: np.ndarray, actual: np.ndarray, fold: Fold) -> dict[st
     Args:
         columns: the candidates, (T, candidates).
         actual: whether a text is of the class, (T) bool.
-        fold: training and test texts.
 
     Returns:
         `feature`, the candidate with the best F1 on the training texts (the first of equals); its `f1` and
@@ -179,31 +173,29 @@ def probe_single(columns: np.ndarray, actual: np.ndarray, fold: Fold) -> dict[st
     model = LogisticRegression(class_weight="balanced", solver="newton-cholesky", max_iter=200)
     best: dict[str, Any] = {"feature": 0, "f1": 0.0, "balanced_accuracy": 0.5}
     best_train, best_test = -1.0, 0.0
-    for index in np.flatnonzero(np.ptp(columns[train], axis=0)):
+    for index in np.flatnonzero(np.ptp(columns[train], axis=0)).tolist():
         model.fit(columns[train, index : index + 1], actual[train])
         predicted = columns[:, index] * model.coef_[0, 0] + model.intercept_[0] > 0
         on_train, on_test = (f1_score(predicted[side], actual[side]) for side in (train, test))
         best_test = max(best_test, on_test)
         if on_train > best_train:
-            best_train = on_train
-            accuracy = balanced_accuracy(predicted[test], actual[test])
-            best = {"feature": int(index), "f1": on_test, "balanced_accuracy": accuracy}
+            best_train, accuracy = on_train, balanced_accuracy(predicted[test], actual[test])
+            best = {"feature": index, "f1": on_test, "balanced_accuracy": accuracy}
     return {**best, "best_test_f1": best_test}
 
 
 def balanced_fold(labels: np.ndarray, name: Any, fold: Fold, rng: np.random.Generator) -> Fold:
     """Balance both sides as SAEBench does: half of the class, half evenly of the others."""
-    train, test = (_balanced(labels, name, side, rng) for side in fold)
-    return train, test
 
+    def balanced(side: np.ndarray) -> np.ndarray:
+        positives = rng.permutation(side[labels[side] == name])
+        others = [rng.permutation(side[labels[side] == other]) for other in np.unique(labels[side]) if other != name]
+        each = math.ceil(len(positives) / len(others))
+        negatives = rng.permutation(np.concatenate([members[:each] for members in others]))
+        count = min(len(positives), len(negatives))
+        return np.concatenate([positives[:count], negatives[:count]])
 
-def _balanced(labels: np.ndarray, name: Any, side: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    positives = rng.permutation(side[labels[side] == name])
-    others = [rng.permutation(side[labels[side] == other]) for other in np.unique(labels[side]) if other != name]
-    each = math.ceil(len(positives) / len(others))
-    negatives = rng.permutation(np.concatenate([members[:each] for members in others]))
-    count = min(len(positives), len(negatives))
-    return np.concatenate([positives[:count], negatives[:count]])
+    return balanced(fold[0]), balanced(fold[1])
 
 
 def _probe_few(
@@ -213,8 +205,8 @@ def _probe_few(
     from sklearn.linear_model import LogisticRegression
 
     train, test = fold
-    difference = np.abs(table.difference(train[actual[train]], train[~actual[train]])) / scale
-    chosen = largest(difference, max(sparsities))
+    difference = table.differences(train, actual[None])[0]
+    chosen = largest(np.abs(difference) / scale, max(sparsities))
     columns = table.columns(chosen) / scale[chosen]
     accuracies = {}
     for k in sparsities:
@@ -224,17 +216,9 @@ def _probe_few(
 
 
 class _Table:
-    """Features with access to columns as float64, and to class means.
+    """Features (T, width), dense or sparse, with access to columns as float64, and to class means."""
 
-    Attributes:
-        classes: names, (C).
-        width: number of features.
-        sparse: whether the features are a sparse array.
-    """
-
-    def __init__(self, features: Features, labels: np.ndarray):
-        self.classes = np.unique(labels)
-        self.labels = labels
+    def __init__(self, features: Features):
         self.width = int(features.shape[1])
         self.sparse = not isinstance(features, np.ndarray)
         self.rows = features
@@ -245,22 +229,13 @@ class _Table:
         found = self._columns[:, chosen]
         return np.asarray(found.toarray() if self.sparse else found, dtype=np.float64)
 
-    def sums(self, weights: np.ndarray) -> np.ndarray:
-        """Return weights (n, T) times the features, (n, width) float64."""
-        return np.asarray(weights @ self.rows, dtype=np.float64)
-
-    def differences(self, texts: np.ndarray) -> np.ndarray:
-        """Return the mean of each class minus the mean of all others over `texts`, (C, width)."""
-        members = np.zeros((len(self.classes), len(self.labels)))
-        members[:, texts] = self.labels[texts] == self.classes[:, None]
-        counts, sums = members.sum(1, keepdims=True), self.sums(members)
-        return sums / counts - (sums.sum(0) - sums) / (counts.sum() - counts)
-
-    def difference(self, positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-        """Return the mean over some texts minus the mean over others, (width)."""
-        weights = np.zeros((1, len(self.labels)))
-        weights[0, positives], weights[0, negatives] = 1 / len(positives), -1 / len(negatives)
-        return self.sums(weights)[0]
+    def differences(self, texts: np.ndarray, members: np.ndarray) -> np.ndarray:
+        """Return the mean over the members (C, T) of each class minus that over the rest of `texts`, (C, width)."""
+        inside, every = np.zeros(members.shape), np.zeros((1, members.shape[1]))
+        inside[:, texts], every[:, texts] = members[:, texts], 1
+        counts, total = inside.sum(1, keepdims=True), every @ self.rows
+        sums = np.asarray(inside @ self.rows, dtype=np.float64)
+        return sums / counts - (total - sums) / (len(texts) - counts)
 
     def deviations(self, texts: np.ndarray) -> np.ndarray:
         """Return the standard deviation over `texts`, (width); 1 if a feature does not vary."""
@@ -272,11 +247,11 @@ class _Table:
         return np.sqrt(np.where(variance > 1e-12 * square, variance, 1.0))
 
 
-def _summary(per_class: dict[str, list[dict[str, Any]]], sparsities: Sequence[int]) -> dict[str, Any]:
+def _summary(per_class: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Average over folds for each class, and over classes."""
     classes = {
         label: {
-            **_means(found, sparsities),
+            **_means(found),
             "f1_folds": [fold["f1"] for fold in found],
             "features": [fold["feature"] for fold in found],
         }
@@ -284,16 +259,16 @@ def _summary(per_class: dict[str, list[dict[str, Any]]], sparsities: Sequence[in
     }
     f1_folds = np.mean([found["f1_folds"] for found in classes.values()], axis=0)
     return {
-        **_means(list(classes.values()), sparsities),
+        **_means(list(classes.values())),
         "f1_folds": f1_folds.tolist(),
         "f1_error": float(f1_folds.std(ddof=1)) / math.sqrt(len(f1_folds)),
         "classes": classes,
     }
 
 
-def _means(found: Sequence[dict[str, Any]], sparsities: Sequence[int]) -> dict[str, Any]:
+def _means(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = ("f1", "best_test_f1", "balanced_accuracy")
     return {
         **{name: float(np.mean([each[name] for each in found])) for name in names},
-        "k_sparse": {str(k): float(np.mean([each["k_sparse"][str(k)] for each in found])) for k in sparsities},
+        "k_sparse": {k: float(np.mean([each["k_sparse"][k] for each in found])) for k in found[0]["k_sparse"]},
     }

@@ -9,8 +9,7 @@ from torch import Tensor
 from mxd.modeling_mxd import MxDLayer, MxDModel
 
 SAMPLED_EXPERTS = 64
-# Elements of a batch of matrices for one SVD call: 64 MiB in float64.
-_BATCH_ELEMENTS = 2**23
+_BATCH_ELEMENTS = 2**23  # of the matrices of one SVD call: 64 MiB in float64
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class ExpertRanks:
         experts: indices of the sample, (S) int64, ascending.
         normalised_rank: rank of W_n / min(H, O), (S) float64.
         smallest, largest: extreme singular values among the min(H, O) of W_n, (S) float64.
-        share_of_zeros: share of entries that are exactly 0, in C of all N experts.
+        zeros: share of entries that are exactly 0, in C of all N experts.
         experts_with_zeros: number of experts with a zero in c_n, of all N.
     """
 
@@ -29,7 +28,7 @@ class ExpertRanks:
     normalised_rank: Tensor
     smallest: Tensor
     largest: Tensor
-    share_of_zeros: float
+    zeros: float
     experts_with_zeros: int
 
     def summary(self) -> dict[str, Any]:
@@ -40,14 +39,14 @@ class ExpertRanks:
             "minimum_normalised_rank": float(self.normalised_rank.min()),
             "smallest_singular_value": _spread(self.smallest),
             "largest_singular_value": _spread(self.largest),
-            "zeros": self.share_of_zeros,
+            "zeros": self.zeros,
             "experts_with_zeros": self.experts_with_zeros,
         }
 
 
 def _spread(values: Tensor) -> dict[str, float]:
-    middle = float(values.quantile(0.5))
-    return {"minimum": float(values.min()), "median": middle, "maximum": float(values.max())}
+    quantiles = {"minimum": 0.0, "median": 0.5, "maximum": 1.0}
+    return {name: float(values.quantile(quantile)) for name, quantile in quantiles.items()}
 
 
 @torch.no_grad()
@@ -63,32 +62,21 @@ def expert_ranks(layer: MxDLayer, experts: int = SAMPLED_EXPERTS, seed: int = 0)
         layer: an MxD layer.
         experts: number of experts to sample at random; all of them if there are fewer.
         seed: seed of the sample.
-
-    Raises:
-        ValueError: the layer is a transcoder, whose latents have no matrices, or `experts` is below 1.
     """
-    if not isinstance(layer, MxDLayer):
-        raise ValueError(f"only an MxD has experts with a rank: a latent of a {layer.config.method} is one vector")
-    if experts < 1:
-        raise ValueError(f"at least one expert must be sampled, got {experts}")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(layer.config.num_experts, generator=generator)[:experts].sort().values
     table, decoder = layer.modulation.detach().cpu(), layer.decoder.weight.detach().cpu()  # (N, O), Dᵀ (O, H)
-    dtype = decoder.dtype if decoder.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(decoder.dtype, torch.float32)
     triangle = torch.linalg.qr(decoder.double().T, mode="r").R  # (min(H, O), O)
     size = max(1, _BATCH_ELEMENTS // triangle.numel())
     values = torch.cat(
         [torch.linalg.svdvals(triangle * table[part].double().unsqueeze(1)) for part in chosen.split(size)]
     )  # (S, min(H, O))
-    tolerance = max(decoder.shape) * torch.finfo(dtype).eps * values[:, :1]
+    rank = (values > max(decoder.shape) * torch.finfo(dtype).eps * values[:, :1]).double().mean(-1)
     zeros = table == 0
+    share, count = float(zeros.double().mean()), int(zeros.any(-1).sum())
     return ExpertRanks(
-        experts=chosen,
-        normalised_rank=(values > tolerance).double().mean(-1),
-        smallest=values[:, -1],
-        largest=values[:, 0],
-        share_of_zeros=float(zeros.double().mean()),
-        experts_with_zeros=int(zeros.any(-1).sum()),
+        chosen, rank, smallest=values[:, -1], largest=values[:, 0], zeros=share, experts_with_zeros=count
     )
 
 

@@ -59,20 +59,13 @@ class TopExamples:
 
 @torch.no_grad()
 def top_examples(
-    model: nn.Module,
-    decomposition: MxDModel,
-    batches: Iterable[Mapping[str, Tensor]],
-    count: int = 10,
-    include_first: bool = True,
+    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]], count: int = 10
 ) -> dict[int, TopExamples]:
     """Find where the experts of every layer are most active, on the untouched model's activations.
 
     Args:
-        model: the base model.
-        decomposition: the decomposition of the model.
-        batches: `input_ids` (batch, tokens) and, if there is padding on the right, `attention_mask`.
+        model, decomposition, batches: see `count_expert_use`; padding is on the right.
         count: M, rows per expert.
-        include_first: whether each row's first position (BOS) counts.
 
     Returns:
         {layer: examples}; row indices run over all batches.
@@ -82,7 +75,7 @@ def top_examples(
     first_row = 0
     with evaluating(model, decomposition):
         for batch in batches:
-            captured, masks = captured_activations(model, decomposition, batch, include_first)
+            captured, masks = captured_activations(model, decomposition, batch)
             for layer, (x, _) in captured.items():
                 module = decomposition.layer(layer)
                 found[layer].update(module.encode(x.to(module.gate.weight.device)), masks[layer], first_row)

@@ -66,7 +66,7 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
         save_evaluation(results, folder)  # already now: the rest may take longer than this did
         write_run(folder, "evaluate", options)
     if options.ablation is not None:
-        results["ablation"] = ablation_curve(model, decomposition, batches, order=options.ablation, progress=progress)
+        results["ablation"] = ablation_curve(model, decomposition, batches, progress=progress)
     ranks = decomposition_ranks(decomposition) if options.ranks else {}
     if ranks:
         results["ranks"] = {str(layer): rank.summary() for layer, rank in ranks.items()}

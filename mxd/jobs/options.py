@@ -235,7 +235,7 @@ class EvaluationOptions(MeasuringOptions):
     """Measure a decomposition on text, and write evaluation.json into its folder, in place of an earlier one."""
 
     by: str | None = option(None, "Instead: which experts are active on which value of this column.", MEASURE)
-    ablation: Literal["coefficient", "contribution"] | None = option(
+    ablation: Literal["coefficient"] | None = option(
         None, "Also remove each token's strongest experts, in this order; takes about four times as long.", MEASURE
     )
     ranks: bool = option(False, "Also measure the rank of a sample of experts.", MEASURE)

@@ -104,12 +104,12 @@ def test_evaluate_on_other_text(finished, tmp_path):
 
 def test_evaluate_with_ablation_and_ranks(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
-    code, output, error = run("evaluate", folder, "--tokens", "1024", "--ablation", "contribution", "--ranks")
+    code, output, error = run("evaluate", folder, "--tokens", "1024", "--ablation", "coefficient", "--ranks")
     assert code == 0, error
     assert "strongest experts removed" in output
     results = json.loads((folder / "evaluation.json").read_text())
     curve = results["ablation"]
-    assert (curve["order"], curve["removed"]) == ("contribution", [0, 1, 2, 4])
+    assert (curve["order"], curve["removed"]) == ("coefficient", [0, 1, 2, 4])
     assert curve["cross_entropy"][0] == pytest.approx(results["cross_entropy"]["spliced"])
     assert results["ranks"]["2"]["experts"] == 64 and 0 < results["ranks"]["2"]["normalised_rank"] <= 1
     figures = {path.name for path in (folder / "figures").iterdir()}

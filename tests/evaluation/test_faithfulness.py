@@ -251,7 +251,7 @@ def test_experts_never_measured_are_measured_here_and_nothing_is_written(tiny_ll
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no held-out rows"),
+        ([], "no held-out tokens"),
         ([{"input_ids": torch.zeros(0, 5, dtype=torch.long)}], r"at least one token, got \(0, 5\)"),
         ([{"input_ids": torch.zeros(2, 0, dtype=torch.long)}], r"at least one token, got \(2, 0\)"),
         ([{"input_ids": torch.zeros(5, dtype=torch.long)}], r"at least one token, got \(5,\)"),

@@ -15,7 +15,6 @@ from mxd.evaluation import (
     output_representation,
     pool_features,
 )
-from mxd.evaluation import pooling as module
 from mxd.modeling_mxd import find_mlp
 
 
@@ -119,19 +118,9 @@ def test_bad_input_is_refused_before_the_first_pass(tiny_llama, texts):
         pool_features(tiny_llama, 1, [*texts, [0]], found)
     with pytest.raises(ValueError, match="no texts"):
         pool_features(tiny_llama, 1, [], found)
-    with pytest.raises(ValueError, match=r"6 texts of up to 10 tokens .* take fewer texts"):
-        pool_features(tiny_llama, 1, texts, found, max_bytes=1000)
 
 
 def test_a_layer_that_runs_several_times_is_refused(texts):
     model = AutoModel.from_config(tiny_config("albert")).eval()
     with pytest.raises(ValueError, match="layer 0 has not one activation for each token"):
         pool_features(model, 0, texts, {"x": input_representation(find_mlp(model, 0))})
-
-
-def test_the_bound_on_memory_holds(tiny_llama, texts):
-    """What is kept of a sparse representation is never more than the bound says."""
-    expert = representations(tiny_llama, decomposition())["a"]
-    found = pool_features(tiny_llama, 1, texts, {"a": expert})["a"]
-    longest = max(map(len, texts))
-    assert found.nnz * module._SPARSE_BYTES <= expert.bytes_for(len(texts), longest) == 20 * 6 * 24
