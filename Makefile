@@ -4,13 +4,16 @@ BIN := .venv/bin
 # Processes in which `make test` runs tests, with one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test quality format clean
+.PHONY: demo test oldest quality format clean
 
 demo: .venv/installed  ## decompose the embedded model with the embedded text (4 to 5 minutes on 2 cores)
 	$(BIN)/mxd decompose --output demo-output --overwrite
 
 test: .venv/installed-dev  ## the whole test suite, with the coverage of modeling_mxd and trainers
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --cov --cov-report term
+
+oldest: .venv-oldest/installed  ## the trainers and the commands with the oldest supported releases
+	.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal tests/trainers tests/cli tests/jobs
 
 quality: .venv/installed-dev  ## linter, formatter and type checker
 	$(BIN)/ruff check .
@@ -24,7 +27,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage
+	rm -rf .venv .venv-oldest demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -36,3 +39,9 @@ $(BIN)/python:
 .venv/installed-dev: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ .venv/installed
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[probing]' \
+		peft pytest pytest-timeout pytest-xdist
+	touch $@
