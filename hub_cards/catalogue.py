@@ -1,12 +1,11 @@
 """Find decompositions that others share, from cards and small JSON files: no weights are downloaded, no code is run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 
@@ -14,37 +13,27 @@ from mxd.modeling_mxd import MxDConfig
 
 from .hub import HubRepo, get_repo, search, with_retries
 from .reading import MAX_FILE_BYTES, read_config, read_json
-from .safe_text import finite_number
+from .safe_text import finite_number, get_nested, strings_in
 
 
-@dataclass(frozen=True)
-class DecompositionInfo:
-    """What the card of a repo says about its decomposition; None where it does not.
-
-    Attributes:
-        repo_id: id on the Hub.
-        base_model: Hub id of the base model.
-        layers: decomposed layers.
-        method: `"mxd"`, `"transcoder"` or `"skip_transcoder"`.
-        num_experts, num_experts_per_tok: N and K of the first layer.
-        cross_entropy_rise: spliced − untouched, in nats per token.
-        likes, last_modified: of the repo.
-    """
+class DecompositionInfo(NamedTuple):
+    """What the card of a repo says about its decomposition; None where it does not. N and K are the first layer's."""
 
     repo_id: str
     base_model: str | None
     layers: list[int]
     method: str | None
+    """`"mxd"`, `"transcoder"` or `"skip_transcoder"`"""
     num_experts: int | None
     num_experts_per_tok: int | None
     cross_entropy_rise: float | None
+    """spliced − untouched, in nats per token"""
     likes: int
     last_modified: datetime | None
 
 
-@dataclass(frozen=True)
-class DecompositionDetails:
-    """What `show_decomposition` returns: the card's information, and the repo's files as far as they are small."""
+class DecompositionDetails(NamedTuple):
+    """The card's information, and the repo's files as far as they are small."""
 
     info: DecompositionInfo
     config: MxDConfig
@@ -78,10 +67,8 @@ def list_decompositions(
         HubError: the Hub cannot be asked.
     """
     filters = ["mxd"]
-    if base_model is not None:
-        filters.append(f"base_model:{base_model}")
-    if layer is not None:
-        filters.append(f"mxd-layer-{layer}")
+    filters += [] if base_model is None else [f"base_model:{base_model}"]
+    filters += [] if layer is None else [f"mxd-layer-{layer}"]
     parameters = {"filter": filters, "author": author, "sort": "lastModified", "full": True, "cardData": True}
     repos = search({name: value for name, value in parameters.items() if value is not None}, token)
     wanted = (query or "").lower()
@@ -90,26 +77,23 @@ def list_decompositions(
 
 
 def _info(repo: HubRepo) -> DecompositionInfo:
-    # Anybody may have written the card: each value may have any type.
-    own = repo.card.get("mxd")
-    own = own if isinstance(own, dict) else {}
-    layers, method, base = own.get("layers"), own.get("method"), repo.card.get("base_model")
-    base = base[0] if isinstance(base, list) and base else base
+    get = partial(get_nested, repo.card, "mxd")  # each value may have any type
+    layers = get("layers")
     return DecompositionInfo(
         repo_id=repo.repo_id,
-        base_model=base if isinstance(base, str) else None,
+        base_model=next(iter(strings_in(repo.card.get("base_model"))), None),
         layers=[layer for layer in layers if _whole(layer) is not None] if isinstance(layers, list) else [],
-        method=method if isinstance(method, str) else None,
-        num_experts=_whole(own.get("num_experts")),
-        num_experts_per_tok=_whole(own.get("num_experts_per_tok")),
-        cross_entropy_rise=finite_number(own.get("cross_entropy_rise")),
+        method=next(iter(strings_in(get("method"))), None),
+        num_experts=_whole(get("num_experts")),
+        num_experts_per_tok=_whole(get("num_experts_per_tok")),
+        cross_entropy_rise=finite_number(get("cross_entropy_rise")),
         likes=repo.likes,
         last_modified=repo.last_modified,
     )
 
 
 def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
+    return value if type(value) is int and 0 <= value < 2**63 else None
 
 
 def show_decomposition(
@@ -124,18 +108,16 @@ def show_decomposition(
     repo = with_retries(partial(get_repo, repo_id, revision, token), f"looking up {repo_id}")
 
     def fetch(name: str) -> Path:
-        if repo.files.get(name, 0) > MAX_FILE_BYTES:
+        if repo.files[name] > MAX_FILE_BYTES:
             raise ValueError(f"{name} of {repo_id} is larger than {MAX_FILE_BYTES:,} bytes: it is not read")
         get = partial(hf_hub_download, repo_id, name, revision=repo.commit, token=token)
         return Path(with_retries(get, f"reading {repo_id}"))
 
     if "config.json" not in repo.files:
         raise ValueError(f"{repo_id} holds no decomposition: there is no config.json in it")
-    config = read_config(fetch("config.json"), repo_id)
-    assert repo.commit
     return DecompositionDetails(
         info=_info(repo),
-        config=config,
+        config=read_config(fetch("config.json"), repo_id),
         evaluation=read_json(fetch("evaluation.json")) if "evaluation.json" in repo.files else None,
         commit=repo.commit,
         weight_bytes=sum(size for name, size in repo.files.items() if name.endswith(".safetensors")),

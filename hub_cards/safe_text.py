@@ -6,7 +6,6 @@ The files of a decomposition may come from a stranger, and a card must not show 
 import html
 import math
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -17,7 +16,6 @@ from mxd.data.documents import DATA_ENDINGS
 
 UNKNOWN = "–"
 MAX_TEXT = 200
-MAX_NAMES = 20
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # Fields whose value is a Hub id or else a path: of data, a model, a decomposition or a checkpoint.
@@ -68,11 +66,6 @@ def code_word(value: Any) -> Markup:
     return Markup(re.sub(r"[^\w./:+@,=%*\[\]-]", "_", one_line(value)).lstrip("-"))
 
 
-def shell_word(value: Any) -> str:
-    """Return `code_word` quoted for a shell, which would expand a glob."""
-    return shlex.quote(str(code_word(value)))
-
-
 def finite_number(value: Any) -> float | None:
     """Return a finite number as a float, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -107,16 +100,9 @@ def is_hub_id(name: str) -> bool:
     return len(name) <= MAX_TEXT and HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
 
 
-def dataset_id(name: str) -> str | None:
-    """Return the name of a dataset if it is a Hub id (`user/name`), or None if it may be a path."""
-    on_hub = "/" in name and is_hub_id(name) and not name.lower().endswith(DATA_ENDINGS)
-    return name if on_hub and not Path(name).exists() else None
-
-
-def dataset_names(names: Any) -> list[str]:
-    """Return names of datasets without folders, at most `MAX_NAMES` and a count of the rest."""
-    shown = [dataset_id(name) or one_line(last_path_part(name)) for name in strings_in(names)]
-    return [*shown[:MAX_NAMES], f"and {len(shown) - MAX_NAMES} more"] if len(shown) > MAX_NAMES else shown
+def is_dataset_id(name: str) -> bool:
+    """Return whether a name is a dataset's Hub id with a user (`user/name`), and no path."""
+    return "/" in name and is_hub_id(name) and not name.lower().endswith(DATA_ENDINGS) and not Path(name).exists()
 
 
 def without_folders(value: Any, field: str = "") -> Any:
@@ -133,5 +119,5 @@ def without_folders(value: Any, field: str = "") -> Any:
     if not isinstance(value, str):
         return value
     name = value.partition("@")[0] if field == "decomposition" else value  # user/repo@revision
-    local = dataset_id(name) is None if field in _NAMING else _LOCAL.match(value)
+    local = not is_dataset_id(name) if field in _NAMING else _LOCAL.match(value)
     return last_path_part(value) if local else value
