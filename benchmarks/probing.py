@@ -31,7 +31,7 @@ from mxd.evaluation import always_yes_f1, grouped_folds, pool_features, probe_fe
 from mxd.evaluation.pooling import Features
 from mxd.evaluation.probing import CANDIDATES, FOLDS, SPARSITIES
 from mxd.jobs.decompositions import load_decomposition
-from mxd.jobs.probe import common_layer, describe, make_representations, named, probing_versions
+from mxd.jobs.probe import common_layer, describe, make_representations, named
 from mxd.modeling_mxd import MxDModel, find_mlp
 
 ROOT = Path(__file__).parent.parent
@@ -225,7 +225,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "seed": options.seed,
             **describe(decompositions, options.layer),
             "base_model": Path(options.model).name,
-            "versions": probing_versions(),
         },
         "seconds": {
             "pass": [json.loads(path.read_text()) for path in sorted(folder.glob("pass-*.json"))],

@@ -4,7 +4,7 @@
 
 MODEL is the folder of SmolLM2-135M (its decoder layers are a list, which is used), DECOMPOSITION one with the exact
 gate (`mxd decompose`). A router is fitted to its first layer on training text and measured with every number of opened
-groups. Each `--trained` folder is a decomposition that was trained with routing (`mxd decompose --num-groups-per-tok`),
+groups. Each `--trained` folder is a decomposition that was trained with routing (`num_groups_per_tok`),
 which is measured with its own number of groups. Parts:
 
     timings  recall of the exact TopK, and time of gate and layer against the exact ones, in turns: of many tokens, and

@@ -1,8 +1,4 @@
-"""MxD: take the MLPs of a language model apart without breaking the model.
-
-The public names of all rooms in one place. Each is imported at its first use, so that the command's help needs no
-torch.
-"""
+"""MxD: the public names of all rooms. Each is imported at its first use, so that the command's help needs no torch."""
 
 import ast
 from importlib import import_module

@@ -50,22 +50,15 @@ class AuxiliaryTranscoder(nn.Module):
 
 
 class AuxiliaryTranscoders(nn.ModuleDict):
-    """One `AuxiliaryTranscoder` for every MxD layer of a decomposition, by layer index; transcoders have none.
+    """One `AuxiliaryTranscoder` for every MxD layer of a decomposition, by layer index, if `wanted`."""
 
-    Args:
-        config: Of the decomposition.
-        wanted: If false, no layer has one.
-    """
-
-    def __init__(self, config: MxDConfig, wanted: bool = True):
-        configs = {layer: config.layer(layer) for layer in (config.layers if wanted else ())}
+    def __init__(self, config: MxDConfig, wanted: bool):
+        configs = {layer: config.layer(layer) for layer in config.layers if wanted}
         super().__init__({str(index): AuxiliaryTranscoder(c) for index, c in configs.items() if c.method == "mxd"})
 
     def of_layer(self, layer: int) -> AuxiliaryTranscoder | None:
         """Return that of a layer, or None if the layer has none."""
-        module = self._modules.get(str(layer))
-        assert module is None or isinstance(module, AuxiliaryTranscoder)
-        return module
+        return self._modules.get(str(layer))  # type: ignore[return-value]
 
     def reset_parameters(self) -> None:
         """Set all parameters to 0."""
@@ -97,19 +90,10 @@ class AuxiliaryTranscoders(nn.ModuleDict):
             save_file(self.state_dict(), checkpoint / FILE_NAME)
 
     def load(self, checkpoint: Path) -> None:
-        """Read them from a checkpoint's folder.
-
-        Raises:
-            ValueError: The checkpoint was trained without them, or with those of another decomposition, or with them
-                while this training has none.
-        """
+        """Read them from a checkpoint's folder; a ValueError if only one of it and this training has them."""
         path = checkpoint / FILE_NAME
         if path.is_file() != bool(len(self)):
             was = "with an auxiliary transcoder" if path.is_file() else "with auxiliary_weight 0"
             raise ValueError(f"{checkpoint} was trained {was}: resume it with the same auxiliary_weight")
-        if not len(self):
-            return
-        found, own = load_file(path), self.state_dict()
-        if {name: tensor.shape for name, tensor in found.items()} != {name: t.shape for name, t in own.items()}:
-            raise ValueError(f"{path} belongs to a decomposition with other layers or sizes")
-        self.load_state_dict(found)
+        if len(self):
+            self.load_state_dict(load_file(path))

@@ -1,9 +1,9 @@
-"""Trainer callbacks: progress in tokens, an interrupt that keeps a checkpoint, a check that the loss is finite."""
+"""Trainer callbacks: progress in tokens, and an interrupt that keeps a checkpoint."""
 
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -27,33 +27,24 @@ class TokenProgressCallback(ProgressCallback):
         super().__init__()
         self.tokens_per_step = tokens_per_step
         self.name = name
-        self.training_bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar, at the resumed step if there is one."""
-        self.current_step = state.global_step
         if state.is_world_process_zero:
             total, done = state.max_steps * self.tokens_per_step, state.global_step * self.tokens_per_step
-            self.training_bar = tqdm(
+            self.training_bar: tqdm[Any] = tqdm(
                 desc=self.name, total=total, initial=done, unit="tok", unit_scale=True, dynamic_ncols=True
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Advance by the tokens of the steps since the last call."""
+        """Advance to the tokens of the steps so far."""
         if self.training_bar is not None:
-            self.training_bar.update((state.global_step - self.current_step) * self.tokens_per_step)
-        self.current_step = state.global_step
+            self.training_bar.update(state.global_step * self.tokens_per_step - self.training_bar.n)
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         """Show the latest loss at the bar's end rather than a line per log."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the bar."""
-        if self.training_bar is not None:
-            self.training_bar.close()
-            self.training_bar = None
 
 
 class InterruptCallback(TrainerCallback):
@@ -95,27 +86,6 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the checkpoint of an interrupted training: at its end transformers deletes all but the best one if
-        `save_total_limit` is 1."""
+        """Keep the last checkpoint, which transformers deletes beside the best one if `save_total_limit` is 1."""
         if self.interrupted:
             args.save_total_limit = None
-
-
-class DivergenceCallback(TrainerCallback):
-    """Call `check_losses` before losses are logged or a checkpoint is saved, and both checks at the end of an epoch.
-
-    Losses are not checked at every step, since reading one waits for the device.
-    """
-
-    def __init__(self, check_losses: Callable[[], None], check_weights: Callable[[], None]):
-        self.check_losses, self.check_weights = check_losses, check_weights
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Check the losses where they are read anyway."""
-        if control.should_log or control.should_save or control.should_evaluate:
-            self.check_losses()
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Check losses and weights; every training ends with the end of an epoch."""
-        self.check_losses()
-        self.check_weights()

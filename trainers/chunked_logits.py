@@ -26,21 +26,17 @@ class LanguageModelHead:
         model: The causal language model. Its output embedding must be frozen: `chunked_sum` gives it no gradient.
     """
 
+    @torch.no_grad()
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.output: nn.Module | None = model.get_output_embeddings()
         self.body: nn.Module = model.get_decoder()  # OPT calls this part of its base model, not the base model
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self.vocabulary = 0
-        self._probe()
-
-    @torch.no_grad()
-    def _probe(self) -> None:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
-        whole = self.model(input_ids=ids, use_cache=False).logits
-        self.vocabulary = whole.shape[-1]
+        probe = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device), "use_cache": False}
+        whole = model(**probe).logits
+        self.vocabulary: int = whole.shape[-1]
         if self.output is not None:
-            kept = self._kept(self.model, {"input_ids": ids, "use_cache": False})
+            kept = self._kept(model, probe)
             made = self.logits(kept[0]) if kept else whole[:0]
             if made.shape != whole.shape or not torch.allclose(made.float(), whole.float(), rtol=1e-2, atol=1e-2):
                 self.output = None
@@ -48,11 +44,10 @@ class LanguageModelHead:
     def hidden(self, run: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return the last hidden states (batch, tokens, hidden) of `run`, the model or its DDP wrapper."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if self.output is None:
-            logits = run(**inputs).logits
-            assert isinstance(logits, Tensor)
-            return logits
-        return self._kept(run, inputs)[0]
+        if self.output is not None:
+            return self._kept(run, inputs)[0]
+        logits: Tensor = run(**inputs).logits
+        return logits
 
     def _kept(self, run: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
         """Return the body's output in a forward pass; empty if the model does not call the body."""
@@ -69,8 +64,7 @@ class LanguageModelHead:
         """Return logits (…, vocabulary) for hidden states (…, hidden)."""
         if self.output is None:
             return hidden
-        logits = self.output(hidden)
-        assert isinstance(logits, Tensor)
+        logits: Tensor = self.output(hidden)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @property
@@ -109,8 +103,6 @@ class _ChunkedSum(torch.autograd.Function):
 
 def chunked_sum(loss: ChunkLoss, chunk: int, hidden: Tensor, *others: Tensor) -> Tensor:
     """Return Σ over chunks of loss(hidden[chunk], *others[chunk]), with a gradient for `hidden` only.
-
-    The gradient is computed with the loss, chunk by chunk; there are no second derivatives.
 
     Args:
         loss: See `ChunkLoss`; the parameters that it uses must be frozen.

@@ -8,11 +8,11 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from mxd.evaluation.expert_use import measure_expert_statistics
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.modeling_mxd import MxDModel
 
-from .callbacks import DivergenceCallback, InterruptCallback, TokenProgressCallback
+from .callbacks import InterruptCallback, TokenProgressCallback
 from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
@@ -50,7 +50,7 @@ ROUTER_TOKENS = 16
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # columns with one value per token
 SCALES_NAME = "activation_scales.json"
 ARGUMENTS_NAME = "training_arguments.json"
-# Left out of the file, which `push_to_hub=True` pushes: folders of this machine, and secrets.
+# Not written to that file, which is pushed: folders of this machine, and secrets.
 _LOCAL_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "hub_token")
 
 
@@ -61,11 +61,7 @@ class DivergenceError(ValueError):
 class DecompositionTrainer(HubPushes):
     """Base of `DistillationTrainer` and `FinetuningTrainer`, which define `capture` and the loss.
 
-    Args:
-        model: Model that the Trainer wraps, optimises and saves.
-        decomposition: `MxDModel` whose parameters are trained: `model` itself, or a part of it.
-        args: A `DecompositionArguments`.
-        **kwargs: As for `transformers.Trainer`.
+    `decomposition`, whose parameters are trained, is `model` itself or a part of it.
 
     Raises:
         ValueError: A layer has a router and there are several processes.
@@ -73,6 +69,8 @@ class DecompositionTrainer(HubPushes):
 
     args: DecompositionArguments
     optimizer: torch.optim.Optimizer | None
+    language_model: PreTrainedModel
+    """The model whose MLPs are decomposed."""
     progress_name = "train"
 
     def __init__(
@@ -89,10 +87,8 @@ class DecompositionTrainer(HubPushes):
         self.decomposition = decomposition
         layers = decomposition.config.layers
         self.routed_layers = [layer for layer in layers if decomposition.layer(layer).router is not None]
-        if self.routed_layers and args.world_size > 1:
-            raise ValueError(
-                f"layer {self.routed_layers[0]} has a router, which trains in one process, not in {args.world_size}"
-            )
+        if (routed := self.routed_layers) and args.world_size > 1:
+            raise ValueError(f"layer {routed[0]} has a router, which trains in one process, not in {args.world_size}")
         super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
         self._optimizer_was_given = self.optimizer is not None
         self.scales: dict[int, ActivationScales] = {}
@@ -104,12 +100,6 @@ class DecompositionTrainer(HubPushes):
         self._running_since = 0
         self._interrupt = InterruptCallback()
         self.add_callback(self._interrupt)
-        self.add_callback(DivergenceCallback(self.check_losses, self.check_weights))  # after it: it sees `should_save`
-
-    @property
-    def language_model(self) -> PreTrainedModel:
-        """The model whose MLPs are decomposed."""
-        return self.model
 
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """Return {layer: (x, y)} of the untouched model's MLPs for a batch; x (batch, tokens, I), y (…, O)."""
@@ -139,7 +129,7 @@ class DecompositionTrainer(HubPushes):
         return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def _training_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield batches of the training data from its start, without a change of the random state."""
+        """Yield training batches from the start of the data; the random state stays as it is."""
         with torch.random.fork_rng(devices=[]):  # data are drawn on the CPU
             for batch in self.get_train_dataloader():
                 yield self.prepare_batch(batch)
@@ -174,6 +164,7 @@ class DecompositionTrainer(HubPushes):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             finally:
                 _without_autocast(self.model)
+        self.check_weights()
         if not self.interrupted:
             self.measure_experts()
         return output
@@ -194,7 +185,7 @@ class DecompositionTrainer(HubPushes):
         return self._interrupt.interrupted
 
     def init_weights(self) -> None:
-        """Measure the activations and initialise what is trained, before the first step of a new training."""
+        """Calibrate and initialise before the first step of a new training."""
         self.calibrate(self.args.calibration_tokens)
 
     def calibrate(self, tokens: int) -> dict[int, Calibration]:
@@ -206,36 +197,31 @@ class DecompositionTrainer(HubPushes):
         return calibrations
 
     def least_norm(self, layer: int) -> float:
-        """Return the lower bound on the squared norm ‖y‖² of a token's output: see `minimum_relative_norm`."""
+        """Return the lower bound on ‖y‖² in errors divided by it: see `minimum_relative_norm`."""
         return self.args.minimum_relative_norm * self.scales[layer].output_norm if layer in self.scales else 0.0
 
     def measure_experts(self) -> None:
         """Measure on training data how often and how strongly each expert is active, for the layers' buffers."""
-        if tokens := self._batch_tokens():
-            batches = islice(self._training_batches(), -(-self.args.statistics_tokens // tokens))
-            measure_expert_statistics(self.capture, self.decomposition, batches)
+        batches = islice(self._training_batches(), -(-self.args.statistics_tokens // self._batch_tokens()))
+        measure_expert_statistics(self.capture, self.decomposition, batches)
 
     def _batch_tokens(self) -> int:
-        """Return the size of the first batch's loss mask; 0 without training data."""
-        first = next(self._training_batches(), None)
-        return 0 if first is None else self.loss_mask(first).numel()
+        return self.loss_mask(next(self._training_batches())).numel()
 
     def _use_token_progress(self) -> None:
         if self.args.disable_tqdm:
             return
         tokens = self._batch_tokens() * self.args.gradient_accumulation_steps * self.args.world_size
-        if not tokens:
-            raise ValueError("the training data is empty")
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(TokenProgressCallback)
+        for earlier in (ProgressCallback, TokenProgressCallback):
+            self.remove_callback(earlier)
         self.add_callback(TokenProgressCallback(tokens, self.progress_name))
 
     def trained_modules(self, layer: int) -> dict[str, nn.Module]:
-        """Return the trained modules of a layer by the prefix of their parameters' names: the layer itself."""
+        """Return the trained modules of a layer by the prefix of their parameters' names."""
         return {"": self.decomposition.layer(layer)}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer with a group per learning rate: see `parameter_scales`, and the arguments' factors."""
+        """Create the optimizer with a group per learning rate, from `parameter_scales` and the arguments' factors."""
         if self.optimizer is None:
             chosen = self.optimizer_cls_and_kwargs
             optimizer_class, kwargs = chosen or self.get_optimizer_cls_and_kwargs(self.args, self.decomposition)
@@ -271,14 +257,9 @@ class DecompositionTrainer(HubPushes):
         return loss / self.current_gradient_accumulation_steps  # it is a mean, the other losses are sums
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        if grad_norm is not None or self.args.world_size > 1:
-            return super()._get_grad_norm(model, grad_norm)
-        if (self.state.global_step + 1) % self.state.logging_steps:
+        if grad_norm is None and (self.state.global_step + 1) % self.state.logging_steps:
             return None  # it is not logged
-        if self.accelerator.scaler is not None:
-            self.accelerator.unscale_gradients()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+        return super()._get_grad_norm(model, grad_norm)
 
     def add_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's losses, by the names under which their means are logged."""
@@ -288,39 +269,37 @@ class DecompositionTrainer(HubPushes):
             self._running_losses[name] = self._running_losses.get(name, 0) + loss.detach()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log; beside the loss also each of several `add_losses`, such as `layer_8/loss`."""
+        """Log; beside the loss also each of several `add_losses`, such as `layer_8/loss`.
+
+        Raises:
+            DivergenceError: A loss since the last log was not finite, in any process.
+        """
         steps = self.state.global_step - self._running_since
         if "loss" in logs and steps > 0:
             for name, total in self._running_losses.items():
-                if name not in logs:
-                    logs[name] = float(self.accelerator.reduce(total, "mean")) / steps
+                mean = float(self.accelerator.reduce(total, "mean")) / steps
+                if not math.isfinite(mean) and not self.args.logging_nan_inf_filter:
+                    first, last = self._running_since + 1, self.state.global_step
+                    self._diverged(f"the loss of the steps {first} to {last} is not finite")
+                logs.setdefault(name, mean)
             self._running_losses = {}
         super().log(logs, *args, **kwargs)
 
-    def check_losses(self) -> None:
-        """Raise a DivergenceError, in all processes, if a loss since the last log was not finite."""
-        if not self._running_losses or self.args.logging_nan_inf_filter:
-            return
-        total = torch.stack([*self._running_losses.values()]).sum()  # not finite if one of its terms is not
-        if not self.accelerator.gather(total).isfinite().all():
-            first, last = self._running_since + 1, self.state.global_step
-            self._diverged(f"the loss of the steps {first} to {last} is not finite")
-
     def check_weights(self) -> None:
-        """Raise a DivergenceError if a weight is not finite, as after a step whose loss was the last finite one."""
+        """Raise a DivergenceError if a weight is not finite."""
         for name, parameter in self.decomposition.named_parameters():
             if not parameter.detach().sum(dtype=torch.float32).isfinite():  # a sum needs no memory
                 self._diverged(f"{name} is not finite after step {self.state.global_step}")
 
     def _diverged(self, what: str) -> None:
         raise DivergenceError(
-            f"the training diverged: {what}. Start again with a lower learning rate (--learning-rate, learning_rate; "
-            f"it was {self.args.learning_rate}), and with bfloat16 if the model runs in float16. Earlier checkpoints "
-            f"are kept in {self.args.output_dir}"
+            f"the training diverged: {what}. Lower the learning rate (--learning-rate; it was "
+            f"{self.args.learning_rate}), and use bfloat16 instead of float16. Earlier checkpoints are kept in "
+            f"{self.args.output_dir}"
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save decomposition and training arguments; raise a DivergenceError if a weight is not finite."""
+        """Save decomposition and training arguments, or raise a DivergenceError."""
         self.check_weights()
         super().save_model(output_dir, _internal_call)
 
@@ -333,15 +312,15 @@ class DecompositionTrainer(HubPushes):
             self.save_training_state(folder)
         evaluation = folder / EVALUATION_NAME
         before = _digests(folder) if evaluation.is_file() else None
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=self.saved_weights(state_dict))
+        model = self.accelerator.unwrap_model(self.model)
+        if ignored := model._keys_to_ignore_on_save:  # an auxiliary transcoder's
+            weights = state_dict or model.state_dict()
+            state_dict = {name: value for name, value in weights.items() if name not in ignored}
+        model.save_pretrained(folder, state_dict=state_dict)
         if before is not None and _digests(folder) != before:
             evaluation.unlink()  # it measured the weights that were there
         arguments = {k: v for k, v in self.args.to_sanitized_dict().items() if k not in _LOCAL_ARGUMENTS}
         (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")
-
-    def saved_weights(self, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the weights to save, given those that the Trainer gathered; None for the model's own."""
-        return state_dict
 
     def save_training_state(self, checkpoint: Path) -> None:
         """Write to a checkpoint's folder what a resumed training needs beyond the Trainer's own files."""
@@ -352,7 +331,7 @@ class DecompositionTrainer(HubPushes):
         """Read what `save_training_state` wrote; raise a ValueError if there is nothing."""
         path = checkpoint / SCALES_NAME
         if not path.is_file():
-            raise ValueError(f"{checkpoint} is no checkpoint of a decomposition's training: it has no {SCALES_NAME}")
+            raise ValueError(f"{checkpoint} has no {SCALES_NAME}: it is no checkpoint of a decomposition's training")
         self.scales = {int(layer): ActivationScales(**value) for layer, value in json.loads(path.read_text()).items()}
 
 
@@ -362,21 +341,20 @@ def _digests(folder: Path) -> dict[str, bytes]:
 
 def _without_autocast(model: nn.Module) -> None:
     """Remove the autocast that accelerate left on a model's forward; another training puts it back."""
-    original = vars(model).pop("_original_forward", None)
-    if original is None:
+    attributes = vars(model)
+    if (original := attributes.pop("_original_forward", None)) is None:
         return
-    if getattr(original, "__func__", None) is type(model).forward:
-        del model.forward
-    else:
-        model.forward = original
-    model._is_accelerate_prepared = False  # type: ignore[assignment]
+    attributes["forward"] = original
+    if original == MethodType(type(model).forward, model):
+        del attributes["forward"]
+    attributes["_is_accelerate_prepared"] = False
 
 
 def _parameter_group(
     parameters: list[nn.Parameter], scale: float, factor: float, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    group: dict[str, Any] = {"params": parameters, "lr": kwargs["lr"] * scale * factor}
-    group["weight_decay"] = kwargs["weight_decay"] / scale  # it is multiplied by the rate
+    decay = kwargs["weight_decay"] / scale  # it is multiplied by the rate
+    group = {"params": parameters, "lr": kwargs["lr"] * scale * factor, "weight_decay": decay}
     if "eps" in kwargs:
         group["eps"] = kwargs["eps"] / scale
     return group
@@ -387,7 +365,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str] | None) -> str:
     steps = {}
     for folder in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")  # a user's copy may be called checkpoint-best
-        if re.fullmatch(r"[0-9]+", number) and (folder / TRAINER_STATE_NAME).is_file():
+        if number.isdecimal() and (folder / TRAINER_STATE_NAME).is_file():
             steps[int(number)] = folder
     if not steps:
         raise ValueError(f"no complete checkpoint in {output_dir} to resume from: start again")

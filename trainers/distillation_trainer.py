@@ -32,14 +32,11 @@ from .initialization import check_encoder_init, init_decomposition
 
 
 class LayerLosses(NamedTuple):
-    """Losses of one layer, each a sum over the tokens of a batch; scalars in float32."""
+    """Losses of one layer, weighted, each a sum over the tokens of a batch; scalars in float32."""
 
-    distillation: Tensor
-    """error of the layer's output, the loss that is reported"""
+    distillation: Tensor  # the loss that is reported
     mean_ablation: Tensor
-    """penalty for a mean-ablated error below the target, weighted"""
     auxiliary: Tensor
-    """error of the auxiliary transcoder, weighted"""
 
 
 class DistillationTrainer(DecompositionTrainer):
@@ -60,10 +57,6 @@ class DistillationTrainer(DecompositionTrainer):
         SurgeryError: The teacher has no such layer, or one of other widths.
         ValueError: The encoder is initialised from a pretrained MLP of another form or width, or a layer is not in
             `activations`.
-
-    Example:
-        >>> trainer = DistillationTrainer(mxd, teacher, args, train_dataset=rows)  # doctest: +SKIP
-        >>> trainer.train()  # doctest: +SKIP
     """
 
     args: DistillationArguments
@@ -82,6 +75,7 @@ class DistillationTrainer(DecompositionTrainer):
         **kwargs: Any,
     ):
         record_base(model, teacher)
+        self.teacher = self.language_model = teacher.eval().requires_grad_(False)
         config = model.config
         found = find_mlps(teacher, **config.where)
         self.sites = [site_of(found, layer) for layer in config.layers]
@@ -108,20 +102,12 @@ class DistillationTrainer(DecompositionTrainer):
         self.auxiliary = AuxiliaryTranscoders(config, wanted=args.auxiliary_weight > 0).to(args.device)
         if len(self.auxiliary) and self._optimizer_was_given:
             raise ValueError("a given optimizer does not step the auxiliary transcoder: set auxiliary_weight to 0")
-        self.teacher = teacher.eval().requires_grad_(False)
         if activations is None and getattr(teacher, "hf_device_map", None) is None:  # else accelerate has placed it
-            self.teacher.to(args.device)
+            teacher.to(args.device)
         model.main_input_name = teacher.main_input_name  # by which transformers counts the tokens seen
 
-    # Data
-
-    @property
-    def language_model(self) -> PreTrainedModel:
-        """The teacher."""
-        return self.teacher
-
     def prepare_batch(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Select the columns that the teacher reads; else as `DecompositionTrainer.prepare_batch`."""
+        """Select the columns that the teacher reads, move them to the device, and padding to the right."""
         names = set(inspect.signature(self.teacher.forward).parameters)
         if not self.teacher.config.is_encoder_decoder:
             names -= {"labels"}  # an encoder–decoder model makes its decoder's inputs of them, others a loss only
@@ -134,15 +120,11 @@ class DistillationTrainer(DecompositionTrainer):
             dtype = next(self.teacher.parameters()).dtype
             cached = self.activations(inputs, layers)
             return {layer: (x.to(device, dtype), y.to(device, dtype)) for layer, (x, y) in cached.items()}
-        given: dict[str, Any] = {**inputs, **self.model.config.where}
-        captured = capture_mlps(self.teacher, layers, **given)
+        captured = capture_mlps(self.teacher, layers, **dict[str, Any](inputs), **self.model.config.where)
         return {layer: (x.to(device), y.to(device)) for layer, (x, y) in captured.items()}
 
     def loss_mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the positions that the loss includes, (batch, tokens) bool.
-
-        Where they are not the batch's tokens (images, layers that run several times), a forward pass counts them.
-        """
+        """Return the positions that the loss includes, (batch, tokens) bool; without ids a forward pass counts them."""
         ids = inputs.get("input_ids")
         if ids is None or any(site.repeated for site in self.sites) or self.teacher.config.is_encoder_decoder:
             x, _ = next(iter(self.capture(self.prepare_batch(inputs)).values()))
@@ -151,8 +133,6 @@ class DistillationTrainer(DecompositionTrainer):
 
     def _mask(self, inputs: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return activation_mask(inputs, x, decoder=self.model.config.of_decoder)
-
-    # Losses
 
     @staticmethod
     def distillation_loss(
@@ -167,12 +147,8 @@ class DistillationTrainer(DecompositionTrainer):
             squared_norm   Σ_t ‖ŷ_t − y_t‖² / max(‖y_t‖², m)   paper's reported error for m = 0
             norm           Σ_t ‖ŷ_t − y_t‖² / ‖y_t‖            the authors' code, up to the constant 1/O
 
-        Args:
-            prediction: ŷ, (..., O).
-            target: y, (..., O).
-            mask: Tokens to include, (...) bool.
-            normalization: `"squared_norm"` or `"norm"`.
-            minimum_squared_norm: m; bounds the weight of tokens whose output is tiny.
+        `prediction` is ŷ (..., O), `target` y (..., O), `mask` (...) bool. m, the `minimum_squared_norm`, bounds the
+        weight of tokens whose output is tiny.
         """
         prediction, target = prediction[mask].float(), target[mask].float()
         if normalization == "squared_norm":
@@ -188,13 +164,9 @@ class DistillationTrainer(DecompositionTrainer):
 
             T max(0, τ − ē),   ē = mean_t min(1, ‖ŷ_t − y_t‖² / max(‖y_t‖², m)),   ŷ_t = (mean_s Cᵀa_s) * Dᵀz_t + b
 
-        over the T tokens in `mask`, with τ = `minimum_error` and m = `minimum_squared_norm`. With the distillation loss
-        alone, a dense encoder that is initialised from the MLP's own does everything by itself with Cᵀa = 1.
-
-        Args:
-            ablated: ŷ, (..., O).
-            target: y, (..., O).
-            mask: (...) bool, true for at least one token.
+        over the T > 0 tokens in `mask` (...), with ŷ = `ablated` (..., O), y = `target` (..., O), τ = `minimum_error`
+        and m = `minimum_squared_norm`. With the distillation loss alone, a dense encoder that is initialised from the
+        MLP's own does everything by itself with Cᵀa = 1.
         """
         errors = _relative_errors(ablated[mask].float(), target[mask].float(), minimum_squared_norm)
         return len(errors) * (minimum_error - errors.clamp_max(1).mean()).clamp_min(0)
@@ -218,13 +190,10 @@ class DistillationTrainer(DecompositionTrainer):
         return LayerLosses(error(output, minimum_squared_norm=least), penalty, coded_error)
 
     def _as_forward(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function in place of `forward` of the Trainer's model.
-
-        What wraps the model (DDP, FSDP, torch.compile) acts on calls of its forward only.
-        """
+        """Call a function in place of the model's `forward`, on calls of which its wrappers (DDP, FSDP) act."""
         if model is self.model:
             return function(*args)
-        attributes = vars(self.model)
+        attributes = self.model.__dict__
         before = attributes.get("forward")  # accelerate's, in mixed precision
         attributes["forward"] = function
         try:
@@ -258,11 +227,7 @@ class DistillationTrainer(DecompositionTrainer):
         return mean
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `DecompositionTrainer.train`.
-
-        Raises:
-            ValueError: FSDP or DeepSpeed is enabled and `auxiliary_weight` is not 0.
-        """
+        """Train; a ValueError if FSDP or DeepSpeed is enabled and `auxiliary_weight` is not 0."""
         if len(self.auxiliary) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("FSDP and DeepSpeed do not train an auxiliary transcoder: set auxiliary_weight to 0")
         with self.auxiliary.attached(self.model):
@@ -287,24 +252,15 @@ class DistillationTrainer(DecompositionTrainer):
         """Return 0: the formula of transformers, 6 per parameter and token, is not that of a sparse layer."""
         return 0
 
-    # Saving
-
-    def saved_weights(self, state_dict: dict[str, Any] | None) -> dict[str, Any]:
-        """Leave out the auxiliary transcoders."""
-        state_dict = self.model.state_dict() if state_dict is None else state_dict
-        return {name: value for name, value in state_dict.items() if not name.startswith(f"{AUXILIARY}.")}
-
     def save_training_state(self, checkpoint: Path) -> None:
-        """As `DecompositionTrainer.save_training_state`, with the auxiliary transcoders."""
+        """Write also the auxiliary transcoders."""
         super().save_training_state(checkpoint)
         self.auxiliary.save(checkpoint)
 
     def load_training_state(self, checkpoint: Path) -> None:
-        """As `DecompositionTrainer.load_training_state`, with the auxiliary transcoders."""
+        """Read also the auxiliary transcoders."""
         super().load_training_state(checkpoint)
         self.auxiliary.load(checkpoint)
-
-    # Evaluation
 
     def prediction_step(
         self,
@@ -330,13 +286,11 @@ class DistillationTrainer(DecompositionTrainer):
 
 def _check_cached(activations: ActivationCache, model: MxDModel) -> None:
     config, manifest = model.config, activations.manifest
-    widths = dict(zip(manifest["layers"], manifest["widths"], strict=True))
-    wanted = {layer: [config.layer(layer).hidden_size, config.layer(layer).output_size] for layer in config.layers}
-    if config.where != {name: manifest[name] for name in config.where} or not wanted.items() <= widths.items():
+    cached = {name: manifest[name] for name in config.where}
+    if config.where != cached or not set(config.layers) <= set(manifest["layers"]):
         raise ValueError(
-            f"the activation cache has layers {manifest['layers']} of widths {manifest['widths']} (stack "
-            f"{manifest['stack']}, site {manifest['site']}), and the decomposition has layers {config.layers} of "
-            f"widths {[*wanted.values()]} (stack {config.stack}, site {config.site})"
+            f"the activation cache has layers {manifest['layers']} of {cached}, and the decomposition has layers "
+            f"{config.layers} of {config.where}"
         )
 
 
@@ -347,10 +301,8 @@ def _relative_errors(prediction: Tensor, target: Tensor, minimum_squared_norm: f
 
 
 def normalised_errors(prediction: EvalPrediction, layers: Sequence[int]) -> dict[str, float]:
-    """Return the NMSE of every layer over all rows of `prediction_step`, as `layer_8/nmse`, and their mean.
-
-    It is the NMSE of `mxd.evaluation.ErrorSums`. The mean is also the loss, by which the best checkpoint is chosen.
-    """
+    """Return the NMSE of every layer over all rows of `prediction_step`, as `layer_8/nmse`, and their mean, which is
+    also the loss, by which the best checkpoint is chosen."""
     sums, counts = (torch.as_tensor(part).double().sum(0) for part in prediction)
     errors = sums / counts
     mean = float(errors.mean())

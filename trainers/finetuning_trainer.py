@@ -1,10 +1,9 @@
 """End-to-end fine-tuning: train a decomposition inside its language model, on the model's predictions.
 
-In a step the untouched model runs on the token ids (the same model with its own MLPs restored, without a second copy
-of the weights), then the spliced one. The divergence of their next-token distributions, or the cross-entropy of the
-text, is propagated through the frozen model into the decomposition's layers. The layers' own errors are added, so that
-they stay faithful to their MLPs. The Trainer's model is the spliced language model, of which only the decomposition is
-trained and saved.
+In a step the untouched model runs on the token ids (the same model with its own MLPs restored), then the spliced one.
+The divergence of their next-token distributions, or the cross-entropy of the text, is propagated through the frozen
+model into the decomposition's layers. The layers' own errors are added, so that they stay faithful to their MLPs. The
+Trainer's model is the spliced language model, of which only the decomposition is trained and saved.
 """
 
 from collections.abc import Mapping
@@ -42,33 +41,23 @@ class FinetuningTrainer(DecompositionTrainer):
 
     Raises:
         ValueError: No decomposition is spliced into the model.
-
-    Example:
-        >>> model = AutoModelForCausalLM.from_pretrained("user/mxd-gpt2-l8")  # doctest: +SKIP
-        >>> FinetuningTrainer(model, args, train_dataset=rows).train()  # doctest: +SKIP
     """
 
     args: FinetuningArguments
     progress_name = "finetune"
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        args: FinetuningArguments,
-        compute_metrics: Any = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, model: PreTrainedModel, args: FinetuningArguments, compute_metrics: Any = None, **kwargs: Any):
         decomposition = getattr(model, "decomposition", None)  # the class may be a copy that came with the repo
         if decomposition is None:
             raise ValueError(
-                f"no decomposition is spliced into this {type(model).__name__}: load it by "
-                "AutoModelForCausalLM.from_pretrained(<decomposition>), or use make_spliced(model, decomposition, name)"
+                f"no decomposition is spliced into this {type(model).__name__}: load a decomposition's repo by "
+                "AutoModelForCausalLM, or use make_spliced"
             )
-        trained = {id(parameter) for parameter in decomposition.parameters()}
+        trained = {parameter: parameter.requires_grad for parameter in decomposition.parameters()}
         for parameter in model.parameters():
-            if id(parameter) not in trained:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(trained.get(parameter, False))
         decomposition.float()
+        self.language_model = model
         super().__init__(
             model, decomposition, args, compute_metrics=compute_metrics or self.prediction_losses, **kwargs
         )
@@ -78,10 +67,9 @@ class FinetuningTrainer(DecompositionTrainer):
     def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """Return {layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
         config = self.decomposition.config
+        batch = inputs["input_ids"], inputs.get("attention_mask")
         with self.model.untouched():
-            return capture_mlps(
-                self.model, config.layers, inputs["input_ids"], inputs.get("attention_mask"), **config.where
-            )
+            return capture_mlps(self.model, config.layers, *batch, **config.where)
 
     def loss_mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the predictions that the loss includes, (batch, tokens − 1) bool."""
@@ -91,9 +79,7 @@ class FinetuningTrainer(DecompositionTrainer):
     def kl_loss(logits: Tensor, reference: Tensor) -> Tensor:
         """Return Σ_t KL(untouched ‖ spliced) = Σ_t Σ_v p_tv (log p_tv − log q_tv), in nats; a scalar in float32.
 
-        Args:
-            logits: Of the spliced model, (..., vocabulary); q is their softmax.
-            reference: Of the untouched model, (..., vocabulary); p is their softmax.
+        q is the softmax of the spliced model's `logits` (..., vocabulary), p of the untouched model's `reference`.
         """
         return kl_divergence(reference.float().log_softmax(-1), logits.float().log_softmax(-1)).sum()
 
@@ -101,9 +87,7 @@ class FinetuningTrainer(DecompositionTrainer):
     def cross_entropy_loss(logits: Tensor, targets: Tensor) -> Tensor:
         """Return Σ_t −log q_t(next token), in nats; a scalar in float32.
 
-        Args:
-            logits: Of the spliced model, (..., vocabulary); q is their softmax.
-            targets: Ids of the next tokens, (...).
+        q is the softmax of the spliced model's `logits` (..., vocabulary); `targets` (...) are the next tokens' ids.
         """
         return next_token_loss(logits.float().log_softmax(-1), targets).sum()
 
@@ -114,18 +98,15 @@ class FinetuningTrainer(DecompositionTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the mean loss over the predictions in the mask, plus `nmse_weight` times the layers' mean error, plus
-        the routers' loss."""
+        """Return the predictions' mean loss, plus `nmse_weight` times the layers' error, plus the routers' loss."""
         _disable_dropout(self.model)
         ids, attention_mask = batch = right_padded(inputs, self.args.device)
         mask = next_token_mask(token_mask(ids, attention_mask))
         predictions = mask.sum() if num_items_in_batch is None else num_items_in_batch
-        reference = self._reference(batch)[mask] if self.args.loss == "kl" else None
-        hidden = self.head.hidden(model, *batch)[:, :-1][mask]
-        if reference is not None:
-            loss = chunked_sum(self._kl_of_hidden, self.head.chunk, hidden, reference)
-        else:
-            loss = chunked_sum(self._cross_entropy_of_hidden, self.head.chunk, hidden, ids[:, 1:][mask])
+        kl = self.args.loss == "kl"
+        function = self._kl_of_hidden if kl else self._cross_entropy_of_hidden
+        target = (self._reference(batch) if kl else ids[:, 1:])[mask]
+        loss = chunked_sum(function, self.head.chunk, self.head.hidden(model, *batch)[:, :-1][mask], target)
         routers: Tensor | float = 0.0
         if self.args.nmse_weight or self.routed_layers:
             errors, routers = self._distillation_losses(batch, mask)
@@ -140,21 +121,20 @@ class FinetuningTrainer(DecompositionTrainer):
         with self.model.untouched():
             return self.head.hidden(self.model, *batch)[:, :-1]
 
-    def _distillation_losses(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Return the mean over layers of Σ_t ‖ŷ − y‖² / ‖y‖² on the untouched model's activations, as faithfulness is
-        measured, and of the routers' losses, by which routers follow their gates; mask (batch, tokens − 1)."""
-        ids, attention_mask = batch
-        inputs = {"input_ids": ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+    def _distillation_losses(self, batch: Batch, mask: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Return the layers' mean Σ_t ‖ŷ − y‖² / ‖y‖² on untouched activations, and their routers' mean loss."""
         mask = F.pad(mask, (0, 1))  # (batch, tokens): the last position predicts nothing
-        captured = self.capture(inputs)
-        errors = [
-            DistillationTrainer.distillation_loss(
-                self.decomposition.layer(layer)(x), y, mask, minimum_squared_norm=self.least_norm(layer)
-            )
-            for layer, (x, y) in captured.items()
-        ]
-        routers = sum(self.router_loss(layer, x, mask) for layer, (x, _) in captured.items()) / len(captured)
-        return torch.stack(errors).mean(), routers
+        ids, attention_mask = batch
+        captured = self.capture(
+            {"input_ids": ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+        )
+        errors: Tensor | float = 0.0
+        routers: Tensor | float = 0.0
+        for layer, (x, y) in captured.items():
+            output, least = self.decomposition.layer(layer)(x), self.least_norm(layer)
+            errors += DistillationTrainer.distillation_loss(output, y, mask, minimum_squared_norm=least)
+            routers += self.router_loss(layer, x, mask)
+        return errors / len(captured), routers / len(captured)
 
     def _kl_of_hidden(self, hidden: Tensor, reference: Tensor) -> Tensor:
         return self.kl_loss(self.head.logits(hidden), self.head.logits(reference))
@@ -189,10 +169,8 @@ class FinetuningTrainer(DecompositionTrainer):
 
 
 def _disable_dropout(model: nn.Module) -> None:
-    """Put a model into eval mode, except layers that checkpoint activations, which they do in training mode only.
-
-    Dropout rates that those read themselves (OPT: `F.dropout(x, self.dropout, self.training)`) are set to 0.
-    """
+    """Put a model into eval mode. Layers that checkpoint activations need training mode; their dropout rates are set
+    to 0 (OPT: `F.dropout(x, self.dropout, self.training)`)."""
     model.eval()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:

@@ -34,10 +34,8 @@ class HubPushes(Trainer):
     """A Trainer that pushes with `push_decomposition`: one commit, which can be repeated safely.
 
     During training, pushes run in a thread, from links to a checkpoint's files. If one fails, a warning is logged, and
-    the next carries its content. `push_to_hub()` itself raises, and says how to push later. The arguments
-    `hub_model_id`, `hub_private_repo`, `hub_revision`, `hub_token`, `hub_strategy`, `hub_always_push` and our
-    `hub_base_model` apply. A strategy that pushes checkpoints also pushes the optimiser's state, which is pickled;
-    nothing of ours reads it from the Hub.
+    the next carries its content. A strategy that pushes checkpoints also pushes the optimiser's state, which is
+    pickled; nothing of ours reads it from the Hub.
     """
 
     args: DecompositionArguments
@@ -46,12 +44,7 @@ class HubPushes(Trainer):
     push_in_progress: PushInProgress | None = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repo before the first step.
-
-        Raises:
-            HubError: The Hub refuses.
-            ValueError: The base model is a folder of this machine.
-        """
+        """Create the repo; a HubError if the Hub refuses, a ValueError if the base model is a local folder."""
         if not self.is_world_process_zero():
             return
         check_base_id(self.args.hub_base_model or self.decomposition.config.base_model_name_or_path)
@@ -90,11 +83,7 @@ class HubPushes(Trainer):
             commit_message: Message of the commit.
             blocking: Wait for it; otherwise a future is returned.
             token, revision, private: Override the arguments'.
-            **kwargs: `license`, `tags`, `create_pr`, as for `push_decomposition`. Other arguments of
-                transformers' card are ignored: ours is made from the folder.
-
-        Returns:
-            The commit; None on processes other than the first.
+            **kwargs: `license`, `tags`, `create_pr`, as for `push_decomposition`; others are ignored.
 
         Raises:
             HubError: The Hub refuses; the repo is then as it was, and the folder is kept.
@@ -122,7 +111,7 @@ class HubPushes(Trainer):
 
     def _push_output(self, **options: Any) -> CommitInfo:
         folder, base = str(self.args.output_dir), self.args.hub_base_model
-        revision = options.get("revision") or self.args.hub_revision
+        revision = options["revision"] or self.args.hub_revision
         try:
             return self._push(Path(folder), **options)
         except HubError as error:
@@ -141,7 +130,7 @@ class HubPushes(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         checkpoint, step = Path(checkpoint_folder), self.state.global_step
         staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=self.args.output_dir))
-        _link(checkpoint, staged)
+        shutil.copytree(checkpoint, staged, copy_function=_link, dirs_exist_ok=True)
         where = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(strategy)
         also = {} if where is None else {f"{where}/{name}": _public(path) for name, path in _files(staged).items()}
         if self.processing_class is not None:
@@ -166,14 +155,12 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def _link(source: Path, target: Path) -> None:
-    """Link the files of a checkpoint, which may be deleted before they are pushed."""
-    for name, path in _files(source).items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, target / name)
-        except OSError:  # a file system without links
-            shutil.copy2(path, target / name)
+def _link(source: str, target: str) -> None:
+    """Link a file of a checkpoint, which may be deleted before it is pushed."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 def _public(path: Path) -> bytes | Path:

@@ -10,9 +10,9 @@ scaled parameter by parameter: a weight w = w̃ / s takes the step lr / s, with 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mxd.base.capture import Capture
@@ -20,47 +20,27 @@ from mxd.base.masks import activation_mask
 from mxd.base.pretrained_weights import mlp_encoder_type, mlp_weights, mlp_widths
 from mxd.modeling_mxd import MLPSite, MxDLayer, MxDLayerConfig, MxDModel, SparseLayer, find_mlp
 
+from .distillation_arguments import DistillationArguments
 from .router import fit_router
-
-if TYPE_CHECKING:
-    from .distillation_arguments import DistillationArguments
-
-GATE_INITS = ("data", "random")
-ENCODER_INITS = ("pretrained", "random")
-DECODER_INITS = ("pretrained", "zero")
-MODULATION_INITS = ("random", "unit")
 
 
 @dataclass(frozen=True)
 class ActivationScales:
-    """Scales of one MLP's activations over calibration tokens, without the first position of each row.
+    """Scales of one MLP's activations over calibration tokens, without the first position of each row."""
 
-    Attributes:
-        input_scale: Root mean square of the elements of x.
-        output_scale: Root mean square of the elements of y − mean(y).
-        output_norm: Mean of ‖y‖², the squared norm of a token's output.
-    """
-
-    input_scale: float = 1.0
-    output_scale: float = 1.0
-    output_norm: float = 1.0
+    input_scale: float = 1.0  # root mean square of the elements of x
+    output_scale: float = 1.0  # root mean square of the elements of y − mean(y)
+    output_norm: float = 1.0  # mean of ‖y‖², the squared norm of a token's output
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scales of one MLP's activations, and a sample of its inputs.
-
-    Attributes:
-        scales: See `ActivationScales`.
-        input_mean: Mean of x, (I).
-        output_mean: Mean of y, (O).
-        inputs: Inputs of the calibration tokens, (tokens, I), without first positions, in the model's dtype.
-    """
+    """Scales and means of one MLP's activations, and the inputs of the calibration tokens."""
 
     scales: ActivationScales
-    input_mean: Tensor
-    output_mean: Tensor
-    inputs: Tensor
+    input_mean: Tensor  # (I)
+    output_mean: Tensor  # (O)
+    inputs: Tensor  # (tokens, I), in the model's dtype
 
 
 def calibrate(
@@ -68,18 +48,13 @@ def calibrate(
 ) -> dict[int, Calibration]:
     """Capture batches until `tokens` tokens are seen, and measure every layer's activations.
 
-    Args:
-        capture: Returns {layer: (x, y)} for a batch.
-        batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
-        tokens: Least number of tokens to measure.
-        decoder: See `activation_mask`.
+    `capture` returns {layer: (x, y)} for a batch; `decoder` is that of `activation_mask`.
 
     Raises:
         ValueError: `batches` has no token, or an activation is not finite.
     """
     kept: dict[int, list[Tensor]] = {}
-    outputs: dict[int, Tensor] = {}  # sums over tokens of y and of y², (2, O): the outputs themselves may be too large
-    seen = 0
+    outputs: dict[int, Tensor] = {}  # sums over tokens of y and of y², (2, O): the outputs may be too large
     for batch in batches:
         for layer, (x, y) in capture(batch).items():
             mask = activation_mask(batch, x, include_first=False, decoder=decoder)
@@ -87,10 +62,9 @@ def calibrate(
             output = y[mask].double()
             sums = torch.stack([output.sum(0), output.square().sum(0)])
             outputs[layer] = outputs[layer] + sums if layer in outputs else sums
-        seen = min(sum(map(len, inputs)) for inputs in kept.values())
-        if seen >= tokens:
+        if min(sum(map(len, inputs)) for inputs in kept.values()) >= tokens:
             break
-    if not seen:
+    if not any(len(inputs) for parts in kept.values() for inputs in parts):
         raise ValueError("no tokens to calibrate on: the training data is empty")
     return {layer: _measure(layer, torch.cat(kept.pop(layer)), outputs[layer]) for layer in list(kept)}
 
@@ -104,8 +78,7 @@ def _measure(layer: int, x: Tensor, output_sums: Tensor) -> Calibration:
     )
     if not all(math.isfinite(value) and value > 0 for value in vars(scales).values()):
         raise ValueError(
-            f"the activations of layer {layer} are constant or not finite ({scales}): is the model loaded in float16? "
-            "use bfloat16 or float32"
+            f"the activations of layer {layer} are constant or not finite ({scales}): use bfloat16 instead of float16"
         )
     return Calibration(scales, x.float().mean(0), mean.float(), x)
 
@@ -120,12 +93,6 @@ def init_layer(
     Gate from data: the gate row of expert n is the direction of a training input x_n from the mean,
     G_n ∝ x_n − mean(x), with the norm of the random init, and g_n = −G_n · mean(x). Each expert then wins on the
     neighbourhood of its token, so that nearly all are used from the first step on.
-
-    Args:
-        layer: Changed in place.
-        calibration: Of the same MLP.
-        gate_init: `"data"` or `"random"`.
-        scale_activations: If false, use the authors' init on raw activations.
     """
     layer.reset_parameters()
     scale = calibration.scales.input_scale if scale_activations else 1.0
@@ -145,28 +112,23 @@ def _init_gate_from_data(layer: SparseLayer, calibration: Calibration, scale: fl
     chosen = torch.randperm(len(inputs))[:experts] if enough else torch.randint(len(inputs), (experts,))
     directions = inputs[chosen.to(inputs.device)].float() - calibration.input_mean
     # The norm of a row that nn.Linear initialises: sqrt(I) elements of root mean square 1 / sqrt(3 I).
-    norm = 1 / (math.sqrt(3) * scale)
-    weight = directions * (norm / directions.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+    weight = F.normalize(directions, dim=-1) / (math.sqrt(3) * scale)
     layer.gate.weight.copy_(weight)
     if layer.gate.bias is not None:
         layer.gate.bias.copy_(-(weight @ calibration.input_mean))
 
 
 def check_encoder_init(config: MxDLayerConfig, site: MLPSite) -> None:
-    """Raise a ValueError if the encoder has another form or width than the pretrained MLP's.
-
-    Of a mixture of experts it may be narrower.
-    """
+    """Raise a ValueError unless the encoder has the pretrained MLP's form and width; an MoE's may be narrower."""
     widths, form = mlp_widths(site), mlp_encoder_type(site)
     if widths is None:
         return  # `mlp_weights` says why there are none
-    units, narrower = widths[1], site.kind == "mixture-of-experts"
-    fits = config.intermediate_size == units or (narrower and config.intermediate_size < units)
+    units, size = widths[1], config.intermediate_size
+    fits = size <= units if site.kind == "mixture-of-experts" else size == units
     if config.encoder_type != form or not fits:
         raise ValueError(
-            f"layer {site.layer}: an encoder of form {config.encoder_type} and intermediate_size "
-            f"{config.intermediate_size} cannot be initialised from the pretrained MLP, which has form {form} and "
-            f"{units}: use those, or encoder_init='random'"
+            f"layer {site.layer}: an encoder of form {config.encoder_type} and intermediate_size {size} cannot be "
+            f"initialised from the pretrained MLP, which has form {form} and {units}: set encoder_init='random'"
         )
 
 
@@ -174,29 +136,21 @@ def check_encoder_init(config: MxDLayerConfig, site: MLPSite) -> None:
 def init_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool = False) -> None:
     """Copy the pretrained MLP's encoder (and up projection) into E and U.
 
-    With `decoder`, also its decoder into D and b: where Cᵀa is 1, the layer then is the MLP. C stays as it is.
-
-    Raises:
-        ValueError: The encoder has another form or width than the MLP's.
+    With `decoder`, also its decoder into D and b: where Cᵀa is 1, the layer then is the MLP.
     """
     check_encoder_init(layer.config, site)
     weights = mlp_weights(site)
     if layer.config.intermediate_size < len(weights.encoder):
         weights = weights.strongest(layer.config.intermediate_size)
-    pairs = [(layer.encoder, weights.encoder, weights.encoder_bias)]
-    if layer.encoder_up is not None and weights.up is not None:
-        pairs.append((layer.encoder_up, weights.up, weights.up_bias))
-    for linear, weight, bias in pairs:
-        linear.weight.copy_(weight)
-        _copy_bias(linear.bias, bias)
+    pairs: list[tuple[Tensor | None, Tensor | None]]
+    pairs = [(layer.encoder.weight, weights.encoder), (layer.encoder.bias, weights.encoder_bias)]
+    if layer.encoder_up is not None:
+        pairs += [(layer.encoder_up.weight, weights.up), (layer.encoder_up.bias, weights.up_bias)]
     if decoder:
-        layer.decoder.weight.copy_(weights.decoder)
-        _copy_bias(layer.output_bias, weights.decoder_bias)
-
-
-def _copy_bias(to: Tensor | None, pretrained: Tensor | None) -> None:
-    if to is not None:
-        nn.init.zeros_(to) if pretrained is None else to.copy_(pretrained)
+        pairs += [(layer.decoder.weight, weights.decoder), (layer.output_bias, weights.decoder_bias)]
+    for parameter, pretrained in pairs:
+        if parameter is not None:
+            nn.init.zeros_(parameter) if pretrained is None else parameter.copy_(pretrained)
 
 
 @torch.no_grad()
@@ -205,24 +159,16 @@ def init_modulation_at_unit(layer: MxDLayer, calibration: Calibration) -> None:
 
     Cᵀa is then about 1 everywhere and the layer about Dᵀz, so that experts only have to carry its errors.
     """
-    sample = calibration.inputs[:8192]
-    total = layer.encode(sample).values.float().sum(-1).mean().clamp_min(1e-6)
+    total = layer.encode(calibration.inputs[:8192]).values.float().sum(-1).mean().clamp_min(1e-6)
     nn.init.uniform_(layer.modulation, 0.0, float(2 / total))
 
 
 def parameter_scales(module: nn.Module, scales: ActivationScales) -> dict[str, float]:
     """Return the factor on every parameter's learning rate with which Adam on raw activations takes the steps that it
     would take on x / s_x and (y − μ) / s_y, by parameter name: {"gate.weight": 1 / s_x, "decoder.weight": s_y}."""
-    by_name = {
-        "gate.weight": 1 / scales.input_scale,
-        "router.weight": 1 / scales.input_scale,
-        "encoder.weight": 1 / scales.input_scale,
-        "encoder_up.weight": 1 / scales.input_scale,
-        "skip.weight": scales.output_scale / scales.input_scale,
-        "decoder.weight": scales.output_scale,
-        "decoder": scales.output_scale,
-        "output_bias": scales.output_scale,
-    }
+    by_name = {f"{name}.weight": 1 / scales.input_scale for name in ("gate", "router", "encoder", "encoder_up")}
+    by_name |= dict.fromkeys(("decoder.weight", "decoder", "output_bias"), scales.output_scale)
+    by_name["skip.weight"] = scales.output_scale / scales.input_scale
     return {name: by_name.get(name, 1.0) for name, _ in module.named_parameters()}
 
 
@@ -230,13 +176,9 @@ def init_decomposition(
     decomposition: MxDModel,
     model: nn.Module,
     calibrations: Mapping[int, Calibration],
-    args: "DistillationArguments",
+    args: DistillationArguments,
 ) -> None:
-    """Initialise every layer as the arguments say; routers are fitted with `args.seed`.
-
-    Transcoders have neither encoder nor modulations. A decoder is copied from the pretrained MLP only if the encoder,
-    whose units it reads, is.
-    """
+    """Initialise every layer as the arguments say. A decoder is the pretrained MLP's only if the encoder is, too."""
     for index in decomposition.config.layers:
         layer, calibration = decomposition.layer(index), calibrations[index]
         init_layer(layer, calibration, args.gate_init, args.scale_activations)

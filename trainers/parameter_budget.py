@@ -31,17 +31,14 @@ def num_experts_matching_transcoder(
     num_experts = rest // (hidden_size + output_size + 1)
     if num_experts < 1:
         raise ValueError(
-            f"a transcoder of {multiplier} x {hidden_size} latents has {budget:,} parameters, not enough for an "
-            f"encoder of intermediate_size {intermediate_size} and one expert: raise the multiplier"
+            f"a transcoder of {multiplier} x {hidden_size} latents has too few parameters for an encoder of "
+            f"intermediate_size {intermediate_size} and one expert: raise the multiplier"
         )
     return num_experts
 
 
 def num_latents_matching_transcoder(hidden_size: int, output_size: int, multiplier: int, skip: bool) -> int:
-    """Return the latents of a (skip) transcoder with the parameters of a transcoder of mI latents.
-
-    The I·O parameters of the skip matrix are taken from the latents.
-    """
+    """Return the latents of a (skip) transcoder with the parameters of a transcoder of mI latents."""
     latents = multiplier * hidden_size
     if skip:
         latents -= -(-hidden_size * output_size // (hidden_size + output_size + 1))

@@ -7,8 +7,8 @@ in group g, two steps alternate:
     router      r = Rx + ρ minimises the cross-entropy of softmax(r) to p(· | t)
     groups      expert n goes to the group in which Σ_t v(t, n) · softmax(r(t))_g is largest, at most ⌈N/G⌉ to each
 
-At first, clusters of the inputs take the place of the router's scores. `benchmarks/routing.py` compares with groups of
-similar gate rows (k-means), which capture less: similar is not the same as active together.
+At first, clusters of the inputs take the place of the router's scores. Groups of similar gate rows capture less
+(`benchmarks/routing.py`): similar is not the same as active together.
 """
 
 import dataclasses
@@ -31,12 +31,10 @@ PART = 4096  # tokens at a time where intermediate tensors are large
 
 
 class RoutingRecall(NamedTuple):
-    """Share of the exact gate's choice that survives hierarchical routing, over some inputs."""
+    """Share of the exact gate's active experts that routing finds, and of the sum of their coefficients."""
 
     experts: float
-    """share of the exact gate's active experts that are active under routing"""
     coefficients: float
-    """share of the sum of the exact gate's coefficients that they carry"""
 
 
 @torch.no_grad()
@@ -48,20 +46,20 @@ def routing_recall(layer: SparseLayer, inputs: Tensor, num_groups_per_tok: int |
         inputs: Inputs of the layer's MLP, (..., I).
         num_groups_per_tok: Groups that a token opens; by default as the layer's configuration says.
     """
-    kept = total = kept_sum = total_sum = 0.0
-    config = layer.config
+    config, sums = layer.config, torch.zeros(4, dtype=torch.float64)
     opened = config.num_groups_per_tok if num_groups_per_tok is None else num_groups_per_tok
     for x in inputs.reshape(-1, inputs.shape[-1]).split(PART):
         values, indices = exact_coefficients(layer, x)
         if layer.router is None or opened == config.num_expert_groups:
-            found = values > 0
+            found = torch.ones_like(values, dtype=torch.bool)
         else:
             groups = layer.router(x.to(layer.router.weight)).topk(opened, dim=-1).indices
             # An expert of the exact TopK in an open group is in the routed TopK: it has fewer rivals there.
-            found = (indices // config.expert_group_size)[..., None].eq(groups[:, None]).any(-1) & (values > 0)
-        kept, total = kept + float(found.sum()), total + float((values > 0).sum())
-        kept_sum += float(values.double().where(found, 0.0).sum())
-        total_sum += float(values.double().sum())
+            found = (indices // config.expert_group_size)[..., None].eq(groups[:, None]).any(-1)
+        values = values.double()
+        for index, part in enumerate((values * found > 0, values > 0, values * found, values)):
+            sums[index] += part.sum().cpu()
+    kept, total, kept_sum, total_sum = sums.tolist()
     return RoutingRecall(kept / max(total, 1.0), kept_sum / total_sum if total_sum else 1.0)
 
 
@@ -75,16 +73,12 @@ def router_loss(layer: SparseLayer, x: Tensor) -> Tensor:
     """Return the mean cross-entropy of the router's softmax to the exact gate's shares of coefficients; x (T, I).
 
     Only the router gets gradients. Tokens without an active expert are left out.
-
-    Raises:
-        ValueError: The layer has no router.
     """
-    config, router = layer.config, layer.router
-    if router is None:
-        raise ValueError("the layer has no router: its configuration names no num_expert_groups")
+    router = layer.router
+    assert router is not None
     with torch.no_grad():
         values, indices = exact_coefficients(layer, x)
-        target = _shares(values.float(), indices // config.expert_group_size, router.out_features)
+        target = _shares(values.float(), indices // layer.config.expert_group_size, router.out_features)
     return _cross_entropy(router(x.detach().to(router.weight.dtype)), target)
 
 
@@ -101,12 +95,11 @@ def fit_router(
     """Give a layer hierarchical routing, fitted to its exact gate on some inputs.
 
     The layer is changed in place: its experts are renumbered, so that groups are neighbours, and it gets a router and a
-    configuration with groups. With all groups opened it computes what it did before. A router that it already has is
-    fitted anew.
+    configuration with groups. With all groups opened it computes what it did before.
 
     Args:
         layer: Layer with a plain `nn.Linear` as gate.
-        inputs: Inputs of the layer's MLP, (..., I), on any device; about 60,000 tokens of text like that of its use.
+        inputs: Inputs of the layer's MLP, (..., I), on any device; about 60,000 tokens.
         num_expert_groups: G; by default the layer's, or about √N.
         num_groups_per_tok: M, groups that a token opens; by default the layer's, or 8.
         rounds: How often groups are formed anew from the router.
@@ -117,7 +110,7 @@ def fit_router(
         (N) int64: expert n was expert `order[n]` before.
 
     Raises:
-        ValueError: No inputs, inputs of another width, or numbers of groups that the configuration refuses.
+        ValueError: No inputs, inputs of another width, an adapted gate, or groups that the configuration refuses.
     """
     x, config = inputs.reshape(-1, inputs.shape[-1]), layer.config
     if not len(x) or x.shape[1] != config.hidden_size:
@@ -127,19 +120,21 @@ def fit_router(
     groups = num_expert_groups or config.num_expert_groups or default_num_expert_groups(config.num_experts)
     opened = num_groups_per_tok or config.num_groups_per_tok or 8
     config = dataclasses.replace(config, num_expert_groups=groups, num_groups_per_tok=opened)
-    fitting = _Fitting(layer, x.to(layer.gate.weight.device), config, torch.Generator().manual_seed(seed))
+    fitting = _Fitting(layer, x.to(layer.gate.weight.device), config, seed)
     group = fitting.groups_from_clusters(layer)
     router = fitting.fit_router(group, epochs)
     for _ in range(rounds):
         group = fitting.groups_from_scores(router, preferred=F.one_hot(group, groups).float())
         router = fitting.fit_router(group, epochs)
     order = torch.argsort(group, stable=True)
-    _renumber(layer, order)
+    for tensor in (layer.gate.weight, layer.gate.bias, layer.expert_table, layer.expert_frequency, layer.expert_mean):
+        if tensor is not None:
+            tensor.copy_(tensor[order])
     router.weight.div_(fitting.scale)  # for inputs as they are
     router.bias.sub_(router.weight @ fitting.mean)
     router = router.to(layer.gate.weight)
     if layer.router is not None and layer.router.weight.shape == router.weight.shape:
-        layer.router.load_state_dict(router.state_dict())
+        layer.router.load_state_dict(router.state_dict())  # an optimiser may have its parameters
     else:
         layer.router = router
     layer.config = config
@@ -149,13 +144,7 @@ def fit_router(
 def fit_routers(model: MxDModel, inputs: Mapping[int, Tensor], **options: Any) -> dict[int, Tensor]:
     """Fit the routers of some layers of a model with `fit_router`, and update the model's configuration.
 
-    Args:
-        model: Changed in place; it can then be saved and loaded.
-        inputs: Inputs of the MLP of every layer that gets a router, by layer index.
-        **options: As for `fit_router`.
-
-    Returns:
-        The order of experts, by layer index.
+    `inputs` are those of every layer that gets a router, by layer index; returns the orders of experts, too.
     """
     orders = {}
     for index, x in inputs.items():
@@ -171,8 +160,8 @@ def fit_routers(model: MxDModel, inputs: Mapping[int, Tensor], **options: Any) -
 class _Fitting:
     """The inputs of one layer, centred and scaled, with its exact coefficients; fits groups and router in turn."""
 
-    def __init__(self, layer: SparseLayer, x: Tensor, config: MxDLayerConfig, random: torch.Generator):
-        self.config, self.random = config, random
+    def __init__(self, layer: SparseLayer, x: Tensor, config: MxDLayerConfig, seed: int):
+        self.config, self.random = config, torch.Generator().manual_seed(seed)
         self.num_groups = config.num_expert_groups or 1
         coefficients = [exact_coefficients(layer, part) for part in x.split(PART)]
         self.values = torch.cat([values for values, _ in coefficients]).float()
@@ -185,11 +174,7 @@ class _Fitting:
         """Return the first groups (N), from clusters of the inputs; idle experts go where their gate rows point."""
         centers = self._cluster_centers()
         preferred = F.normalize(layer.gate.weight.float(), dim=-1) @ centers.T
-
-        def score(part: Tensor) -> Tensor:
-            return CLUSTER_SHARPNESS * F.normalize(part, dim=-1) @ centers.T
-
-        return self.groups_from_scores(score, preferred)
+        return self.groups_from_scores(lambda x: CLUSTER_SHARPNESS * F.normalize(x, dim=-1) @ centers.T, preferred)
 
     def groups_from_scores(self, score: Callable[[Tensor], Tensor], preferred: Tensor) -> Tensor:
         """Put every expert into the group that is scored highest where it fires, → (N).
@@ -267,10 +252,3 @@ def _shares(values: Tensor, groups_of_indices: Tensor, groups: int) -> Tensor:
 
 def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
     return -(target * F.log_softmax(scores.float(), dim=-1)).sum() / target.sum().clamp_min(1)
-
-
-def _renumber(layer: SparseLayer, order: Tensor) -> None:
-    per_expert = [layer.gate.weight, layer.gate.bias, layer.expert_table, layer.expert_frequency, layer.expert_mean]
-    for tensor in per_expert:
-        if tensor is not None:
-            tensor.copy_(tensor[order])

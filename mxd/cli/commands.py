@@ -9,18 +9,13 @@ import typer
 
 from mxd.jobs.options import MORE, OUTPUT, PANELS
 
-from .values import convert, kind_of, option_name, read_config, required, split_files
+from .values import convert, kind_of, option_name, read_config, split_files
 
 Job = Callable[[Any], None]
 
 
 def make_command(options: type, job: Job) -> Callable[..., None]:
-    """Return the typer command of a job.
-
-    Args:
-        options: dataclass; a field is an option or a positional argument, its docstring the command's help.
-        job: runs with an instance of it.
-    """
+    """Return the typer command that runs a job with an instance of `options`, whose docstring is the help."""
     known = {one.name: one for one in fields(options)}
     hints = get_type_hints(options)
     hidden = getattr(options, "yaml_only", ())
@@ -37,19 +32,18 @@ def make_command(options: type, job: Job) -> Callable[..., None]:
             except ValueError as error:
                 raise typer.BadParameter(str(error), param_hint=option_name(name)) from None
         chosen = read_config(given["config"], known, hints) if given["config"] else {}
-        if given.get("arguments"):
-            asked |= _sort_arguments(given["arguments"], positional[0], {**chosen, **asked})
         chosen |= asked
+        if given.get("arguments"):
+            chosen |= _sort_arguments(given["arguments"], positional[0], chosen)
         for one in known.values():
-            if required(one) and one.name not in chosen:
+            if one.default is one.default_factory is MISSING and one.name not in chosen:
                 raise typer.BadParameter(f"{one.metadata.get('argument') or option_name(one.name)} is missing")
         job(options(**chosen))
 
     parameters = [_option(one, hints[one.name]) for one in shown]
-    text = "YAML file with options of this command; those given here win."
-    parameters.append(
-        _parameter("config", str | None, typer.Option("--config", help=text, rich_help_panel=_panel(shown)))
-    )
+    text, panel = "YAML file with options of this command; those given here win.", OUTPUT if "output" in known else MORE
+    config = typer.Option("--config", help=text, rich_help_panel=panel)
+    parameters.append(_parameter("config", str | None, config))
     for number, one in enumerate(positional):
         argument = typer.Argument(metavar=one.metadata["argument"], help=one.metadata["help"], show_default=False)
         # A shell makes several arguments of `--dataset *.parquet`.
@@ -61,22 +55,14 @@ def make_command(options: type, job: Job) -> Callable[..., None]:
     return command
 
 
-def _panel(shown: "list[Field[Any]]") -> str:
-    """Return the panel of `--config`."""
-    return OUTPUT if any(one.metadata["panel"] == OUTPUT for one in shown) else MORE
-
-
 def _sort_arguments(arguments: list[str], target: "Field[Any]", chosen: dict[str, Any]) -> dict[str, Any]:
     """Return the values of `target` and of the dataset that positional arguments give."""
     names, files = split_files(arguments, chosen.get("dataset", []), chosen.get("heldout_dataset", []))
-    found: dict[str, Any] = {"dataset": files} if files else {}
-    if not names:
-        return found
-    if target.metadata["argument"].endswith("..."):
-        return {**found, target.name: names}
-    if len(names) > 1:
+    several = target.metadata["argument"].endswith("...")
+    if len(names) > 1 and not several:
         raise typer.BadParameter(f"one {target.name} is expected, got {' and '.join(names)}")
-    return {**found, target.name: names[0]}
+    named = {target.name: names if several else names[0]} if names else {}
+    return {**named, "dataset": files} if files else named
 
 
 def _parameter(name: str, kind: Any, info: Any) -> inspect.Parameter:

@@ -42,9 +42,7 @@ class Command(NamedTuple):
         typer.echo(f"\nSaved in {folder}: {'domain_use.json, figures/' if by else self.saved}")
         if isinstance(options, classes.DecompositionOptions):
             typer.echo(f"Next:  mxd evaluate {folder} --dataset <other text>")
-            typer.echo(
-                f'       mxd.MxDModel.from_pretrained("{folder}")   # then read and steer experts: see the README'
-            )
+            typer.echo(f'       mxd.MxDModel.from_pretrained("{folder}")   # to read and steer experts: see the README')
 
 
 def push(options: classes.PushOptions) -> None:
@@ -64,7 +62,7 @@ def push(options: classes.PushOptions) -> None:
 
 
 def search(options: classes.SearchOptions) -> None:
-    """Show what others share."""
+    """Show decompositions on the Hub."""
     from mxd.hub_cards import list_decompositions
 
     tables.print_found(list(list_decompositions(**vars(options))))
@@ -106,7 +104,12 @@ COMMANDS = {
     "frontier": Command(
         classes.FrontierOptions, "frontier:measure_frontier", tables.print_frontier, "frontier.json, points/"
     ),
-    "finetune": Command(classes.FinetuningOptions, "finetune:finetune", tables.print_finetuning, _TRAINED),
+    "finetune": Command(
+        classes.FinetuningOptions,
+        "finetune:finetune",
+        lambda results: tables.print_evaluation(results, results["settings"]["finetuning"][-1]["before"]),
+        _TRAINED,
+    ),
     "push": Command(classes.PushOptions, push),
     "search": Command(classes.SearchOptions, search),
     "show": Command(classes.ShowOptions, show),

@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import fields
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -66,14 +67,13 @@ def main() -> None:
 
 def _kept(arguments: list[str]) -> tuple[str, str]:
     """Return what an interrupted or failed command left, and how to continue it; empty strings if nothing."""
-    command, output = arguments[0] if arguments else "", ""
+    command = arguments[0] if arguments else ""
     if command == "frontier":
         return "what is finished is kept", "run the same command to go on"
     known = {one.name: one.default for one in fields(COMMANDS[command].options)} if command in COMMANDS else {}
-    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument.partition("=")[0] == "--output":
-            output = argument.partition("=")[2] or value
-    folder = Path(output or str(known.get("output")))
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    outputs = [value for word, value in pairwise(words) if word == "--output"]
+    folder = Path(outputs[-1] if outputs else str(known.get("output")))
     # trainer_state.json is the last file of a checkpoint
     if "resume" not in known or not any(folder.glob("checkpoint-*/trainer_state.json")):
         return "", ""
@@ -86,12 +86,11 @@ def _explain(error: Exception, kept: str = "") -> str:
         where = f" ({error.filename})" if error.filename else ""
         return f"{os.strerror(error.errno)}{where}{kept}"
     name = type(error).__name__
-    # On a full disk torch.save only reports an unexpected position in the file, and safetensors an error that it also
-    # has for reading.
+    # What torch.save and safetensors raise on a full disk does not say so.
     if any(sign in str(error) for sign in ("No space left", "inline_container", "Error while serializing")):
         return f"a file could not be written, the disk may be full ({error}){kept}"
     if name == "SafetensorError":
-        return f"a file of weights cannot be read, it is broken or was not written to its end ({error})"
+        return f"a file of weights cannot be read ({error})"
     if isinstance(error, ValueError | OSError) or name == "Interrupted":
         return str(error)
     return f"{name}: {error} (run with --debug for the traceback)"

@@ -1,17 +1,16 @@
 """Results of the commands as tables on screen."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-MAX_ROWS = 100
+MAX_LAYERS = 100
 MAX_CELL = 200
 
-Show = Callable[[dict[str, Any]], str]
-"""Returns a figure of an evaluation, or of one of its layers, as text."""
+Show = Callable[[dict[str, Any]], str]  # a figure of an evaluation, or of one of its layers, as text
 
 
 def visible(text: str) -> str:
@@ -21,7 +20,26 @@ def visible(text: str) -> str:
 
 def cell(value: Any) -> Text:
     """Return an untrusted value as a cell: no markup, one short line."""
-    return Text(visible(str(value)[:MAX_CELL]).replace("\n", " "))
+    return value if isinstance(value, Text) else Text(visible(str(value)[:MAX_CELL]).replace("\n", " "))
+
+
+def _table(
+    title: str, columns: Sequence[Any], rows: Iterable[Sequence[Any]], left: int = 1, wrap: bool = True, **style: Any
+) -> Table:
+    """Return a table whose first `left` columns are aligned to the left; without `wrap` the others stay on one line."""
+    table = Table(title=cell(title), **style)
+    for number, column in enumerate(columns):
+        right = number >= left
+        table.add_column(column, overflow="fold", justify="right" if right else "left", no_wrap=right and not wrap)
+    for row in rows:
+        table.add_row(*map(cell, row))
+    return table
+
+
+def _print(*parts: Any) -> None:
+    console = Console()
+    for part in parts:
+        console.print(part)
 
 
 def _shown(value: float | None, style: str = ".4f") -> str:
@@ -36,6 +54,15 @@ def _percent(name: str) -> Show:
     return lambda row: "–" if row[name] is None else f"{100 * row[name]:.1f} %"
 
 
+def _rise(results: dict[str, Any]) -> str:
+    """Return the rise and half the width of its 95 % interval: `+0.0081 ± 0.0012`."""
+    loss = results["cross_entropy"]
+    after, untouched = loss["spliced"], loss["untouched"]
+    low, high = loss.get("rise_interval") or (None, None)
+    rise = _shown(None if after is None or untouched is None else after - untouched, "+.4f")
+    return rise + ("" if low is None or high is None else f" ± {(high - low) / 2:.4f}")
+
+
 _LAYER: dict[str, Show] = {
     "NMSE": _number("nmse"),
     "FVU": _number("fvu"),
@@ -44,58 +71,48 @@ _LAYER: dict[str, Show] = {
     "expert\nshare": _percent("expert_share"),
     "specialised\nshare": _percent("specialised_share"),
 }
+_SHORT = ("NMSE", "dead\nexperts", "expert\nshare", "specialised\nshare")
 _MODEL: dict[str, Show] = {
+    "cross-entropy, untouched": lambda results: _shown(results["cross_entropy"]["untouched"]),
+    "cross-entropy, spliced": lambda results: _shown(results["cross_entropy"]["spliced"]),
+    "cross-entropy, zero-ablated": lambda results: _shown(results["cross_entropy"]["zero_ablated"]),
+    "rise of cross-entropy": _rise,
     "recovered": lambda results: _percent("recovered")(results["cross_entropy"]),
     "KL to the untouched model": _number("kl"),
     "same most likely token": _percent("top1_agreement"),
 }
 
 
-def _rise(results: dict[str, Any], model: str = "spliced") -> str:
-    after, untouched = results["cross_entropy"][model], results["cross_entropy"]["untouched"]
-    return _shown(None if after is None or untouched is None else after - untouched, "+.4f")
-
-
-def _rise_and_interval(results: dict[str, Any]) -> str:
-    """Return the rise and half the width of its 95 % interval: `+0.0081 ± 0.0012`."""
-    low, high = results["cross_entropy"].get("rise_interval") or (None, None)
-    return _rise(results) + ("" if low is None or high is None else f" ± {(high - low) / 2:.4f}")
-
-
-def _layer_table(title: str) -> Table:
-    return _table(title, None, "layer", *_LAYER)
-
-
 def _measured_on(results: dict[str, Any]) -> str:
     """Return on what was measured: `32,512 tokens of held-out text`. A training measures on held-out text itself."""
     settings = results.get("settings", {})
     tokens, evaluated = settings.get("tokens"), settings.get("evaluation", {"held_out": True})
-    held_out = evaluated.get("held_out")
-    what = "text that was trained on" if held_out is False else "held-out text" if held_out is True else "text"
-    return (
-        (f"{tokens:,} tokens of " if isinstance(tokens, int) else "")
-        + what
-        + (", the sample of mxd" if evaluated.get("dataset") == [] else "")
-        + ("" if isinstance(held_out, bool) else "; it is not known whether it was trained on that")
+    texts = {True: "held-out text", False: "text that was trained on"}
+    text = texts.get(evaluated.get("held_out"), "text; it is not known whether it was trained on that")
+    sample = ", the sample of mxd" if evaluated.get("dataset") == [] else ""
+    return (f"{tokens:,} tokens of " if isinstance(tokens, int) else "") + text + sample
+
+
+def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = None) -> None:
+    """Print results of `mxd.evaluation.faithfulness`: a row for each layer, and the spliced model.
+
+    With `before`, an earlier evaluation on the same text, each figure is `before → after`.
+    """
+
+    def figures(shows: Iterable[Show], now: dict[str, Any], was: dict[str, Any] | None) -> list[str]:
+        return [("" if was is None else f"{show(was).removesuffix(' %')} → ") + show(now) for show in shows]
+
+    columns = tuple(_LAYER) if before is None else _SHORT
+    rows = [
+        (layer, *figures([_LAYER[column] for column in columns], row, before and before["layers"][layer]))
+        for layer, row in results["layers"].items()
+    ]
+    model = zip(_MODEL, figures(_MODEL.values(), results, before), strict=True)
+    change = "" if before is None else ": before → after"
+    _print(
+        _table(f"Layers, on {_measured_on(results)}{change}", ("layer", *columns), rows[:MAX_LAYERS], left=0),
+        _table(f"The model with them spliced in{change}", ("", "entropies in\nnats per token"), model),
     )
-
-
-def print_evaluation(results: dict[str, Any]) -> None:
-    """Print results of `mxd.evaluation.faithfulness`: a row for each layer, and the spliced model."""
-    layers = _layer_table(f"Layers, on {_measured_on(results)}")
-    for layer, row in list(results["layers"].items())[:MAX_ROWS]:
-        layers.add_row(cell(layer), *(show(row) for show in _LAYER.values()))
-    loss = results["cross_entropy"]
-    model = Table(title="The model with them spliced in")
-    model.add_column("")
-    model.add_column("cross-entropy\n(nats per token)", justify="right")
-    model.add_row("untouched", _shown(loss["untouched"]))
-    model.add_row("spliced", f"{_shown(loss['spliced'])}  ({_rise_and_interval(results)})")
-    model.add_row("zero-ablated", f"{_shown(loss['zero_ablated'])}  ({_rise(results, 'zero_ablated')})")
-    model.add_section()
-    for name, show in _MODEL.items():
-        model.add_row(name, show(results))
-    _print(layers, model)
     if "ablation" in results:
         _print(_ablation_table(results["ablation"]))
     if "ranks" in results:
@@ -103,65 +120,34 @@ def print_evaluation(results: dict[str, Any]) -> None:
 
 
 def _ablation_table(curve: dict[str, Any]) -> Table:
-    table = Table(title="Each token's strongest experts removed")
-    table.add_column("removed", justify="right")
-    table.add_column("rise of cross-entropy", justify="right")
-    for layer in list(curve["layers"])[:MAX_ROWS]:
-        table.add_column(cell(f"NMSE, layer {layer}"), justify="right")
-    for index, count in enumerate(curve["removed"][:MAX_ROWS]):
-        errors = [row["nmse"][index] for row in list(curve["layers"].values())[:MAX_ROWS]]
-        table.add_row(*map(cell, (count, *map(_shown, (curve["rise"][index], *errors)))))
-    return table
+    columns = ["removed", "rise of cross-entropy", *(cell(f"NMSE, layer {layer}") for layer in curve["layers"])]
+    errors = [row["nmse"] for row in curve["layers"].values()]
+    rows = [(count, *map(_shown, figures)) for count, *figures in zip(curve["removed"], curve["rise"], *errors)]  # noqa: B905
+    return _table("Each token's strongest experts removed", columns, rows, left=0)
 
 
 def _rank_table(ranks: dict[str, Any]) -> Table:
     columns = ("layer", "experts", "mean rank", "least", "smallest singular value\n(median)", "largest\n(median)")
-    table = _table("Ranks of a sample of experts, over min(H, O)", None, *columns)
-    for layer, row in list(ranks.items())[:MAX_ROWS]:
+    rows = []
+    for layer, row in ranks.items():
+        known = (row["experts"], _number("normalised_rank")(row), _number("minimum_normalised_rank")(row))
         medians = (f"{row[f'{which}_singular_value']['median']:.2g}" for which in ("smallest", "largest"))
-        shown = (row["experts"], *(_shown(row[name]) for name in ("normalised_rank", "minimum_normalised_rank")))
-        table.add_row(*map(cell, (layer, *shown, *medians)))
-    return table
-
-
-def print_change(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Print two evaluations on the same text side by side."""
-    columns = ("NMSE", "dead\nexperts", "expert\nshare", "specialised\nshare")
-    layers = _table(f"Layers, on {_measured_on(after)}: before → after", None, "layer", *columns)
-    for layer, row in after["layers"].items():
-        earlier = before["layers"][layer]
-        layers.add_row(cell(layer), *(_change(_LAYER[column], earlier, row) for column in columns))
-    model = Table(title="The model with them spliced in: before → after")
-    model.add_column("")
-    model.add_column("nats per token", justify="right")
-    for name, show in {"rise of cross-entropy": _rise_and_interval, **_MODEL}.items():
-        model.add_row(name, _change(show, before, after))
-    _print(layers, model)
-
-
-def print_finetuning(results: dict[str, Any]) -> None:
-    """Print results of `mxd finetune`: before and after."""
-    print_change(results["settings"]["finetuning"][-1]["before"], results)
+        rows.append((layer, *known, *medians))
+    return _table("Ranks of a sample of experts, over min(H, O)", columns, rows, left=0)
 
 
 def print_frontier(results: dict[str, Any]) -> None:
     """Print results of `mxd.jobs.frontier`: a row for each point, with means over layers."""
-    untouched, points = results["untouched"], results["points"][:MAX_ROWS]
-    title = "Frontier" if untouched is None else f"Frontier; cross-entropy untouched {untouched:.4f} nats per token"
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0))
-    table.add_column("method", min_width=10)
-    # Fits a terminal of 80 characters.
-    heads = {"NMSE": "NMSE", "dead\nexperts": "dead", "expert\nshare": "expert\nshare"}
-    heads["specialised\nshare"] = "special-\nised"
-    for column in ("K", "CE rise", "KL", *heads.values()):
-        table.add_column(column, justify="right", no_wrap=True)
-    for point in points:
+    rows = []
+    for point in results["points"]:
         layers = list(point["layers"].values())
         mean = {name: _mean([layer[name] for layer in layers]) for name in layers[0]}
-        known = (point["num_experts_per_tok"], _rise_and_interval(point), _number("kl")(point))
-        shown = (*known, *(_LAYER[name](mean) for name in heads))
-        table.add_row(cell(point["method"].replace("_", " ")), *map(cell, shown))
-    _print(table)
+        known = (point["num_experts_per_tok"], _rise(point), _number("kl")(point))
+        rows.append((point["method"].replace("_", " "), *known, *(_LAYER[name](mean) for name in _SHORT)))
+    untouched = _shown(results["untouched"])
+    columns = ("method", "K", "CE rise", "KL", "NMSE", "dead", "expert\nshare", "special-\nised")
+    title = f"Frontier; cross-entropy untouched {untouched} nats per token"
+    _print(_table(title, columns, rows, wrap=False, box=None, padding=(0, 2, 0, 0)))
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -171,37 +157,36 @@ def _mean(values: list[float | None]) -> float | None:
 
 def print_probing(results: dict[str, Any]) -> None:
     """Print results of `mxd.jobs.probe`: a row for each representation, and their F1 for each class."""
-    found = results["representations"]
+    found, chance = results["representations"], results["always_yes_f1"]
     sparsities = list(next(iter(found.values()))["k_sparse"])
-    columns = ("features", "F1 of the\nbest feature", "best F1 on\nthe test texts")
-    title = "Sparse probing, means over classes and folds of test texts"
-    table = _table(title, "representation", *columns, *(f"accuracy\nk = {k}" for k in sparsities))
-    chance = results["always_yes_f1"]
-    table.add_row("(always yes)", "–", f"{sum(chance.values()) / len(chance):.3f}", "–", *("0.500" for _ in sparsities))
+    rows = [("(always yes)", "–", f"{sum(chance.values()) / len(chance):.3f}", "–", *("0.500" for _ in sparsities))]
     for name, row in found.items():
-        accuracies = (f"{row['k_sparse'][k]:.3f}" for k in sparsities)
         f1 = f"{row['f1']:.3f} ± {row['f1_error']:.3f}"
-        table.add_row(cell(name), f"{row['width']:,}", f1, f"{row['best_test_f1']:.3f}", *accuracies)
-    classes = Table(title="F1 of the best feature, class by class")
-    for column in ("class", "texts", "documents", "(always yes)", *found):
-        classes.add_column(cell(column), justify="left" if column == "class" else "right", overflow="fold")
-    for label, counts in list(results["classes"].items())[:MAX_ROWS]:
+        accuracies = (f"{row['k_sparse'][k]:.3f}" for k in sparsities)
+        rows.append((name, f"{row['width']:,}", f1, f"{row['best_test_f1']:.3f}", *accuracies))
+    columns = ("representation", "features", "F1 of the\nbest feature", "best F1 on\nthe test texts")
+    accuracy = (f"accuracy\nk = {k}" for k in sparsities)
+    classes = []
+    for label, counts in results["classes"].items():
         scores = (f"{row['classes'][label]['f1']:.3f}" for row in found.values())
-        known = (f"{counts['texts']:,}", f"{counts['groups']:,}", f"{chance[label]:.3f}")
-        classes.add_row(cell(label), *known, *scores)
-    _print(table, classes)
+        classes.append((label, f"{counts['texts']:,}", f"{counts['groups']:,}", f"{chance[label]:.3f}", *scores))
+    heads = ("class", "texts", "documents", "(always yes)", *map(cell, found))
+    _print(
+        _table("Sparse probing, means over classes and folds of test texts", (*columns, *accuracy), rows),
+        _table("F1 of the best feature, class by class", heads, classes),
+    )
 
 
 def print_domain_use(results: dict[str, Any]) -> None:
     """Print results of `mxd evaluate --by`: for each domain, how many experts are active there, and only there."""
-    for layer, use in list(results["layers"].items())[:MAX_ROWS]:
-        own = f"experts with {100 * use['share']:.0f} % of their firings there"
-        title = f"Layer {layer}: {use['judged_experts']} of {use['experts']} experts judged"
-        table = _table(title, "domain", "tokens", "active experts", own, "most frequent of them")
+    for layer, use in results["layers"].items():
+        rows = []
         for domain, row in use["domains"].items():
             first = ", ".join(list(row["own_experts"])[:5]) or "–"
-            table.add_row(*map(cell, (domain, row["tokens"], row["active_experts"], len(row["own_experts"]), first)))
-        _print(table)
+            rows.append((domain, row["tokens"], row["active_experts"], len(row["own_experts"]), first))
+        own = f"experts with {100 * use['share']:.0f} % of their firings there"
+        title = f"Layer {layer}: {use['judged_experts']} of {use['experts']} experts judged"
+        _print(_table(title, ("domain", "tokens", "active experts", own, "most frequent of them"), rows))
 
 
 def print_experts(results: dict[str, Any], shown: int = 3) -> None:
@@ -209,33 +194,33 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
     from mxd.jobs.experts import NOT_ACTIVE, percent
 
     for layer, experts in results["layers"].items():
-        table = _table(f"Layer {layer}: where experts are most active", None, "expert", "% of training\ntokens", "a")
-        table.add_column("text")
+        rows: list[tuple[Any, ...]] = []
         for expert, found in experts.items():
-            for number, example in enumerate(found["examples"][:shown]):
-                head = ("", "") if number else (expert, percent(found["frequency"]))
+            head = (expert, percent(found["frequency"]))
+            for example in found["examples"][:shown]:
                 before, after = cell(example["before"][-30:]), cell(example["after"][:30])
                 text = Text.assemble(before, (cell(example["token"]).plain, "bold reverse"), after)
-                table.add_row(*map(cell, (*head, f"{example['coefficient']:.3g}")), text)
+                rows.append((*head, f"{example['coefficient']:.3g}", text))
+                head = ("", "")
             if not found["examples"]:
-                table.add_row(*map(cell, (expert, percent(found["frequency"]), "–", NOT_ACTIVE)))
+                rows.append((*head, "–", NOT_ACTIVE))
+        columns = ("expert", "% of training\ntokens", "a", "text")
+        table = _table(f"Layer {layer}: where experts are most active", columns, rows, left=0)
+        table.columns[-1].justify = "left"
         _print(table)
 
 
 def print_layers(model: str, groups: Iterable[Any]) -> None:
     """Print the sites of a model, `mxd.jobs.layers.LayerGroup`: a table for each stack, and the reasons below it."""
     for stack in dict.fromkeys(group.site.stack for group in groups):
-        table = Table(title=cell(f"{stack} of {model}"))
-        for column in ("layers", "site", "kind", "widths", "activation", "weights"):
-            table.add_column(column, overflow="fold")
-        notes = []
+        rows, notes = [], []
         for group in [group for group in groups if group.site.stack == stack]:
             site = group.site
             widths = " → ".join(f"{width:,}" for width in group.widths) if group.widths else "–"
-            own = (widths, group.hidden_act or "–", group.layout or "–")
-            table.add_row(*map(cell, (group.ranges, site.name, site.kind, *own)))
-            notes += [f"{group.ranges}, {site.name}: {site.reason}"] if site.reason else []
-        _print(table, *map(cell, notes))
+            rows.append((group.ranges, site.name, site.kind, widths, group.hidden_act or "–", group.layout or "–"))
+            notes += [cell(f"{group.ranges}, {site.name}: {site.reason}")] if site.reason else []
+        columns = ("layers", "site", "kind", "widths", "activation", "weights")
+        _print(_table(f"{stack} of {model}", columns, rows, left=len(columns)), *notes)
 
 
 def print_found(found: list[Any]) -> None:
@@ -243,17 +228,14 @@ def print_found(found: list[Any]) -> None:
     if not found:
         _print("none found")
         return
-    table = Table(title="Decompositions on the Hub")
-    for column in ("repo", "base model", "layers"):
-        table.add_column(column, overflow="fold")
-    for column in ("K", "experts", "CE rise", "likes", "date"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for info in found:
         date = "–" if info.last_modified is None else f"{info.last_modified:%Y-%m-%d}"
-        counts = (str(value) if value is not None else "–" for value in (info.num_experts_per_tok, info.num_experts))
+        counts = ("–" if value is None else value for value in (info.num_experts_per_tok, info.num_experts))
         layers, rise = ", ".join(map(str, info.layers[:20])) or "–", _shown(info.cross_entropy_rise, "+.4f")
-        table.add_row(*map(cell, (info.repo_id, info.base_model or "–", layers, *counts, rise, info.likes, date)))
-    _print(table)
+        rows.append((info.repo_id, info.base_model or "–", layers, *counts, rise, info.likes, date))
+    columns = ("repo", "base model", "layers", "K", "experts", "CE rise", "likes", "date")
+    _print(_table("Decompositions on the Hub", columns, rows, left=3, wrap=False))
 
 
 def print_details(details: Any) -> None:
@@ -261,17 +243,19 @@ def print_details(details: Any) -> None:
     from mxd.hub_cards import OLDEST_TRANSFORMERS
 
     config = details.config
-    title = f"{details.info.repo_id}, commit {details.commit[:8]}"
-    table = _table(title, None, "layer", "method", "K", "experts", "encoder", "parameters")
-    for layer in config.layers[:MAX_ROWS]:
-        sizes = config.layer(layer)
-        encoder = f"{sizes.intermediate_size} {sizes.hidden_act} {sizes.encoder_type}" if sizes.method == "mxd" else "–"
-        row = (layer, sizes.method, sizes.num_experts_per_tok, sizes.num_experts, encoder, f"{sizes.num_parameters:,}")
-        table.add_row(*map(cell, row))
-    more = [f"and {len(config.layers) - MAX_ROWS} more layers"] if len(config.layers) > MAX_ROWS else []
+    rows = []
+    for layer in config.layers[:MAX_LAYERS]:
+        size = config.layer(layer)
+        encoder = f"{size.intermediate_size} {size.hidden_act} {size.encoder_type}" if size.method == "mxd" else "–"
+        counts = (size.num_experts_per_tok, size.num_experts)
+        rows.append((layer, size.method, *counts, encoder, f"{size.num_parameters:,}"))
+    columns = ("layer", "method", "K", "experts", "encoder", "parameters")
     base = f"{config.base_model_name_or_path} at {config.base_model_revision or 'its newest commit'}"
-    needs = cell(f"needs: transformers {OLDEST_TRANSFORMERS} or later, the base model {base}")
-    _print(table, *more, needs, cell(f"download: {details.weight_bytes / 1e6:,.1f} MB, besides the base model"))
+    _print(
+        _table(f"{details.info.repo_id}, commit {details.commit[:8]}", columns, rows, left=0),
+        cell(f"needs: transformers {OLDEST_TRANSFORMERS} or later, the base model {base}"),
+        cell(f"download: {details.weight_bytes / 1e6:,.1f} MB, besides the base model"),
+    )
     if details.evaluation is None:
         _print("no evaluation comes with it")
         return
@@ -279,23 +263,3 @@ def print_details(details: Any) -> None:
         print_evaluation(details.evaluation)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         _print("its evaluation.json is not as `mxd evaluate` writes it, and is not shown")
-
-
-def _table(title: str, left: str | None, *right: str) -> Table:
-    """Return a table with a column aligned to the left, if any, and others to the right."""
-    table = Table(title=cell(title))
-    if left is not None:
-        table.add_column(left, overflow="fold")
-    for column in right:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _change(show: Show, before: dict[str, Any], after: dict[str, Any]) -> str:
-    return f"{show(before).removesuffix(' %')} → {show(after)}"
-
-
-def _print(*parts: Any) -> None:
-    console = Console()
-    for part in parts:
-        console.print(part)

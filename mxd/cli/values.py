@@ -1,7 +1,7 @@
 """Values of options: from the command line and from YAML, to what the dataclass takes. Both are read alike."""
 
 import re
-from dataclasses import MISSING, Field
+from dataclasses import Field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -23,88 +23,59 @@ def kind_of(annotation: Any) -> tuple[Any, bool]:
 
 
 def convert(field: "Field[Any]", annotation: Any, value: Any) -> Any:
-    """Return the value of a field from what a user wrote: `"1M"`, `"4-7,10"`, or the value itself.
-
-    Raises:
-        ValueError: the value does not fit; the message says why.
-    """
+    """Return the value of a field from what a user wrote: `"1M"`, `"4-7,10"`. Raise `ValueError` if it does not fit."""
     kind, optional = kind_of(annotation)
     if value is None and optional:
         return None
     if kind is bool or get_origin(kind) is dict:
         if not isinstance(value, get_origin(kind) or kind):
             raise ValueError(f"{value!r} is {'neither true nor false' if kind is bool else 'no mapping of names'}")
-    elif kind == list[int]:
-        value = parse_numbers(value)
-    elif kind == list[str]:
-        value = [str(one) for one in value] if isinstance(value, list) else [str(value)]
-        if field.metadata.get("commas"):
-            value = [part.strip() for one in value for part in one.split(",")]
-    elif field.metadata.get("count"):
-        value = parse_count(value)
-    elif kind in (int, float):
-        value = _number(kind, value, field.metadata.get("minimum"))
-    else:
-        value = str(value)
-        if get_origin(kind) is Literal and (value := value.replace("-", "_")) not in get_args(kind):
-            raise ValueError(f"{value!r} is not one of {', '.join(get_args(kind))}")
-    return value
+        return value
+    if field.metadata.get("count") or kind == list[int]:
+        return parse_numbers(value) if kind == list[int] else parse_count(value)
+    if kind == list[str]:
+        several = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        return [part.strip() for one in several for part in one.split(",")] if field.metadata.get("commas") else several
+    if kind in (int, float):
+        return _number(kind, value, field.metadata.get("minimum"))
+    if get_origin(kind) is Literal and (value := str(value).replace("-", "_")) not in get_args(kind):
+        raise ValueError(f"{value!r} is not one of {', '.join(get_args(kind))}")
+    return str(value)
 
 
 def _number(kind: type, value: Any, least: float | None) -> Any:
     try:
-        number = kind(value)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or isinstance(value, bool) or (isinstance(value, float) and number != value):
-        raise ValueError(f"{value!r} is no {'whole ' if kind is int else ''}number")
+        number = kind(str(value))  # int(1.5) is 1
+    except ValueError:
+        raise ValueError(f"{value!r} is no {'whole ' if kind is int else ''}number") from None
     if least is not None and number < least:
         raise ValueError(f"{number} is less than {least}")
     return number
 
 
 def parse_count(value: Any) -> int:
-    """`"480M"` → 480,000,000; also k, B, plain digits, and commas between thousands.
-
-    Raises:
-        ValueError: it is no such number, or less than 1.
-    """
-    text = str(value)
-    match = re.fullmatch(r"((?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)\s*([kKmMbB]?)", text.replace("_", "").strip())
-    if not match:
-        comma = " (a comma stands between thousands, a point before decimals)" if "," in text else ""
-        raise ValueError(f"{text!r} is no number of tokens: write 500000, 500k, 1.5M or 1B{comma}")
-    count = int(float(match[1].replace(",", "")) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+    """`"480M"` → 480,000,000; also k, B and plain digits. Raise `ValueError` if it is no such number, or 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", str(value).replace("_", "").lower())
+    count = int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]]) if match else 0
     if count < 1:
-        raise ValueError("at least one token is needed")
+        raise ValueError(f"{str(value)!r} is no number of tokens: write 500000, 500k, 1.5M or 1B")
     return count
 
 
 def parse_numbers(value: Any) -> list[int]:
-    """`8`, `"4,8"`, `"4-7,10"` or a list of those → numbers.
-
-    Raises:
-        ValueError: it is no list of numbers, or a range runs backwards.
-    """
+    """`8`, `"4,8"`, `"4-7,10"` or a list of those → numbers. Raise `ValueError` if it is no such list."""
     numbers: list[int] = []
-    parts = [part for one in (value if isinstance(value, list) else [value]) for part in str(one).split(",")]
-    for part in parts:
+    for part in ",".join(map(str, value if isinstance(value, list) else [value])).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match:
+        between = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not between:
             raise ValueError(f"{value!r} is no list of numbers: write 8, 4,8 or 4-7")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f"{part.strip()!r} runs backwards: write {last}-{first}")
-        numbers.extend(range(first, last + 1))
+        numbers.extend(between)
     return numbers
 
 
 def read_config(path: str, known: dict[str, "Field[Any]"], hints: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that a YAML file sets.
-
-    Raises:
-        typer.BadParameter: it cannot be read, or has an unknown key or a value that does not fit.
-    """
+    """Return the fields that a YAML file sets."""
     import yaml
 
     try:
@@ -125,14 +96,7 @@ def read_config(path: str, known: dict[str, "Field[Any]"], hints: dict[str, Any]
 
 
 def split_files(arguments: list[str], dataset: list[str], heldout: list[str]) -> tuple[list[str], list[str]]:
-    """Tell names from the files that a shell made of `--dataset *.parquet`.
-
-    Returns:
-        Positional arguments, and the dataset with these files.
-
-    Raises:
-        typer.BadParameter: it is not clear that the files belong to `--dataset`.
-    """
+    """Return positional arguments without the files that a shell made of `--dataset *.parquet`, and the dataset."""
     from mxd.hub_cards.safe_text import DATA_ENDINGS  # imports torch, which --help does not need
 
     files = [name for name in arguments if Path(name).suffix.lower() in DATA_ENDINGS]
@@ -141,8 +105,3 @@ def split_files(arguments: list[str], dataset: list[str], heldout: list[str]) ->
     if files and heldout:
         raise typer.BadParameter(f"is {files[0]} to be trained on, or held out? quote the globs of both options")
     return [name for name in arguments if name not in files], dataset + files
-
-
-def required(field: "Field[Any]") -> bool:
-    """Return whether a field has no default."""
-    return field.default is MISSING and field.default_factory is MISSING

@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["MODEL_NAME", "model_path", "results", "text_path"]
-
 MODEL_NAME = "mxd/embedded-default"
 """Equals `configuration_mxd.DEMO_MODEL`. It is repeated here because importing that module imports torch."""
 _HERE = Path(__file__).parent
@@ -20,10 +18,7 @@ def model_path() -> Path:
 
 
 def text_path(split: Literal["train", "heldout"]) -> Path:
-    """Return the parquet file (columns domain, title, year, text) of one split of the text sample.
-
-    The model was trained on the documents of `train` and never on those of `heldout`.
-    """
+    """Return the parquet file (domain, title, year, text) of a split; the model was trained on `train` alone."""
     return _HERE / "text" / f"{split}.parquet"
 
 

@@ -1,7 +1,5 @@
 """`mxd decompose`: replace MLPs of a pretrained model by a decomposition, train it, and measure it."""
 
-import logging
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
@@ -17,23 +15,16 @@ from mxd.trainers import DistillationArguments, DistillationTrainer, last_comple
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 
 from .options import DecompositionOptions
-from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
-from .training import asked_for, run_training, save_results, step_arguments, warn_of_whole_rows
-
-logger = logging.getLogger(__name__)
+from .run_folder import check_output, prepare_output, resumed_start
+from .training import asked_for, run_training, save_results, step_arguments
 
 
 def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig:
-    """Return the configuration of the layer that replaces one MLP; sizes are read from the MLP's weights.
-
-    Raises:
-        SurgeryError: no rule finds the MLP's weights.
-    """
+    """Return the configuration of the layer that replaces an MLP; raise `SurgeryError` if no rule finds its weights."""
     widths = mlp_widths(site)
     if widths is None:
         raise SurgeryError(
-            f"no rule finds the weights of layer {site.layer} ({', '.join(site.slots)}), and so its sizes: build the "
-            "MxDConfig yourself and use DistillationTrainer"
+            f"no rule finds the weights of layer {site.layer}: build the MxDConfig yourself and use DistillationTrainer"
         )
     inputs, _, outputs = widths
     units = options.intermediate_size or mlp_active_units(site) or inputs
@@ -61,33 +52,18 @@ def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig
 
 
 def choose_layers(sites: dict[int, MLPSite], layers: list[int] | None) -> list[int]:
-    """Return the layers asked for, or the middle one.
-
-    Raises:
-        ValueError: the model has no such layer, the layer has no MLP, or it is named twice.
-    """
+    """Return the layers asked for, or the middle one; raise `ValueError` if one has no MLP or is not there."""
     there = [layer for layer, site in sites.items() if site.slots]
     if not there:
         raise ValueError(f"the model has no MLP to decompose: {sites[0].reason}")
     chosen = [there[len(there) // 2]] if layers is None else layers
     for layer in chosen:
-        if chosen.count(layer) > 1:
-            raise ValueError(f"layer {layer} is named more than once")
         site_of(sites, layer)
     return chosen
 
 
 def build_config(model: PreTrainedModel, commit: str | None, options: DecompositionOptions) -> MxDConfig:
-    """Return the configuration of the decomposition that the options ask for.
-
-    Args:
-        model: the base model, with or without weights.
-        commit: its commit on the Hub, if it comes from there.
-        options: of `decompose`.
-
-    Raises:
-        ValueError: as `choose_layers` and `layer_config`.
-    """
+    """Return the configuration of the decomposition of a base model, which may be without weights, at a Hub commit."""
     sites = find_mlps(model, options.stack, options.site)
     configs = {layer: layer_config(sites[layer], options) for layer in choose_layers(sites, options.layers)}
     return MxDConfig.from_layer_configs(
@@ -97,26 +73,6 @@ def build_config(model: PreTrainedModel, commit: str | None, options: Decomposit
         stack=options.stack,
         site=options.site,
     )
-
-
-def check_resumable(folder: Path, config: MxDConfig) -> str:
-    """Return the checkpoint to continue from.
-
-    Raises:
-        ValueError: there is none, or it is of another decomposition than the options describe.
-    """
-    checkpoint = last_complete_checkpoint(folder)
-    before = MxDConfig.from_pretrained(checkpoint)
-    same = before.layers == config.layers and all(before.layer(i) == config.layer(i) for i in config.layers)
-    same = same and before.where == config.where
-    if not same or before.base_model_name_or_path != config.base_model_name_or_path:
-        raise ValueError(f"{checkpoint} is of another model, layer or size: resume with the options of that run")
-    if before.base_model_revision != config.base_model_revision:
-        raise ValueError(
-            f"{checkpoint} is of the base model at {before.base_model_revision}, not at {config.base_model_revision}: "
-            "begin it anew with --overwrite"
-        )
-    return checkpoint
 
 
 def decompose(options: DecompositionOptions) -> dict[str, Any]:
@@ -132,28 +88,25 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     """
     folder = check_output(options)
     arguments = DistillationArguments(**step_arguments(options, folder))
-    start, revision, context = {}, options.revision, options.context_length
+    checkpoint, revision, context = None, options.revision, options.context_length
     if options.resume:
-        before = MxDConfig.from_pretrained(last_complete_checkpoint(folder))
-        start = resumed_start(folder, options)
-        revision = before.base_model_revision or revision  # the branch may have moved since the run began
+        checkpoint = last_complete_checkpoint(folder)
+        resumed_start(folder, options)
+        # The branch may have moved since the run began.
+        revision = MxDConfig.from_pretrained(checkpoint).base_model_revision or revision
     # Refuse what the base model's config shows to be wrong before text or weights are fetched.
     build_config(base_skeleton(options.model, revision, options.dtype, context), None, options)
     set_seed(options.seed)
-    warn_of_whole_rows(options)
     warn_of_embedded_text(options.text, options.model)
     documents, heldout_documents = load_documents(options.text, options.seed)
     count = count_documents(documents, heldout_documents)
-    check_same_documents(folder, start, count)
     model, tokenizer, commit = load_base_model(options.model, revision, options.dtype, context_length=context)
     check_safetensors(options.model, commit)
-    config = build_config(model, commit, options)
-    checkpoint = check_resumable(folder, config) if options.resume else None
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
-    decomposition = MxDModel(config)
+    decomposition = MxDModel(build_config(model, commit, options))
     trainer = DistillationTrainer(decomposition, model, arguments, train_dataset=rows)
-    prepare_output(folder, "decompose", options, documents=count)  # nothing is refused from here on
+    prepare_output(folder, "decompose", options)  # nothing is refused from here on
     how = run_training(trainer, tokenizer, options, checkpoint)
     settings = {"training": {**run_settings(options, trainer, how), "documents": count}}
     results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)
@@ -162,11 +115,10 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
 
 def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, how: dict[str, Any]) -> dict[str, Any]:
     """Return how a decomposition was made, for evaluation.json; `how` is what `run_training` returned."""
-    arguments = trainer.args
-    of_mxd = ("encoder_init", "decoder_init", "modulation_init")
-    terms = ("min_mean_ablation_error", "mean_ablation_weight", "auxiliary_weight")
-    names = ("gate_init", *(of_mxd + terms if options.method == "mxd" else ()))
-    chosen = {name: getattr(arguments, name) for name in names}
+    of_mxd = ("encoder_init", "decoder_init", "modulation_init", "min_mean_ablation_error", "mean_ablation_weight",
+              "auxiliary_weight")  # fmt: skip
+    names = ("gate_init", *(of_mxd if options.method == "mxd" else ()))
+    chosen = {name: getattr(trainer.args, name) for name in names}
     if chosen.get("encoder_init") == "random":
         chosen["decoder_init"] = "zero"  # the pretrained decoder reads the pretrained encoder's units
     return {
@@ -175,5 +127,5 @@ def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, ho
         **how,
         "model": trainer.model.config.base_model_name_or_path,
         "layers": trainer.model.config.layers,
-        "loss": arguments.loss_normalization,
+        "loss": trainer.args.loss_normalization,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -22,11 +22,7 @@ Text = TypeVar("Text")
 
 
 def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
-    """Load a decomposition, or some of its layers. No code of its repo is run.
-
-    Args:
-        name: folder, or Hub id `user/repo`, or `user/repo@revision`.
-        layers: None for all.
+    """Load a decomposition, or some of its layers, from a folder or `user/repo[@revision]`; run no code of its repo.
 
     Raises:
         ValueError: there is no decomposition of that name, or it cannot be read.
@@ -44,10 +40,8 @@ def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
         raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
     if path.parent == Path(source):  # a folder
         check_weights(path.parent, config)
-    some: dict[str, Any] = {} if layers is None else {"layers": layers}
-    decomposition = MxDModel.from_pretrained(source, **how, **some)
-    assert isinstance(decomposition, MxDModel)
-    return decomposition
+    some = {} if layers is None else {"layers": layers}
+    return cast(MxDModel, MxDModel.from_pretrained(source, **how, **some))
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
@@ -77,14 +71,8 @@ def load_base_and_text(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Text]:
     """Load the base model of a decomposition, and text; move both models to the accelerator, if there is one.
 
-    What the base model's config shows to be wrong is refused before the text is fetched, and a wrong text before the
-    base model's weights are.
-
-    Args:
-        decomposition: its config names the base model.
-        dtype: of the base model.
-        context_length: tokens in a row that the base model must be able to read.
-        load_text: loads the text, and refuses a wrong one.
+    What the base model's config shows to be wrong is refused before `load_text` fetches the text, and a wrong text
+    before the base model's weights are fetched.
 
     Returns:
         Base model, its tokenizer, and what `load_text` returned.
@@ -100,22 +88,16 @@ def load_base_and_text(
             f"the folder {name} of the base model is not here: write into base_model_name_or_path of the "
             "decomposition's config.json where it is now, or its id on the Hub"
         )
-    check_base_model(name, revision, dtype, pickles=False, context_length=context_length)
+    how = {"pickles": False, "context_length": context_length}
+    check_base_model(name, revision, dtype, **how)
     text = load_text()
-    model, tokenizer, _ = load_base_model(name, revision, dtype, pickles=False, context_length=context_length)
+    model, tokenizer, _ = load_base_model(name, revision, dtype, **how)
     decomposition.to(default_device())
     return model.to(default_device()), tokenizer, text
 
 
 def made_how(name: str) -> dict[str, Any]:
-    """Return the settings of a decomposition's training and fine-tunings, as its evaluation.json records them.
-
-    Args:
-        name: as for `load_decomposition`.
-
-    Returns:
-        {"training": dict, "finetuning": list}, each if it is recorded.
-    """
+    """Return {"training": dict, "finetuning": list} of a decomposition's evaluation.json, each if it is recorded."""
     source, how = _source(name)
     path = file_if_any(source, EVALUATION_NAME, how)
     return recorded_runs({} if path is None else read_json(Path(path)).get("settings"))

@@ -30,8 +30,6 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
     """
     if not text.dataset:
         raise ValueError("no text to compare: name it with --dataset, and the column of its kinds with --by")
-    if column == text.text_column:
-        raise ValueError(f"the column {column!r} holds the text: name with --by the one that says what it is")
     if text.streaming:
         raise ValueError("--by divides the whole dataset, which cannot be streamed: leave --streaming out")
     documents = load_text(
@@ -48,10 +46,9 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
 
 
 def measure_domain_use(options: EvaluationOptions) -> dict[str, Any]:
-    """Count which experts are active on which domain of text.
+    """Count which experts are active on which domain of text; write domain_use.json and a figure.
 
-    The results are written into the decomposition's folder, or the one asked for, as domain_use.json and
-    figures/experts_per_domain.png. Each domain gets `tokens` tokens in whole rows, or all that it has.
+    Each domain gets `tokens` tokens in whole rows, or all that it has.
 
     Returns:
         {"layers": {"15": what `domain_use` returns}, "settings"}.
@@ -78,10 +75,11 @@ def measure_domain_use(options: EvaluationOptions) -> dict[str, Any]:
         raise ValueError(f"of the domains {', '.join(map(repr, documents))} fewer than two have enough text")
     uses = {domain: count_expert_use(model, decomposition, of_domain) for domain, of_domain in batches.items()}
     layers = {
-        layer: domain_use({domain: use[layer] for domain, use in uses.items()}) for layer in decomposition.config.layers
+        str(layer): domain_use({domain: use[layer] for domain, use in uses.items()})
+        for layer in decomposition.config.layers
     }
     results: dict[str, Any] = {
-        "layers": {str(layer): use for layer, use in layers.items()},
+        "layers": layers,
         "settings": {
             **vars(options.text),
             "domain_column": column,

@@ -1,7 +1,6 @@
 """`mxd evaluate`: measure a saved decomposition on text, or compare its experts' use between kinds of text."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from mxd.data.provenance import is_held_out, seen_in_training
@@ -15,8 +14,6 @@ from mxd.evaluation import (
     plot_singular_values,
     save_evaluation,
 )
-from mxd.evaluation.faithfulness import EVALUATION_NAME
-from mxd.hub_cards.reading import read_json
 
 from .decompositions import load_base_and_text, load_decomposition, made_how, results_folder
 from .domain_use import measure_domain_use
@@ -34,10 +31,6 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
     With `by`, compare instead which experts are active on which values of that column of the text; see
     `mxd.jobs.domain_use.measure_domain_use`.
 
-    Args:
-        options: of the command.
-        progress: show progress bars.
-
     Returns:
         The content of evaluation.json, see `mxd.evaluation.faithfulness`; with `ablation` and `ranks` what
         `ablation_curve` and `expert_ranks` measured, under these names.
@@ -48,7 +41,6 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
     if options.by is not None:
         return measure_domain_use(options)
     folder = results_folder(options.decomposition, options.output)
-    earlier = {} if folder is None else _earlier(folder)  # refuse an unreadable one before anything is measured
     made = made_how(options.decomposition)
     decomposition = load_decomposition(options.decomposition)
     methods = {decomposition.config.layer(layer).method for layer in decomposition.config.layers}
@@ -61,8 +53,6 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
     settings = {"evaluation": _measured_on(options, made), **made}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
     if folder is not None:
-        own = folder.resolve() == Path(options.decomposition).resolve()
-        results = _still_true(earlier, results, own, folder / "figures") | results
         save_evaluation(results, folder)  # already now: the rest may take longer than this did
         write_run(folder, "evaluate", options)
     if options.ablation is not None:
@@ -74,6 +64,8 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
         return results
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
+    for name in (_ABLATION_FIGURE, _RANKS_FIGURE):  # of an earlier evaluation
+        (figures / name).unlink(missing_ok=True)
     if options.ablation is not None:
         plot_ablation({"all layers": results["ablation"]}, figures / _ABLATION_FIGURE)
     if ranks:
@@ -84,42 +76,8 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
 
 
 def _measured_on(options: EvaluationOptions, made: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the text, and whether none of it was trained on; warn if some was.
-
-    Args:
-        options: name the text.
-        made: what `made_how` returned.
-    """
+    """Return the settings of the text, and whether none of it was trained on; warn if some was."""
     seen = seen_in_training(made, options.text)
     if seen:
         logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(seen))
     return {**evaluation_settings(options.text, options.dtype), "held_out": is_held_out(made, seen)}
-
-
-def _earlier(folder: Path) -> dict[str, Any]:
-    """Return the evaluation in a folder, which will be replaced; empty if there is none.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    path = folder / EVALUATION_NAME
-    try:
-        return read_json(path) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}: move it away, or name another --output") from None
-
-
-def _still_true(before: dict[str, Any], results: dict[str, Any], own: bool, figures: Path) -> dict[str, Any]:
-    """Return the parts of the replaced evaluation that stay true: ranks of the same weights, and the ablation if it was
-    measured on the same tokens. Remove the figures of the others."""
-    settings = before.get("settings")
-    same = (
-        own
-        and isinstance(settings, dict)
-        and all(settings.get(name) == results["settings"][name] for name in ("evaluation", "tokens", "dtype"))
-    )
-    kept = {"ranks": (own, _RANKS_FIGURE), "ablation": (same, _ABLATION_FIGURE)}
-    for holds, figure in kept.values():
-        if not holds:
-            (figures / figure).unlink(missing_ok=True)
-    return {name: before[name] for name, (holds, _) in kept.items() if holds and name in before}

@@ -2,7 +2,6 @@
 
 import html
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from mxd.base.files import replace_text, write_json
 from mxd.data.texts import evaluation_batches, evaluation_settings, load_one
 from mxd.evaluation import top_examples
-from mxd.modeling_mxd import MxDModel
 
 from .decompositions import load_base_and_text, load_decomposition, results_folder
 from .options import ExpertsOptions
@@ -30,8 +28,7 @@ _STYLE = (
 def read_experts(options: ExpertsOptions) -> dict[str, Any]:
     """Find where experts are most active in a text; write experts.json, and experts.html to read.
 
-    Without named experts, a random sample of those that are active at all is shown, not the ones that are easy to read.
-    Each example is the strongest position of a row.
+    Without named experts, a random sample of the active ones is shown. Each example is the strongest position of a row.
 
     Returns:
         {"layers": {"15": {"1234": {"frequency": share of training tokens on which the expert is active, None if it was
@@ -43,7 +40,10 @@ def read_experts(options: ExpertsOptions) -> dict[str, Any]:
     """
     folder = results_folder(options.decomposition, options.output)
     decomposition = load_decomposition(options.decomposition, None if options.layer is None else [options.layer])
-    _check(decomposition, options.experts)
+    for layer in decomposition.config.layers:
+        count = decomposition.config.layer(layer).num_experts
+        if unknown := [expert for expert in options.experts or [] if not 0 <= expert < count]:
+            raise ValueError(f"layer {layer} has no expert {unknown[0]}: they are 0 to {count - 1}")
     model, tokenizer, documents = load_base_and_text(
         decomposition, options.dtype, options.context_length, lambda: load_one(options.text)
     )
@@ -79,14 +79,6 @@ def read_experts(options: ExpertsOptions) -> dict[str, Any]:
     return results
 
 
-def _check(decomposition: MxDModel, experts: Sequence[int] | None) -> None:
-    """Refuse experts that a layer does not have."""
-    for layer in decomposition.config.layers:
-        count = decomposition.config.layer(layer).num_experts
-        if unknown := [expert for expert in experts or [] if not 0 <= expert < count]:
-            raise ValueError(f"layer {layer} has no expert {unknown[0]}: they are 0 to {count - 1}")
-
-
 def _in_context(tokenizer: PreTrainedTokenizerBase, row: list[int], position: int) -> dict[str, str]:
     start, end = max(0, position - AROUND), position + 1 + AROUND
     before, through, whole = (str(tokenizer.decode(row[start:stop])) for stop in (position, position + 1, end))
@@ -98,23 +90,19 @@ def _in_context(tokenizer: PreTrainedTokenizerBase, row: list[int], position: in
 
 def page(results: dict[str, Any]) -> str:
     """Return the results of `read_experts` as an HTML page of one file."""
-    parts = []
+    lines = [f'<!doctype html><meta charset="utf-8"><title>Experts</title><style>{_STYLE}</style>']
     for layer, experts in results["layers"].items():
-        parts.append(f"<h1>Layer {html.escape(layer)}</h1>")
+        lines.append(f"<h1>Layer {html.escape(layer)}</h1>")
         for expert, found in experts.items():
             often = f"active on {percent(found['frequency'])} % of the training tokens"
-            parts.append(f"<h2>Expert {html.escape(expert)}</h2><p>{often}</p>")
+            lines.append(f"<h2>Expert {html.escape(expert)}</h2><p>{often}</p>")
             rows = [
                 f"<tr><td>{example['coefficient']:.3g}</td><td>{html.escape(example['before'])}"
                 f"<mark>{html.escape(example['token'])}</mark>{html.escape(example['after'])}</td></tr>"
                 for example in found["examples"]
             ]
-            parts.append(f"<table>{''.join(rows)}</table>" if rows else f"<p>{NOT_ACTIVE}</p>")
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>Experts</title><style>{_STYLE}</style>\n'
-        + "\n".join(parts)
-        + "\n"
-    )
+            lines.append(f"<table>{''.join(rows)}</table>" if rows else f"<p>{NOT_ACTIVE}</p>")
+    return "\n".join([*lines, ""])
 
 
 def percent(frequency: float | None) -> str:

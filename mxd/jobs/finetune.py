@@ -17,13 +17,13 @@ from mxd.data.texts import (
     warn_of_embedded_text,
 )
 from mxd.evaluation import faithfulness
-from mxd.modeling_mxd import MxDModel, SplicedLanguageModel, make_spliced
+from mxd.modeling_mxd import SplicedLanguageModel, make_spliced
 from mxd.trainers import FinetuningArguments, FinetuningTrainer, last_complete_checkpoint
 
 from .decompositions import load_base_and_text, load_decomposition, made_how
 from .options import FinetuningOptions
-from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
-from .training import asked_for, run_training, save_results, step_arguments, warn_of_whole_rows
+from .run_folder import check_output, prepare_output, resumed_start
+from .training import asked_for, run_training, save_results, step_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +48,18 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     _check_apart(folder, Path(options.decomposition))
     arguments = FinetuningArguments(**step_arguments(options, folder))
     checkpoint = last_complete_checkpoint(folder) if options.resume else None
-    start = resumed_start(folder, options) if checkpoint else {}
+    before = resumed_start(folder, options)["before"] if checkpoint else None
     decomposition = load_decomposition(options.decomposition)
     settings, context = made_how(options.decomposition), options.context_length
-    warn_of_whole_rows(options)
+    warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
     base, tokenizer, (documents, heldout_documents) = load_base_and_text(
-        decomposition, options.dtype, context, lambda: _load_text(options, decomposition, settings)
+        decomposition,
+        options.dtype,
+        context,
+        # Divided as in the decomposition's training if the text is the same.
+        lambda: load_documents(options.text, split_seed(settings, options.seed)),
     )
     count = count_documents(documents, heldout_documents)
-    check_same_documents(folder, start, count)
     seen = seen_in_training(settings, options.text, options.seed, count)
     if seen:
         logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
@@ -73,8 +76,8 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     if checkpoint is None:
         trainer.measure_experts()  # on the tokens of the later measurement, so that both are comparable
         measured = measure({})
-        start = {"before": {name: measured[name] for name in MEASURED}, "documents": count}
-        prepare_output(folder, "finetune", options, **start)  # nothing is refused from here on
+        before = {name: measured[name] for name in MEASURED}
+        prepare_output(folder, "finetune", options, before=before)  # nothing is refused from here on
     how = run_training(trainer, tokenizer, options, checkpoint)
     made = {
         **asked_for(options),
@@ -83,7 +86,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         "loss": options.loss,
         "nmse_weight": options.nmse_weight,
         "documents": count,
-        "before": start["before"],
+        "before": before,
     }
     held_out = is_held_out(settings, seen)  # of the earlier runs: this one trains on the other documents
     settings["finetuning"] = [*settings.get("finetuning", []), made]
@@ -91,17 +94,8 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
 
 
-def _load_text(options: FinetuningOptions, decomposition: MxDModel, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """Load training and held-out documents, divided as in the decomposition's training if the text is the same."""
-    warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
-    return load_documents(options.text, split_seed(settings, options.seed))
-
-
 def _check_apart(output: Path, source: Path) -> None:
     """Refuse an output that would change the decomposition to start from."""
     output, source = output.resolve(), source.resolve()
     if output == source or source in output.parents or output in source.parents:
-        raise ValueError(
-            f"the output {output} and the decomposition {source} must be two folders, neither inside the other: the "
-            "decomposition is left as it is"
-        )
+        raise ValueError(f"the output {output} and the decomposition {source} must be two folders, not nested")

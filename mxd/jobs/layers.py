@@ -1,7 +1,7 @@
 """`mxd layers`: where a model keeps its MLPs, and why a layer has none. No weights are read."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -16,7 +16,6 @@ from transformers import (
 
 from mxd.base.base_model import BaseModelError, model_source
 from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout, mlp_widths
-from mxd.base.weight_layout import WeightLayout
 from mxd.hub_cards.card import layer_ranges
 from mxd.modeling_mxd import MLPSite, MxDConfig, SurgeryError, find_all_mlps, find_mlps
 from mxd.modeling_mxd.loading import first_line
@@ -24,46 +23,24 @@ from mxd.modeling_mxd.loading import first_line
 _MIXTURE_PARTS = ("experts", "shared_expert", "shared_experts")
 
 
-@dataclass
-class LayerGroup:
-    """Layers of a stack whose MLPs are alike.
-
-    Attributes:
-        site: of the first of them.
-        layers: their indices.
-        widths, hidden_act, layout: of the MLPs' weights; None where there are none, or no rule finds them.
-    """
+class LayerGroup(NamedTuple):
+    """Layers of a stack whose MLPs are alike; None where an MLP has no weights, or no rule finds them."""
 
     site: MLPSite
-    layers: list[int] = field(default_factory=list)
-    widths: tuple[int, int, int] | None = field(init=False, default=None)
-    hidden_act: str | None = field(init=False, default=None)
-    layout: WeightLayout | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        if self.site.slots:
-            self.widths, self.hidden_act = mlp_widths(self.site), mlp_hidden_act(self.site)
-            self.layout = mlp_layout(self.site)
+    """Site of the first of them."""
+    layers: list[int]
+    widths: tuple[int, int, int] | None = None
+    hidden_act: str | None = None
+    layout: str | None = None
 
     @property
     def ranges(self) -> str:
         """The indices as text: `[0, 1, 2, 5]` → `"0-2, 5"`."""
         return layer_ranges(self.layers, ", ")
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Properties by which MLPs are alike."""
-        site = self.site
-        slots = tuple(slot.removeprefix(site.path) for slot in site.slots)
-        return site.stack, site.name, site.kind, site.reason, slots, str(self.layout), self.widths, self.hidden_act
-
 
 def load_skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
-    """Build the model without weights, on the meta device. Only its config is downloaded.
-
-    Args:
-        name: Hub id, folder, or the name of the embedded default.
-        revision: branch, tag or commit on the Hub.
+    """Build the model of a Hub id or folder without weights, on the meta device. Only its config is downloaded.
 
     Raises:
         BaseModelError: there is no such config, or transformers has no code for it.
@@ -96,6 +73,8 @@ def layer_groups(model: PreTrainedModel) -> list[LayerGroup]:
                 sites += [site for site in find_mlps(model, stack, f"mlp.{part}").values() if site.slots]
     groups: dict[tuple[object, ...], LayerGroup] = {}
     for site in sites:
-        group = LayerGroup(site)
-        groups.setdefault(group.key, group).layers.append(site.layer)
+        weights = (mlp_widths(site), mlp_hidden_act(site), str(mlp_layout(site) or "–")) if site.slots else ()
+        slots = tuple(slot.removeprefix(site.path) for slot in site.slots)
+        alike = (site.stack, site.name, site.kind, site.reason, slots, weights)
+        groups.setdefault(alike, LayerGroup(site, [], *weights)).layers.append(site.layer)
     return list(groups.values())

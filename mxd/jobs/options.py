@@ -26,20 +26,13 @@ LEARNING_RATES = {"mxd": 1e-3, "transcoder": 3e-3, "skip_transcoder": 3e-3}
 STDOUT = "-"
 """As `output`: write no files; the command prints the results as JSON."""
 
-Method = Literal["mxd", "transcoder", "skip_transcoder"]
-
 
 def option(default: Any, help: str, panel: str = MORE, **details: Any) -> Any:  # noqa: A002, metadata's own name
-    """Declare an option.
+    """Declare an option. The default is a value, a function that makes one, or `...` for a required option.
 
-    Args:
-        default: value, or a function that makes one; `...` for a required option.
-        help: shown by `--help`; `[…]` at its end says what None means.
-        panel: of the help.
-        **details: `alias` ("-k"); `argument` (its name in the usage line, for a positional argument); `flag` (False:
-            not on the command line); `count` (reads "1M"); `commas` (names separated by commas); `minimum`; `trainer`
-            (True: the option is an argument of the trainer). A class names further options without a flag in
-            `yaml_only`.
+    `details`: `alias` ("-k"); `argument` (name of a positional argument in the usage line); `flag` (False: not on the
+    command line); `count` (reads "1M"); `commas` (names separated by commas); `minimum`; `trainer` (True: an argument
+    of the trainer). A class names inherited options that have no flag there in `yaml_only`.
     """
     metadata = {"help": help, "panel": panel, **details}
     if default is ...:
@@ -71,16 +64,8 @@ class DatasetOptions:
         """The same options as `mxd.data.texts` takes them, and as evaluation.json records them."""
         from mxd.data.texts import TextOptions
 
-        return TextOptions(
-            dataset=self.dataset,
-            heldout_dataset=getattr(self, "heldout_dataset", []),
-            config_name=self.dataset_config,
-            split=self.split,
-            text_column=self.text_column,
-            streaming=getattr(self, "streaming", False),
-            context_length=self.context_length,
-            heldout_split=getattr(self, "heldout_split", None),
-        )
+        same = {one.name: getattr(self, one.name) for one in fields(TextOptions) if hasattr(self, one.name)}
+        return TextOptions(config_name=self.dataset_config, **same)
 
 
 @dataclass(kw_only=True)
@@ -95,7 +80,7 @@ class RunOptions(StreamableOptions):
     """Options of every command that trains."""
 
     heldout_dataset: list[str] = option(list, "Other text to evaluate on. [documents held out of the dataset]")
-    heldout_split: str | None = option(None, "Split to evaluate on, of the held-out dataset, else of the dataset.")
+    heldout_split: str | None = option(None, "Split of the held-out dataset, else of the dataset.", flag=False)
     tokens: int = option(1_000_000, "Training tokens: 500k, 10M, 1B.", TRAINING, count=True)
     batch_tokens: int = option(2048, "Tokens of one optimiser step.", minimum=1)
     bf16: bool = option(False, "Multiply matrices in bfloat16; weights stay in float32.", trainer=True)
@@ -107,12 +92,12 @@ class RunOptions(StreamableOptions):
     overwrite: bool = option(False, "Replace a decomposition in the output folder.", OUTPUT)
 
     # A resumed run may change these. Intervals of logging and saving are the checkpoint's own.
-    may_change: ClassVar[tuple[str, ...]] = ("evaluation_tokens", "report_to", "disable_tqdm")
+    may_change: ClassVar[tuple[str, ...]] = ("evaluation_tokens", "report_to", "training.disable_tqdm")
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments of the trainer that the options set; `training` wins."""
         named = values(self, lambda one: one.metadata.get("trainer"))
-        return {**{name: value for name, value in named.items() if value is not None}, **self.training}
+        return {name: value for name, value in named.items() if value is not None} | self.training
 
 
 @dataclass(kw_only=True)
@@ -151,11 +136,11 @@ class DecompositionOptions(WhereOptions, ResumableOptions):
     Without arguments: the small model and text that ship with mxd.
     """
 
-    method: Method = option("mxd", "What replaces the MLP.", WHAT)
+    method: Literal["mxd", "transcoder", "skip_transcoder"] = option("mxd", "What replaces the MLP.", WHAT)
     num_experts_per_tok: int = option(32, "Experts active per token (K).", WHAT, alias="-k", minimum=1)
     num_experts: int | None = option(None, "Number of experts (N). [see --match-transcoder]", minimum=1)
     num_groups_per_tok: int | None = option(
-        None, "Hierarchical routing: groups, of about √N, that a token opens. [exact gate]", minimum=1
+        None, "Hierarchical routing: groups, of about √N, that a token opens. [exact gate]", flag=False, minimum=1
     )
     min_mean_ablation_error: float = option(0.45, HELP["min_mean_ablation_error"], trainer=True)
     auxiliary_weight: float = option(1.0, HELP["auxiliary_weight"], trainer=True)
@@ -186,7 +171,7 @@ class FinetuningOptions(ResumableOptions):
     output: str = option("mxd-finetuned", "Folder for the result.", OUTPUT)
 
     # Not what it is measured on: the figures from before the first step are kept.
-    may_change = ("report_to", "disable_tqdm")
+    may_change = ("report_to", "training.disable_tqdm")
 
 
 @dataclass(kw_only=True)
@@ -196,7 +181,10 @@ class FrontierOptions(WhereOptions, RunOptions):
     The same command continues an interrupted one.
     """
 
-    yaml_only = ("revision", "heldout_dataset", "heldout_split", "bf16", "seed", "streaming", "context_length")
+    yaml_only = (
+        "revision", "dataset_config", "split", "text_column", "dtype", "heldout_dataset", "bf16", "seed", "streaming",
+        "context_length",
+    )  # fmt: skip
 
     methods: list[str] = option(lambda: list(LEARNING_RATES), "Methods to compare.", WHAT, commas=True)
     num_experts_per_tok: list[int] = option(
@@ -209,16 +197,9 @@ class FrontierOptions(WhereOptions, RunOptions):
 
     def __post_init__(self) -> None:
         self.methods = [method.replace("-", "_") for method in self.methods]
-        for name, known in (("methods", list(LEARNING_RATES)), ("num_experts_per_tok", None)):
-            asked = getattr(self, name)
-            if not asked or len(set(asked)) < len(asked):
-                raise ValueError(f"{name} must name at least one, and none twice; got {asked}")
-            if known and (unknown := [value for value in asked if value not in known]):
-                raise ValueError(f"{name} must be among {', '.join(known)}, got {unknown[0]!r}")
-        if unknown := [method for method in self.learning_rates if method not in LEARNING_RATES]:
-            raise ValueError(f"learning_rates is by method ({', '.join(LEARNING_RATES)}), got {unknown[0]!r}")
-        if self.num_train_epochs < 1:
-            raise ValueError(f"num_train_epochs must be at least 1, got {self.num_train_epochs}")
+        for name in ("methods", "learning_rates"):
+            if unknown := [method for method in getattr(self, name) if method not in LEARNING_RATES]:
+                raise ValueError(f"{name} must be among {', '.join(LEARNING_RATES)}, got {unknown[0]!r}")
 
 
 @dataclass(kw_only=True)
@@ -234,6 +215,8 @@ class MeasuringOptions(StreamableOptions):
 class EvaluationOptions(MeasuringOptions):
     """Measure a decomposition on text, and write evaluation.json into its folder, in place of an earlier one."""
 
+    yaml_only = ("dataset_config",)
+
     by: str | None = option(None, "Instead: which experts are active on which value of this column.", MEASURE)
     ablation: Literal["coefficient"] | None = option(
         None, "Also remove each token's strongest experts, in this order; takes about four times as long.", MEASURE
@@ -245,12 +228,12 @@ class EvaluationOptions(MeasuringOptions):
 class ExpertsOptions(MeasuringOptions):
     """Show where in a text experts are most active, on screen and as a page, experts.html."""
 
-    yaml_only = ("streaming", "context_length", "dataset_config", "split", "sample")
+    yaml_only = ("streaming", "context_length", "dataset_config", "split", "dtype")
 
     tokens: int = option(128_000, "Tokens to search.", DATA, count=True)
     experts: list[int] | None = option(None, "Experts to show: 12,99. [a random sample]", MEASURE)
     layer: int | None = option(None, "Layer to show. [all]", MEASURE, minimum=0)
-    sample: int = option(20, "Size of the random sample of each layer.", minimum=1)
+    sample: int = option(20, "Size of the random sample of each layer.", flag=False, minimum=1)
     examples: int = option(10, "Examples of each expert.", minimum=1)
     seed: int = option(0, "Seed of the sample.", flag=False)
 
@@ -259,7 +242,7 @@ class ExpertsOptions(MeasuringOptions):
 class ProbingOptions(DatasetOptions):
     """Sparse probing: how well single experts, or a few, tell classes of texts apart, and the MLP's own neurons."""
 
-    yaml_only = ("context_length", "sparsities", "seed", "folds")
+    yaml_only = ("context_length", "dataset_config", "split", "dtype")
 
     decompositions: list[str] = option(..., "Folders or Hub ids of decompositions of one layer.", argument="FOLDER...")
     label_column: str = option(..., "Column that holds the classes.", DATA)
@@ -267,16 +250,16 @@ class ProbingOptions(DatasetOptions):
     classes: list[str] | None = option(None, "Use these classes only: a,b,c. [all]", commas=True)
     layer: int | None = option(None, "Layer to probe. [the only one in common]", MEASURE, minimum=0)
     against: list[str] = option(
-        lambda: ["input", "neurons", "output"], "Representations of the MLP itself to compare with.", commas=True
+        lambda: ["input", "neurons", "output"], "Representations of the MLP itself to compare with.", flag=False
     )
     pooling: Literal["mean", "max"] = option("mean", "How to pool over the tokens of a text.", MEASURE)
     include_first: bool = option(False, "Pool over the first position (BOS) too.", flag=False)
-    texts_per_class: int = option(500, "Largest number of texts of a class.", minimum=1)
-    folds: int = option(5, "Folds of documents; each is the test side once.", minimum=2)
+    texts_per_class: int = option(500, "Largest number of texts of a class.", flag=False, minimum=1)
+    folds: int = option(5, "Folds of documents; each is the test side once.", flag=False, minimum=2)
     candidates: int = option(100, "Features to try one by one.", flag=False, minimum=1)
-    sparsities: list[int] = option(lambda: [1, 2, 5], "Numbers of features of the k-sparse probes.")
+    sparsities: list[int] = option(lambda: [1, 2, 5], "Numbers of features of the k-sparse probes.", flag=False)
     standardize: bool = option(False, "Divide features by their standard deviation.", flag=False)
-    seed: int = option(0, "Seed of texts and folds.")
+    seed: int = option(0, "Seed of texts and folds.", flag=False)
     output: str = option("mxd-probing", "Folder for probing.json and its figure; - prints the results.", OUTPUT)
     overwrite: bool = option(False, "Replace results in the output folder.", OUTPUT)
 

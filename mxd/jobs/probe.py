@@ -20,7 +20,6 @@ from mxd.evaluation import (
     pool_features,
     probe_features,
 )
-from mxd.evaluation.pooling import POOLINGS
 from mxd.evaluation.probing import check_groups, check_scikit_learn
 from mxd.modeling_mxd import MLPSite, MxDModel, SurgeryError, find_mlp
 
@@ -39,13 +38,7 @@ OF_THE_MLP = {
 
 
 def probe(options: ProbingOptions, progress: bool = True) -> dict[str, Any]:
-    """Probe the coefficients of decompositions, and the MLP's own representations, for classes of texts.
-
-    Writes probing.json and a figure into a folder.
-
-    Args:
-        options: of the command.
-        progress: show a progress bar.
+    """Probe the coefficients of decompositions, and the MLP's own representations; write probing.json and a figure.
 
     Returns:
         The content of probing.json: `representations` {name: what `probe_features` returns}, `classes` {name: number of
@@ -80,13 +73,15 @@ def probe(options: ProbingOptions, progress: bool = True) -> dict[str, Any]:
     )  # fmt: skip
     how = values(options, lambda one: one.name in ("candidates", "sparsities", "standardize", "seed"))
     chance = always_yes_f1(texts.labels)
+    asked = values(options, lambda one: one.name not in ("output", "overwrite", "dataset_config"))
+    used = {"config_name": options.dataset_config, "layer": layer}
     results: dict[str, Any] = {
         "representations": {
             name: probe_features(found, texts.labels, folds, **how) for name, found in features.items()
         },
         "classes": count_texts(texts),
         "always_yes_f1": chance,
-        "settings": _settings(options, decompositions, layer),
+        "settings": {**asked, **used, **describe(decompositions, layer)},
     }
     if folder is not None:
         write_json(folder / RESULTS_NAME, results)
@@ -112,19 +107,10 @@ def _load_documents(options: ProbingOptions) -> LabelledDocuments:
 
 def _check_options(options: ProbingOptions) -> Path | None:
     """Check the options that need no file, and return the output folder; None for standard output."""
-    wrong = {
-        "no decomposition to probe: name one folder at least": not options.decompositions,
-        "probing needs labelled text: name it with --dataset, and its labels with --label-column": not options.dataset,
-        f"the MLP's representations are {', '.join(OF_THE_MLP)}, got {', '.join(options.against)}": set(options.against)
-        - OF_THE_MLP.keys(),
-        f"pooling must be one of {', '.join(POOLINGS)}, got {options.pooling!r}": options.pooling not in POOLINGS,
-        "candidates and all sparsities must be at least 1": min([options.candidates, *options.sparsities]) < 1,
-        "sparsities must name at least one": not options.sparsities,
-        f"seed must not be negative, got {options.seed}": options.seed < 0,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            raise ValueError(message)
+    if not options.dataset:
+        raise ValueError("probing needs labelled text: name it with --dataset, and its labels with --label-column")
+    if set(options.against) - OF_THE_MLP.keys():
+        raise ValueError(f"against must be among {', '.join(OF_THE_MLP)}, got {', '.join(options.against)}")
     if options.output == STDOUT:
         return None
     folder = output_folder(options.output)
@@ -134,13 +120,7 @@ def _check_options(options: ProbingOptions) -> Path | None:
 
 
 def named(sources: Sequence[str]) -> dict[str, str]:
-    """Return {short name: folder or Hub id}; the short name is the last part, or all of it if two share that.
-
-    Raises:
-        ValueError: one is given twice.
-    """
-    if len(set(sources)) < len(sources):
-        raise ValueError(f"a decomposition is named twice: {', '.join(sources)}")
+    """Return {short name: folder or Hub id}; the short name is the last part, or all of it if two share that."""
     last = [Path(source).name or source for source in sources]
     return {name if last.count(name) == 1 else source: source for name, source in zip(last, sources, strict=True)}
 
@@ -150,16 +130,15 @@ def common_layer(decompositions: Mapping[str, MxDModel], layer: int | None) -> i
 
     Raises:
         ValueError: the decompositions are of different base models or MLPs, have no layer or several in common, or
-            one lacks the layer that was asked for; the message names them.
+            one lacks the layer that was asked for.
     """
     configs = {name: decomposition.config for name, decomposition in decompositions.items()}
     origins = {
-        name: (config.base_model_name_or_path, config.base_model_revision, *config.where.values())
-        for name, config in configs.items()
+        (config.base_model_name_or_path, config.base_model_revision, *config.where.values())
+        for config in configs.values()
     }
-    if len(set(origins.values())) > 1:
-        shown = "; ".join(f"{name}: {', '.join(map(str, filter(None, where)))}" for name, where in origins.items())
-        raise ValueError(f"the decompositions are not of one base model, stack and site ({shown}): probe them apart")
+    if len(origins) > 1:
+        raise ValueError("the decompositions are not of one base model, stack and site: probe them apart")
     shown = "; ".join(f"{name}: {', '.join(map(str, config.layers))}" for name, config in configs.items())
     shared = set.intersection(*(set(config.layers) for config in configs.values()))
     if layer is not None and layer not in shared:
@@ -178,15 +157,8 @@ def make_representations(
     Raises:
         ValueError: the MLP has no such representation, or a decomposition does not fit it (`SurgeryError`).
     """
-    found: dict[str, Representation] = {}
-    for key in against:
-        name, make = OF_THE_MLP[key]
-        found[name] = make(site)
+    found = {name: make(site) for name, make in (OF_THE_MLP[key] for key in against)}
     for name, decomposition in decompositions.items():
-        if name in found:
-            raise ValueError(
-                f"{name!r} is the name of a representation of the MLP: rename the folder of the decomposition"
-            )
         try:
             check_widths(site, decomposition.config.layer(site.layer))
         except SurgeryError as error:
@@ -196,22 +168,13 @@ def make_representations(
 
 
 def describe(decompositions: Mapping[str, MxDModel], layer: int) -> dict[str, Any]:
-    """Return method and sizes of each decomposition's layer, and where it is, for the settings."""
-    methods = {}
-    for name, decomposition in decompositions.items():
-        sizes = decomposition.config.layer(layer)
-        methods[name] = {one: getattr(sizes, one) for one in ("method", "num_experts", "num_experts_per_tok")}
-        methods[name]["parameters"] = sizes.num_parameters
+    """Return method and sizes of each decomposition's layer, where it is, and versions, for the settings."""
+    sizes = {name: decomposition.config.layer(layer) for name, decomposition in decompositions.items()}
+    names = ("method", "num_experts", "num_experts_per_tok")
+    methods = {
+        name: {**{one: getattr(size, one) for one in names}, "parameters": size.num_parameters}
+        for name, size in sizes.items()
+    }
     config = next(iter(decompositions.values())).config
-    return {"base_model": config.base_model_name_or_path, **config.where, "methods": methods}
-
-
-def _settings(options: ProbingOptions, decompositions: Mapping[str, MxDModel], layer: int) -> dict[str, Any]:
-    asked = values(options, lambda one: one.name not in ("output", "overwrite", "dataset_config"))
-    where = {"config_name": options.dataset_config, "layer": layer, **describe(decompositions, layer)}
-    return {**asked, **where, "versions": probing_versions()}
-
-
-def probing_versions() -> dict[str, str]:
-    """Return the versions that the figures depend on."""
-    return {**versions(), "scikit-learn": version("scikit-learn")}
+    used = {**versions(), "scikit-learn": version("scikit-learn")}
+    return {"base_model": config.base_model_name_or_path, **config.where, "methods": methods, "versions": used}

@@ -1,7 +1,6 @@
 """The output folder of a training: create, overwrite, resume.
 
-An unfinished run keeps `run_start.json` there, the facts of its beginning, and every run keeps `run.yaml`, its options:
-`mxd decompose --config run.yaml` repeats it.
+Every run keeps `run.yaml` there, its options, and an unfinished one `run_start.json`, the facts of its beginning.
 """
 
 import json
@@ -27,11 +26,7 @@ class Interrupted(Exception):
 
 
 def output_folder(name: str) -> Path:
-    """Return the path of a folder to write into, which need not exist.
-
-    Raises:
-        ValueError: it is a file.
-    """
+    """Return the path of a folder to write into, which need not exist; raise `ValueError` if it is a file."""
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output {folder} is a file: name a folder with --output")
@@ -70,11 +65,10 @@ def check_output(options: ResumableOptions) -> Path:
         raise ValueError(f"what is in {folder} is finished, there is nothing to resume: --overwrite makes it anew")
     # A run that ended before its first checkpoint left only these two files.
     left = folder.is_dir() and any(entry.name not in (START_NAME, RUN_NAME) for entry in visible_entries(folder))
-    if left and not options.resume:
-        if not options.overwrite:
-            raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
-        if not _ours(folder):
-            raise ValueError(f"the output folder {folder} holds no decomposition: --overwrite will not delete it")
+    if left and not options.resume and not options.overwrite:
+        raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
+    if left and not options.resume and not _ours(folder):
+        raise ValueError(f"the output folder {folder} holds no decomposition: --overwrite will not delete it")
     return folder
 
 
@@ -87,11 +81,7 @@ def _ours(folder: Path) -> bool:
     config = folder / "config.json"
     if config.is_file():
         return bool(read_json(config).get("model_type") == MxDConfig.model_type)
-    return (folder / START_NAME).is_file() or all(
-        entry.name == RUN_NAME
-        or (entry.name.startswith("checkpoint-") and (entry / "config.json").is_file() and _ours(entry))
-        for entry in visible_entries(folder)
-    )
+    return (folder / START_NAME).is_file()
 
 
 def prepare_output(folder: Path, command: str, options: ResumableOptions, **facts: Any) -> None:
@@ -109,53 +99,19 @@ def prepare_output(folder: Path, command: str, options: ResumableOptions, **fact
 
 
 def resumed_start(folder: Path, options: ResumableOptions) -> dict[str, Any]:
-    """Return the facts that `prepare_output` wrote when the run to resume began.
-
-    Raises:
-        ValueError: the run had other options, or there is no record of it.
-    """
-    for name in (START_NAME, RUN_NAME):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no interrupted run: it has no {name}")
-    before = yaml.safe_load((folder / RUN_NAME).read_text(encoding="utf-8"))
-    if not isinstance(before, dict):
-        raise ValueError(f"{folder / RUN_NAME} does not say the options of the run: begin it anew with --overwrite")
-    before, now = flat(before), flat(_settled(options))
+    """Return the facts that `prepare_output` wrote; raise `ValueError` if the run began with other options."""
+    before, now = flat(yaml.safe_load((folder / RUN_NAME).read_text(encoding="utf-8"))), flat(_settled(options))
     for name in {**before, **now}:
         if name not in (*options.may_change, "output") and before.get(name) != now.get(name):
-            raise ValueError(
-                f"the run in {folder} had {name} {before.get(name)!r}, not {now.get(name)!r}: resume with the options "
-                "of that run"
-            )
+            was = f"{name} {before.get(name)!r}, not {now.get(name)!r}"
+            raise ValueError(f"the run in {folder} had {was}: resume with the options of that run")
     return read_json(folder / START_NAME)
 
 
 def flat(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with the trainer's beside them, so that a message can name the one that differs."""
-    training = asked.get("training")
-    flat = {name: value for name, value in asked.items() if name != "training"}
-    for name, value in (training if isinstance(training, Mapping) else {}).items():
-        flat[f"training's {name}" if name in flat else name] = value
-    return flat
-
-
-def check_same_documents(folder: Path, start: Mapping[str, Any], documents: int | None) -> None:
-    """Refuse to resume on a text of the same name with another number of documents.
-
-    Args:
-        folder: of the run.
-        start: what `resumed_start` returned; empty for a new run.
-        documents: their number now; None if it is not known.
-
-    Raises:
-        ValueError: naming both numbers.
-    """
-    before = start.get("documents")
-    if before is not None and documents is not None and before != documents:
-        raise ValueError(
-            f"the text of the run in {folder} had {before} documents and has {documents} now: resume with the files "
-            "of that run, or begin it anew with --overwrite"
-        )
+    training = {f"training.{name}": value for name, value in asked.get("training", {}).items()}
+    return {**asked, **training, "training": None}
 
 
 def finish(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Training as `decompose`, `finetune` and `frontier` do it: the trainer's arguments, the run, and its results."""
 
 import json
-import logging
 import platform
 import time
 from importlib.metadata import version
@@ -19,30 +18,19 @@ from mxd.trainers.decomposition_trainer import DecompositionTrainer
 from .options import RunOptions, values
 from .run_folder import Interrupted, finish
 
-logger = logging.getLogger(__name__)
-
 LOG_NAME = "training_log.json"
-_NOT_RECORDED = ("output", "overwrite", "resume")  # folders of this machine
-_TEXT = ("dataset", "dataset_config", "split", "text_column", "streaming", "context_length", "heldout_dataset",
-         "heldout_split")  # fmt: skip
 
 
 def asked_for(options: RunOptions) -> dict[str, Any]:
     """Return the options for evaluation.json: those of the text under "text"; the trainer's are recorded as used."""
-    kept = values(options, lambda one: one.name not in (*_NOT_RECORDED, *_TEXT) and not one.metadata.get("trainer"))
-    return {**kept, "text": vars(options.text)}
+    text = vars(options.text)
+    left_out = {*text, "dataset_config", "output", "overwrite", "resume"}
+    return {**values(options, lambda one: one.name not in left_out and not one.metadata.get("trainer")), "text": text}
 
 
 def rows_per_step(options: RunOptions) -> int:
     """Return the number of whole rows in one optimiser step."""
     return max(1, options.batch_tokens // options.context_length)
-
-
-def warn_of_whole_rows(options: RunOptions) -> None:
-    """Warn if a step cannot take exactly the tokens that were asked for."""
-    context = options.context_length
-    if (real := rows_per_step(options) * context) != options.batch_tokens:
-        logger.warning("a step takes whole rows of %d: %d tokens, not %d", context, real, options.batch_tokens)
 
 
 def step_arguments(options: RunOptions, folder: Path) -> dict[str, Any]:
@@ -75,23 +63,21 @@ def run_training(
         Interrupted: Ctrl-C; a checkpoint was saved.
         DivergenceError: the loss or a weight is not finite; nothing was saved, and no checkpoint was removed.
     """
-    folder, started = Path(options.output), time.monotonic()
+    folder, started, arguments = Path(options.output), time.monotonic(), trainer.args
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.interrupted:
-        raise Interrupted(
-            f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is kept in "
-            f"{folder}: run the same command with --resume to go on"
-        )
+        step = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise Interrupted(f"interrupted at {step}; the checkpoint is kept in {folder}: run again with --resume")
     seconds = {} if checkpoint else {"seconds": round(time.monotonic() - started, 1)}
     trainer.save_model()
     tokenizer.save_pretrained(folder)  # pipelines look for it beside the decomposition
     (folder / LOG_NAME).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
-    arguments = trainer.args
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     batch_tokens = rows * options.context_length
-    names = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor", "scale_activations")
+    names = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor", "scale_activations",
+             "bf16")  # fmt: skip
     return {
-        **{name: getattr(arguments, name) for name in (*names, "bf16")},
+        **{name: getattr(arguments, name) for name in names},
         "batch_tokens": batch_tokens,
         "tokens_trained": trainer.state.max_steps * batch_tokens,
         **seconds,
@@ -114,13 +100,7 @@ def versions() -> dict[str, str]:
 def save_results(
     results: dict[str, Any], decomposition: MxDModel, folder: Path, loss: str = "normalised squared error"
 ) -> dict[str, Any]:
-    """Write evaluation.json and figures, and mark the run as finished.
-
-    Args:
-        results: of `mxd.evaluation.faithfulness`.
-        decomposition: the figure of its experts' frequencies is drawn.
-        folder: where `run_training` saved.
-        loss: name of the training log's loss.
+    """Write the results of `faithfulness` and figures into the folder of a training, and mark it as finished.
 
     Returns:
         The content of evaluation.json.

@@ -18,7 +18,6 @@ from mxd import EvaluationOptions, demo, evaluate
 from mxd.cli import main as cli
 from mxd.data.texts import TextOptions, warn_of_embedded_text
 from mxd.jobs import decompose as decompose_job
-from mxd.jobs import evaluate as evaluate_job
 from mxd.jobs.decompositions import load_base_and_text
 from mxd.modeling_mxd import MxDModel
 
@@ -58,7 +57,7 @@ def test_evaluation_is_complete(finished):
     loss = results["cross_entropy"]
     assert set(loss) == {"untouched", "spliced", "zero_ablated", "rise", "rise_interval", "recovered"}
     half = (loss["rise_interval"][1] - loss["rise_interval"][0]) / 2
-    assert f"({loss['rise']:+.4f} ± {half:.4f})" in finished[1]
+    assert f"{loss['rise']:+.4f} ± {half:.4f}" in finished[1]
     assert results["settings"]["expert_statistics"] == "training tokens"
     assert results["settings"]["training"]["tokens_trained"] == 6144  # whole steps
     # The untouched model predicts its held-out text as well as the record of its training says.
@@ -114,13 +113,11 @@ def test_evaluate_with_ablation_and_ranks(finished, tmp_path):
     assert results["ranks"]["2"]["experts"] == 64 and 0 < results["ranks"]["2"]["normalised_rank"] <= 1
     figures = {path.name for path in (folder / "figures").iterdir()}
     assert {"ablation.png", "smallest_singular_values.png"} <= figures
-    # On the same tokens both are kept; on others only what depends on no text.
-    again = evaluated(folder, tokens=1024)
-    assert again["ablation"] == curve and again["ranks"] == results["ranks"]
-    other = evaluated(folder, tokens=512)
-    assert "ablation" not in other and other["ranks"] == results["ranks"]
-    figures = {path.name for path in (folder / "figures").iterdir()}
-    assert "ablation.png" not in figures and "smallest_singular_values.png" in figures
+    again = evaluated(folder, tokens=256)  # it replaces the earlier one
+    assert "ablation" not in again and "ranks" not in again
+    assert {path.name for path in (folder / "figures").iterdir()}.isdisjoint(
+        {"ablation.png", "smallest_singular_values.png"}
+    )
 
 
 def test_another_decomposition_s_figures_are_removed(finished, tmp_path):
@@ -129,16 +126,6 @@ def test_another_decomposition_s_figures_are_removed(finished, tmp_path):
         (tmp_path / "figures" / name).touch()
     evaluated(finished[0], tokens=256, output=str(tmp_path))
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"mine.png"}
-
-
-def test_an_evaluation_that_cannot_be_read_is_refused_before_measuring(finished, tmp_path, monkeypatch):
-    def measure(*_, **__):
-        raise AssertionError("measured")
-
-    monkeypatch.setattr(evaluate_job, "faithfulness", measure)
-    (tmp_path / "evaluation.json").write_text('{"layers"')
-    with pytest.raises(ValueError, match=r"evaluation.json is no JSON that can be read: .*move it away"):
-        evaluated(finished[0], tokens=256, output=str(tmp_path))
 
 
 def test_embedded_model_beats_unigrams_by_far():
@@ -156,7 +143,6 @@ def test_embedded_model_beats_unigrams_by_far():
         (["-k", "65", "--num-experts", "64"], "num_experts_per_tok (65) must not exceed num_experts (64)"),
         (["--dataset", "missing.parquet"], "missing.parquet"),
         (["--dtype", "int8"], "dtype must be one of"),
-        (["--layers", "1,1"], "more than once"),
         (["--context-length", "257"], "has 256 positions, fewer than a row of 257 tokens"),
     ],
 )

@@ -30,23 +30,15 @@ from mxd.jobs.run_folder import write_run
         ("2B", 2 * 10**9),
         ("500_000", 500_000),
         ("7", 7),
-        ("1,500,000", 1_500_000),
-        ("1,000.5k", 1_000_500),
     ],
 )
 def test_counts(text, count):
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "many", "-5", "0", "1T"])
+@pytest.mark.parametrize("text", ["", "many", "-5", "0", "1T", "1,5M"])
 def test_counts_that_are_none(text):
     with pytest.raises(ValueError):
-        parse_count(text)
-
-
-@pytest.mark.parametrize("text", ["1,5M", "1,50", "1500,000", "1,,000", ",500"])
-def test_a_comma_is_no_decimal_point(text):
-    with pytest.raises(ValueError, match="a comma stands between thousands, a point before decimals"):
         parse_count(text)
 
 
@@ -100,7 +92,7 @@ def test_there_are_few_options():
         name: sum(one.param_type_name == "option" and one.name not in ("config", "help") for one in command.params)
         for name, command in commands().items()
     }
-    assert counts["decompose"] <= 28 and sum(counts.values()) <= 112, counts
+    assert counts["decompose"] <= 26 and sum(counts.values()) <= 97, counts
 
 
 def test_defaults_of_trainer_arguments_are_the_trainer_s():

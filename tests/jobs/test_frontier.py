@@ -9,7 +9,7 @@ from mxd import DistillationTrainer, FrontierOptions, load_base_model, measure_f
 from mxd.data.texts import evaluation_batches, load_documents
 from mxd.evaluation import faithfulness, load_evaluation
 from mxd.jobs import frontier
-from mxd.jobs.frontier import FrontierError, point_options
+from mxd.jobs.frontier import point_options
 from mxd.jobs.run_folder import Interrupted
 from mxd.modeling_mxd import MxDModel
 
@@ -99,7 +99,9 @@ def test_what_is_finished_is_not_done_again(tmp_path, trained):
     settings = json.loads((folder / "points" / "mxd-k2.json").read_text())["settings"]
     assert {"min_mean_ablation_error", "gate_init", "learning_rate", "mxd"} <= settings.keys()
     # Other settings of the training: these points anew, from the same recording.
-    with pytest.raises(ValueError, match=r"mxd-k2\.json is finished, with num_train_epochs 1, not 2: --overwrite"):
+    with pytest.raises(
+        ValueError, match=r"mxd-k2\.json is finished, with training\.num_train_epochs 1, not 2: --overwrite"
+    ):
         measured(folder, num_train_epochs=2, num_experts_per_tok=[2])
     more = measured(folder, num_train_epochs=2, num_experts_per_tok=[2], overwrite=True)
     assert trained[2:] == ["mxd-k2"] and more["points"][0]["tokens_trained"] == 8192
@@ -125,7 +127,7 @@ def test_a_point_that_fails_keeps_no_other_from_being_made(tmp_path, trained, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(frontier, "faithfulness", fails)
-        with pytest.raises(FrontierError, match=r"1 of 2 points failed.*mxd-k2 \(MemoryError: too large\)"):
+        with pytest.raises(ValueError, match=r"1 of 2 points failed.*mxd-k2 \(MemoryError: too large\)"):
             measured(tmp_path / "out")
     (point,) = json.loads((tmp_path / "out" / "frontier.json").read_text())["points"]
     assert point["name"] == "mxd-k4"
@@ -172,11 +174,9 @@ def test_another_text_is_refused_unless_it_shall_replace(tmp_path, trained):
     ("arguments", "message"),
     [
         (["--methods", "mxd,sae"], "methods must be among mxd, transcoder, skip_transcoder, got 'sae'"),
-        (["-k", "4,4"], "must name at least one, and none twice"),
         (["-k", "four"], "is no list of numbers"),
         (["-k", "4,99999"], "num_experts_per_tok (99999) must not exceed num_experts"),
         (["--layers", "99"], "layer 99 is out of range"),
-        (["--dtype", "int8"], "dtype must be one of"),
     ],
 )
 def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, arguments, message):
@@ -195,7 +195,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_learning_rates_are_those_of_decompose(tmp_path):
-    with pytest.raises(ValueError, match="learning_rates is by method"):
+    with pytest.raises(ValueError, match="learning_rates must be among"):
         options(tmp_path, learning_rates={"sae": 1.0})
     chosen = options(tmp_path, learning_rates={"transcoder": 0.004}, bf16=True)
     points = [point_options(chosen, method, 4) for method in ("mxd", "transcoder", "skip_transcoder")]

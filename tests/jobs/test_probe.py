@@ -129,12 +129,9 @@ def test_same_seed_same_figures(finished, labelled, tmp_path):
         (["--classes", "prose,verse"], "has no class 'verse'"),
         (["--group-column", "kind"], "fewer documents than the 5 folds"),
         (["--layer", "0"], "not every decomposition has layer 0 (decomposition: 2)"),
-        (["--against", "input,soul"], "the MLP's representations are input, neurons, output, got input, soul"),
         (["--layer", "two"], "is no whole number"),
         (["--dataset", "missing.parquet"], "missing.parquet"),
-        (["--dtype", "int8"], "dtype must be one of"),
         (["{tmp}/nothing"], "is no folder with a decomposition"),
-        (["{mxd}"], "is named twice"),
     ],
 )
 def test_bad_input_is_one_message(monkeypatch, capsys, tmp_path, finished, labelled, arguments, message):
@@ -190,11 +187,7 @@ def test_results_are_not_overwritten(finished, labelled, tmp_path):
     ("changes", "message"),
     [
         ({"dataset": []}, "probing needs labelled text: name it with --dataset"),
-        ({"decompositions": []}, "no decomposition to probe"),
-        ({"pooling": "sum"}, "pooling must be one of mean, max"),
-        ({"candidates": 0}, "candidates and all sparsities must be at least 1"),
-        ({"sparsities": []}, "sparsities must name at least one"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"against": ["input", "soul"]}, "against must be among input, neurons, output, got input, soul"),
     ],
 )
 def test_options_are_checked_before_anything_is_read(finished, labelled, tmp_path, monkeypatch, changes, message):

@@ -15,7 +15,6 @@ from mxd import DecompositionOptions, DistillationTrainer, decompose, demo
 from mxd.jobs import decompose as job
 from mxd.jobs.decompositions import results_folder
 from mxd.jobs.run_folder import RUN_NAME, START_NAME, Interrupted, check_output, prepare_output
-from mxd.modeling_mxd import MxDModel
 
 TRAINING = {"disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
 
@@ -53,9 +52,9 @@ SAMPLE = str(demo.text_path("train"))
         ({"learning_rate": 0.5}, "learning_rate 0.01, not 0.5"),
         ({"learning_rate": None}, "learning_rate 0.01, not 0.001"),
         ({"gate_init": "random"}, "gate_init 'data', not 'random'"),
-        ({"training": {**TRAINING, "weight_decay": 0.1}}, "weight_decay None, not 0.1"),
-        ({"training": {**TRAINING, "seed": 7}}, "training's seed None, not 7"),
-        ({"training": {**TRAINING, "logging_steps": 1}}, "logging_steps None, not 1"),
+        ({"training": {**TRAINING, "weight_decay": 0.1}}, "training.weight_decay None, not 0.1"),
+        ({"training": {**TRAINING, "seed": 7}}, "training.seed None, not 7"),
+        ({"training": {**TRAINING, "logging_steps": 1}}, "training.logging_steps None, not 1"),
         ({"dataset": [SAMPLE]}, f"dataset [], not [{SAMPLE!r}]"),
         ({"context_length": 64}, "context_length 128, not 64"),
     ],
@@ -67,17 +66,6 @@ def test_a_run_is_not_resumed_with_other_options(halved, changes, said):
     assert contents(halved) == before
 
 
-def test_a_run_that_does_not_say_what_it_was_asked_for_is_not_resumed(halved, tmp_path):
-    folder = shutil.copytree(halved, tmp_path / "copy")
-    (folder / RUN_NAME).write_text("")
-    with pytest.raises(ValueError, match=r"does not say the options of the run: .*--overwrite"):
-        decompose(options(folder, resume=True))
-    (folder / START_NAME).unlink()
-    with pytest.raises(ValueError, match=f"holds no interrupted run: it has no {START_NAME}"):
-        decompose(options(folder, resume=True))
-    assert (folder / "checkpoint-2" / "trainer_state.json").is_file()
-
-
 def test_a_run_is_resumed_elsewhere_and_with_other_evaluation(halved, tmp_path):
     folder = shutil.copytree(halved, tmp_path / "copy")
     training = {**TRAINING, "disable_tqdm": False}
@@ -87,14 +75,6 @@ def test_a_run_is_resumed_elsewhere_and_with_other_evaluation(halved, tmp_path):
     assert made["tokens_trained"] == 4096 and made["documents"] == 434
     assert "seconds" not in made  # of the steps before the interrupt nobody knows them
     assert not (folder / START_NAME).exists() and not list(folder.glob("checkpoint-*"))
-
-
-def test_a_run_is_not_resumed_with_another_commit_of_the_base(halved):
-    config = MxDModel.from_pretrained(halved / "checkpoint-2").config
-    assert job.check_resumable(halved, config) == str(halved / "checkpoint-2")
-    config.base_model_revision = "5e1f"
-    with pytest.raises(ValueError, match=r"is of the base model at None, not at 5e1f: begin it anew"):
-        job.check_resumable(halved, config)
 
 
 def test_a_run_is_resumed_at_the_commit_that_it_began_with(halved, tmp_path, monkeypatch):
@@ -109,31 +89,11 @@ def test_a_run_is_resumed_at_the_commit_that_it_began_with(halved, tmp_path, mon
         decompose(options(folder, resume=True))
 
 
-def test_a_run_is_not_resumed_on_a_text_that_changed(halved, tmp_path):
-    folder = shutil.copytree(halved, tmp_path / "copy")
-    start = json.loads((folder / START_NAME).read_text())
-    assert start["documents"] == 434  # of both sides
-    (folder / START_NAME).write_text(json.dumps({**start, "documents": 433}))
-    with pytest.raises(ValueError, match=r"had 433 documents and has 434 now: resume with the files of that run"):
-        decompose(options(folder, resume=True))
-    assert (folder / "checkpoint-2" / "trainer_state.json").is_file()
-
-
 def test_an_interrupted_run_is_overwritten_with_what_trackers_wrote_beside(halved, tmp_path):
     folder = shutil.copytree(halved, tmp_path / "run")
     (folder / "runs").mkdir()
     assert check_output(options(folder, overwrite=True)) == folder
     (folder / START_NAME).unlink()
-    with pytest.raises(ValueError, match="holds no decomposition"):
-        check_output(options(folder, overwrite=True))
-
-
-def test_checkpoints_of_other_models_are_not_overwritten(halved, tmp_path):
-    folder = shutil.copytree(halved, tmp_path / "run")
-    (folder / START_NAME).unlink()
-    (folder / ".DS_Store").write_text("")
-    assert check_output(options(folder, overwrite=True)) == folder
-    (folder / "checkpoint-2" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="holds no decomposition"):
         check_output(options(folder, overwrite=True))
 
@@ -176,7 +136,7 @@ def test_the_init_that_is_recorded_is_the_one_that_happened(tmp_path, changes, d
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": -1.0}, "learning_rate must be a finite number from 0, got -1.0"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number from 0"),
         (
             {"intermediate_size": 100, "encoder_init": "pretrained"},
             "intermediate_size 100 cannot start from the pretrained MLP",
@@ -201,9 +161,8 @@ def test_results_elsewhere_replace_no_other_model_s(halved, tmp_path):
         results_folder("user/name", None)
 
 
-def test_a_step_takes_whole_rows_and_says_so(tmp_path, caplog):
+def test_a_step_takes_whole_rows(tmp_path):
     made = decompose(options(tmp_path / "made", tokens=2048, batch_tokens=1000))["settings"]["training"]
-    assert "a step takes whole rows of 128: 896 tokens, not 1000" in caplog.text
     assert (made["batch_tokens"], made["tokens_trained"]) == (896, 1792)
     asked = yaml.safe_load((tmp_path / "made" / RUN_NAME).read_text())
     assert (asked["batch_tokens"], asked["learning_rate"], asked["num_experts"]) == (1000, 0.01, 16)
@@ -225,9 +184,12 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path):
 def test_a_diverged_run_saves_nothing_and_keeps_its_checkpoints(tmp_path, monkeypatch):
     class Diverging(DistillationTrainer):
         def training_step(self, *args, **kwargs):
-            return super().training_step(*args, **kwargs) / (self.state.global_step < 2)
+            loss = super().training_step(*args, **kwargs)
+            for parameter in self.model.parameters():
+                parameter.grad /= self.state.global_step < 2
+            return loss
 
     monkeypatch.setattr(job, "DistillationTrainer", Diverging)
-    with pytest.raises(ValueError, match="diverged: the loss of the steps 1 to 3 is not finite"):
+    with pytest.raises(ValueError, match=r"diverged: .* is not finite after step 3"):
         decompose(options(tmp_path / "run"))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-2", RUN_NAME, START_NAME}

@@ -241,7 +241,7 @@ class Diverge(TrainerCallback):
     ("step", "changes", "said"),
     [
         (3, {"logging_steps": 2}, "the loss of the steps 3 to 4 is not finite"),
-        (3, {"logging_steps": 20}, "the loss of the steps 1 to 4 is not finite"),
+        (3, {"logging_steps": 20}, "is not finite after step 4"),
         (3, {"logging_steps": 2, "save_strategy": "no"}, "the loss of the steps 3 to 4 is not finite"),
         (4, {"logging_nan_inf_filter": True}, "decoder.weight is not finite after step 4"),
         (10, {"save_strategy": "no"}, "decoder.weight is not finite after step 10"),
@@ -260,5 +260,5 @@ def test_a_diverged_training_stops_and_is_not_saved(tiny_llama, tmp_path, step, 
 
 def test_a_learning_rate_that_is_far_too_high_is_said(tiny_llama, tmp_path):
     trainer = trainer_of(decomposition(), tiny_llama, tmp_path, learning_rate=1e20, warmup_steps=0)
-    with pytest.raises(DivergenceError, match="the loss of the steps 1 to 8 is not finite"):
+    with pytest.raises(DivergenceError, match="the loss of the steps 1 to 10 is not finite"):
         trainer.train()
