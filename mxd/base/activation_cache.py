@@ -12,10 +12,9 @@ A token takes 2 (I + O) bytes per layer, in bfloat16: 2.3 kB with I = O = 576, s
 
 import hashlib
 import json
+import math
 import os
-import shutil
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -40,13 +39,10 @@ _SAVE_SECONDS = 10
 
 
 class ActivationCache(Dataset[dict[str, Tensor]]):
-    """Inputs and outputs of a model's MLPs for rows of token ids, read from a folder.
+    """Inputs and outputs of a model's MLPs for rows of token ids, read from a folder that `record` wrote.
 
     As a dataset it yields the rows `{"input_ids": (tokens)}` in the order of recording. Called with a batch of those
     rows it returns their activations. Several processes can read the same folder.
-
-    Args:
-        folder: Folder that `record` wrote.
 
     Attributes:
         layers: Indices of the recorded layers.
@@ -62,7 +58,7 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
         self.manifest, recorded = _read_manifest(folder)
         if not self.manifest or recorded < self.manifest["shape"][0]:
             raise ValueError(f"{folder} holds no complete activation cache: create it with ActivationCache.record")
-        files = _open(folder, self.manifest, "r")
+        files = _open(folder, self.manifest, "c")
         self.layers: list[int] = self.manifest["layers"]
         self.rows = files[_ROWS_NAME]
         self._activations = {layer: tuple(files[_file_name(layer, side)] for side in _SIDES) for layer in self.layers}
@@ -116,7 +112,7 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
         An interrupted recording of the same rows continues where it stopped; a complete one is opened.
 
         Args:
-            folder: Folder to write; created if it does not exist.
+            folder: Folder to write.
             model: Model that reads token ids. Its mode is restored.
             layers: Indices of the layers.
             rows: Token ids, (rows, tokens), without padding.
@@ -126,8 +122,9 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
             progress: Show a progress bar, in tokens.
 
         Raises:
-            ValueError: Before the model runs: `rows` is empty, the folder holds another cache, the disk is too full, a
-                layer runs several times in a forward pass, or the model is an encoder–decoder model.
+            ValueError: Before the model runs: `rows` is empty, the folder holds another cache, a layer runs several
+                times in a forward pass, or the model is an encoder–decoder model.
+            OSError: Before the model runs: the disk is too full.
             SurgeryError: The model has no such layer.
         """
         folder = Path(folder)
@@ -140,11 +137,8 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
                 "overwrite it"
             )
         if found != wanted:
-            earlier = [*folder.glob(_ROWS_NAME), *folder.glob(_file_name("*", "*puts"))] if found else []
-            needed = rows.numel() * (4 + sum(2 * sum(pair) for pair in wanted["widths"]))
-            _check_space(folder, needed - sum(path.stat().st_size for path in earlier))
-            for path in [folder / MANIFEST_NAME, *earlier] if found else []:
-                path.unlink()
+            for name in [MANIFEST_NAME, *_layouts(found)] if found else []:
+                (folder / name).unlink(missing_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
             _write_manifest(folder, wanted, 0)
         _record(folder, model, rows, rows_per_step, progress)
@@ -179,17 +173,7 @@ def _manifest(model: nn.Module, layers: Sequence[int], rows: Tensor, stack: str 
     }
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ValueError(
-            f"the activation cache takes {needed / 1e9:,.1f} GB and {existing} has {free / 1e9:,.1f} GB left: use "
-            "fewer tokens or layers, or a folder on another disk"
-        )
-
-
-def _file_name(layer: int | str, side: str) -> str:
+def _file_name(layer: int, side: str) -> str:
     return f"layer_{layer}_{side}.bin"
 
 
@@ -199,8 +183,6 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], int]:
     if not path.is_file():
         return {}, 0
     state = json.loads(path.read_text())
-    if not isinstance(state, dict) or not {"manifest", "recorded"} <= state.keys():
-        raise ValueError(f"{path} was not written by ActivationCache.record")
     return state["manifest"], state["recorded"]
 
 
@@ -208,21 +190,24 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any], recorded: int) ->
     replace_text(folder / MANIFEST_NAME, json.dumps({"manifest": manifest, "recorded": recorded}, indent=1) + "\n")
 
 
-def _open(folder: Path, manifest: Mapping[str, Any], mode: Literal["r+", "r"]) -> dict[str, Tensor]:
-    """Map the files, which may be larger than the memory: rows (rows, tokens), activations (rows, tokens, width)."""
+def _layouts(manifest: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return the files of a cache: rows (rows, tokens), activations (rows, tokens, width)."""
     shape = tuple(manifest["shape"])
     layouts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {_ROWS_NAME: (torch.int32, shape)}
     for layer, widths in zip(manifest["layers"], manifest["widths"], strict=True):
         for side, width in zip(_SIDES, widths, strict=True):
             layouts[_file_name(layer, side)] = (torch.bfloat16, (*shape, width))
+    return layouts
+
+
+def _open(folder: Path, manifest: Mapping[str, Any], mode: Literal["r+", "c"]) -> dict[str, Tensor]:
+    """Map the files, which may be larger than the memory, for writing or (copy on write) for reading."""
     tensors = {}
-    for name, (dtype, size) in layouts.items():
+    for name, (dtype, shape) in _layouts(manifest).items():
         if mode == "r+":
-            _reserve(folder / name, dtype.itemsize * int(np.prod(size)))
-        array = np.memmap(folder / name, np.int32 if dtype == torch.int32 else np.int16, mode, shape=size)
-        with warnings.catch_warnings():  # torch warns of arrays that are not writable; a cache is not written to
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensors[name] = torch.from_numpy(array).view(dtype)
+            _reserve(folder / name, dtype.itemsize * math.prod(shape))
+        array = np.memmap(folder / name, np.int32 if dtype == torch.int32 else np.int16, mode, shape=shape)
+        tensors[name] = torch.from_numpy(array).view(dtype)
     return tensors
 
 
@@ -240,18 +225,17 @@ def _record(folder: Path, model: nn.Module, rows: Tensor, rows_per_step: int, pr
     manifest, done = _read_manifest(folder)
     if done == len(rows):
         return
-    files, device, length = _open(folder, manifest, "r+"), running_device(model), rows.shape[1]
+    files, device = _open(folder, manifest, "r+"), running_device(model)
     files[_ROWS_NAME].copy_(rows)
     where = {"stack": manifest["stack"], "site": manifest["site"]}
     bar = tqdm(
-        desc="record", total=rows.numel(), initial=done * length, unit="tok", unit_scale=True,
+        desc="record", total=rows.numel(), initial=rows[:done].numel(), unit="tok", unit_scale=True,
         disable=not progress, dynamic_ncols=True,
     )  # fmt: skip
     saved = time.monotonic()
     try:
         with bar, evaluating(model):
-            while done < len(rows):
-                part = rows[done : done + rows_per_step]
+            for part in rows[done:].split(rows_per_step):
                 for layer, pair in capture_mlps(model, manifest["layers"], part.to(device), **where).items():
                     for side, tensor in zip(_SIDES, pair, strict=True):
                         files[_file_name(layer, side)][done : done + len(part)] = tensor

@@ -16,9 +16,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Keep freed memory in the process inside the block; return it to the system after the outermost block.
 
     By default glibc returns every large tensor to the system when it is freed, and requests it again, page by page, for
-    the next batch (https://man7.org/linux/man-pages/man3/mallopt.3.html). This takes a sixth of a training step on
-    1,024 tokens at GPT-2's shapes with 21,490 experts, which allocates two gradients of 66 MB, and a tenth of a forward
-    pass of a language model. Does nothing with other C libraries.
+    the next batch (https://man7.org/linux/man-pages/man3/mallopt.3.html), which takes a tenth of a forward pass. Does
+    nothing with other C libraries.
     """
     glibc = _glibc()
     if glibc is None:

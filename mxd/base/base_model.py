@@ -39,10 +39,7 @@ def default_device() -> torch.device:
 
 
 def bfloat16_is_emulated() -> bool:
-    """Return whether this CPU has no bfloat16 instructions; False if this version of torch cannot tell.
-
-    A bfloat16 product then takes longer than a float32 one (three times as long on an Intel Cascade Lake).
-    """
+    """Return whether this CPU has no bfloat16 instructions, which makes bfloat16 slower than float32."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     known = capabilities.get("architecture") in ("x86_64", "arm64", "aarch64")
     return known and not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
@@ -65,14 +62,7 @@ def check_base_model(
     pickles: bool = True,
     context_length: int | None = None,
 ) -> PreTrainedConfig:
-    """Return the config of a model, after checking it as far as `load_base_model` does without other files.
-
-    Args:
-        name, revision, dtype, pickles, context_length: see `load_base_model`.
-
-    Raises:
-        BaseModelError: see `load_base_model`.
-    """
+    """Return the config of a model, after checking it as far as `load_base_model` does without other files."""
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = model_source(name)
@@ -83,13 +73,10 @@ def check_base_model(
         config = with_retries(load, name)
         positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(config, MxDConfig):
-        raise BaseModelError(
-            f"{name!r} is a decomposition itself: name its base model, {config.base_model_name_or_path!r}"
-        )
+        raise BaseModelError(f"{name!r} is a decomposition: name its base model, {config.base_model_name_or_path!r}")
     if context_length is not None and isinstance(positions, int) and 0 < positions < context_length:
         raise BaseModelError(
-            f"the model {name!r} has {positions} positions, fewer than a row of {context_length} tokens: choose a "
-            "smaller context length (--context-length)"
+            f"the model {name!r} has {positions} positions: choose a context length (--context-length) of at most that"
         )
     return config
 
@@ -165,10 +152,7 @@ def _loaded_commit(source: str, revision: str | None) -> str | None:
 
 
 def check_safetensors(name: str, commit: str | None) -> None:
-    """Raise `BaseModelError` if a loaded model has its weights in a pickle only.
-
-    A decomposition of it could not be used: loading one never reads a pickle of its base model.
-    """
+    """Raise `BaseModelError` if a model has its weights in a pickle, which loading a decomposition of it never reads."""
     source = model_source(name)
     names = ("model.safetensors", "model.safetensors.index.json")
     if Path(source).is_dir():
@@ -177,6 +161,6 @@ def check_safetensors(name: str, commit: str | None) -> None:
         found = any(isinstance(try_to_load_from_cache(source, file, revision=commit), str) for file in names)
     if not found:
         raise BaseModelError(
-            f"the weights of {name!r} are in a pickle, which a decomposition's base model is never read from: load it, "
-            "save it again with save_pretrained, and name that folder or repo"
+            f"the weights of {name!r} are in a pickle: load it, save it again with save_pretrained, and name that "
+            "folder or repo"
         )

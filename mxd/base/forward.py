@@ -19,10 +19,7 @@ Batch = tuple[Tensor, Tensor | None]
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode inside the block, and afterwards, also after an exception, restore every module's mode.
-
-    On a CPU, freed memory is kept for the next batch.
-    """
+    """Put models in eval mode inside the block, then restore every module's mode; keep freed memory on a CPU."""
     before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -38,8 +35,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def right_padded(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     """Move token ids and mask to `device`, and every row's padding to its right.
 
-    Models with absolute positions count them from the left of the row: with padding there, a plain forward pass gives
-    every token a wrong position (generation corrects this, forward does not).
+    With padding on the left, a forward pass (unlike generation) gives every token a wrong absolute position.
 
     Raises:
         ValueError: the batch has no tokens, or ids and mask differ in shape.
@@ -103,8 +99,7 @@ class ZeroMLP(nn.Module):
         super().__init__()
         self.output_size = output_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return zeros of the output's shape."""
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return x.new_zeros(*x.shape[:-1], self.output_size)
 
 

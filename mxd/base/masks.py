@@ -18,8 +18,7 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_
         input_ids: token ids, (batch, tokens).
         attention_mask: 1 where a token is not padding, (batch, tokens); None when there is no padding.
         include_first: if False, exclude each row's first unpadded position too. That is the place of BOS, an attention
-            sink whose activations have an extreme norm in many models. It is found by its position, so a BOS id of 0,
-            or a tokenizer without BOS, makes no difference.
+            sink whose activations have an extreme norm in many models; its id does not matter.
 
     Returns:
         (batch, tokens) bool.
@@ -27,15 +26,10 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None = None, include_
     Raises:
         ValueError: the two have different shapes.
     """
-    if attention_mask is None:
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
-    elif attention_mask.shape == input_ids.shape:
-        mask = attention_mask.bool()
-    else:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
-            f"got {tuple(attention_mask.shape)}"
-        )
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if mask.shape != input_ids.shape:
+        shapes = f"{tuple(input_ids.shape)}, got {tuple(mask.shape)}"
+        raise ValueError(f"attention_mask must have the shape of input_ids {shapes}")
     return mask if include_first else mask & (mask.cumsum(-1) > 1)
 
 
@@ -69,12 +63,5 @@ def activation_mask(
 
 
 def next_token_mask(mask: Tensor) -> Tensor:
-    """Return where a prediction counts: where a position and its next one both do.
-
-    Args:
-        mask: which positions count, (batch, tokens) bool.
-
-    Returns:
-        (batch, tokens − 1) bool, without the last position.
-    """
+    """Return where a prediction counts, where a position and its next one both do: (batch, tokens) → (…, tokens − 1)."""
     return mask[:, :-1] & mask[:, 1:]

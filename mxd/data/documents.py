@@ -7,7 +7,6 @@ train, heldout = split_documents(documents, heldout_fraction=0.01)
 import glob
 import hashlib
 import itertools
-import logging
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -16,8 +15,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
-
-logger = logging.getLogger(__name__)
 
 DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".rst", ".py")
 
@@ -63,22 +60,18 @@ def load_text(
             does not hold text, a column of `keep` is missing, or there are no documents.
     """
     sources = [dataset] if isinstance(dataset, str) else list(dataset)
-    if not sources:
-        raise DataError("dataset is an empty list; name a Hub dataset or at least one local path")
     remote = [source for source in sources if not _is_local(source)]
-    if not remote:
-        if config_name is not None or revision is not None:
-            raise DataError(f"config_name and revision choose among Hub datasets, but {sources} are local paths")
-        parts = _load_files(sources, split, text_column, streaming, keep)
-    elif len(sources) == 1:
+    if remote and len(sources) > 1:
+        raise DataError(f"no such file or folder: {remote[0]!r}; a Hub dataset is given alone")
+    if remote:
         loaded = _load_hub(sources[0], config_name, split, revision, streaming)
-        parts = [_select_text(loaded, text_column, f"dataset {sources[0]!r}", keep)]
-    else:
-        raise DataError(
-            f"no such file or folder: {', '.join(map(repr, remote))}; several sources must all be local paths, "
-            "and a Hub dataset is given alone"
-        )
-    return parts[0] if len(parts) == 1 else concatenate_datasets([_as_strings(part, ["text", *keep]) for part in parts])
+        return _select_text(loaded, text_column, f"dataset {sources[0]!r}", keep)
+    if config_name is not None or revision is not None:
+        raise DataError(f"config_name and revision choose among Hub datasets, but {sources} are local paths")
+    parts = _load_files(sources, split, text_column, streaming, keep)
+    # Parquet may hold string or large_string, which do not concatenate.
+    strings = Features({column: Value("string") for column in ["text", *keep]})
+    return parts[0] if len(parts) == 1 else concatenate_datasets([part.cast(strings) for part in parts])
 
 
 def _is_local(source: str) -> bool:
@@ -94,8 +87,7 @@ def _load_hub(name: str, config_name: str | None, split: str, revision: str | No
         return load_dataset(name, config_name, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client have unrelated exception classes
         raise DataError(
-            f"no local path {name!r}, and the Hub dataset of that name cannot be loaded: {_first_line(error)}; "
-            "check the name, config_name, split and revision, the network, and for a gated dataset `hf auth login`"
+            f"no local path {name!r}, and the Hub dataset of that name cannot be loaded: {_first_line(error)}"
         ) from error
 
 
@@ -111,19 +103,19 @@ def _load_files(
         raise DataError(f"no documents: every file of {', '.join(map(repr, sources))} is empty")
     parts = []
     for builder, files in by_builder.items():
-        shown = ", ".join(str(file) for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        logger.info("%d %s file(s): %s", len(files), builder, shown)
+        name = f"{builder} file {files[0]}" + (f" (or {len(files) - 1} more)" if len(files) > 1 else "")
         options = {"sample_by": "document"} if builder == "text" else {}
         # load_dataset expands globs, and a file may be called "notes [1].txt".
         paths = [glob.escape(str(file.absolute())) for file in files]
         try:
             part = load_dataset(builder, data_files={"train": paths}, split=split, streaming=streaming, **options)
             column = "text" if builder == "text" else text_column
-            parts.append(_select_text(part, column, f"{builder} file(s) {shown}", keep))
+            parts.append(_select_text(part, column, name, keep))
         except DataError:
             raise
         except Exception as error:  # each builder has its own errors, StopIteration among them
-            raise DataError(f"cannot read {builder} file(s) {shown}: {_explain(error, files)}") from error
+            cause = error.__cause__ or error  # datasets wraps the builder's error in an uninformative one
+            raise DataError(f"cannot read {name}: {_first_line(cause)}") from error
     return parts
 
 
@@ -147,8 +139,8 @@ def _expand(source: str) -> list[Path]:
     matches = [path] if path.is_dir() else [Path(found) for found in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
     if not matches:
         raise DataError(f"no such file, folder or glob: {source!r} (looked in {Path.cwd()})")
-    files = [file for match in matches for file in (_folder_files(match) if match.is_dir() else [match])]
-    files = [file for file in files if file.suffix.lower() in _BUILDERS]
+    found = [file for match in matches for file in (_folder_files(match) if match.is_dir() else [match])]
+    files = [file for file in found if file.suffix.lower() in _BUILDERS]
     if not files:
         raise DataError(f"{source!r} matches nothing with a known ending; known are {known}")
     return files
@@ -156,22 +148,8 @@ def _expand(source: str) -> list[Path]:
 
 def _folder_files(folder: Path) -> list[Path]:
     """Return the files anywhere below a folder, sorted, without hidden ones."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        raise DataError(f"{str(folder)!r} was written by save_to_disk; load it with datasets.load_from_disk instead")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-
-
-def _explain(error: BaseException, files: Sequence[Path]) -> str:
-    """Return the first line of an error; for text that is not UTF-8, name the file."""
-    cause = error.__cause__ or error  # datasets wraps the builder's error in an uninformative one
-    if isinstance(cause, UnicodeDecodeError):
-        for file in files:
-            try:
-                file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                return f"{file} is not UTF-8; convert it or leave it out"
-    return _first_line(cause)
 
 
 def _first_line(error: BaseException) -> str:
@@ -192,17 +170,8 @@ def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) ->
         raise DataError(f"column {text_column!r} of {name} holds {kind}, not text; set text_column to another")
     if missing := [column for column in keep if column not in columns]:
         raise DataError(f"{name} has no column {missing[0]!r}, only {', '.join(columns)}")
-    part = part.select_columns(list(dict.fromkeys([text_column, *keep])))
+    part = part.select_columns([text_column, *keep])
     return part if text_column == "text" else part.rename_column(text_column, "text")
-
-
-def _as_strings(part: Any, columns: list[str]) -> Any:
-    """Cast to string: Parquet may hold string or large_string, which do not concatenate."""
-    wanted = Features({column: Value("string") for column in columns})
-    selected = part.select_columns(columns)
-    if part.features is not None and all(part.features[column] == wanted[column] for column in columns):
-        return selected
-    return selected.cast(wanted)
 
 
 def split_documents(
@@ -210,11 +179,9 @@ def split_documents(
 ) -> tuple[Dataset, Dataset] | tuple[IterableDataset, IterableDataset]:
     """Split documents into a training and a held-out side, the same way for the same seed.
 
-    Map-style datasets are split at random: the fraction is exact up to rounding, with at least one document on either
-    side. A stream is split by a hash of each document's text, so copies of a document stay on one side, and the
-    fraction holds on average. (A hash of the position would leak held-out documents into training: shuffling or
-    distributing the shards of the training side renumbers the documents.) About `1 / heldout_fraction` documents are
-    read at once, to find the first of each side.
+    Map-style datasets are split at random, with at least one document on either side. A stream is split by a hash of
+    each document's text, so copies of a document stay on one side, and the fraction holds on average. (Positions would
+    leak held-out documents into training: shuffling the shards of the training side renumbers the documents.)
 
     Args:
         documents: Rows with a `"text"` column, as `load_text` returns them.
@@ -239,19 +206,14 @@ def split_documents(
         train_rows, heldout_rows = np.sort(order[heldout_count:]), np.sort(order[:heldout_count])
         return documents.select(train_rows, keep_in_memory=True), documents.select(heldout_rows, keep_in_memory=True)
     require_text(documents)
-    sides = [
-        documents.filter(
-            partial(_on_side, heldout=heldout, fraction=heldout_fraction, seed=seed), input_columns=["text"]
-        )
-        for heldout in (False, True)
-    ]
-    for side, name in zip(sides, ("training", "held-out"), strict=True):
+    on_side = partial(_on_side, fraction=heldout_fraction, seed=seed)
+    train, heldout = (
+        documents.filter(partial(on_side, heldout=heldout), input_columns=["text"]) for heldout in (False, True)
+    )
+    for side, name in ((train, "training"), (heldout, "held-out")):
         if next(iter(side), None) is None:
-            raise DataError(
-                f"heldout_fraction={heldout_fraction} leaves the {name} side of the stream without documents; "
-                "change it, or pass a separate held-out dataset"
-            )
-    return sides[0], sides[1]
+            raise DataError(f"heldout_fraction={heldout_fraction} leaves the {name} side of the stream empty")
+    return train, heldout
 
 
 def require_text(documents: Dataset | IterableDataset) -> None:

@@ -36,10 +36,6 @@ class LabelledDocuments:
     labels: np.ndarray
     groups: np.ndarray
 
-    def __post_init__(self) -> None:
-        if not len(self.texts) == len(self.labels) == len(self.groups):
-            raise DataError(f"{len(self.texts)} texts, {len(self.labels)} labels, {len(self.groups)} groups")
-
 
 @dataclass(frozen=True)
 class LabelledTexts:
@@ -70,24 +66,23 @@ def load_labelled_text(
 
     Args:
         dataset, text_column, config_name, split, revision: see `load_text`.
-        label_column: column of the classes: words, whole numbers (also as floats, which a CSV file with an empty cell
-            has) or a `ClassLabel`. Rows without a class are dropped.
+        label_column: column of the classes: words, numbers or a `ClassLabel`. Rows without a class are dropped.
         group_column: column whose equal values group documents, such as chunks of one book; None if every document is
             its own group.
         classes: classes to keep; None for all.
 
     Raises:
-        DataError: as `load_text`; a column is missing or holds no classes, there are fewer than two classes or more
-            than `MAX_CLASSES`, or a class of `classes` does not occur.
+        DataError: as `load_text`; a column is missing, there are fewer than two classes or more than `MAX_CLASSES`, or
+            a class of `classes` does not occur.
     """
     if label_column == text_column:
         raise DataError(f"{label_column!r} is named as the text column and as the label column")
-    keep = [label_column, *([group_column] if group_column else [])]
+    keep = list(filter(None, [label_column, group_column]))
     found = load_text(
         dataset, text_column=text_column, config_name=config_name, split=split, revision=revision, keep=keep
     )
     assert isinstance(found, Dataset)
-    labels = _labels(found, label_column)
+    labels = label_names(found, label_column)
     known = {str(label) for label in labels if label is not None}
     if classes is not None and (missing := sorted(set(classes) - known)):
         raise DataError(f"column {label_column!r} has no class {missing[0]!r}, only {_some(known)}")
@@ -95,10 +90,7 @@ def load_labelled_text(
     if len(wanted) < 2:
         raise DataError(f"probing needs two classes, and column {label_column!r} has only {_some(wanted) or 'none'}")
     if len(wanted) > MAX_CLASSES:
-        raise DataError(
-            f"column {label_column!r} has {len(wanted)} different values ({_some(wanted)}): name at most "
-            f"{MAX_CLASSES} of them as classes, or another column"
-        )
+        raise DataError(f"column {label_column!r} has {len(wanted)} classes ({_some(wanted)}), over {MAX_CLASSES}")
     chosen = [index for index, label in enumerate(labels) if label in wanted]
     groups = label_names(found, group_column) if group_column else [str(row) for row in range(len(found))]
     return LabelledDocuments(
@@ -107,16 +99,6 @@ def load_labelled_text(
         # A row without a group is its own group.
         groups=np.array([f"(row {index})" if groups[index] is None else groups[index] for index in chosen]),
     )
-
-
-def _labels(found: Dataset, column: str) -> list[str | None]:
-    """Return the class of each row, None for a missing one."""
-    for value in found[column]:
-        whole = isinstance(value, float) and (math.isnan(value) or value.is_integer())
-        if not whole and not isinstance(value, str | int | None):
-            shown = f"{value!r}" if isinstance(value, float) else type(value).__name__
-            raise DataError(f"column {column!r} holds {shown}: classes are words or whole numbers")
-    return label_names(found, column)
 
 
 def label_names(found: Dataset, column: str) -> list[str | None]:
@@ -128,9 +110,9 @@ def label_names(found: Dataset, column: str) -> list[str | None]:
 
 
 def _name(value: Any) -> str | None:
-    if isinstance(value, float):
-        return None if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
-    return None if value is None or value == "" else str(value)
+    if isinstance(value, float):  # also whole numbers in a CSV file with an empty cell
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    return None if value in (None, "") else str(value)
 
 
 def _some(names: Any) -> str:
@@ -153,30 +135,28 @@ def cut_texts(
     a document, which in books and source files is a title page or a licence.)
 
     Raises:
-        DataError: a number is out of range, or a class has no text of `MIN_TOKENS` tokens.
+        DataError: `context_length` is too small, or a class has no text of `MIN_TOKENS` tokens.
     """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     length = context_length - len(start)
     if length < MIN_TOKENS:
         raise DataError(f"context_length must be at least {MIN_TOKENS + len(start)}, got {context_length}")
-    if texts_per_class < 1:
-        raise DataError(f"texts_per_class must be at least 1, got {texts_per_class}")
     ids: list[list[int]] = []
     origins: list[int] = []
     for number, label in enumerate(np.unique(documents.labels)):
         rng = np.random.default_rng([seed, number])
-        order = rng.permutation(np.flatnonzero(documents.labels == label))
-        taken = len(ids)
+        order = rng.permutation(np.flatnonzero(documents.labels == label)).tolist()
+        left = texts_per_class
         for place, index in enumerate(order):
-            left = texts_per_class - (len(ids) - taken)
             if not left:
                 break
             share = -(-left // (len(order) - place))  # later documents make up for short ones
-            windows = _windows(documents.texts[int(index)], tokenizer, length)
+            windows = _windows(documents.texts[index], tokenizer, length)
             drawn = rng.permutation(len(windows))[:share]
             ids.extend(start + windows[window] for window in sorted(drawn))
-            origins.extend([int(index)] * len(drawn))
-        if len(ids) == taken:
+            origins.extend([index] * len(drawn))
+            left -= len(drawn)
+        if left == texts_per_class:
             raise DataError(f"class {label!r} has no text of at least {MIN_TOKENS} tokens")
     return LabelledTexts(ids, documents.labels[origins], documents.groups[origins])
 

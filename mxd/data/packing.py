@@ -49,9 +49,8 @@ def pack(
     passages of at most 16,384 characters so that a book is spread over the run, and shuffled again. Batches of
     passages are tokenised without special tokens, joined with the EOS token if the tokenizer has one, and cut into
     rows that each start with the BOS token if it has one; the rows are shuffled once more. The remainder of a batch
-    after its last row is dropped. A batch is at least 64 passages and, if those are short, enough for about 16 rows,
-    so that on average at most some 3 % of the text is dropped. Attention crosses document boundaries in a row: only
-    the EOS tokens mark them.
+    after its last row is dropped, on average at most some 3 % of the text. Attention crosses document boundaries in a
+    row: only the EOS tokens mark them.
 
     Args:
         documents: Rows with a `"text"` column, as `load_text` returns them; missing and blank texts are skipped.
@@ -66,13 +65,11 @@ def pack(
         Rows `{"input_ids": list[int]}`, each of length `context_length`.
 
     Raises:
-        DataError: `context_length` is below 2, `buffer_size` below 1, there is no `"text"` column, or the text is too
-            short for a single row. The documents for a first row are read at once to find out.
+        DataError: `context_length` is below 2, there is no `"text"` column, or the text is too short for a single row.
+            The documents for a first row are read at once to find out.
     """
     if context_length < 2:
         raise DataError(f"context_length must be at least 2, one token to predict another from; got {context_length}")
-    if buffer_size < 1:
-        raise DataError(f"buffer_size must be at least 1, got {buffer_size}")
     require_text(documents)
     batch_size = _passages_per_batch(_passages(documents), tokenizer, context_length)
     if shuffle:
@@ -166,17 +163,8 @@ def _passages_per_batch(passages: IterableDataset, tokenizer: PreTrainedTokenize
 
 
 def take_tokens(rows: IterableDataset, tokens: int) -> IterableDataset:
-    """Take the first `ceil(tokens / context_length)` rows of `pack`'s result, or all of them if there are fewer.
-
-    Raises:
-        DataError: `tokens` is below 1, or the rows do not come from `pack`, whose features state their length.
-    """
-    if tokens < 1:
-        raise DataError(f"tokens must be at least 1, got {tokens}")
-    feature = (rows.features or {}).get("input_ids")
-    if not isinstance(feature, List) or feature.length < 1:
-        raise DataError(f"the features of the rows state no length (features: {rows.features}); pass what pack returns")
-    return rows.take(math.ceil(tokens / feature.length))
+    """Take the first `ceil(tokens / context_length)` rows of `pack`'s result, or all of them if there are fewer."""
+    return rows.take(math.ceil(tokens / rows.features["input_ids"].length))
 
 
 def materialize(rows: IterableDataset, tokens: int | None = None) -> Dataset:
@@ -190,7 +178,7 @@ def materialize(rows: IterableDataset, tokens: int | None = None) -> Dataset:
         A map-style dataset whose `input_ids` are LongTensors of shape (context_length,).
 
     Raises:
-        DataError: There are no rows, or `tokens` is below 1.
+        DataError: There are no rows.
     """
     limited = rows if tokens is None else take_tokens(rows, tokens)
     ids = [np.asarray(row["input_ids"], dtype=np.int64) for row in limited]
@@ -210,20 +198,12 @@ class CausalCollator:
 
         Returns:
             `input_ids` and `attention_mask`, both LongTensors of shape (B, T), T the length of the longest row.
-
-        Raises:
-            DataError: There are no rows, or the mask of a row is not as long as its ids.
         """
-        if not rows:
-            raise DataError("a batch needs at least one row")
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]  # each (t,)
         masks = [
             torch.ones_like(tokens) if row.get("attention_mask") is None else torch.as_tensor(row["attention_mask"])
             for row, tokens in zip(rows, ids, strict=True)
         ]
-        for tokens, mask in zip(ids, masks, strict=True):
-            if tokens.shape != mask.shape:
-                raise DataError(f"attention_mask is {tuple(mask.shape)} but input_ids is {tuple(tokens.shape)}")
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return {
             "input_ids": pad(ids, padding_value=0),

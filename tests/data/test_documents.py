@@ -111,16 +111,14 @@ def test_split_may_be_a_slice(tmp_path):
         ("mis*ing", "no such file, folder or glob"),
         ("~/missing-folder/deep", "no such file, folder or glob"),
         ("one/two/three", "no such file or folder: 'one/two/three'; nor is it a Hub dataset's name"),
-        (["someone/something", "a.txt"], "no such file or folder: 'someone/something'; several sources"),
-        ([], "empty list"),
+        (["someone/something", "a.txt"], "no such file or folder: 'someone/something'; a Hub dataset is given alone"),
         ("data.bin", "unknown ending '.bin'"),
         ("./nothing", "'./nothing' matches nothing with a known ending; known are .parquet"),
         ("*.bin", "matches nothing with a known ending"),
         ("empty.jsonl", "every file of 'empty.jsonl' is empty"),
-        ("header.csv", r"csv file\(s\) header.csv.* no (rows|data)"),
+        ("header.csv", "csv file .*header.csv.* no (rows|data)"),
         ("broken.jsonl", "cannot read json file.*broken.jsonl"),
-        ("latin.txt", "latin.txt is not UTF-8; convert it"),
-        ("saved", "written by save_to_disk"),
+        ("latin.txt", "latin.txt: 'utf-8' codec can't decode"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
@@ -133,8 +131,6 @@ def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch, source, message, 
     Path("header.csv").write_text("text,n\n")
     Path("broken.jsonl").write_text('{"text": "a"}\n{"tex')
     Path("latin.txt").write_bytes("café".encode("latin-1"))
-    Path("saved").mkdir()
-    Path("saved/state.json").write_text("{}")
     with pytest.raises(DataError, match=message):
         load_text(source, streaming=streaming)
 
@@ -164,7 +160,7 @@ def test_hub_names_go_to_the_hub_and_failures_are_short(monkeypatch):
         raise ConnectionError("Couldn't reach it\nand a long story")
 
     monkeypatch.setattr(documents_module, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"no local path 'foo/bar'.*Couldn't reach it; check the name") as caught:
+    with pytest.raises(DataError, match=r"no local path 'foo/bar'.*Couldn't reach it") as caught:
         load_text("foo/bar", config_name="en", split="test", revision="abc", streaming=True)
     assert isinstance(caught.value.__cause__, ConnectionError)
     assert "long story" not in str(caught.value)
@@ -218,7 +214,7 @@ def test_split_of_a_stream_stays_apart_when_shards_are_shuffled(tmp_path, bare_t
 
 def test_split_of_too_short_a_stream():
     stream = documents(2).to_iterable_dataset()
-    with pytest.raises(DataError, match="held-out side of the stream without documents"):
+    with pytest.raises(DataError, match="held-out side of the stream empty"):
         split_documents(stream, heldout_fraction=1e-9)
-    with pytest.raises(DataError, match="training side of the stream without documents"):
+    with pytest.raises(DataError, match="training side of the stream empty"):
         split_documents(stream, heldout_fraction=1 - 1e-9)
