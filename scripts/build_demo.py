@@ -227,11 +227,8 @@ def sample_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def build(corpus: Path, output: Path, tokens: int, minutes: float | None, seed: int) -> dict[str, Any]:
-    """Build everything under ``output`` and return what ``results.json`` records.
-
-    ``minutes``, if given, overrides ``tokens`` with what this machine can do in that time.
-    """
+def build(corpus: Path, output: Path, tokens: int, seed: int) -> dict[str, Any]:
+    """Build everything under ``output`` and return what ``results.json`` records."""
     train, heldout = split_documents(read_documents(corpus), seed)
     sample = sample_passages(heldout, HELDOUT_CHARS, seed)
     write_passages(sample_passages(train, TRAIN_CHARS, seed), output / "text" / "train.parquet")
@@ -239,8 +236,6 @@ def build(corpus: Path, output: Path, tokens: int, minutes: float | None, seed: 
     tokenizer = train_tokenizer(train)
     rows = packed_rows(encode(tokenizer, [d.text for d in train]))
     log.info("%d training rows of %d tokens", len(rows), CONTEXT)
-    if minutes is not None:
-        tokens = affordable_tokens(rows, minutes, seed)
     steps = -(-tokens // TOKENS_PER_STEP)
     tokens = steps * TOKENS_PER_STEP
 
@@ -277,22 +272,12 @@ def build(corpus: Path, output: Path, tokens: int, minutes: float | None, seed: 
     }
 
 
-def affordable_tokens(rows: torch.Tensor, minutes: float, seed: int) -> int:
-    """About as many tokens as this machine trains on in so many minutes, from a short trial."""
-    trial = 20  # steps
-    start = time.perf_counter()
-    train_model(rows, trial, seed)
-    return round(minutes * 60 * trial * TOKENS_PER_STEP / (time.perf_counter() - start))
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Build the embedded model and text sample.")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of Parquet files")
     parser.add_argument("--output", type=Path, default=DEMO, help="folder, by default mxd/demo")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--tokens", type=int, default=5_500_000, help="training tokens")
-    budget.add_argument("--minutes", type=float, help="instead of --tokens: as many as fit in about this time")
+    parser.add_argument("--tokens", type=int, default=5_500_000, help="training tokens")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -301,7 +286,7 @@ def main() -> None:
     # The tokenizers library reads this when it starts its thread pool.
     os.environ["RAYON_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
-    outcome = build(args.corpus, args.output, args.tokens, args.minutes, args.seed)
+    outcome = build(args.corpus, args.output, args.tokens, args.seed)
     text = json.dumps(outcome, indent=2) + "\n"
     (args.output / "results.json").write_text(text, encoding="utf-8")
     log.info("wrote %s: %s", args.output, outcome["heldout"])
