@@ -73,11 +73,12 @@ def check_base_model(
         config = with_retries(load, name)
         positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(config, MxDConfig):
-        raise BaseModelError(f"{name!r} is a decomposition: name its base model, {config.base_model_name_or_path!r}")
-    if context_length is not None and isinstance(positions, int) and 0 < positions < context_length:
         raise BaseModelError(
-            f"the model {name!r} has {positions} positions: choose a context length (--context-length) of at most that"
+            f"{name!r} is a decomposition itself: name its base model, {config.base_model_name_or_path}"
         )
+    if context_length is not None and isinstance(positions, int) and 0 < positions < context_length:
+        shorter = f"fewer than a row of {context_length} tokens (--context-length)"
+        raise BaseModelError(f"the model {name!r} has {positions} positions, {shorter}")
     return config
 
 
@@ -152,7 +153,7 @@ def _loaded_commit(source: str, revision: str | None) -> str | None:
 
 
 def check_safetensors(name: str, commit: str | None) -> None:
-    """Raise `BaseModelError` if a model has its weights in a pickle, which loading a decomposition of it never reads."""
+    """Raise `BaseModelError` if a model's weights are in a pickle, which loading a decomposition of it never reads."""
     source = model_source(name)
     names = ("model.safetensors", "model.safetensors.index.json")
     if Path(source).is_dir():

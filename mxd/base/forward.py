@@ -99,7 +99,7 @@ class ZeroMLP(nn.Module):
         super().__init__()
         self.output_size = output_size
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], self.output_size)
 
 

@@ -63,5 +63,5 @@ def activation_mask(
 
 
 def next_token_mask(mask: Tensor) -> Tensor:
-    """Return where a prediction counts, where a position and its next one both do: (batch, tokens) → (…, tokens − 1)."""
+    """Return where a position and its next one both count, for masks (batch, tokens): (batch, tokens − 1)."""
     return mask[:, :-1] & mask[:, 1:]

@@ -33,6 +33,7 @@ from .weight_layout import (
 
 logger = logging.get_logger(__name__)
 
+_AT_RANDOM = "start the encoder at random (encoder_init='random', --encoder-init random)"
 _ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "activation_function")
 # Tried first, in this order: several names have equal values.
 _COMMON = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
@@ -48,41 +49,29 @@ class PretrainedWeights:
     them work on a token is the router's choice, and no part of this.
     """
 
-    encoder: Tensor
-    """(H, I)"""
-    encoder_bias: Tensor | None
-    """(H)"""
-    up: Tensor | None
-    """(H, I), the other half of a GLU"""
-    up_bias: Tensor | None
-    """(H)"""
-    decoder: Tensor
-    """(O, H)"""
-    decoder_bias: Tensor | None
-    """(O); None of a mixture of experts, where each expert may have its own"""
+    encoder: Tensor  # (H, I)
+    encoder_bias: Tensor | None  # (H)
+    up: Tensor | None  # (H, I), the other half of a GLU
+    up_bias: Tensor | None  # (H)
+    decoder: Tensor  # (O, H)
+    decoder_bias: Tensor | None  # (O); None for a mixture of experts, where each expert may have its own
 
     def strongest(self, units: int) -> "PretrainedWeights":
-        """The `units` hidden units with the largest ‖encoder row‖ · ‖decoder column‖, in their order: for an encoder
-        that is narrower than all experts of a mixture together."""
+        """Return the `units` hidden units with the largest ‖encoder row‖ · ‖decoder column‖, in their order."""
         strength = self.encoder.float().norm(dim=1) * self.decoder.float().norm(dim=0)
         kept = strength.topk(units).indices.sort().values
-        chosen: dict[str, Any] = {
-            name: None if (tensor := getattr(self, name)) is None else tensor[kept]
-            for name in ("encoder", "encoder_bias", "up", "up_bias")
-        }
-        return replace(self, **chosen, decoder=self.decoder[:, kept])
+        rows = (self.encoder, self.encoder_bias, self.up, self.up_bias)
+        chosen: list[Any] = [None if tensor is None else tensor[kept] for tensor in rows]
+        return PretrainedWeights(*chosen, self.decoder[:, kept], self.decoder_bias)
 
     def hidden(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        """Hidden units z (..., H) of a dense MLP for x (..., I)."""
+        """Return the hidden units z (..., H) of a dense MLP for x (..., I)."""
         z = activation(F.linear(x, self.encoder, self.encoder_bias))
         return z if self.up is None else z * F.linear(x, self.up, self.up_bias)
 
     def apply(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        """y (..., O) of a dense MLP for x (..., I): what the weights alone say."""
+        """Return y (..., O) of a dense MLP for x (..., I)."""
         return F.linear(self.hidden(x, activation), self.decoder, self.decoder_bias)
-
-
-# A site's properties
 
 
 def mlp_layout(site: MLPSite) -> WeightLayout | None:
@@ -103,8 +92,7 @@ def mlp_encoder_type(site: MLPSite) -> str:
 
 
 def mlp_active_units(site: MLPSite) -> int | None:
-    """Return the hidden units that work on one token: H, or in a mixture those of the active experts and the shared
-    one. If the config does not say how many experts are active, two."""
+    """Return the hidden units that work on one token: H, or those of the active (by default two) and shared experts."""
     layout, widths = mlp_layout(site), mlp_widths(site)
     if layout is None or widths is None or layout.experts is None:
         return None if widths is None else widths[1]
@@ -120,11 +108,7 @@ def mlp_active_units(site: MLPSite) -> int | None:
 
 
 def check_widths(site: MLPSite, config: MxDLayerConfig) -> None:
-    """Check that a layer of this configuration has the widths of the MLP, if they are known.
-
-    Raises:
-        SurgeryError: it has others.
-    """
+    """Raise `SurgeryError` if a layer of this configuration has other widths than the MLP."""
     widths, want = mlp_widths(site), (config.hidden_size, config.output_size)
     if widths is not None and (widths[0], widths[2]) != want:
         raise SurgeryError(
@@ -134,11 +118,7 @@ def check_widths(site: MLPSite, config: MxDLayerConfig) -> None:
 
 
 def record_base(decomposition: MxDModel, model: PreTrainedModel) -> None:
-    """Record in the decomposition's config which base model it is of, in the fields that are None.
-
-    Raises:
-        SurgeryError: the model has no MLPs where the config says.
-    """
+    """Record in the decomposition's config which base model it is of, in the fields that are None."""
     config, text_config = decomposition.config, model.config.get_text_config(decoder=True)
     sites = [site for site in find_mlps(model, **config.where).values() if site.slots]
     # The decomposed layers first: others may have another activation.
@@ -169,9 +149,6 @@ def record_base(decomposition: MxDModel, model: PreTrainedModel) -> None:
             setattr(config, name, value)
 
 
-# Weights
-
-
 def mlp_weights(site: MLPSite) -> PretrainedWeights:
     """Return copies of the pretrained weights, detached, on their own device; quantised ones dequantised.
 
@@ -183,16 +160,14 @@ def mlp_weights(site: MLPSite) -> PretrainedWeights:
         kinds = ", ".join(type(module).__name__ for module in site.modules)
         raise SurgeryError(
             f"no rule finds the pretrained weights of layer {site.layer} ({kinds}): undo a replacement first, or "
-            "start the encoder at random (encoder_init='random', --encoder-init random)"
+            f"{_AT_RANDOM}"
         )
     module = as_module(site.modules)
     try:
         routed = _read(module, layout)
         return routed if layout.shared is None else _joined(_read(module, layout.shared), routed)
     except ValueError as error:
-        raise SurgeryError(
-            f"layer {site.layer}: {error}; start the encoder at random (encoder_init='random', --encoder-init random)"
-        ) from error
+        raise SurgeryError(f"layer {site.layer}: {error}; {_AT_RANDOM}") from error
 
 
 def _joined(first: PretrainedWeights, second: PretrainedWeights) -> PretrainedWeights:
@@ -211,8 +186,7 @@ def _read(module: nn.Module, layout: WeightLayout) -> PretrainedWeights:
     inside = get_part(module, layout.holder)
     if isinstance(inside, EXPERT_LISTS):
         single = replace(layout, holder="", experts=None, shared=None)
-        parts = [_read(expert, single) for expert in expert_modules(inside)]
-        return reduce(_joined, parts)
+        return reduce(_joined, (_read(expert, single) for expert in expert_modules(inside)))
     encoder, encoder_bias = _matrix(inside, layout.encoder, layout)
     up, up_bias = (None, None) if layout.up is None else _matrix(inside, layout.up, layout)
     decoder, decoder_bias = _matrix(inside, layout.decoder, layout)
@@ -221,11 +195,9 @@ def _read(module: nn.Module, layout: WeightLayout) -> PretrainedWeights:
         if encoder_bias is not None:
             encoder_bias, up_bias = _split(encoder_bias, -1, layout.fused)
     if encoder.ndim == 3:  # a stack of experts
-        encoder, up = encoder[: len(decoder)], None if up is None else up[: len(decoder)]
-        encoder, up = encoder.flatten(0, 1), None if up is None else up.flatten(0, 1)
+        encoder, up = (None if part is None else part[: len(decoder)].flatten(0, 1) for part in (encoder, up))
         decoder, decoder_bias = decoder.transpose(0, 1).flatten(1, 2), None
-        encoder_bias = None if encoder_bias is None else encoder_bias.flatten()
-        up_bias = None if up_bias is None else up_bias.flatten()
+        encoder_bias, up_bias = (None if bias is None else bias.flatten() for bias in (encoder_bias, up_bias))
     elif is_rows(tuple(encoder.shape), tuple(decoder.shape)):
         decoder = decoder.T
     values = (encoder, encoder_bias, up, up_bias, decoder, decoder_bias)
@@ -233,16 +205,16 @@ def _read(module: nn.Module, layout: WeightLayout) -> PretrainedWeights:
 
 
 def _split(tensor: Tensor, dim: int, fused: str) -> tuple[Tensor, Tensor]:
-    """A GLU's halves; the units are dimension `dim`."""
+    """Return a GLU's halves; the units are dimension `dim`."""
     if fused == "interleaved":
-        index = torch.arange(tensor.shape[dim], device=tensor.device)
-        return tensor.index_select(dim, index[::2]), tensor.index_select(dim, index[1::2])
+        one, other = tensor.unflatten(dim, (-1, 2)).unbind(dim)  # dim counts from the end: the pairs
+        return one, other
     one, other = tensor.chunk(2, dim)
     return (other, one) if fused == "swapped halves" else (one, other)
 
 
 def _matrix(inside: object, name: str, layout: WeightLayout) -> tuple[Tensor, Tensor | None]:
-    """Weight as ([experts,] out, in) and bias ([experts,] out) of what is called `name`."""
+    """Return the weight as ([experts,] out, in) and the bias ([experts,] out) of the part called `name`."""
     part = get_part(inside, name)
     bias = getattr(inside, f"{name}_bias", None) if isinstance(part, Tensor) else getattr(part, "bias", None)
     weight = weight_of(part)
@@ -262,7 +234,7 @@ def _matrix(inside: object, name: str, layout: WeightLayout) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def _dequantised(linear: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """What a quantised linear computes, whichever way it is quantised: its outputs for the unit vectors."""
+    """Return weight and bias of a linear, however it is quantised, from its outputs for the unit vectors."""
     bias = getattr(linear, "bias", None)
     dtype = getattr(linear, "compute_dtype", None) or (bias.dtype if isinstance(bias, Tensor) else torch.float32)
     device = next(iter([*linear.parameters(), *linear.buffers()])).device
@@ -274,9 +246,6 @@ def _dequantised(linear: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(bias, Tensor):
         return (columns - bias).T, bias.detach()
     return columns.T, None
-
-
-# Activation
 
 
 def mlp_hidden_act(site: MLPSite) -> str | None:

@@ -89,16 +89,13 @@ class WeightLayout:
 
 
 def find_layout(modules: tuple[nn.Module, ...]) -> WeightLayout | None:
-    """Return where the MLP made of `modules` (one, or the slots of an inline one) keeps its weights; None if no
-    rule finds them."""
+    """Return where an MLP's module, or the slots of an inline one, keep the weights; None if no rule finds them."""
     module = as_module(modules)
     if isinstance(module, _Inline):
         return _from_shapes(module, "", "encoder", None, "decoder")
     found = next(filter(None, (_named(module, holder) for holder in ("", *EXPERT_HOLDERS))), None)
     shared = next(filter(None, (_named(module, holder) for holder in SHARED_EXPERT_NAMES)), None)
-    if found is None or shared is None:
-        return found or shared
-    return replace(found, shared=shared)
+    return replace(found, shared=shared) if found and shared else found or shared
 
 
 class _Inline(nn.Module):
@@ -145,12 +142,9 @@ def _named(module: nn.Module, holder: str) -> WeightLayout | None:
         experts = expert_modules(inside)
         layout = _named(experts[0], "") if experts else None
         return layout and replace(layout, holder=holder, experts=len(experts))
-    for encoder, up, decoder in GLU_NAMES:
-        if all(weight_of(get_part(inside, name)) is not None for name in (encoder, up, decoder)):
+    for encoder, up, decoder in [*GLU_NAMES, *((encoder, None, decoder) for encoder, decoder in PAIR_NAMES)]:
+        if all(weight_of(get_part(inside, name)) is not None for name in (encoder, up, decoder) if name):
             return _from_shapes(module, holder, encoder, up, decoder)
-    for encoder, decoder in PAIR_NAMES:
-        if all(weight_of(get_part(inside, name)) is not None for name in (encoder, decoder)):
-            return _from_shapes(module, holder, encoder, None, decoder)
     return None
 
 
