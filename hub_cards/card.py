@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import StrictUndefined
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
@@ -42,7 +42,6 @@ BEGIN, END = "<!-- mxd: begin -->", "<!-- mxd: end -->"
 """Marks around the part of a card that a later push replaces."""
 METHOD_TAGS = {"mxd": "mixture-of-decoders", "transcoder": "transcoder", "skip_transcoder": "skip-transcoder"}
 
-_TEMPLATE = Path(__file__).parent / "card_template.md"
 _METHODS = {"mxd": "Mixture of Decoders", "transcoder": "transcoder", "skip_transcoder": "skip transcoder"}
 _FIGURE = re.compile(r"[A-Za-z0-9][\w-]{0,80}\.png", re.ASCII)
 _MAX_ITEMS = 20
@@ -85,21 +84,20 @@ def build_card(
     if repo_id is not None:
         validate_repo_id(repo_id)
     config, evaluation = read_config(folder / "config.json", folder), read_evaluation(folder)
-    name = one_line(repo_id.split("/")[-1] if repo_id else folder.resolve().name) or "decomposition"
     named = base_model or config.base_model_name_or_path
     base_id = named if named and named != DEMO_MODEL and is_hub_id(named) else None
     base_name = base_id or (one_line(last_path_part(named)) if named else "an unnamed language model")
     data = _metadata(config, evaluation or {}, base_id)
     data["license"] = one_line(license) or None
     layers = [config.layer(layer) for layer in config.layers]
-    environment = SandboxedEnvironment(
-        autoescape=True, finalize=escape_markdown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    methods = {_METHODS[layer.method] for layer in layers}
+    kind = methods.pop() if len(methods) == 1 else "decomposition"
+    where = f"{'layer' if len(layers) == 1 else 'layers'} {layer_ranges(config.layers)}"
+    body = _template().render(
         {
-            "title": _title(config, base_name),
+            "title": f"{kind[0].upper()}{kind[1:]} of {base_name[:80]}, {where}",
             "code": code_word,
-            "repo": repo_id or name,
+            "repo": repo_id or folder.resolve().name,
             "base_id": base_id,
             "base_name": base_name,
             "base_commit": base_id and (base_commit or config.base_model_revision),
@@ -138,39 +136,22 @@ def layer_ranges(layers: list[int], separator: str = ",") -> str:
     return separator.join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def _title(config: MxDConfig, base_name: str) -> str:
-    methods = {config.layer(layer).method for layer in config.layers}
-    kind = _METHODS[methods.pop()] if len(methods) == 1 else "decomposition"
-    layers = f"layer{'s' if len(config.layers) > 1 else ''} {layer_ranges(config.layers)}"
-    return f"{kind[0].upper()}{kind[1:]} of {base_name[:80]}, {layers}"
-
-
 def _metadata(config: MxDConfig, evaluation: Mapping[str, Any], base_id: str | None) -> ModelCardData:
     layers = [config.layer(layer) for layer in config.layers]
     runs = [get_nested(evaluation, "settings", "training"), *_finetunings(evaluation)]
     datasets = [name for run in runs for name in strings_in(get_nested(run, "text", "dataset")) if is_dataset_id(name)]
-    own: dict[str, Any] = {
-        "layers": config.layers,
-        "method": layers[0].method,
-        "num_experts": layers[0].num_experts,
-        "num_experts_per_tok": layers[0].num_experts_per_tok,
-    }
+    methods = dict.fromkeys(METHOD_TAGS[layer.method] for layer in layers)
+    sizes = {name: getattr(layers[0], name) for name in ("method", "num_experts", "num_experts_per_tok")}
     rise = finite_number(get_nested(evaluation, "cross_entropy", "rise"))
     return ModelCardData(
         base_model=base_id,
-        # The Hub knows adapter, finetune, merge and quantized. Like an adapter, a decomposition is a small set of
-        # weights that needs its base model; the other three are whole models.
+        # Of the Hub's relations the nearest: an adapter, too, needs its base model. The others are whole models.
         base_model_relation="adapter" if base_id else None,
         library_name="mxd",
         pipeline_tag="text-generation" if is_causal(config.base_model_type) else None,
-        tags=[
-            "mxd",
-            *dict.fromkeys(METHOD_TAGS[layer.method] for layer in layers),
-            "interpretability",
-            *(f"mxd-layer-{layer}" for layer in config.layers),
-        ],
+        tags=["mxd", *methods, "interpretability", *(f"mxd-layer-{layer}" for layer in config.layers)],
         datasets=list(dict.fromkeys(datasets))[:_MAX_ITEMS] or None,
-        mxd=own if rise is None else own | {"cross_entropy_rise": rise},
+        mxd={"layers": config.layers, **sizes, **({} if rise is None else {"cross_entropy_rise": rise})},
     )
 
 
@@ -184,11 +165,9 @@ def _format_rise(evaluation: Any) -> Markup:
 
 def _evaluated_on(settings: Any) -> str:
     """Return the names of the text that was measured on: by a later `mxd evaluate`, or else by the training."""
-    text = get_nested(settings, "evaluation")
-    if text is not None:
-        return _text_names(text)
-    text = get_nested(settings, "training", "text")
-    return ", ".join(strings_in(get_nested(text, "heldout_dataset"))) or _text_names(text)
+    later, text = get_nested(settings, "evaluation"), get_nested(settings, "training", "text")
+    held_out = ", ".join(strings_in(get_nested(text, "heldout_dataset")))
+    return (held_out or _text_names(text)) if later is None else _text_names(later)
 
 
 def _text_names(text: Any) -> str:
@@ -223,7 +202,7 @@ def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "text": _evaluated_on(settings),
         # A training measures on held-out text. None: it is not known what was trained on.
         "held_out": True if later is None else get_nested(later, "held_out"),
-        "specialised_frequency": format_number(get_nested(settings, "specialised_frequency"), ".0f", 100, " %"),
+        "specialised_frequency": format_percent(get_nested(settings, "specialised_frequency"), ".0f"),
     }
 
 
@@ -240,10 +219,8 @@ def _runs(config: MxDConfig, base_name: str, evaluation: Any, folder: Path) -> l
         ]
         runs.append(_run("Training", start, training))
     elif (arguments := folder / "training_arguments.json").is_file():  # by a Trainer from Python
-        names = (*_FACTS, *_FLAGS)
-        runs.append(
-            {"title": "Training", "lines": _lines(without_folders(read_json(arguments)), names), "command": None}
-        )
+        lines = _lines(without_folders(read_json(arguments)), (*_FACTS, *_FLAGS))
+        runs.append({"title": "Training", "lines": lines, "command": None})
     for finetuning in _finetunings(evaluation):
         start = ["mxd finetune " + _shell_word(finetuning.get("decomposition") or "FOLDER")]
         start += [f"--loss {loss}" for loss in ("kl", "cross_entropy") if loss == finetuning.get("loss")]
@@ -303,3 +280,10 @@ def _figures(folder: Path) -> list[tuple[str, Markup]]:
     """Return the alternative text and the path in the repo of each figure whose name is a plain one."""
     paths = sorted(path for path in folder.glob("*.png") if path.is_file() and _FIGURE.fullmatch(path.name))
     return [(path.stem.replace("_", " ").capitalize(), Markup(f"figures/{path.name}")) for path in paths[:_MAX_ITEMS]]
+
+
+def _template() -> Template:
+    environment = SandboxedEnvironment(
+        autoescape=True, finalize=escape_markdown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))

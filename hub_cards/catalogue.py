@@ -38,10 +38,8 @@ class DecompositionDetails(NamedTuple):
     info: DecompositionInfo
     config: MxDConfig
     evaluation: dict[str, Any] | None
-    """evaluation.json"""
     commit: str
     weight_bytes: int
-    private: bool
 
 
 def list_decompositions(
@@ -121,5 +119,4 @@ def show_decomposition(
         evaluation=read_json(fetch("evaluation.json")) if "evaluation.json" in repo.files else None,
         commit=repo.commit,
         weight_bytes=sum(size for name, size in repo.files.items() if name.endswith(".safetensors")),
-        private=repo.private,
     )

@@ -44,7 +44,6 @@ class HubRepo(NamedTuple):
 
     repo_id: str
     commit: str
-    private: bool
     gated: bool
     """whether only users who asked for access may read its files"""
     likes: int
@@ -56,11 +55,7 @@ class HubRepo(NamedTuple):
 
 
 def with_retries(call: Callable[[], Result], what: str) -> Result:
-    """Call until it succeeds, as `mxd.modeling_mxd.loading.with_retries`.
-
-    Args:
-        call: asks the Hub.
-        what: what the call does, for messages.
+    """Call the Hub until it succeeds, as `mxd.modeling_mxd.loading.with_retries`; `what` is for messages.
 
     Raises:
         HubError: the Hub cannot be reached or refuses. Other errors are raised as they are.
@@ -69,8 +64,7 @@ def with_retries(call: Callable[[], Result], what: str) -> Result:
         return loading.with_retries(call, what)
     except Exception as error:
         cause = _cause(error)
-        advice = _advice(cause)
-        if advice is None:
+        if (advice := _advice(cause)) is None:
             raise
         raise HubError(f"{what}: {advice}") from cause
 
@@ -106,11 +100,7 @@ def get_repo(repo_id: str, revision: str | None = None, token: str | bool | None
 
 
 def search(parameters: dict[str, Any], token: str | bool | None = None) -> Iterator[HubRepo]:
-    """Yield model repos; each page of results is only asked for when it is needed.
-
-    Raises:
-        HubError: as `with_retries`.
-    """
+    """Yield model repos; each page of results is only asked for when it is needed, with retries."""
     url, asked = f"{constants.ENDPOINT}/api/models", parameters or None
     while url:
         page: Any = with_retries(partial(_get, url, token, asked), "searching the Hub")
@@ -129,7 +119,6 @@ def _repo(model: dict[str, Any]) -> HubRepo:
     return HubRepo(
         repo_id=model["id"],
         commit=model.get("sha", ""),
-        private=bool(model.get("private")),
         gated=bool(model.get("gated")),
         likes=model.get("likes") or 0,
         last_modified=datetime.fromisoformat(date.replace("Z", "+00:00")) if date else None,

@@ -83,8 +83,7 @@ def push_decomposition(
     check_weights(folder, config)
     base = _look_up_base(config, base_model, token)
     if base.gated and not private:
-        advice = "check that its licence allows sharing what was made from it, or push privately (--private)"
-        logger.warning("the base model %s is gated: %s", base.repo_id, advice)
+        logger.warning("the base model %s is gated: does its licence allow sharing? (else: --private)", base.repo_id)
     files = {**_files_of(folder, base), **(also or {})}
     tokenizer = {} if "tokenizer_config.json" in files else _tokenizer_of(base, token)
     card = build_card(folder, repo_id, license, base.repo_id, base.commit)
@@ -92,14 +91,12 @@ def push_decomposition(
 
     create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
     repo_id = with_retries(create, f"creating the repo {repo_id}").repo_id
-    branch = revision or "main"
-    if branch != "main" and not create_pr and not branch.startswith("refs/"):
-        create_branch = partial(api.create_branch, repo_id, branch=branch, exist_ok=True)
-        with_retries(create_branch, f"creating the branch {branch}")
-    return _Commit(
-        api, repo_id, branch, create_pr, message or "Upload decomposition", folder, base, card, files, tokenizer,
-        folders={name.split("/")[0] for name in also or {}},
-    ).push()  # fmt: skip
+    if revision and revision != "main" and not create_pr and not revision.startswith("refs/"):
+        create_branch = partial(api.create_branch, repo_id, branch=revision, exist_ok=True)
+        with_retries(create_branch, f"creating the branch {revision}")
+    where = (api, repo_id, revision or "main", create_pr)
+    folders = {name.split("/")[0] for name in also or {}}
+    return _Commit(*where, message or "Upload decomposition", folder, base, card, files, tokenizer, folders).push()
 
 
 def check_base_id(name: str | None) -> None:

@@ -28,11 +28,7 @@ _FIELDS = frozenset(inspect.signature(MxDConfig.__init__).parameters) - {"self",
 
 
 def read_config(path: Path, where: str | Path) -> MxDConfig:
-    """Read the config of a decomposition.
-
-    Args:
-        path: path of config.json.
-        where: folder or repo that the file came from, for messages.
+    """Read config.json of a decomposition, from the folder or repo that `where` names in messages.
 
     Raises:
         ValueError: the file is missing, belongs to another kind of model or to another format, has values that no
@@ -56,11 +52,7 @@ def read_config(path: Path, where: str | Path) -> MxDConfig:
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Refuse fields that no decomposition has, text that could steer a terminal, and dtypes that are none.
-
-    Raises:
-        ValueError: naming the field.
-    """
+    """Refuse fields that no decomposition has, text that could steer a terminal, and dtypes that are none."""
     for name, value in values.items():
         if name not in _FIELDS:
             raise ValueError(f"{shorten(name)} is not a field of a decomposition's config")

@@ -76,18 +76,16 @@ def finite_number(value: Any) -> float | None:
         return None
 
 
-def format_number(value: Any, style: str = ".3f", factor: float = 1.0, unit: str = "") -> Markup:
-    """Format a number times `factor`; `UNKNOWN` without one, and few digits if it is absurdly large."""
+def format_number(value: Any, style: str = ".3f") -> Markup:
+    """Format a number; `UNKNOWN` without one, and few digits if it is absurdly large."""
     number = finite_number(value)
-    if number is None:
-        return Markup(UNKNOWN)
-    number *= factor
-    return Markup(f"{number:{style if abs(number) < 1e15 else '.3g'}}{unit}")
+    return Markup(UNKNOWN if number is None else f"{number:{style if abs(number) < 1e15 else '.3g'}}")
 
 
-def format_percent(value: Any) -> Markup:
+def format_percent(value: Any, style: str = ".1f") -> Markup:
     """Format a fraction in percent."""
-    return format_number(value, ".1f", 100, " %")
+    number = finite_number(value)
+    return Markup(UNKNOWN) if number is None else format_number(100 * number, style) + " %"
 
 
 def last_path_part(path: str) -> str:
@@ -106,12 +104,7 @@ def is_dataset_id(name: str) -> bool:
 
 
 def without_folders(value: Any, field: str = "") -> Any:
-    """Return the same JSON value with every local path in it cut to its last part.
-
-    Args:
-        value: a JSON value.
-        field: name of the field that holds `value`.
-    """
+    """Return a JSON value, which `field` holds, with every local path in it cut to its last part."""
     if isinstance(value, dict):
         return {key: without_folders(item, key) for key, item in value.items()}
     if isinstance(value, list):

@@ -20,7 +20,6 @@ MAX_DEPTH = 30
 _GENERATED = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 _FIGURE = re.compile(r"!\[[^\]\n]*\]\((figures/[\w-]+\.png)\)")
 _LAYER_TAG = re.compile(r"mxd-layer-\d+")
-_ARGUMENTS = ("self", "ignore_metadata_errors")
 
 
 def update_card(existing: str, card: ModelCard) -> ModelCard:
@@ -88,10 +87,10 @@ def _read_metadata(text: str) -> dict[str, Any]:
         raise ValueError(f"{what} is no YAML that a card can have: {first_line(error)}") from None
     if not isinstance(metadata, dict):
         raise ValueError(f"{what} must be a mapping, got {type(metadata).__name__}")
-    # The client stores metadata as attributes: such a key would replace one of its methods, or an argument.
-    odd = [key for key in metadata if not isinstance(key, str) or hasattr(ModelCardData, key) or key in _ARGUMENTS]
-    if odd:
-        raise ValueError(f"{what} has a key that no card can have: {str(odd[0])[:80]!r}")
+    for key in metadata:
+        # The client stores metadata as attributes: such a key would replace one of its methods, or an argument.
+        if not isinstance(key, str) or hasattr(ModelCardData, key) or key in ("self", "ignore_metadata_errors"):
+            raise ValueError(f"{what} has a key that no card can have: {str(key)[:80]!r}")
     return metadata
 
 
