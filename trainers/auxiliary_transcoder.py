@@ -26,21 +26,15 @@ ATTRIBUTE = "auxiliary"
 
 
 class AuxiliaryTranscoder(nn.Module):
-    """ŷ = Vᵀa + Sᵀx + v, a skip transcoder without a gate, initialised at 0.
-
-    Attributes:
-        decoder: V (N, O).
-        skip: `nn.Linear` without bias, weight Sᵀ (O, I).
-        output_bias: v (O).
-    """
+    """ŷ = Vᵀa + Sᵀx + v, a skip transcoder without a gate, initialised at 0."""
 
     def __init__(self, config: MxDLayerConfig):
         super().__init__()
-        self.decoder = nn.Parameter(torch.zeros(config.num_experts, config.output_size))
+        self.decoder = nn.Parameter(torch.zeros(config.num_experts, config.output_size))  # V (N, O)
         # No random numbers are drawn, so that a seed gives the decomposition the same init with and without it.
         self.skip = nn.utils.skip_init(nn.Linear, config.hidden_size, config.output_size, bias=False)
-        nn.init.zeros_(self.skip.weight)
-        self.output_bias = nn.Parameter(torch.zeros(config.output_size))
+        nn.init.zeros_(self.skip.weight)  # Sᵀ (O, I)
+        self.output_bias = nn.Parameter(torch.zeros(config.output_size))  # v (O)
 
     def forward(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
         """Return ŷ (..., O) for coefficients (..., K) and the MLP's input x (..., I)."""

@@ -16,12 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenProgressCallback(ProgressCallback):
-    """Progress bar that counts tokens, with the loss at its end.
-
-    Args:
-        tokens_per_step: Tokens of one optimiser step, over all processes.
-        name: Label of the bar.
-    """
+    """Progress bar that counts the tokens of all processes, with the loss at its end."""
 
     def __init__(self, tokens_per_step: int, name: str):
         super().__init__()

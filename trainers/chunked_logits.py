@@ -20,10 +20,8 @@ class LanguageModelHead:
     """A causal language model in two parts: its body, which returns hidden states, and its head, which returns logits.
 
     The head is the output embedding, with the soft cap of the config if there is one. A short forward pass checks that;
-    where it does not hold, the "hidden states" are the logits themselves, and only the copies are saved.
-
-    Args:
-        model: The causal language model. Its output embedding must be frozen: `chunked_sum` gives it no gradient.
+    where it does not hold, the "hidden states" are the logits themselves, and only the copies are saved. The output
+    embedding must be frozen: `chunked_sum` gives it no gradient.
     """
 
     @torch.no_grad()
@@ -34,7 +32,7 @@ class LanguageModelHead:
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         probe = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device), "use_cache": False}
         whole = model(**probe).logits
-        self.vocabulary: int = whole.shape[-1]
+        self.chunk = max(1, CHUNK_ELEMENTS // whole.shape[-1])  # tokens whose logits are computed at a time
         if self.output is not None:
             kept = self._kept(model, probe)
             made = self.logits(kept[0]) if kept else whole[:0]
@@ -66,11 +64,6 @@ class LanguageModelHead:
             return hidden
         logits: Tensor = self.output(hidden)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    @property
-    def chunk(self) -> int:
-        """Number of tokens whose logits are computed at a time."""
-        return max(1, CHUNK_ELEMENTS // self.vocabulary)
 
 
 ChunkLoss = Callable[..., Tensor]

@@ -23,40 +23,24 @@ def argument(default: Any, help: str) -> Any:  # noqa: A002, metadata's own name
 class DecompositionArguments(TrainingArguments):
     """Arguments of `DecompositionTrainer`: fields that `TrainingArguments` lacks, or has with another default."""
 
-    gate_learning_rate_factor: float = argument(
-        1.0, "Factor on the gate's learning rate. Below 1, more experts stay in use at high rates."
-    )
+    gate_learning_rate_factor: float = argument(1.0, "Factor on the gate's rate; below 1 more experts stay in use.")
     modulation_learning_rate_factor: float = argument(1.0, "Factor on the learning rate of an MxD's modulations C.")
-    scale_activations: bool = argument(
-        True, "Train as if inputs and outputs had a mean square of 1. The saved weights need no scaling."
-    )
+    scale_activations: bool = argument(True, "Train as if inputs and outputs had a mean square of 1.")
     minimum_relative_norm: float = argument(
         0.25,
         "Lower bound on a token's |y|^2 in errors divided by |y|^2, relative to the mean |y|^2. Keeps "
         "positions with a tiny output (BOS, in some layers) from dominating the loss.",
     )
     warmup_steps: float = argument(0.04, "Warm-up steps; a value below 1 is a fraction of all steps.")
-    max_grad_norm: float = argument(
-        0.0, "Maximum gradient norm for clipping; 0 disables it, since one norm couples the layers."
-    )
-    remove_unused_columns: bool = argument(
-        False, "Leave this off: the data collator chooses the columns, not a decomposition's `forward`."
-    )
+    max_grad_norm: float = argument(0.0, "Maximum gradient norm; 0: no clipping, since one norm couples the layers.")
+    remove_unused_columns: bool = argument(False, "Leave this off: the data collator chooses the columns.")
     report_to: None | str | list[str] = argument("none", "Trackers to report to, such as tensorboard or wandb.")
     logging_steps: float = argument(10, "Number of steps between two logs.")
-    logging_nan_inf_filter: bool = argument(
-        False, "Log an average instead of a loss that is not finite, rather than stop the training."
-    )
-    calibration_tokens: int = argument(
-        32768, "Training tokens on which activations are measured before training (at least one per expert)."
-    )
-    statistics_tokens: int = argument(65536, "Training tokens on which expert use is measured after training.")
-    greater_is_better: bool | None = argument(
-        False, "Whether `metric_for_best_model` is better when greater. The trainers report errors only."
-    )
-    hub_base_model: str | None = argument(
-        None, "Hub id of the base model for `push_to_hub`, if the base was loaded from a folder."
-    )
+    logging_nan_inf_filter: bool = argument(False, "Log an average rather than stop at a loss that is not finite.")
+    calibration_tokens: int = argument(32768, "Training tokens to measure activations on; at least one per expert.")
+    statistics_tokens: int = argument(65536, "Training tokens to measure the experts' use on, after training.")
+    greater_is_better: bool | None = argument(False, "The trainers' metrics are errors: less is better.")
+    hub_base_model: str | None = argument(None, "Hub id of the base model, if it was loaded from a folder.")
 
     def __post_init__(self) -> None:
         self.check_range("calibration_tokens", "statistics_tokens", least=1)

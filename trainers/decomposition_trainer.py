@@ -62,9 +62,6 @@ class DecompositionTrainer(HubPushes):
     """Base of `DistillationTrainer` and `FinetuningTrainer`, which define `capture` and the loss.
 
     `decomposition`, whose parameters are trained, is `model` itself or a part of it.
-
-    Raises:
-        ValueError: A layer has a router and there are several processes.
     """
 
     args: DecompositionArguments

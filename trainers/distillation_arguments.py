@@ -17,13 +17,9 @@ class DistillationArguments(DecompositionArguments):
     gate_init: str = argument("data", HELP["gate_init"])
     encoder_init: str = argument("pretrained", HELP["encoder_init"])
     modulation_init: str = argument("unit", HELP["modulation_init"])
-    decoder_init: str = argument(
-        "pretrained", "Init of an MxD's decoder D. 'pretrained': the MLP's own; 'zero': zeros (paper)."
-    )
+    decoder_init: str = argument("pretrained", "Init of the decoder D. 'pretrained': the MLP's; 'zero' (paper).")
     min_mean_ablation_error: float = argument(0.45, HELP["min_mean_ablation_error"])
-    mean_ablation_weight: float = argument(
-        1.0, "Weight of the `min_mean_ablation_error` penalty; 0 disables it (paper)."
-    )
+    mean_ablation_weight: float = argument(1.0, "Weight of that penalty; 0 disables it (paper).")
     auxiliary_weight: float = argument(1.0, HELP["auxiliary_weight"])
     loss_normalization: str = argument(
         "squared_norm", "Error of a token. 'squared_norm': |y^ - y|^2 / |y|^2; 'norm': |y^ - y|^2 / |y| (paper)."

@@ -69,13 +69,10 @@ class DistillationTrainer(DecompositionTrainer):
         teacher: PreTrainedModel,
         args: DistillationArguments,
         train_dataset: Any = None,
-        eval_dataset: Any = None,
         activations: ActivationCache | None = None,
-        compute_metrics: Any = None,
         **kwargs: Any,
     ):
         record_base(model, teacher)
-        self.teacher = self.language_model = teacher.eval().requires_grad_(False)
         config = model.config
         found = find_mlps(teacher, **config.where)
         self.sites = [site_of(found, layer) for layer in config.layers]
@@ -89,15 +86,9 @@ class DistillationTrainer(DecompositionTrainer):
             train_dataset = activations if train_dataset is None else train_dataset
         if len(config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
-        super().__init__(
-            model,
-            model,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics or partial(normalised_errors, layers=config.layers),
-            **kwargs,
-        )
+        self.teacher = self.language_model = teacher.eval().requires_grad_(False)
+        kwargs.setdefault("compute_metrics", partial(normalised_errors, layers=config.layers))
+        super().__init__(model, model, args, train_dataset=train_dataset, **kwargs)
         self.activations = activations
         self.auxiliary = AuxiliaryTranscoders(config, wanted=args.auxiliary_weight > 0).to(args.device)
         if len(self.auxiliary) and self._optimizer_was_given:

@@ -14,12 +14,8 @@ class FinetuningArguments(DecompositionArguments):
     loss: str = argument("kl", HELP["loss"])
     nmse_weight: float = argument(0.1, HELP["nmse_weight"])
     learning_rate: float = argument(3e-4, HELP["learning_rate"])
-    gate_learning_rate_factor: float = argument(
-        0.3, "Factor on the gate's learning rate. A slower gate keeps the experts what they are."
-    )
-    modulation_learning_rate_factor: float = argument(
-        3.0, "Factor on the learning rate of an MxD's modulations C, each of which is rarely updated."
-    )
+    gate_learning_rate_factor: float = argument(0.3, "Factor on the gate's rate; a slow gate keeps the experts.")
+    modulation_learning_rate_factor: float = argument(3.0, "Factor on the rate of C, whose rows are rarely updated.")
 
     def __post_init__(self) -> None:
         self.check_choice("loss", "kl", "cross_entropy")

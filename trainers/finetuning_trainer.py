@@ -46,7 +46,7 @@ class FinetuningTrainer(DecompositionTrainer):
     args: FinetuningArguments
     progress_name = "finetune"
 
-    def __init__(self, model: PreTrainedModel, args: FinetuningArguments, compute_metrics: Any = None, **kwargs: Any):
+    def __init__(self, model: PreTrainedModel, args: FinetuningArguments, **kwargs: Any):
         decomposition = getattr(model, "decomposition", None)  # the class may be a copy that came with the repo
         if decomposition is None:
             raise ValueError(
@@ -58,9 +58,8 @@ class FinetuningTrainer(DecompositionTrainer):
             parameter.requires_grad_(trained.get(parameter, False))
         decomposition.float()
         self.language_model = model
-        super().__init__(
-            model, decomposition, args, compute_metrics=compute_metrics or self.prediction_losses, **kwargs
-        )
+        kwargs.setdefault("compute_metrics", self.prediction_losses)
+        super().__init__(model, decomposition, args, **kwargs)
         _disable_dropout(model)
         self.head = LanguageModelHead(model)
 

@@ -80,8 +80,7 @@ class HubPushes(Trainer):
         """Save into `output_dir` and push it, after the pushes that are in progress.
 
         Args:
-            commit_message: Message of the commit.
-            blocking: Wait for it; otherwise a future is returned.
+            blocking: Wait for the commit; otherwise a future is returned.
             token, revision, private: Override the arguments'.
             **kwargs: `license`, `tags`, `create_pr`, as for `push_decomposition`; others are ignored.
 

@@ -41,10 +41,7 @@ class RoutingRecall(NamedTuple):
 def routing_recall(layer: SparseLayer, inputs: Tensor, num_groups_per_tok: int | None = None) -> RoutingRecall:
     """Return the recall of the exact TopK by the routed one; 1 for a layer without a router.
 
-    Args:
-        layer: The layer.
-        inputs: Inputs of the layer's MLP, (..., I).
-        num_groups_per_tok: Groups that a token opens; by default as the layer's configuration says.
+    `inputs` are those of the layer's MLP, (..., I); `num_groups_per_tok` by default as the configuration says.
     """
     config, sums = layer.config, torch.zeros(4, dtype=torch.float64)
     opened = config.num_groups_per_tok if num_groups_per_tok is None else num_groups_per_tok
@@ -103,8 +100,7 @@ def fit_router(
         num_expert_groups: G; by default the layer's, or about √N.
         num_groups_per_tok: M, groups that a token opens; by default the layer's, or 8.
         rounds: How often groups are formed anew from the router.
-        epochs: Passes over the inputs for each router.
-        seed: Seed of the clusters and the order of tokens.
+        epochs: Passes over the inputs for each router; `seed` orders them.
 
     Returns:
         (N) int64: expert n was expert `order[n]` before.

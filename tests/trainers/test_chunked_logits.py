@@ -12,6 +12,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from mxd.evaluation.metrics import CHUNK_ELEMENTS
 from mxd.trainers import FinetuningTrainer
 from mxd.trainers.chunked_logits import LanguageModelHead, chunked_sum
 
@@ -133,5 +134,5 @@ def test_logits_of_the_hidden_states_are_the_models(make):
     hidden = head.hidden(model, ids, mask)
     torch.testing.assert_close(head.logits(hidden), model(input_ids=ids, attention_mask=mask).logits)
     assert hidden.shape[-1] == (16 if splits else 48)
-    assert head.vocabulary == 48
+    assert head.chunk == CHUNK_ELEMENTS // 48
     assert not any(module._forward_hooks for module in model.modules())
