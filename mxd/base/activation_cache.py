@@ -1,7 +1,6 @@
 """Activation cache: inputs and outputs of a frozen model's MLPs for fixed rows of token ids, stored on disk.
 
-The frozen model is the largest cost of a distillation. One pass over the text serves any number of trainings of the
-same layers, and any number of epochs:
+One pass over the text serves any number of trainings of the same layers, and any number of epochs:
 
     rows = materialize(pack(documents, tokenizer, 256), tokens=10**6)[:]["input_ids"]    # (rows, tokens)
     cache = ActivationCache.record("cache", model, [15], rows)
@@ -77,7 +76,7 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
 
         Args:
             batch: `input_ids` (batch, tokens).
-            layers: Layers to read; by default all. Files of other layers are not touched.
+            layers: Layers to read; by default all.
 
         Returns:
             {layer: (x, y)} as `capture_mlps` returns them, in bfloat16.
@@ -132,10 +131,7 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
         found, _ = _read_manifest(folder)
         if found and found != wanted and not overwrite:
             different = ", ".join(name for name in wanted if found.get(name) != wanted[name])
-            raise ValueError(
-                f"{folder} holds another activation cache (different: {different}): choose another folder or "
-                "overwrite it"
-            )
+            raise ValueError(f"{folder} holds another activation cache (different: {different}): overwrite it")
         if found != wanted:
             for name in [MANIFEST_NAME, *_layouts(found)] if found else []:
                 (folder / name).unlink(missing_ok=True)

@@ -33,8 +33,7 @@ def capture_mlps(
     """Return inputs and outputs of the MLPs of `layers`, from one forward pass, by default only up to the last layer.
 
     Args:
-        model: any model with MLPs.
-        layers: indices of the transformer layers.
+        model, layers: any model with MLPs, and indices of its layers.
         input_ids: token ids (batch, tokens), if the model reads text.
         attention_mask: 1 where a token is not padding (batch, tokens), or None.
         stop_after_last: end the pass after the last of the MLPs.

@@ -207,9 +207,9 @@ def _read(module: nn.Module, layout: WeightLayout) -> PretrainedWeights:
 def _split(tensor: Tensor, dim: int, fused: str) -> tuple[Tensor, Tensor]:
     """Return a GLU's halves; the units are dimension `dim`."""
     if fused == "interleaved":
-        one, other = tensor.unflatten(dim, (-1, 2)).unbind(dim)  # dim counts from the end: the pairs
-        return one, other
-    one, other = tensor.chunk(2, dim)
+        one, other = tensor.unflatten(dim, (-1, 2)).unbind(dim)  # dim is negative
+    else:
+        one, other = tensor.chunk(2, dim)
     return (other, one) if fused == "swapped halves" else (one, other)
 
 

@@ -11,39 +11,17 @@ from transformers.pytorch_utils import Conv1D
 
 # Names of (encoder, up, decoder) where a GLU's halves are apart, and of (encoder, decoder); tried in this order.
 GLU_NAMES = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("w1", "w3", "w2"),
-    ("w1", "v1", "w2"),
-    ("wi_0", "wi_1", "wo"),
-    ("w_in.w_0", "w_in.w_1", "w_out"),
-    ("proj_up_gate", "proj_up", "proj_down"),
-)
+    ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("w1", "v1", "w2"), ("wi_0", "wi_1", "wo"),
+    ("w_in.w_0", "w_in.w_1", "w_out"), ("proj_up_gate", "proj_up", "proj_down"),
+)  # fmt: skip
 PAIR_NAMES = (
-    ("gate_up_proj", "down_proj"),
-    ("up_proj", "down_proj"),
-    ("c_fc", "c_proj"),
-    ("dense_h_to_4h", "dense_4h_to_h"),
-    ("fc1", "fc2"),
-    ("fc_in", "fc_out"),
-    ("lin1", "lin2"),
-    ("linear1", "linear2"),
-    ("linear_1", "linear_2"),
-    ("linear_fc1", "linear_fc2"),
-    ("dense1", "dense2"),
-    ("linear_in", "linear_out"),
-    ("Wi", "Wo"),
-    ("wi", "wo"),
-    ("w1", "w2"),
-    ("intermediate", "output"),
-    ("intermediate_dense", "output_dense"),
-    ("intermediate.dense", "output.dense"),
-    ("dense.dense", "output.dense"),
-    ("input_linear", "output_linear"),
-    ("weights_in", "weights_out"),
-    ("key", "value"),
-    ("0", "2"),
-    ("0", "3"),
-)
+    ("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"),
+    ("fc1", "fc2"), ("fc_in", "fc_out"), ("lin1", "lin2"), ("linear1", "linear2"), ("linear_1", "linear_2"),
+    ("linear_fc1", "linear_fc2"), ("dense1", "dense2"), ("linear_in", "linear_out"), ("Wi", "Wo"), ("wi", "wo"),
+    ("w1", "w2"), ("intermediate", "output"), ("intermediate_dense", "output_dense"),
+    ("intermediate.dense", "output.dense"), ("dense.dense", "output.dense"), ("input_linear", "output_linear"),
+    ("weights_in", "weights_out"), ("key", "value"), ("0", "2"), ("0", "3"),
+)  # fmt: skip
 SHARED_EXPERT_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 EXPERT_LISTS = (nn.ModuleList, nn.ModuleDict)
 EXPERT_HOLDERS = ("experts", "experts.mlp", "mlp")

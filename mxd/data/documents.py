@@ -43,8 +43,7 @@ def load_text(
     Args:
         dataset: A Hub dataset, or one or several local paths: files, folders (searched recursively, without hidden
             files) and globs, of parquet, jsonl, json, csv, txt, md, rst and py files in any mixture. A file of the
-            last four kinds is one document. A name that looks like a path (starts with `.`, `/` or `~`, has the
-            ending of a data file, contains a glob character, or exists on disk) is never sent to the Hub.
+            last four kinds is one document. A name that looks like a path is never sent to the Hub.
         config_name: Configuration of the Hub dataset.
         split: The split, for example `"train"` or, when not streaming, `"train[:1%]"`. Local files have only `"train"`.
         text_column: The text column of tables; text files need none.
@@ -177,7 +176,7 @@ def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) ->
 def split_documents(
     documents: Dataset | IterableDataset, heldout_fraction: float = 0.05, seed: int = 0
 ) -> tuple[Dataset, Dataset] | tuple[IterableDataset, IterableDataset]:
-    """Split documents into a training and a held-out side, the same way for the same seed.
+    """Return a training and a held-out side of documents, split the same way for the same seed.
 
     Map-style datasets are split at random, with at least one document on either side. A stream is split by a hash of
     each document's text, so copies of a document stay on one side, and the fraction holds on average. (Positions would
@@ -187,9 +186,6 @@ def split_documents(
         documents: Rows with a `"text"` column, as `load_text` returns them.
         heldout_fraction: The share of documents to hold out, between 0 and 1.
         seed: Seed of the split.
-
-    Returns:
-        The training side and the held-out side, of the same kind as `documents`.
 
     Raises:
         DataError: The fraction is out of range, there is no `"text"` column, or a side would have no documents.
@@ -201,7 +197,7 @@ def split_documents(
         if count < 2:
             raise DataError(f"{count} document(s) cannot be split by document; pass a separate held-out dataset")
         heldout_count = min(count - 1, max(1, round(count * heldout_fraction)))
-        # Not train_test_split: in datasets 5.2 it cannot keep the indices of a cached dataset in memory.
+        # train_test_split of datasets 5.2 cannot keep the indices of a cached dataset in memory.
         order = np.random.default_rng(seed).permutation(count)
         train_rows, heldout_rows = np.sort(order[heldout_count:]), np.sort(order[:heldout_count])
         return documents.select(train_rows, keep_in_memory=True), documents.select(heldout_rows, keep_in_memory=True)

@@ -130,9 +130,8 @@ def cut_texts(
 ) -> LabelledTexts:
     """Cut documents into windows, and draw at most `texts_per_class` of each class, evenly over its documents.
 
-    The windows of a document do not overlap. Each has `context_length` tokens, including BOS at its start if the
-    tokenizer has one; the last may be shorter. The windows are drawn at random. (The papers take the first window of
-    a document, which in books and source files is a title page or a licence.)
+    The windows of a document do not overlap, and are drawn at random. Each has `context_length` tokens, including BOS
+    at its start if the tokenizer has one; the last may be shorter.
 
     Raises:
         DataError: `context_length` is too small, or a class has no text of `MIN_TOKENS` tokens.

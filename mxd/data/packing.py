@@ -2,11 +2,9 @@
 
     rows = pack(train, tokenizer, context_length=1024, seed=0, repeat=True)
 
-Everything is lazy: documents are shuffled, cut into passages, shuffled, tokenised, joined, cut into rows and shuffled
-again only as the rows are read. The order depends on the data and the seed alone, so a second iteration, here or in a
-new process, gives the same rows. Resuming needs this, since `transformers.Trainer` skips the batches it has seen. Two
-things change the order: the number of DataLoader workers, and `set_epoch`, which the Trainer calls when an iterable
-dataset runs out (train with `repeat=True`, which never does).
+Everything is lazy, and the order depends on the data and the seed alone, so a second iteration, here or in a new
+process, gives the same rows, as resuming needs. Two things change the order: the number of DataLoader workers, and
+`set_epoch`, which the Trainer calls when an iterable dataset runs out (train with `repeat=True`, which never does).
 """
 
 import logging
@@ -106,33 +104,16 @@ def _cut_documents(batch: dict[str, list[str | None]]) -> dict[str, list[str]]:
 
 
 def _shuffle_locally(dataset: IterableDataset, seed: int, buffer_size: int) -> IterableDataset:
-    """Shuffle through a buffer, without shuffling the shards of the documents.
-
-    A plain shuffle would also open up to ten shards at once, each with all buffers below it, and so read a hundred
-    times the documents before the first row. `skip` fixes the order of the shards.
-    """
+    """Shuffle through a buffer. `skip` keeps the order of the shards, up to ten of which would be opened at once."""
     return dataset.skip(0).shuffle(seed=seed, buffer_size=buffer_size)
 
 
 def _token_stream(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of all passages in one list, with EOS in between if there is one."""
     # verbose=False: do not warn of a passage longer than the model's context, which is cut below
-    encoded = tokenizer(
-        passages,
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    encoded = tokenizer(passages, add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream: list[int] = []
-    for index, ids in enumerate(encoded):
-        if index:
-            stream += separator
-        stream += ids
-    return stream
+    return [token for index, ids in enumerate(encoded) for token in (separator * (index > 0) + ids)]
 
 
 def _pack_batch(
@@ -157,7 +138,7 @@ def _passages_per_batch(passages: IterableDataset, tokenizer: PreTrainedTokenize
     else:
         raise DataError(
             f"the text is too short to pack: its {count} passage(s) make {tokens} tokens, and one row takes {needed} "
-            f"(context_length={context_length}); give more text or a smaller context_length"
+            f"(context_length={context_length})"
         )
     return max(PASSAGES_PER_BATCH, math.ceil(ROWS_PER_BATCH * context_length * count / tokens))
 

@@ -1,13 +1,8 @@
-"""Was this text trained on?
+"""Tell whether a text was trained on.
 
 evaluation.json records how a decomposition was made: settings.training, and settings.finetuning, a list. Each of them
-holds `text` (dataset, config_name, split, streaming, heldout_dataset, heldout_split), `seed` and `documents`.
-
-    settings = recorded_runs(evaluation["settings"])
-    seen = seen_in_training(settings, text)      # names of the files or Hub datasets that were trained on
-    held_out = is_held_out(settings, seen)       # True, False, or None where a run does not record its text
-
-A recorded name may come from a stranger: it is compared as text, and no file of that name is opened.
+holds `text` (dataset, config_name, split, streaming, heldout_dataset, heldout_split), `seed` and `documents`. Recorded
+names may come from a stranger: they are compared as text, and no file of that name is opened.
 """
 
 import fnmatch
@@ -19,8 +14,6 @@ from .documents import local_files
 
 if TYPE_CHECKING:
     from .texts import TextOptions
-
-_MAX_NAME = 4096
 
 
 class TextPart(NamedTuple):
@@ -48,7 +41,7 @@ def _covers(recorded: str, name: str) -> bool:
     """Return whether a recorded file, folder or glob is, or holds, a file."""
     if recorded == name:
         return True
-    if not os.path.isabs(name) or len(recorded) > _MAX_NAME:  # noqa: PTH117
+    if not os.path.isabs(name):  # noqa: PTH117
         return False
     path = os.path.abspath(os.path.expanduser(recorded))  # noqa: PTH100, PTH111, pathlib raises for strange names
     return any(
@@ -104,19 +97,16 @@ def recorded_runs(settings: Any) -> dict[str, Any]:
     return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
 
 
-def _runs(settings: Mapping[str, Any]) -> list[Any]:
-    return [settings.get("training"), *settings.get("finetuning", [])]
-
-
 def _trained_on(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the runs that record their text."""
-    texts = ((run, run.get("text")) for run in _runs(settings) if isinstance(run, dict))
+    runs = [settings.get("training"), *settings.get("finetuning", [])]
+    texts = ((run, run.get("text")) for run in runs if isinstance(run, dict))
     return [run for run, text in texts if isinstance(text, dict) and isinstance(text.get("dataset"), list)]
 
 
 def is_held_out(settings: Mapping[str, Any], seen: Collection[str]) -> bool | None:
     """Return whether no part of a text was trained on, given `seen_in_training` of it; None if that is not known."""
-    known = len(_trained_on(settings)) == len(_runs(settings))
+    known = len(_trained_on(settings)) == 1 + len(settings.get("finetuning", []))
     return False if seen else True if known else None
 
 
@@ -137,9 +127,8 @@ def seen_in_training(
     Args:
         settings: what `recorded_runs` returns for the decomposition.
         text: the text.
-        seed: None if the whole dataset is evaluated. The seed of a run that trains on it and evaluates on its held-out
-            dataset or split, or else on documents split off the dataset: a recorded run that split the same text with
-            the same seed, and as many documents as far as both counts are known, held out the same documents.
+        seed: None if the whole dataset is evaluated; else the seed with which held-out documents are split off. A
+            recorded run with the same text, seed and, if known, number of documents held out the same ones.
         documents: the number of documents of the dataset, None if not known.
     """
     heldout = set() if seed is None else heldout_parts(text)

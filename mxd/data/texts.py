@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mxd import demo
 
 from .documents import load_text, split_documents
-from .packing import CausalCollator, materialize, pack, take_tokens
+from .packing import materialize, pack, take_tokens
 from .provenance import check_apart
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,7 @@ def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
     """Load the training documents and the held-out documents.
 
     Raises:
-        DataError: see `load_text`.
-        ValueError: `heldout_split` has no dataset, or the held-out text is trained on.
+        ValueError: `heldout_split` has no dataset, or the held-out text is trained on; and see `load_text`.
     """
     check_apart(text)
     documents = _load(text, text.split, "train")
@@ -66,11 +65,7 @@ def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
 
 
 def load_one(text: TextOptions) -> Documents:
-    """Load all documents of a text; the held-out sample if it names no dataset.
-
-    Raises:
-        DataError: see `load_text`.
-    """
+    """Load all documents of a text; the held-out sample if it names no dataset."""
     return _load(text, text.split, "heldout")
 
 
@@ -79,11 +74,7 @@ def _load(text: TextOptions, split: str, sample: Literal["train", "heldout"]) ->
     if not text.dataset:
         return load_text(str(demo.text_path(sample)))
     return load_text(
-        text.dataset,
-        config_name=text.config_name,
-        split=split,
-        text_column=text.text_column,
-        streaming=text.streaming,
+        text.dataset, config_name=text.config_name, split=split, text_column=text.text_column, streaming=text.streaming
     )
 
 
@@ -94,11 +85,7 @@ def warn_of_embedded_text(text: TextOptions, model: str | None) -> None:
 
 
 def evaluation_batches(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    context_length: int,
-    tokens: int,
-    warn: bool = True,
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, context_length: int, tokens: int, warn: bool = True
 ) -> list[dict[str, torch.Tensor]]:
     """Pack documents into batches of about 2,048 tokens, shuffled with a fixed seed, until they hold `tokens`.
 
@@ -106,11 +93,8 @@ def evaluation_batches(
     """
     packed = pack(documents, tokenizer, context_length, seed=0)
     rows = materialize(packed, tokens) if warn else materialize(take_tokens(packed, tokens))
-    size, collate = max(1, 2048 // context_length), CausalCollator()
-    return [
-        collate([rows[index] for index in range(start, min(start + size, len(rows)))])
-        for start in range(0, len(rows), size)
-    ]
+    batches = (part["input_ids"] for part in rows.iter(max(1, 2048 // context_length)))  # (batch, tokens)
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
 
 
 def evaluation_settings(text: TextOptions, dtype: str) -> dict[str, Any]:
