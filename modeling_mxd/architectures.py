@@ -15,13 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 # Tried in this order. A path that leads to a single linear does not match: ALBERT calls its encoder `ffn`.
 RULES: tuple[tuple[str, ...], ...] = (
-    ("mlp",),
-    ("feed_forward",),
-    ("ffn",),
-    ("block_sparse_moe",),
-    ("mlp_block",),
-    ("ff",),
-    ("shared_mlp",),
+    *((name,) for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "ff", "shared_mlp")),
     *((f"layer.{last}.{name}",) for last in (2, 1) for name in ("DenseReluDense", "mlp")),
     ("fc1", "activation_fn", "fc2"),
     ("ffn", "activation", "ffn_output"),

@@ -1,7 +1,4 @@
-"""Configuration of a decomposition: which MLPs of which model it replaces, and by which layers.
-
-Parameter names follow transformers (`hidden_size`, `num_experts`, `num_experts_per_tok`, `hidden_act`).
-"""
+"""Configuration of a decomposition: which MLPs of which model it replaces, and by which layers."""
 
 import copy
 import inspect
@@ -81,7 +78,7 @@ def _check_size(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class MxDLayerConfig:
-    """Hold the sizes and form of one layer, checked when it is built.
+    """Hold the sizes and form of one layer. A field that has a value which is not allowed raises a ValueError.
 
     Attributes:
         hidden_size, output_size: widths I and O of the MLP's input and output.
@@ -95,9 +92,6 @@ class MxDLayerConfig:
         num_expert_groups: groups G of neighbouring experts that a router chooses from (about √N), see
             `hierarchical_routing`. None for the exact gate, which scores every expert.
         num_groups_per_tok: groups M that each token opens, from fast (few) to exact (all).
-
-    Raises:
-        ValueError: a field has a value that is not allowed.
     """
 
     hidden_size: int
@@ -123,10 +117,9 @@ class MxDLayerConfig:
         for name, allowed in (("method", METHODS), ("encoder_type", ENCODER_TYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shorten(getattr(self, name))}")
-        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act must be a name in transformers' ACT2FN, got {shorten(self.hidden_act)}")
-        if self.hidden_act in _LEARNED_ACTIVATIONS:
-            raise ValueError(f"hidden_act must not have parameters of its own, got {shorten(self.hidden_act)}")
+        act = self.hidden_act
+        if not isinstance(act, str) or act not in ACT2FN or act in _LEARNED_ACTIVATIONS:
+            raise ValueError(f"hidden_act must be in transformers' ACT2FN and without parameters, got {shorten(act)}")
         for name in ("gate_bias", "encoder_bias", "output_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {shorten(getattr(self, name))}")
@@ -177,8 +170,7 @@ _LAYER_FIELDS = tuple(field.name for field in fields(MxDLayerConfig))
 class MxDConfig(PretrainedConfig):
     """Describe a decomposition of some MLPs of one base model.
 
-    The layer fields hold for every layer; `layer_overrides` changes some of them for single layers. `config.layer(8)`
-    is the resolved `MxDLayerConfig` of layer 8.
+    The fields of `MxDLayerConfig` hold for every layer; `layer_overrides` changes some of them for single layers.
 
     Args:
         layers: indices of the base model's decomposed layers, each at most once.
@@ -193,15 +185,9 @@ class MxDConfig(PretrainedConfig):
             `intermediate_size` to four times `hidden_size`.
         layer_overrides: `{"8": {"num_experts": 1024}}`, layer index as text to the fields that differ there.
         format_version: version of the stored format.
-        **kwargs: fields that transformers adds to every config.
 
     Raises:
         ValueError: a field is unknown or has a value that is not allowed; the message names it, and its layer.
-
-    Example:
-        >>> config = MxDConfig(layers=[8, 9], hidden_size=768, num_experts=21490, num_experts_per_tok=32)
-        >>> config.layer(9).num_experts
-        21490
     """
 
     model_type = "mxd"
@@ -275,23 +261,13 @@ class MxDConfig(PretrainedConfig):
                 _check_size(name, getattr(self, name))
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        return read_json(json_file)
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build the config that a file holds.
-
-        The Auto classes ask for the unused keyword arguments (`return_unused_kwargs=True`). They get all of them, and
-        `from_pretrained` tells the decomposition's from the base model's.
-
-        Raises:
-            ValueError: as when it is built, or the file has no `format_version`.
-        """
+        """Build the config that a file holds; raise a ValueError also if it has no `format_version`."""
         if "format_version" not in config_dict:
             raise ValueError("this decomposition was saved by a version before the first release: decompose again")
         if not kwargs.pop("return_unused_kwargs", False):
             return super().from_dict(dict(config_dict), **kwargs)
+        # The Auto classes: `from_pretrained` tells the decomposition's arguments from the base model's.
         stock = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("_") or name == "name_or_path"}
         return super().from_dict(dict(config_dict), **stock), kwargs
 
@@ -306,7 +282,10 @@ class MxDConfig(PretrainedConfig):
         there, layers = config.layers, kwargs.pop("layers", None)
         for field in inspect.signature(cls.__init__).parameters.keys() & kwargs.keys():
             setattr(config, field, kwargs.pop(field))
-        config.keep_layers(there if layers is None else layers)  # checks all fields
+        config.layers = there if layers is None else _as_list(layers)
+        kept = set(map(str, config.layers))
+        config.layer_overrides = {key: value for key, value in config.layer_overrides.items() if key in kept}
+        config.check()
         if not config.layers:
             raise ValueError("config.layers is empty: a decomposition needs at least one layer")
         unknown = [layer for layer in config.layers if layer not in there]
@@ -314,13 +293,6 @@ class MxDConfig(PretrainedConfig):
             raise ValueError(f"layer {unknown[0]} is not in the decomposition {name}, which has layers {there}")
         config.check_memory(torch.float8_e4m3fn)  # the narrowest dtype of weights
         return config
-
-    def keep_layers(self, layers: Sequence[int]) -> None:
-        """Keep only these layers, in this order."""
-        self.layers = _as_list(layers)
-        kept = {str(layer) for layer in self.layers}
-        self.layer_overrides = {key: value for key, value in self.layer_overrides.items() if key in kept}
-        self.check()
 
     def layer(self, layer: int) -> MxDLayerConfig:
         """Return the resolved configuration of one layer, or raise a KeyError."""

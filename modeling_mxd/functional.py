@@ -34,12 +34,9 @@ _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def operator(name: str, fake: Any, synchronises: bool = False) -> Any:
-    """Make a function an operator of torch's library, under this copy's own name; a decorator.
+    """Make a function an operator of torch's library. `fake` returns empty tensors like the operator's.
 
-    Args:
-        name: of the operator.
-        fake: returns empty tensors like the operator's, for the same arguments.
-        synchronises: whether it waits for the device, which a CUDA graph cannot do: compiled code is split there.
+    An operator that `synchronises` waits for the device, which a CUDA graph cannot do: compiled code is split there.
     """
     known = hasattr(torch.Tag, "cudagraph_unsafe")  # not in older torch
     tags: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if synchronises and known else {}
@@ -61,8 +58,8 @@ def chunks(tokens: int, row_elements: int) -> Iterator[slice]:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x Wᵀ + b, without autograd. Large float32 products on a CPU use oneDNN, as exact as `F.linear`
-    and 1.4 times as fast on processors that are not Intel's."""
+    """Return x Wᵀ + b, without autograd."""
+    # For large float32 products on CPUs that are not Intel's, oneDNN is 1.4 times as fast as `F.linear`, and as exact.
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if onednn and x.device.type == "cpu" and x.dtype == torch.float32 and weight.numel() >= 2**20 and len(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -125,11 +122,7 @@ def row_products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     return products.view(tokens, k)
 
 
-@operator(
-    "scatter_rows",
-    lambda indices, weights, rows, num_experts: rows.new_empty(num_experts, rows.shape[1]),
-    synchronises=True,
-)
+@operator("scatter_rows", lambda indices, weights, rows, n: rows.new_empty(n, rows.shape[1]), synchronises=True)
 def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
     """Return out[n] = Σ_{t,k: indices[t,k] = n} weights[t, k] · rows[t]; (T, K), (T, K), (T, D) → (N, D)."""
     order, counts = _by_expert(indices, num_experts)
@@ -189,9 +182,8 @@ def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, k: i
 def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save what `gate_gradients` needs, for an operator whose first arguments are x, weight and bias."""
     x, weight, bias = inputs[:3]
-    values, indices = output
-    ctx.save_for_backward(x, weight, values, indices)
-    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(x, weight, *output)
+    ctx.mark_non_differentiable(output[1])
     ctx.has_bias, ctx.num_inputs = bias is not None, len(inputs)
 
 
@@ -217,10 +209,6 @@ def _expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     return weighted_rows(indices, values, table)
 
 
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _sum_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     values, indices, table = ctx.saved_tensors
     grad_output = grad_output.contiguous()
@@ -231,7 +219,7 @@ def _sum_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grad_values, None, grad_table
 
 
-_expert_sum.register_autograd(_sum_gradients, setup_context=_save_sum)
+_expert_sum.register_autograd(_sum_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -268,10 +256,7 @@ def expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     Args:
         values: coefficients, (..., K), of the dtype of `table`.
         indices: experts, (..., K) int64; an expert that occurs twice counts twice.
-        table: one row per expert, (N, O).
-
-    Returns:
-        (..., O).
+        table: one row per expert, (N, O). Returns (..., O).
     """
     k = values.shape[-1]
     out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table)

@@ -33,8 +33,6 @@ class ExpertIntervention:
         set: expert → value that replaces its own, whether or not the expert is active.
         scale: expert → factor on its coefficient where it is active.
         ablate: experts whose coefficient becomes 0.
-
-    Calling it maps (layer, x, coefficients) to new coefficients; the arguments do not change.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class ExpertIntervention:
                     raise ValueError(f"{name} names expert {expert!r}; this layer has experts 0 to {num_experts - 1}")
 
     def __call__(self, layer: object, x: Tensor, coefficients: ExpertCoefficients) -> ExpertCoefficients:
-        """Apply to coefficients of any leading shape; `layer` and `x` are unused."""
+        """Return changed copies of coefficients of any leading shape; `layer` and `x` are unused."""
         values, indices = coefficients
         for expert, factor in [(e, 0.0) for e in self.ablate] + list(self.scale.items()):
             values = torch.where(indices == expert, values * factor, values)

@@ -131,8 +131,7 @@ class SparseLayer(nn.Module):
     def register_coefficient_hook(self, hook: CoefficientHook) -> RemovableHandle:
         """Call `hook(layer, x, coefficients)` in every forward; what it returns, unless None, replaces them.
 
-        Returns:
-            A handle that removes the hook: use it in a `with` statement, or call `remove()`.
+        Returns a handle that removes the hook: use it in a `with` statement, or call `remove()`.
         """
         handle = RemovableHandle(self._coefficient_hooks)
         self._coefficient_hooks[handle.id] = hook
@@ -141,15 +140,8 @@ class SparseLayer(nn.Module):
     def intervene(self, **changes: Any) -> RemovableHandle:
         """Change expert coefficients by the `add`, `set`, `scale` and `ablate` of `ExpertIntervention`.
 
-        Returns:
-            A handle that ends the intervention: use it in a `with` statement, or call `remove()`.
-
-        Raises:
-            ValueError: no change is given, or an expert does not exist.
-
-        Example:
-            >>> with layer.intervene(add={17: 100.0}):  # doctest: +SKIP
-            ...     model.generate(**inputs)
+        Returns a handle that ends the intervention: use it in a `with` statement, or call `remove()`. Raises a
+        ValueError if no change is given, or an expert does not exist.
         """
         intervention = ExpertIntervention(**changes)
         intervention.check(self.config.num_experts)

@@ -1,8 +1,7 @@
 """Resolve, download and check the files of a decomposition and of its base model.
 
-Everything that can be refused is refused here, before weights are read: files come from one commit, the headers of
-safetensors must match the config, and no config may ask for more memory than its weights or the machine hold.
-Downloads are retried, since transformers gives up at the first fault, or takes one for a missing file.
+Everything that can be refused is refused here, before weights are read or a model is built. Downloads are retried,
+since transformers gives up at the first fault, or takes one for a missing file.
 """
 
 import os
@@ -44,7 +43,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 Result = TypeVar("Result")
 
 
-def with_retries(call: Callable[[], Result], name: Any) -> Result:
+def with_retries(call: Callable[[], Result], what: Any) -> Result:
     """Return `call()`, tried up to `ATTEMPTS` times while its errors are transient; then raise an OSError."""
     for attempt in range(ATTEMPTS):
         try:
@@ -54,10 +53,8 @@ def with_retries(call: Callable[[], Result], name: Any) -> Result:
             if cause is None:
                 raise
             if attempt == ATTEMPTS - 1:
-                raise OSError(
-                    f"{name} cannot be had from the Hub ({first_line(cause)}); what was downloaded is kept: try again"
-                ) from error
-            logger.warning(f"loading {name} failed ({first_line(cause)}), trying again")
+                raise OSError(f"{what}: {first_line(cause)}; what was downloaded is kept: try again") from error
+            logger.warning(f"{what}: {first_line(cause)}; trying again")
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
 
@@ -117,12 +114,7 @@ def resolve(name: Any, access: dict[str, Any]) -> ResolvedRepo:
 def resolve_base(
     repo: ResolvedRepo, config: MxDConfig, access: dict[str, Any], name: str | None, revision: str | None
 ) -> ResolvedRepo:
-    """Resolve the base model that a decomposition's config names, or the given one, and check what kind it is.
-
-    Raises:
-        ValueError: there is no name, it is no language model, or a Hub repo names a folder of this machine.
-        OSError: it is not there.
-    """
+    """Resolve the base model that a decomposition's config names, or the given one, and check what kind it is."""
     recorded, given = config.base_model_name_or_path, name
     name = given or recorded
     if not name:
@@ -136,10 +128,8 @@ def resolve_base(
     try:
         base = resolve(name, {**access, "revision": None if is_folder else revision})
     except OSError as error:
-        raise OSError(
-            f"the decomposition's base model {name!r} cannot be had; if it is elsewhere, pass "
-            f"base_model_name_or_path=. {error}"
-        ) from error
+        wrong = f"the base model {name!r} cannot be had; if it is elsewhere, pass base_model_name_or_path="
+        raise OSError(f"{wrong}. {error}") from error
     check_language_config(base)
     return base
 
@@ -151,10 +141,8 @@ def check_language_config(base: ResolvedRepo) -> int:
     if kind == MxDConfig.model_type:
         raise ValueError(f"the base model {base.name!r} is a decomposition itself: name the language model")
     if not is_causal(kind):
-        raise ValueError(
-            f"the base model {base.name!r} is of type {shorten(kind)}, which AutoModelForCausalLM does not load: load "
-            "it with its own class, and the decomposition with AutoModel, whose spliced(model) splices it in"
-        )
+        wrong = f"the base model {base.name!r} is of type {shorten(kind)}, which AutoModelForCausalLM does not load"
+        raise ValueError(f"{wrong}: load it with its own class, and use spliced(model) of AutoModel")
     values = text if isinstance(text, dict) else values
     sizes = [max((values[name] for name in names if isinstance(values.get(name), int)), default=1) for names in _SIZES]
     if max(sizes) > MAX_SIZE or sizes[0] > MAX_LAYERS:
@@ -168,9 +156,8 @@ def check_language_model(base: ResolvedRepo) -> None:
     described = check_language_config(base)
     held = sum(path.stat().st_size for path in weight_files(base.name, None, base.access))
     if held and described > 16 * held:  # more parameters in a byte than any quantisation puts there
-        raise ValueError(
-            f"the base model {base.name!r} has {held:,} bytes of weights, its config.json describes {described:,}"
-        )
+        size = f"{held:,} bytes of weights, its config.json describes {described:,} parameters"
+        raise ValueError(f"the base model {base.name!r} has {size}")
 
 
 def load_language_model(base: ResolvedRepo, *model_args: Any, **kwargs: Any) -> Any:
@@ -241,14 +228,7 @@ def read_index(path: Path, name: Any) -> dict[str, str]:
 
 
 def check_headers(paths: Iterable[Path], config: MxDConfig) -> dict[str, str]:
-    """Check that files hold the weights of the config's layers; weights of other layers may be there too.
-
-    Returns:
-        Weight → name of its file, for all weights.
-
-    Raises:
-        ValueError: a file is incomplete, or a weight is missing, unknown, there twice or of another shape or dtype.
-    """
+    """Check that files hold the weights of the config's layers, and perhaps of others. Returns weight → file."""
     wanted, found = expected_shapes(config), dict[str, str]()
     for path in paths:
         for key, (shape, dtype) in _read_header(path).items():
@@ -283,9 +263,8 @@ def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
 def expected_shapes(config: MxDConfig) -> dict[str, list[int]]:
     """Return weight → shape for all layers of a config; nothing is allocated."""
     with torch.device("meta"):
-        layers = dict(zip(config.layers, map(make_layer, map(config.layer, config.layers)), strict=True))
-        weights = [(layer, key, value) for layer in layers for key, value in layers[layer].state_dict().items()]
-    return {f"layers.{layer}.{key}": list(value.shape) for layer, key, value in weights}
+        states = {layer: make_layer(config.layer(layer)).state_dict() for layer in config.layers}
+    return {f"layers.{layer}.{key}": [*value.shape] for layer, state in states.items() for key, value in state.items()}
 
 
 def load_decomposition(load: Any, repo: ResolvedRepo, config: MxDConfig, files: list[Path], **kwargs: Any) -> Any:

@@ -49,15 +49,7 @@ class MxDOutput(ModelOutput):
 
 
 class MxDModel(PreTrainedModel):
-    """The decomposed layers of one base model, without the base model.
-
-    `model.layers["8"]`, or `model.layer(8)`, replaces the MLP of transformer layer 8.
-
-    Example:
-        >>> mxd = MxDModel.from_pretrained("gpt2-l8")  # doctest: +SKIP
-        >>> with mxd.spliced(base_model):  # doctest: +SKIP
-        ...     base_model.generate(**inputs)
-    """
+    """The decomposed layers of one base model, without it. `layer(8)` replaces the MLP of transformer layer 8."""
 
     config_class = MxDConfig
     config: MxDConfig
@@ -103,8 +95,7 @@ class MxDModel(PreTrainedModel):
     ) -> None:
         """Save a decomposition, as transformers' `save_pretrained`, by default every layer in a file of its own.
 
-        Raises:
-            ValueError: there are parameters that the config does not describe, such as an adapter's.
+        Raises a ValueError if there are parameters that the config does not describe, such as an adapter's.
         """
         extra = sorted((state_dict or self.state_dict()).keys() - expected_shapes(self.config).keys())
         if extra:
@@ -126,12 +117,7 @@ class MxDModel(PreTrainedModel):
         return self.layers[str(layer)]  # type: ignore[return-value]
 
     def forward(self, hidden_states: Tensor, layer: int | None = None) -> MxDOutput:
-        """Run one layer.
-
-        Args:
-            hidden_states: the MLP's input x, (..., I).
-            layer: index of the transformer layer; may be left out if there is only one.
-        """
+        """Run one layer on the MLP's input x, (..., I). `layer` may be left out if there is only one."""
         if layer is None and len(self.config.layers) > 1:
             raise ValueError(f"this decomposition has layers {self.config.layers}: say which with layer=")
         return MxDOutput(output=self.layer(self.config.layers[0] if layer is None else layer)(hidden_states))
@@ -139,10 +125,7 @@ class MxDModel(PreTrainedModel):
     def splice(self, model: nn.Module, cast: bool = True, **options: Any) -> list[ReplacedMLP]:
         """Replace the base model's MLPs by the layers, until `restore()` is called on what is returned.
 
-        `cast` and the options (`verify`, `example_inputs`) are those of `replace_mlps`.
-
-        Raises:
-            SurgeryError: as `replace_mlps`, or the model is not the base that the config names.
+        `cast`, the options (`verify`, `example_inputs`) and errors are those of `replace_mlps` and `check_base`.
         """
         self.check_base(model)
         modules = {layer: self.layer(layer) for layer in self.config.layers}
@@ -155,11 +138,7 @@ class MxDModel(PreTrainedModel):
             yield replaced
 
     def check_base(self, model: nn.Module) -> None:
-        """Check that a model is the base that the config names. Another commit of it is only warned about.
-
-        Raises:
-            SurgeryError: its type is another, or its config names other activations.
-        """
+        """Raise a SurgeryError if a model's type or activations are not the base's; warn about another commit."""
         config, ours = getattr(model, "config", None), self.config
         kind, activations = getattr(config, "model_type", None), configured_activations(model)
         of = "the decomposition is of a base with"
@@ -187,9 +166,7 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "mxd"
 
     def __init__(self, config: MxDConfig, *_: Any, **__: Any):
-        raise TypeError(
-            "MxDForCausalLM has no instances: use its from_pretrained, or MxDModel.spliced for a loaded base"
-        )
+        raise TypeError("MxDForCausalLM has no instances: use from_pretrained, or MxDModel.spliced for a loaded base")
 
     @classmethod
     def from_pretrained(
@@ -208,8 +185,7 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
             With `output_loading_info` also the decomposition's loading info.
 
         Raises:
-            ValueError: the config names no language model as its base, weights do not fit, or `layers` names one that
-                is not there.
+            ValueError: the config names no language model as its base, weights do not fit, or a layer is not there.
             SurgeryError: the base is not the one that the config names.
             OSError: files are not there.
         """

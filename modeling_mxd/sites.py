@@ -59,11 +59,6 @@ class MLPSite:
             raise SurgeryError(f"layer {self.layer} was changed since its MLP was found: {error}") from None
 
     @property
-    def parent(self) -> nn.Module:
-        """The transformer layer."""
-        return self.model.get_submodule(self.path)
-
-    @property
     def input_module(self) -> nn.Module:
         """The module whose first input is the MLP's."""
         return self.modules[0]
@@ -112,10 +107,7 @@ def choose_stack(model: PreTrainedModel, stack: str | None, stacks: Mapping[str,
         model: the model.
         stack: a stack's path, `"encoder"` or `"decoder"`, or None for the language model's (of an encoder–decoder
             model: the decoder's).
-        stacks: the stacks that the model has.
-
-    Raises:
-        SurgeryError: no stack or several are meant; the message lists those that there are.
+        stacks: the stacks that the model has; a SurgeryError lists them if none or several are meant.
     """
     kind, found, names = type(model).__name__, list(stacks), ", ".join(stacks)
     if not stacks:
@@ -152,25 +144,17 @@ def find_mlps(model: nn.Module, stack: str | None = None, site: str = MAIN) -> d
         SurgeryError: the model has no such stack, or none of its layers has such modules.
     """
     stacks = find_stacks(model)
-    if stack is not None and stack not in stacks and stack not in ("encoder", "decoder"):
-        stacks = {**stacks, **_named_stack(model, stack)}
+    if stack is not None and stack not in (*stacks, "encoder", "decoder"):
+        named = resolve(model, stack)
+        if isinstance(named, nn.ModuleList | nn.Sequential):
+            stacks = {stack: [(f"{stack}.{name}", layer) for name, layer in named.named_children()]}
     chosen = choose_stack(model, stack, stacks)
-    sites = {
-        index: _site(model, chosen, index, path, layer, site) for index, (path, layer) in enumerate(stacks[chosen])
-    }
+    layers = stacks[chosen]
+    sites = {index: _site(model, chosen, index, path, layer, site) for index, (path, layer) in enumerate(layers)}
     if site != MAIN and not any(found.slots for found in sites.values()):
-        others = sorted({",".join(chain) for _, layer in stacks[chosen] for chain in layer_chains(layer)})
-        raise SurgeryError(
-            f"no layer of {chosen} in {type(model).__name__} has {site}; they have {'; '.join(others) or 'no MLP'}"
-        )
+        others = "; ".join(sorted({",".join(chain) for _, layer in layers for chain in layer_chains(layer)}))
+        raise SurgeryError(f"no layer of {chosen} in {type(model).__name__} has {site}; they have {others or 'no MLP'}")
     return sites
-
-
-def _named_stack(model: nn.Module, stack: str) -> dict[str, list[tuple[str, nn.Module]]]:
-    module = resolve(model, stack)
-    if not isinstance(module, nn.ModuleList | nn.Sequential):
-        return {}
-    return {stack: [(f"{stack}.{name}", layer) for name, layer in module.named_children()]}
 
 
 def _site(model: nn.Module, stack: str, index: int, path: str, layer: nn.Module, name: str) -> MLPSite:

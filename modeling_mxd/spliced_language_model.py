@@ -1,9 +1,9 @@
-"""The base language model with a decomposition spliced in: a class of the base's own name that saves only the
-decomposition."""
+"""The base language model with a decomposition spliced in, whose class saves only the decomposition."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 
 from .sites import SurgeryError
 from .surgery import ReplacedMLP
-
-_CLASSES: dict[type, type] = {}
 
 
 @dataclass
@@ -49,8 +47,7 @@ class SplicedLanguageModel:
     def unsplice(self) -> PreTrainedModel:
         """Restore the base's own MLPs, in place, and return the base model with its class, name and trainable weights.
 
-        Raises:
-            SurgeryError: an MLP was replaced again since; the model is left as it is.
+        Raises a SurgeryError if an MLP was replaced again since; the model is left as it is.
         """
         assert isinstance(self, PreTrainedModel)
         with self.untouched():  # raises, if it must, before anything is undone for good
@@ -88,8 +85,7 @@ class SplicedLanguageModel:
     ) -> Any:
         """Save the decomposition; with a PEFT adapter in the model only the adapter, as transformers does.
 
-        Raises:
-            ValueError: an adapter on the decomposition is not merged, or replaced a whole layer of it.
+        Raises a ValueError if an adapter on the decomposition is not merged, or replaced a whole layer of it.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[misc]
@@ -98,10 +94,8 @@ class SplicedLanguageModel:
         prefixes = {name: places.get(id(layer)) for name, layer in self.decomposition.layers.items()}
         replaced = [name for name, prefix in prefixes.items() if prefix is None]
         if replaced:
-            raise ValueError(
-                f"another module replaced the decomposition's layer {replaced[0]}, and would not be saved: name "
-                "single linears in an adapter's modules_to_save, not a whole layer"
-            )
+            wrong = f"another module replaced the decomposition's layer {replaced[0]}, and would not be saved"
+            raise ValueError(f"{wrong}: name single linears in an adapter's modules_to_save, not a whole layer")
         if state_dict is not None:
             state_dict = {
                 f"layers.{name}.{key.removeprefix(f'{prefix}.')}": value
@@ -123,8 +117,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: boo
     """Splice an `MxDModel` into a base model, in place: its class becomes a subclass of the same name.
 
     Args:
-        base: a causal language model that fits the decomposition; it is returned.
-        decomposition: the `MxDModel`.
+        base, decomposition: a causal language model, which is returned, and the `MxDModel`.
         name: folder or Hub id of the decomposition; adapters name it as their base.
         cast: move the decomposition to the base's dtype. If False it keeps its own, which training needs.
 
@@ -132,9 +125,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: boo
         SurgeryError: it does not fit, or a decomposition is spliced in already; `base` is then as it was.
     """
     if isinstance(base, SplicedLanguageModel):
-        raise SurgeryError(
-            "a decomposition is spliced in: unsplice() it first, or use mxd.splice(model) for more layers"
-        )
+        raise SurgeryError("a decomposition is spliced in: unsplice() it first, or splice more layers by MxDModel")
     trainable = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     base.requires_grad_(False)
     try:
@@ -147,7 +138,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: boo
     # Not registered as a module: its layers already are, where the MLPs were.
     base.__dict__["_splice"] = _Splice(decomposition, replaced, base.dtype, base.name_or_path, trainable)
     base.name_or_path = name
-    base.__class__ = _spliced_class(type(base))
+    base.__class__ = _spliced_class(type(base))  # type: ignore[arg-type]  # classes are hashable
     return base
 
 
@@ -157,10 +148,9 @@ def _set_trainable(model: nn.Module, names: set[str]) -> None:
             parameter.requires_grad_(True)
 
 
+@cache
 def _spliced_class(base: type) -> type:
-    if base not in _CLASSES:
-        _CLASSES[base] = type(base.__name__, (SplicedLanguageModel, base), {"__module__": base.__module__})
-    return _CLASSES[base]
+    return type(base.__name__, (SplicedLanguageModel, base), {"__module__": base.__module__})
 
 
 def _base_class(model: Any) -> type:

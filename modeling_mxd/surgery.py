@@ -23,19 +23,15 @@ from .layers import SparseLayer
 from .sites import MAIN, MLPSite, SurgeryError, find_mlps, site_of
 
 TOKENS = 8
+# Input and output width of each MLP, by its slots; of those that were verified, by model.
 Widths = dict[tuple[str, ...], tuple[int, int]]
-"""Input and output width of each MLP, by its slots."""
-# Widths of the sites that were verified, by model.
 _VERIFIED: "WeakKeyDictionary[nn.Module, Widths]" = WeakKeyDictionary()
 
 
 class MLPReplacement(nn.Module):
     """Call a layer where the model's callers pass more than the input, or expect more than the output.
 
-    Args:
-        layer: maps (..., I) to (..., O), and is called with the first input.
-        second: None where callers expect the output alone, else the value behind it: `architectures.NOTHING` or
-            `SECOND_INPUT`.
+    `second` is None where callers expect the output alone, else `architectures.NOTHING` or `SECOND_INPUT`.
     """
 
     def __init__(self, layer: nn.Module, second: str | None):
@@ -44,14 +40,12 @@ class MLPReplacement(nn.Module):
         self.second = second
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the layer's output, with a second value where one is expected."""
         output, inputs = self.call(*args, **kwargs), [*args, *kwargs.values()]
         if self.second is None:
             return output
         return output, inputs[1] if self.second == SECOND_INPUT and len(inputs) > 1 else None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the layer's output for the first input."""
         return self.layer(next(iter([*args, *kwargs.values()])))
 
 
@@ -106,16 +100,10 @@ class ReplacedMLP:
         self._savable = True
 
     def restore(self) -> None:
-        """Restore the original module objects.
-
-        Raises:
-            SurgeryError: the slots no longer hold the replacement; the model is left as it is.
-        """
+        """Restore the original modules, or raise a SurgeryError if the slots no longer hold the replacement."""
         if any(now is not ours for now, ours in zip(self.site.modules, self._installed, strict=True)):
-            raise SurgeryError(
-                f"the MLP of layer {self.site.layer} was changed after it was replaced: undo later replacements "
-                "first, in reverse order"
-            )
+            changed = f"the MLP of layer {self.site.layer} was changed after it was replaced"
+            raise SurgeryError(f"{changed}: undo later replacements first, in reverse order")
         self.site.put(self.original)
         self._refuse_saving(False)
 
@@ -139,10 +127,8 @@ class _SavingRefused:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self.model, "_hf_peft_config_loaded", False):  # transformers then saves the adapter alone
             return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
-        raise SurgeryError(
-            f"this {type(self.model).__name__} cannot be saved while MLPs are replaced (layers {sorted(self.layers)}): "
-            "save the decomposition by its own save_pretrained, and the base model after it is restored"
-        )
+        refusal = f"this {type(self.model).__name__} cannot be saved while MLPs are replaced"
+        raise SurgeryError(f"{refusal} (layers {sorted(self.layers)}): save the decomposition, or restore them first")
 
 
 def replace_mlp(model: nn.Module, layer: int, module: nn.Module, **options: Any) -> ReplacedMLP:
@@ -183,19 +169,16 @@ def replace_mlps(
     sites = {layer: site_of(found, layer) for layer in modules}
     for place in sites.values():
         if any(isinstance(part, SparseLayer | MLPReplacement) for part in place.modules):
-            raise SurgeryError(
-                f"the MLP of layer {place.layer} is already replaced by a decomposition: restore it first, or use the "
-                "model that `unsplice()` returns"
-            )
+            raise SurgeryError(f"the MLP of layer {place.layer} is already replaced: restore it or unsplice() first")
     widths = verify_sites(model, list(sites.values()), example_inputs) if verify else {}
     for layer, module in modules.items():
         have = widths.get(sites[layer].slots)
-        want = (module.config.hidden_size, module.config.output_size) if isinstance(module, SparseLayer) else have
-        if have not in (None, want):
-            raise SurgeryError(
-                f"the MLP of layer {layer} maps {have[0]} to {have[1]} dimensions, the decomposition's layer {want[0]} "
-                f"to {want[1]}: is it of another base model?"
-            )
+        if have is None or not isinstance(module, SparseLayer):
+            continue
+        want = (module.config.hidden_size, module.config.output_size)
+        if have != want:
+            theirs, ours = (f"{inputs} to {outputs}" for inputs, outputs in (have, want))
+            raise SurgeryError(f"the MLP of layer {layer} maps {theirs} dimensions, the decomposition's layer {ours}")
     for layer, module in modules.items():
         _move_to(sites[layer], model, module, cast)
     return [ReplacedMLP(sites[layer], module) for layer, module in modules.items()]
@@ -212,7 +195,7 @@ def spliced_mlps(
 
 @contextmanager
 def restored_afterwards(replaced: list[ReplacedMLP]) -> Iterator[list[ReplacedMLP]]:
-    """Restore all replacements at the block's end. If one was changed, the others are restored and the error raised."""
+    """Restore all replacements at the block's end, the others also if one was changed."""
     with ExitStack() as stack:  # calls every restore, also after one that failed
         for replacement in replaced:
             stack.callback(replacement.restore)
@@ -244,11 +227,9 @@ def as_replacement(site: MLPSite, layer: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping[str, Any] | None = None) -> Widths:
-    """Check that replacing MLPs is exact: run `example_inputs` (8 tokens) twice, the second time through
-    `originals_routed`. Sites that were verified before, and a model on the meta device, are not run.
+    """Check that replacing MLPs is exact: run `example_inputs` (8 tokens) as the model is, and by `originals_routed`.
 
-    Returns:
-        The widths of the model's verified MLPs.
+    Sites that were verified before, and a model on the meta device, are not run. Returns the verified MLPs' widths.
 
     Raises:
         SurgeryError: the model's outputs differ, an MLP does not run, or the model cannot be run.
@@ -264,10 +245,8 @@ def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping
     name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', None)!r})"
     for site, original in zip(new, routed, strict=True):
         if original.widths is None:
-            raise SurgeryError(
-                f"{name}: the MLP of layer {site.layer} of {site.stack} does not run on the example inputs: pass "
-                "example_inputs= with which it does"
-            )
+            silent = f"the MLP of layer {site.layer} of {site.stack} does not run on the example inputs"
+            raise SurgeryError(f"{name}: {silent}: pass example_inputs= with which it does")
     if len(before) != len(after) or not all(map(_equal, before, after)):
         slots = ", ".join(slot for site in new for slot in site.slots)
         raise SurgeryError(

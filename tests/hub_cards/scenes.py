@@ -10,6 +10,7 @@ from factories import random_mxd_model, word_tokenizer
 from huggingface_hub import constants
 from loopback_hub import HubServer
 
+from mxd.base.pretrained_weights import record_base
 from mxd.modeling_mxd import MxDModel
 
 BASE = "user/base"
@@ -54,7 +55,7 @@ def save_decomposition(model, commit, folder):
     """Save a decomposition of two layers of the base model, as `decompose` leaves it."""
     base = {"base_model_name_or_path": BASE, "base_model_revision": commit}
     decomposition = random_mxd_model([0, 2], buffers=True, **base)
-    decomposition.record_base(model)
+    record_base(decomposition, model)
     decomposition.save_pretrained(folder)
 
 

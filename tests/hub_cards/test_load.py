@@ -8,6 +8,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors.torch import load, save
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
+from mxd.base.pretrained_weights import record_base
 from mxd.hub_cards import push_decomposition
 from mxd.modeling_mxd import MxDConfig, MxDModel, SurgeryError
 
@@ -185,7 +186,7 @@ def test_a_base_in_memory_of_the_same_commit_is_not(hub, pushed, base, warned):
 
 def test_the_commit_is_recorded_for_a_new_decomposition(hub, base):
     decomposition = MxDModel(MxDConfig(layers=[0], hidden_size=16, num_experts=8, num_experts_per_tok=2))
-    decomposition.record_base(LlamaForCausalLM.from_pretrained(BASE))
+    record_base(decomposition, LlamaForCausalLM.from_pretrained(BASE))
     assert decomposition.config.base_model_name_or_path == BASE
     assert decomposition.config.base_model_revision == base
 
