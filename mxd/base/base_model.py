@@ -104,8 +104,8 @@ def load_base_model(
         name: Hub id, folder, or the name of the embedded model.
         revision: branch, tag or commit on the Hub.
         dtype: a key of `DTYPES`.
-        pickles: whether weights may be read from a pickle if there are no safetensors; False if a decomposition, whose
-            config may come from a stranger, names the model.
+        pickles: whether weights may be read from a pickle; False if a decomposition, perhaps a stranger's, names the
+            model.
         context_length: tokens in a row, which the model must have positions for.
 
     Returns:

@@ -47,9 +47,8 @@ def right_padded(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
         return ids, None
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {tuple(ids.shape)}")
-    mask = mask.to(device)
-    order = padding_last(mask)
-    return ids.gather(-1, order), mask.gather(-1, order)
+    order = padding_last(mask.to(device))
+    return ids.gather(-1, order), mask.to(device).gather(-1, order)
 
 
 def batch_for(model: nn.Module, batch: Mapping[str, Tensor]) -> Batch:

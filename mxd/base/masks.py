@@ -44,7 +44,6 @@ def activation_mask(
     Args:
         inputs: inputs of the model.
         x: (batch, tokens, I), or (n · batch, tokens, I) for a layer that runs n times.
-        include_first: see `token_mask`.
         decoder: whether x comes from the decoder of an encoder–decoder model, whose tokens are `decoder_input_ids`, or
             the `labels` that the model shifts.
 

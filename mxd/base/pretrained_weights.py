@@ -222,8 +222,6 @@ def _matrix(inside: object, name: str, layout: WeightLayout) -> tuple[Tensor, Te
     if weight.is_meta:
         raise ValueError(f"the weight of {name} is offloaded or was never loaded: it cannot be read")
     if is_quantised(weight) or (tuple(weight.shape) != stored_shape(part) and isinstance(part, nn.Linear)):
-        if not isinstance(part, nn.Module):
-            raise ValueError(f"the quantised weight of {name} is in no module that could undo it: it cannot be read")
         return _dequantised(part, name)
     weight = weight.detach()
     if isinstance(part, nn.Conv1d | nn.Conv2d):
@@ -233,14 +231,13 @@ def _matrix(inside: object, name: str, layout: WeightLayout) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def _dequantised(linear: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+def _dequantised(linear: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias of a linear, however it is quantised, from its outputs for the unit vectors."""
     bias = getattr(linear, "bias", None)
     dtype = getattr(linear, "compute_dtype", None) or (bias.dtype if isinstance(bias, Tensor) else torch.float32)
-    device = next(iter([*linear.parameters(), *linear.buffers()])).device
     try:
-        width = int(linear.in_features)  # type: ignore[arg-type]
-        columns = linear(torch.eye(width, dtype=dtype, device=device))
+        device = next(iter([*linear.parameters(), *linear.buffers()])).device
+        columns = linear(torch.eye(linear.in_features, dtype=dtype, device=device))
     except Exception as error:
         raise ValueError(f"the quantised weight of {name} ({type(linear).__name__}) cannot be read: {error}") from error
     if isinstance(bias, Tensor):

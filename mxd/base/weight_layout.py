@@ -174,5 +174,5 @@ def layout_widths(modules: tuple[nn.Module, ...], layout: WeightLayout) -> tuple
 
 
 def is_rows(into: tuple[int, ...], out_of: tuple[int, ...]) -> bool:
-    """Return whether the decoder is stored as the encoder, a row for every unit (DBRX)."""
+    """Return whether the decoder is stored as the encoder is, a row for every unit (DBRX)."""
     return len(into) == 2 and into == out_of and into[0] != into[1]

@@ -18,11 +18,7 @@ def domain_use(
 
     An expert belongs to domain d if f_d / Σ_d f_d is at least `share`, with f_d the share of the domain's tokens on
     which it is active (so that all domains weigh the same). An expert that fired fewer than `min_firings` times in all
-    domains belongs to none.
-
-    Args:
-        uses: domain → use of the layer's experts on its text, from `count_expert_use`.
-        share, min_firings: see above.
+    domains belongs to none. `uses` has {domain: use of the layer's experts on its text}, from `count_expert_use`.
 
     Returns:
         {"domains": {domain: {"tokens", "active_experts": number that fired there, "expert_entropy", "own_experts":
@@ -30,8 +26,7 @@ def domain_use(
         nowhere, "judged_experts": number that fired `min_firings` times, "share", "min_firings"}.
 
     Raises:
-        ValueError: there are fewer than two domains, a domain has no tokens, or `share` is at most 1/2, by which an
-            expert could belong to two.
+        ValueError: there are fewer than two domains, a domain has no tokens, or `share` is at most 1/2.
     """
     if len(uses) < 2:
         raise ValueError(f"experts are compared over at least two domains, got {', '.join(uses) or 'none'}")

@@ -118,10 +118,9 @@ def captured_activations(
 def measure_expert_statistics(
     model: nn.Module | Capture, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
 ) -> None:
-    """Measure every expert on training tokens, and write its frequency and mean coefficient into the layers' buffers.
+    """Write every expert's frequency and mean coefficient on training tokens into the buffers that evaluation reads.
 
-    The buffers are `expert_frequency` and `expert_mean`, which evaluation reads. For the arguments see
-    `count_expert_use`.
+    For the arguments see `count_expert_use`. The buffers are `expert_frequency` and `expert_mean`.
 
     Raises:
         ValueError: there is no token to measure on; the buffers are left unchanged.

@@ -33,13 +33,7 @@ _POSITIONS = "all but padding; *_without_first: also without each row's first po
 
 
 class LayerEvaluation:
-    """Measure errors and expert use of one layer, streamed over the untouched model's activations.
-
-    Args:
-        layer: the layer.
-        statistics: share of training tokens on which each expert is active, and its mean coefficient on them.
-        specialised_frequency: experts active on at most this share are specialised.
-    """
+    """Measure errors and expert use of one layer, streamed over the untouched model's activations."""
 
     def __init__(
         self, layer: SparseLayer, statistics: Statistics, specialised_frequency: float = SPECIALISED_FREQUENCY

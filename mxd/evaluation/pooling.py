@@ -141,9 +141,7 @@ def pool_features(
             ids, mask = batch_for(model, collate([{"input_ids": texts[index]} for index in chosen]))
             x, y = capture_mlps(model, [layer], ids, mask, stack=stack, site=site)[layer]
             if x.shape[:2] != ids.shape:
-                raise ValueError(
-                    f"layer {layer} has not one activation for each token: it runs several times in a pass"
-                )
+                raise ValueError(f"layer {layer} has not one activation for each token: it runs several times a pass")
             counted = token_mask(ids, mask, include_first).to(x.device)
             rows = counted.nonzero()[:, 0].cpu()  # the text of each token, in `chosen`
             for name, representation in representations.items():

@@ -20,8 +20,7 @@ class UntouchedLosses:
     Args:
         model: the base model.
         batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
-        ablated: configuration of a decomposition: measure, in a second pass, also the cross-entropy with the MLPs of
-            its layers zero-ablated.
+        ablated: configuration of a decomposition: measure also the cross-entropy with its MLPs zero-ablated.
         progress: show a progress bar.
 
     Attributes:
