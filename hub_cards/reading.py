@@ -72,7 +72,7 @@ def check_weights(folder: Path, config: MxDConfig) -> None:
     """
     config.check_memory(torch.float8_e4m3fn)  # the narrowest dtype that weights are stored in
     paths = sorted(folder.glob("model*.safetensors"))
-    found = check_headers(paths, config)
+    found = check_headers(paths, config.layers, config.weight_shapes)
     index = folder / "model.safetensors.index.json"
     if index.is_file() and read_index(index, folder) != found:
         raise ValueError(f"{index.name} in {folder} does not belong to the files that are there")

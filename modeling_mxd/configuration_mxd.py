@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 import os
 import re
 import reprlib
@@ -151,17 +152,32 @@ class MxDLayerConfig:
         return -(-self.num_experts // (self.num_expert_groups or 1))
 
     @property
-    def num_parameters(self) -> int:
-        """Trainable parameters: gate N·I (+N), expert table N·O, output bias O, router G·(I + 1), the method's own."""
+    def weight_shapes(self) -> dict[str, list[int]]:
+        """Name → shape of every weight of the layer, and of its buffers, `expert_frequency` and `expert_mean`."""
         inputs, outputs, units, experts = self.hidden_size, self.output_size, self.intermediate_size, self.num_experts
-        count = experts * (inputs + outputs + self.gate_bias) + outputs * self.output_bias
-        count += (self.num_expert_groups or 0) * (inputs + 1)
+        linears = {"gate": (experts, inputs, self.gate_bias)}
+        shapes = {"expert_frequency": [experts], "expert_mean": [experts]}
+        if self.num_expert_groups is not None:
+            linears["router"] = (self.num_expert_groups, inputs, True)
+        if self.output_bias:
+            shapes["output_bias"] = [outputs]
         if self.method == "mxd":
-            halves = 2 if self.encoder_type == "glu" else 1
-            count += halves * units * (inputs + self.encoder_bias) + units * outputs
-        elif self.method == "skip_transcoder":
-            count += inputs * outputs
-        return count
+            shapes["modulation"] = [experts, outputs]
+            linears |= {"encoder": (units, inputs, self.encoder_bias), "decoder": (outputs, units, False)}
+            if self.encoder_type == "glu":
+                linears["encoder_up"] = (units, inputs, self.encoder_bias)
+        else:
+            shapes["decoder"] = [experts, outputs]
+            if self.method == "skip_transcoder":
+                linears["skip"] = (outputs, inputs, False)
+        for name, (rows, columns, bias) in linears.items():
+            shapes |= {f"{name}.weight": [rows, columns]} | ({f"{name}.bias": [rows]} if bias else {})
+        return shapes
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters: all weights but the two buffers."""
+        return sum(map(math.prod, self.weight_shapes.values())) - 2 * self.num_experts
 
 
 _LAYER_FIELDS = tuple(field.name for field in fields(MxDLayerConfig))
@@ -328,6 +344,12 @@ class MxDConfig(PretrainedConfig):
     def num_parameters(self) -> int:
         """Trainable parameters of all layers."""
         return sum(self.layer(layer).num_parameters for layer in self.layers)
+
+    @property
+    def weight_shapes(self) -> dict[str, list[int]]:
+        """Name → shape of every weight that is saved."""
+        shapes = {layer: self.layer(layer).weight_shapes for layer in self.layers}
+        return {f"layers.{layer}.{name}": shape for layer in self.layers for name, shape in shapes[layer].items()}
 
     def check_memory(self, dtype: torch.dtype) -> None:
         """Raise a ValueError if this machine cannot hold the decomposition, before anything is allocated."""

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -21,7 +20,6 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils.hub import cached_file, cached_files
 
 from .configuration_mxd import DEMO_MODEL, MAX_LAYERS, MAX_SIZE, MxDConfig, read_json, shorten
-from .layers import make_layer
 
 logger = logging.get_logger(__name__)
 
@@ -189,15 +187,15 @@ def commit_of(config: Any) -> tuple[str | None, bool]:
     return extract_commit_hash(path, None), len(commits) == 1
 
 
-def decomposition_files(repo: ResolvedRepo, config: MxDConfig) -> list[Path]:
-    """Download the weights of the config's layers, and check their headers."""
+def decomposition_files(repo: ResolvedRepo, layers: list[int], shapes: dict[str, list[int]]) -> list[Path]:
+    """Download the weights of some layers, and check their headers against the shapes by the config."""
     both = [file for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if Path(repo.name, file).is_file()]
     if len(both) > 1:
         raise ValueError(f"{repo.name} holds {' and '.join(both)}; delete the one that is left from an earlier saving")
-    paths = weight_files(repo.name, config.layers, repo.access)
+    paths = weight_files(repo.name, layers, repo.access)
     if not paths:
         raise OSError(f"{repo.name} has no safetensors, and no other weights are read")
-    check_headers(paths, config)
+    check_headers(paths, layers, shapes)
     return paths
 
 
@@ -227,24 +225,24 @@ def read_index(path: Path, name: Any) -> dict[str, str]:
     return weight_map
 
 
-def check_headers(paths: Iterable[Path], config: MxDConfig) -> dict[str, str]:
-    """Check that files hold the weights of the config's layers, and perhaps of others. Returns weight → file."""
-    wanted, found = expected_shapes(config), dict[str, str]()
+def check_headers(paths: Iterable[Path], layers: list[int], shapes: dict[str, list[int]]) -> dict[str, str]:
+    """Check that files hold the weights of some layers, in these shapes, and perhaps others'. Returns weight → file."""
+    found: dict[str, str] = {}
     for path in paths:
         for key, (shape, dtype) in _read_header(path).items():
             wrong = ""
             if key in found:
                 wrong = f"is in {found[key]} and in {path.name}"
-            elif key not in wanted:
-                wrong = "is not the decomposition's" if layer_of(key) in (None, *config.layers) else ""
-            elif shape != wanted[key]:
-                wrong = f"has the shape {shorten(shape)}, by the config it must be {wanted[key]}"
+            elif key not in shapes:
+                wrong = "is not the decomposition's" if layer_of(key) in (None, *layers) else ""
+            elif shape != shapes[key]:
+                wrong = f"has the shape {shorten(shape)}, by the config it must be {shapes[key]}"
             elif dtype not in DTYPES:
                 wrong = f"has the dtype {dtype}, not a floating-point one"
             if wrong:
                 raise ValueError(f"the weights do not fit the config: {shorten(key)} {wrong}")
             found[key] = path.name
-    missing = sorted(wanted.keys() - found.keys())
+    missing = sorted(shapes.keys() - found.keys())
     if missing:
         raise ValueError(f"the weights do not fit the config: {missing[0]} is missing")
     return found
@@ -258,13 +256,6 @@ def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
             return {key: (entry.get_shape(), entry.get_dtype()) for key, entry in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path.name} is no complete safetensors file: {error}") from None
-
-
-def expected_shapes(config: MxDConfig) -> dict[str, list[int]]:
-    """Return weight → shape for all layers of a config; nothing is allocated."""
-    with torch.device("meta"):
-        states = {layer: make_layer(config.layer(layer)).state_dict() for layer in config.layers}
-    return {f"layers.{layer}.{key}": [*value.shape] for layer, state in states.items() for key, value in state.items()}
 
 
 def load_decomposition(load: Any, repo: ResolvedRepo, config: MxDConfig, files: list[Path], **kwargs: Any) -> Any:

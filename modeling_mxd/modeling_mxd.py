@@ -27,7 +27,6 @@ from .loading import (
     check_language_model,
     commit_of,
     decomposition_files,
-    expected_shapes,
     load_decomposition,
     load_language_model,
     resolve,
@@ -87,7 +86,7 @@ class MxDModel(PreTrainedModel):
         access = {key: kwargs.pop(key) for key in (*ACCESS, *OWN) if key in kwargs}
         repo = resolve(pretrained_model_name_or_path, access)
         config = MxDConfig.of_repo(repo.name, repo.config_file, config, kwargs)
-        files = decomposition_files(repo, config)
+        files = decomposition_files(repo, config.layers, config.weight_shapes)
         return load_decomposition(partial(super().from_pretrained, None, *args), repo, config, files, **kwargs)
 
     def save_pretrained(
@@ -97,7 +96,7 @@ class MxDModel(PreTrainedModel):
 
         Raises a ValueError if there are parameters that the config does not describe, such as an adapter's.
         """
-        extra = sorted((state_dict or self.state_dict()).keys() - expected_shapes(self.config).keys())
+        extra = sorted((state_dict or self.state_dict()).keys() - self.config.weight_shapes.keys())
         if extra:
             raise ValueError(f"{extra[0]} is no weight of a decomposition: save adapters alone, or merge them first")
         if kwargs.get("max_shard_size", "50GB") == "50GB":  # the stock default, which push_to_hub spells out
@@ -139,7 +138,8 @@ class MxDModel(PreTrainedModel):
 
     def check_base(self, model: nn.Module) -> None:
         """Raise a SurgeryError if a model's type or activations are not the base's; warn about another commit."""
-        config, ours = getattr(model, "config", None), self.config
+        config: Any = getattr(model, "config", None)
+        ours = self.config
         kind, activations = getattr(config, "model_type", None), configured_activations(model)
         of = "the decomposition is of a base with"
         if None not in (kind, ours.base_model_type) and kind != ours.base_model_type:
@@ -198,8 +198,9 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs.pop(key, None)
         repo = resolve(pretrained_model_name_or_path, {**access, **own})
         config = MxDConfig.of_repo(repo.name, repo.config_file, config, kwargs)
+        shapes = config.weight_shapes
         base = resolve_base(repo, config, access, *other_base)
-        files = decomposition_files(repo, config)
+        files = decomposition_files(repo, config.layers, shapes)
         check_language_model(base)
         language_model = load_language_model(base, *args, **kwargs)
         load = partial(super(MxDModel, MxDModel).from_pretrained, None, output_loading_info=True)

@@ -213,7 +213,7 @@ def _move_to(site: MLPSite, model: nn.Module, module: nn.Module, cast: bool) -> 
     if parameters:
         like = max(parameters, key=Tensor.numel)
         device = execution_device(site.output_module)
-        dtype = model.dtype if is_quantised(like) else like.dtype
+        dtype: Any = model.dtype if is_quantised(like) else like.dtype
         module.to(device=like.device if device is None else device, dtype=dtype if cast else None)
 
 
@@ -253,7 +253,7 @@ def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping
             f"{name}: calling the MLPs of layers {[site.layer for site in new]} ({slots}) as a replacement would be "
             "called changes the outputs, so they cannot be replaced: name other modules with site="
         )
-    known.update({site.slots: original.widths for site, original in zip(new, routed, strict=True)})
+    known.update({site.slots: original.widths for site, original in zip(new, routed, strict=True) if original.widths})
     return known
 
 

@@ -62,7 +62,7 @@ class PretrainedWeights:
         kept = strength.topk(units).indices.sort().values
         rows = (self.encoder, self.encoder_bias, self.up, self.up_bias)
         chosen: list[Any] = [None if tensor is None else tensor[kept] for tensor in rows]
-        return PretrainedWeights(*chosen, self.decoder[:, kept], self.decoder_bias)
+        return PretrainedWeights(*chosen, self.decoder[:, kept], self.decoder_bias)  # type: ignore[call-arg]
 
     def hidden(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the hidden units z (..., H) of a dense MLP for x (..., I)."""
@@ -195,7 +195,8 @@ def _read(module: nn.Module, layout: WeightLayout) -> PretrainedWeights:
         if encoder_bias is not None:
             encoder_bias, up_bias = _split(encoder_bias, -1, layout.fused)
     if encoder.ndim == 3:  # a stack of experts
-        encoder, up = (None if part is None else part[: len(decoder)].flatten(0, 1) for part in (encoder, up))
+        encoder = encoder[: len(decoder)].flatten(0, 1)
+        up = None if up is None else up[: len(decoder)].flatten(0, 1)
         decoder, decoder_bias = decoder.transpose(0, 1).flatten(1, 2), None
         encoder_bias, up_bias = (None if bias is None else bias.flatten() for bias in (encoder_bias, up_bias))
     elif is_rows(tuple(encoder.shape), tuple(decoder.shape)):

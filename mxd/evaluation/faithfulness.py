@@ -90,7 +90,7 @@ class ModelEvaluation:
         known: UntouchedLosses | None,
     ):
         self.model, self.decomposition, self.layers, self.known = model, decomposition, layers, known
-        self.known_ablated = known and known.zero_ablated(decomposition.config)
+        self.known_ablated = None if known is None else known.zero_ablated(decomposition.config)
         self.untouched, self.spliced, self.ablated = LogitSums(), LogitSums(), LogitSums()
         self.rise = PairedDifference()
         self.batches = self.tokens = self.rows = 0

@@ -250,7 +250,7 @@ def plot_probing(
     width, height = 0.5 + 0.08 * max(map(len, names)) + 2.4 * columns, 0.5 + rows * (0.6 + 0.28 * len(names))
     figure, panels = _figure(width, height, rows, columns, sharex=True, sharey=True)
     for axes, (problem, found) in zip(panels, problems.items(), strict=False):
-        axes.axvline(np.mean(list(chance[problem].values())), color="grey", **_DASHED)
+        axes.axvline(float(np.mean(list(chance[problem].values()))), color="grey", **_DASHED)
         for row, name in enumerate(names):
             result = found[name]
             scores = [each["f1"] for each in result["classes"].values()]

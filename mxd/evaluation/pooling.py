@@ -5,7 +5,7 @@ All representations come from one pass of the model over the texts, up to the la
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ def pool_features(
             rows = counted.nonzero()[:, 0].cpu()  # the text of each token, in `chosen`
             for name, representation in representations.items():
                 encoded = representation.encode(x[counted], y[counted])
-                pool = pool_dense if isinstance(encoded, Tensor) else pool_sparse
+                pool: Any = pool_dense if isinstance(encoded, Tensor) else pool_sparse
                 parts[name].append(pool(encoded, rows, representation.width, pooling))
             bar.update(len(chosen))
     back = np.argsort(np.concatenate(batches))

@@ -15,7 +15,7 @@ from mxd.trainers import DistillationArguments, DistillationTrainer, last_comple
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 
 from .options import DecompositionOptions
-from .run_folder import check_output, prepare_output, resumed_start
+from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
 from .training import asked_for, run_training, save_results, step_arguments
 
 
@@ -88,10 +88,11 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     """
     folder = check_output(options)
     arguments = DistillationArguments(**step_arguments(options, folder))
+    start: dict[str, Any] = {}
     checkpoint, revision, context = None, options.revision, options.context_length
     if options.resume:
         checkpoint = last_complete_checkpoint(folder)
-        resumed_start(folder, options)
+        start = resumed_start(folder, options)
         # The branch may have moved since the run began.
         revision = MxDConfig.from_pretrained(checkpoint).base_model_revision or revision
     # Refuse what the base model's config shows to be wrong before text or weights are fetched.
@@ -100,13 +101,14 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     warn_of_embedded_text(options.text, options.model)
     documents, heldout_documents = load_documents(options.text, options.seed)
     count = count_documents(documents, heldout_documents)
+    check_same_documents(folder, start, count)
     model, tokenizer, commit = load_base_model(options.model, revision, options.dtype, context_length=context)
     check_safetensors(options.model, commit)
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     decomposition = MxDModel(build_config(model, commit, options))
     trainer = DistillationTrainer(decomposition, model, arguments, train_dataset=rows)
-    prepare_output(folder, "decompose", options)  # nothing is refused from here on
+    prepare_output(folder, "decompose", options, documents=count)  # nothing is refused from here on
     how = run_training(trainer, tokenizer, options, checkpoint)
     settings = {"training": {**run_settings(options, trainer, how), "documents": count}}
     results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)

@@ -40,7 +40,7 @@ def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
         raise ValueError(f"{name} holds an adapter beside the decomposition, which would be loaded with it")
     if path.parent == Path(source):  # a folder
         check_weights(path.parent, config)
-    some = {} if layers is None else {"layers": layers}
+    some: dict[str, Any] = {} if layers is None else {"layers": layers}
     return cast(MxDModel, MxDModel.from_pretrained(source, **how, **some))
 
 
@@ -88,7 +88,7 @@ def load_base_and_text(
             f"the folder {name} of the base model is not here: write into base_model_name_or_path of the "
             "decomposition's config.json where it is now, or its id on the Hub"
         )
-    how = {"pickles": False, "context_length": context_length}
+    how: dict[str, Any] = {"pickles": False, "context_length": context_length}
     check_base_model(name, revision, dtype, **how)
     text = load_text()
     model, tokenizer, _ = load_base_model(name, revision, dtype, **how)

@@ -22,7 +22,7 @@ from mxd.trainers import FinetuningArguments, FinetuningTrainer, last_complete_c
 
 from .decompositions import load_base_and_text, load_decomposition, made_how
 from .options import FinetuningOptions
-from .run_folder import check_output, prepare_output, resumed_start
+from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
 from .training import asked_for, run_training, save_results, step_arguments
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     _check_apart(folder, Path(options.decomposition))
     arguments = FinetuningArguments(**step_arguments(options, folder))
     checkpoint = last_complete_checkpoint(folder) if options.resume else None
-    before = resumed_start(folder, options)["before"] if checkpoint else None
+    start = resumed_start(folder, options) if checkpoint else {}
     decomposition = load_decomposition(options.decomposition)
     settings, context = made_how(options.decomposition), options.context_length
     warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
@@ -60,6 +60,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         lambda: load_documents(options.text, split_seed(settings, options.seed)),
     )
     count = count_documents(documents, heldout_documents)
+    check_same_documents(folder, start, count)
     seen = seen_in_training(settings, options.text, options.seed, count)
     if seen:
         logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
@@ -76,8 +77,8 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     if checkpoint is None:
         trainer.measure_experts()  # on the tokens of the later measurement, so that both are comparable
         measured = measure({})
-        before = {name: measured[name] for name in MEASURED}
-        prepare_output(folder, "finetune", options, before=before)  # nothing is refused from here on
+        start = {"before": {name: measured[name] for name in MEASURED}, "documents": count}
+        prepare_output(folder, "finetune", options, **start)  # nothing is refused from here on
     how = run_training(trainer, tokenizer, options, checkpoint)
     made = {
         **asked_for(options),
@@ -86,7 +87,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         "loss": options.loss,
         "nmse_weight": options.nmse_weight,
         "documents": count,
-        "before": before,
+        "before": start["before"],
     }
     held_out = is_held_out(settings, seen)  # of the earlier runs: this one trains on the other documents
     settings["finetuning"] = [*settings.get("finetuning", []), made]

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -245,7 +245,7 @@ def _write(options: FrontierOptions, common: Mapping[str, Any], layers: list[int
         method, _, k = path.stem.rpartition("-k")
         point = _Point(point_options(options, method.replace("-", "_"), int(k)), common)
         if point.finished():
-            rows.append(point.found()[1])
+            rows.append(cast(dict[str, Any], point.found()[1]))
     rows.sort(key=lambda row: (methods.index(row["method"]), row["num_experts_per_tok"]))
     loss = rows[0]["cross_entropy"] if rows else {}
     results = {

@@ -96,6 +96,8 @@ class RunOptions(StreamableOptions):
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments of the trainer that the options set; `training` wins."""
+        if "hub_token" in self.training:
+            raise ValueError("hub_token would be written into run.yaml: use `hf auth login` or HF_TOKEN")
         named = values(self, lambda one: one.metadata.get("trainer"))
         return {name: value for name, value in named.items() if value is not None} | self.training
 

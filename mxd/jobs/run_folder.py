@@ -108,6 +108,14 @@ def resumed_start(folder: Path, options: ResumableOptions) -> dict[str, Any]:
     return read_json(folder / START_NAME)
 
 
+def check_same_documents(folder: Path, start: Mapping[str, Any], documents: int | None) -> None:
+    """Raise a `ValueError` if the text has another number of documents than when the run began."""
+    before = start.get("documents")
+    if None not in (before, documents) and before != documents:
+        was = f"had {before} documents when the run began and has {documents} now"
+        raise ValueError(f"the text of the run in {folder} {was}: resume with the same files, or use --overwrite")
+
+
 def flat(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with the trainer's beside them, so that a message can name the one that differs."""
     training = {f"training.{name}": value for name, value in asked.get("training", {}).items()}

@@ -3,9 +3,10 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from factories import FORMS
 from transformers import AutoConfig, PretrainedConfig
 
-from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel
+from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, make_layer
 from mxd.modeling_mxd import modeling_mxd as model_module
 from mxd.modeling_mxd.configuration_mxd import FORMAT_VERSION
 
@@ -287,3 +288,13 @@ def test_auto_classes_pass_on_what_is_not_the_configs(tmp_path):
     assert given.items() <= unused.items()
     assert not unused.keys() & {"_from_auto", "name_or_path"}
     assert config.layers == [4]
+
+
+@pytest.mark.parametrize("changes", [{}, {"gate_bias": False, "encoder_bias": False, "output_bias": False}])
+@pytest.mark.parametrize("groups", [{}, {"num_expert_groups": 6, "num_groups_per_tok": 2}])
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes_and_parameters_are_those_of_the_layer(form, groups, changes):
+    config = MxDLayerConfig(**VALID, **FORMS[form], **groups, **changes)
+    layer = make_layer(config)
+    assert config.weight_shapes == {name: list(value.shape) for name, value in layer.state_dict().items()}
+    assert config.num_parameters == sum(parameter.numel() for parameter in layer.parameters())
