@@ -1,4 +1,4 @@
-"""Tell whether a text was trained on.
+"""Name texts, and tell whether a text was trained on.
 
 evaluation.json records how a decomposition was made: settings.training, and settings.finetuning, a list. Each of them
 holds `text` (dataset, config_name, split, streaming, heldout_dataset, heldout_split), `seed` and `documents`. Recorded
@@ -8,12 +8,33 @@ names may come from a stranger: they are compared as text, and no file of that n
 import fnmatch
 import os
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from .documents import local_files
 
-if TYPE_CHECKING:
-    from .texts import TextOptions
+
+@dataclass
+class TextOptions:
+    """Name a text, and say how it becomes rows of tokens.
+
+    Attributes:
+        dataset: Hub dataset, or files, folders and globs; empty for the sample text that ships with mxd.
+        heldout_dataset: text to evaluate on; by default documents split off `dataset`.
+        heldout_split: split to evaluate on, of `heldout_dataset` (by default `"train"`) or else of `dataset`.
+        config_name, split, text_column: see `load_text`.
+        streaming: read a Hub dataset lazily instead of downloading it first.
+        context_length: tokens in a row, BOS included.
+    """
+
+    dataset: list[str] = field(default_factory=list)
+    heldout_dataset: list[str] = field(default_factory=list)
+    config_name: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    streaming: bool = False
+    context_length: int = 128
+    heldout_split: str | None = None
 
 
 class TextPart(NamedTuple):
@@ -59,7 +80,7 @@ def text_parts(dataset: Iterable[str], config_name: str | None, split: str | Non
     }
 
 
-def heldout_parts(text: "TextOptions") -> set[TextPart]:
+def heldout_parts(text: TextOptions) -> set[TextPart]:
     """Return the parts of a held-out dataset or split; empty if held-out documents are split off the dataset."""
     if text.heldout_dataset:
         return text_parts(text.heldout_dataset, None, text.heldout_split)
@@ -82,7 +103,7 @@ def common(parts: Iterable[TextPart], recorded: Iterable[TextPart]) -> list[str]
     return sorted({part.name for part in parts if any(part.overlaps(other) for other in known)})
 
 
-def check_apart(text: "TextOptions") -> None:
+def check_apart(text: TextOptions) -> None:
     """Raise `ValueError` if the held-out dataset or split of a run overlaps its training text."""
     if text.heldout_split and not text.heldout_dataset and not text.dataset:
         raise ValueError(f"the held-out split {text.heldout_split!r} is of no dataset: name one")
@@ -120,7 +141,7 @@ def split_seed(settings: Mapping[str, Any], own: Any) -> Any:
 
 
 def seen_in_training(
-    settings: Mapping[str, Any], text: "TextOptions", seed: int | None = None, documents: int | None = None
+    settings: Mapping[str, Any], text: TextOptions, seed: int | None = None, documents: int | None = None
 ) -> list[str]:
     """Return the names of the evaluated parts of a text that a decomposition may have been trained on.
 

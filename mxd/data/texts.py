@@ -1,7 +1,7 @@
 """Load the text of a run: documents to train on, held-out documents, and batches to evaluate on."""
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,34 +12,11 @@ from mxd import demo
 
 from .documents import load_text, split_documents
 from .packing import materialize, pack, take_tokens
-from .provenance import check_apart
+from .provenance import TextOptions, check_apart
 
 logger = logging.getLogger(__name__)
 
 Documents: TypeAlias = Dataset | IterableDataset
-
-
-@dataclass
-class TextOptions:
-    """Name a text, and say how it becomes rows of tokens.
-
-    Attributes:
-        dataset: Hub dataset, or files, folders and globs; empty for the sample text that ships with mxd.
-        heldout_dataset: text to evaluate on; by default documents split off `dataset`.
-        heldout_split: split to evaluate on, of `heldout_dataset` (by default `"train"`) or else of `dataset`.
-        config_name, split, text_column: see `load_text`.
-        streaming: read a Hub dataset lazily instead of downloading it first.
-        context_length: tokens in a row, BOS included.
-    """
-
-    dataset: list[str] = field(default_factory=list)
-    heldout_dataset: list[str] = field(default_factory=list)
-    config_name: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    streaming: bool = False
-    context_length: int = 128
-    heldout_split: str | None = None
 
 
 def count_documents(*parts: Documents) -> int | None:
