@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # the default mode takes "[the account's default]" for markup and drops it
-    help="Mixtures of Decoders: take the MLPs of a language model apart without breaking the model.",
+    help="Mixtures of Decoders: replace MLPs of a language model by sparse experts without breaking the model.",
     epilog="With --debug, anywhere, an error shows its traceback.",
 )
 for _name, _command in COMMANDS.items():
