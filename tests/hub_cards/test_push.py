@@ -112,6 +112,22 @@ def test_anothers_commit_in_between_is_not_overwritten(hub, folder):
     assert len(hub.repos[REPO].commits) == before + 1
 
 
+def test_a_commit_between_look_up_and_push_is_not_overwritten(hub, folder, monkeypatch):
+    push_decomposition(folder, REPO)
+    create_commit = HfApi.create_commit
+
+    def after_anothers(*args, **kwargs):
+        monkeypatch.setattr(HfApi, "create_commit", create_commit)
+        files = hub.files(REPO)
+        hub.repos[REPO].add("main", {**files, "README.md": files["README.md"] + b"\nRead by hand.\n"}, "theirs")
+        return create_commit(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", after_anothers)
+    push_decomposition(folder, REPO, message="ours")
+    assert [commit["title"] for commit in hub.repos[REPO].commits[-2:]] == ["theirs", "ours"]
+    assert b"Read by hand." in hub.files(REPO)["README.md"]
+
+
 @pytest.mark.parametrize("fault", [{"mode": "half"}, {"mode": "drop"}, {"status": 500}, {"status": 403}], ids=str)
 def test_after_a_broken_upload_a_repeat_sends_only_what_the_hub_lacks(hub, folder, fault):
     shards = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}

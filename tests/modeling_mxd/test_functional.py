@@ -64,6 +64,15 @@ def test_the_largest_positive_scores_are_those_of_topk(dtype, columns, top, alik
     assert all(len(set(row)) == 3 for row in indices.tolist())
 
 
+@pytest.mark.parametrize("columns", [769, 799])
+def test_the_largest_may_be_the_first_column_behind_the_last_whole_block(columns):
+    scores = torch.rand(9, columns)
+    scores[:, 768] = 2
+    values, indices = largest_positive(scores.clone(), 3)
+    assert (indices == 768).any(-1).all()
+    torch.testing.assert_close(values, scores.gather(-1, indices), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("nan", [torch.nan, -torch.nan])
 def test_an_input_that_is_not_a_number_is_not_hidden(nan):
     values, _ = topk_gate(torch.full((1, 5), nan), torch.randn(7, 5), None, 2)

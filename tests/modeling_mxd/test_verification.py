@@ -59,6 +59,27 @@ def test_what_loses_something_is_refused(odd_llama):
         pass  # the block around it is exact
 
 
+class Lenient(nn.Module):
+    """Adds the second tensor of a pair, and does without it where there is none."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.block = Remembering(mlp)
+
+    def forward(self, x):
+        y = self.block(x, x)
+        return y[0] + y[1] if isinstance(y, tuple) else y
+
+
+def test_a_caller_that_runs_but_gives_other_values_is_refused(tiny_llama):
+    block = tiny_llama.model.layers[1]
+    block.mlp = Lenient(block.mlp)
+    names = dict(tiny_llama.named_modules())
+    with pytest.raises(SurgeryError, match=r"layers \[1\] .* changes the outputs, so they cannot be replaced"):
+        replace_mlps(tiny_llama, {1: layer()}, site="mlp.block")
+    assert dict(tiny_llama.named_modules()) == names
+
+
 def test_a_site_is_verified_once(tiny_llama):
     ran = []
     for index, block in enumerate(tiny_llama.model.layers):
