@@ -169,7 +169,7 @@ def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) ->
         raise DataError(f"column {text_column!r} of {name} holds {kind}, not text; set text_column to another")
     if missing := [column for column in keep if column not in columns]:
         raise DataError(f"{name} has no column {missing[0]!r}, only {', '.join(columns)}")
-    part = part.select_columns([text_column, *keep])
+    part = part.select_columns(list(dict.fromkeys([text_column, *keep])))
     return part if text_column == "text" else part.rename_column(text_column, "text")
 
 

@@ -30,6 +30,8 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
     """
     if not text.dataset:
         raise ValueError("no text to compare: name it with --dataset, and the column of its kinds with --by")
+    if column == text.text_column:
+        raise ValueError(f"the column {column!r} holds the text: name the column of its kinds with --by")
     if text.streaming:
         raise ValueError("--by divides the whole dataset, which cannot be streamed: leave --streaming out")
     documents = load_text(

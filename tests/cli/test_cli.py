@@ -262,7 +262,7 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "    save(self, *a)\n"
         "DistillationTrainer._save_checkpoint = limited\n"
-        "from mxd.cli import main\n"
+        "from mxd.cli.main import main\n"
         "main()\n"
     )
     arguments = ["decompose", "--num-experts", "64", "-k", "4", "--tokens", "40k", "--output", str(folder)]

@@ -139,7 +139,7 @@ def test_the_init_that_is_recorded_is_the_one_that_happened(tmp_path, changes, d
         ({"learning_rate": -1.0}, "learning_rate must be a finite number from 0"),
         (
             {"intermediate_size": 100, "encoder_init": "pretrained"},
-            "intermediate_size 100 cannot start from the pretrained MLP",
+            "intermediate_size 100 cannot be initialised from the pretrained MLP",
         ),
     ],
 )
