@@ -18,7 +18,7 @@ from hostile_cases import CASES, CODE, EVALUATE, EVIL, LM, MODEL, PICKLE, PUSH, 
 from scenes import connected
 from transformers import AutoModel, AutoModelForCausalLM
 
-SECONDS, BYTES = 10, 2**30
+SECONDS, BYTES = 60, 2**30
 
 
 class HostileScene(Scene):
