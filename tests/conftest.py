@@ -64,3 +64,11 @@ def private_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
     # newer versions pause for 5 s after each shuffled pass over streamed parquet files
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
+
+
+@pytest.fixture(scope="session")
+def finished():
+    """A small decomposition, made by the command: folder, stdout, stderr."""
+    from commands import decomposed
+
+    return decomposed()

@@ -13,14 +13,12 @@ from mxd.base.forward import (
     ZeroMLP,
     batch_for,
     capture_with_logits,
-    check_causal,
-    evaluating,
     next_token_logits,
 )
 from mxd.base.masks import token_mask
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer, spliced_mlps
 
-from .expert_use import SPECIALISED_FREQUENCY, Statistics, expert_statistics
+from .expert_use import SPECIALISED_FREQUENCY, Statistics, evaluating_experts
 from .metrics import ErrorSums, LogitSums, recovered_share
 
 SumExperts = Callable[[SparseLayer, ExpertCoefficients], Tensor]
@@ -159,11 +157,7 @@ def ablation_curve(
         ValueError: no tokens, or an iterator of batches that is needed twice.
         SurgeryError: the model does not fit the decomposition; nothing is measured.
     """
-    check_causal(model)
-    with decomposition.spliced(model, cast=False):
-        pass  # checks that it fits, and moves every layer to the device of its MLP
-    with evaluating(model, decomposition):
-        statistics, source = expert_statistics(model, decomposition, batches)
+    with evaluating_experts(model, decomposition, batches) as (statistics, source):
         curve = _Curve(model, decomposition, statistics)
         for batch in tqdm(batches, desc="ablate", unit="batch", disable=not progress, dynamic_ncols=True):
             curve.update(batch_for(model, batch))

@@ -1,12 +1,13 @@
 """Measure how the experts of a layer are used: how often, and how strongly."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from mxd.base.capture import Capture, capture_mlps
-from mxd.base.forward import batch_for, evaluating
+from mxd.base.forward import batch_for, check_causal, evaluating
 from mxd.base.masks import activation_mask
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel
 
@@ -156,3 +157,15 @@ def expert_statistics(
     if len(unmeasured) == len(layers):
         return statistics, _EVALUATED
     return statistics, f"{_TRAINING}; for layers {', '.join(map(str, unmeasured))}: {_EVALUATED}"
+
+
+@contextmanager
+def evaluating_experts(
+    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+) -> Iterator[tuple[dict[int, Statistics], str]]:
+    """Check that a decomposition fits a causal model; inside the block both are in eval mode. Yield the statistics."""
+    check_causal(model)
+    with decomposition.spliced(model, cast=False):
+        pass  # checks that it fits, and moves every layer to the device of its MLP
+    with evaluating(model, decomposition):
+        yield expert_statistics(model, decomposition, batches)

@@ -14,8 +14,6 @@ from mxd.base.files import write_json
 from mxd.base.forward import (
     batch_for,
     capture_with_logits,
-    check_causal,
-    evaluating,
     next_token_logits,
     zero_ablated,
 )
@@ -23,7 +21,7 @@ from mxd.base.masks import next_token_mask, token_mask
 from mxd.modeling_mxd import MxDModel, SparseLayer
 
 from .ablation import MeanExperts
-from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, Statistics, expert_statistics
+from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, Statistics, evaluating_experts
 from .metrics import ErrorSums, LogitSums, explained_share, recovered_share
 from .paired import PairedDifference
 from .untouched import UntouchedLosses
@@ -194,11 +192,7 @@ def faithfulness(
             `untouched` is of other batches.
         SurgeryError: the model does not fit the decomposition; nothing is measured.
     """
-    check_causal(model)
-    with decomposition.spliced(model, cast=False):
-        pass  # checks that it fits, and moves every layer to the device of its MLP
-    with evaluating(model, decomposition):
-        statistics, source = expert_statistics(model, decomposition, batches)
+    with evaluating_experts(model, decomposition, batches) as (statistics, source):
         layers = {
             layer: LayerEvaluation(decomposition.layer(layer), statistics[layer], specialised_frequency)
             for layer in decomposition.config.layers

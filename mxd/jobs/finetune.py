@@ -61,8 +61,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     )
     count = count_documents(documents, heldout_documents)
     check_same_documents(folder, start, count)
-    seen = seen_in_training(settings, options.text, options.seed, count)
-    if seen:
+    if seen := seen_in_training(settings, options.text, options.seed, count):
         logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
@@ -89,9 +88,9 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         "documents": count,
         "before": start["before"],
     }
-    held_out = is_held_out(settings, seen)  # of the earlier runs: this one trains on the other documents
-    settings["finetuning"] = [*settings.get("finetuning", []), made]
-    settings["evaluation"] = {**evaluation_settings(options.text, options.dtype), "held_out": held_out}
+    # Held out from the earlier runs: this one, recorded next, trains on the other documents.
+    evaluated = evaluation_settings(options.text, options.dtype) | {"held_out": is_held_out(settings, seen)}
+    settings |= {"finetuning": [*settings.get("finetuning", []), made], "evaluation": evaluated}
     return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
 
 

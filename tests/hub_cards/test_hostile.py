@@ -18,7 +18,7 @@ from hostile_cases import CASES, CODE, EVALUATE, EVIL, LM, MODEL, PICKLE, PUSH, 
 from scenes import connected
 from transformers import AutoModel, AutoModelForCausalLM
 
-SECONDS, BYTES = 60, 2**30
+SECONDS, BYTES = 10, 2**30
 
 
 class HostileScene(Scene):
@@ -66,9 +66,9 @@ RUNS = {
 def run(scene, case, way):
     scene.set(case)
     with _limited() as used:
-        started = time.process_time()  # what else the machine does is not the case's
+        started = time.thread_time()  # what the machine and the loopback Hub's threads do is not the case's
         outcome = RUNS[way](scene, EVIL)
-        seconds = time.process_time() - started
+        seconds = time.thread_time() - started
     if outcome.kind in (COMPLETE, REFUSED) and (wrong := _wrong(scene, case, way, outcome, seconds, used["bytes"])):
         outcome = Outcome(f"broken: {wrong}", outcome.message)
     return outcome
