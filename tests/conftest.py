@@ -3,6 +3,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Before any import of huggingface_hub: no test may reach a network, nor read or fill the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +19,15 @@ from text_cases import build_tokenizer
 from transformers.utils import logging as transformers_logging
 
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Measure coverage, which slows Python code down by half, in the tests of the rooms that it is reported of."""
+    tests = Path(__file__).parent
+    for item in items:
+        measured = item.path.is_relative_to(tests / "modeling_mxd") or item.path.is_relative_to(tests / "trainers")
+        if not measured or item.path.name == "test_architectures.py":
+            item.add_marker(pytest.mark.no_cover)
 
 
 def pytest_collection_finish(session):

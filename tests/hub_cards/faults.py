@@ -3,7 +3,7 @@
 `record` runs an operation without faults and returns the calls that it made. `try_fault` runs it with one of them
 failing. The outcome is broken, with the reason, unless all of this holds: the operation was complete, or was refused
 with a message (a command: and exit code 1); the repo is as before, or complete; every file in the cache is as on the
-server; a repeat without the fault is complete.
+server; a repeat without the fault, unless it passed and cost nothing, is complete.
 """
 
 import contextlib
@@ -222,6 +222,8 @@ def try_fault(scene, operation, call, fault, times):
     outcome = operation.run(scene, repo)
     if wrong := _wrong(scene, operation, repo, outcome):
         return Outcome(f"broken: {wrong}", outcome.message)
+    if times == "once" and outcome.kind == COMPLETE:
+        return outcome  # as good as undisturbed
     scene.hub.faults.clear()
     again = operation.run(scene, repo)
     if again.kind != COMPLETE or (wrong := _wrong(scene, operation, repo, again)):

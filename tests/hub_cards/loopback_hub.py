@@ -73,7 +73,7 @@ def read_card(text):
     if len(text) > 200_000 or b"&" in text:
         return {}
     try:
-        card = yaml.safe_load(text)
+        card = yaml.load(text, yaml.CSafeLoader)
         return json.loads(json.dumps(card, default=str)) if isinstance(card, dict) else {}
     except (yaml.YAMLError, RecursionError, TypeError):
         return {}

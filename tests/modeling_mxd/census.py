@@ -79,9 +79,8 @@ def decomposition_of(model, sites: list[MLPSite]) -> MxDModel:
     return decomposition.eval()
 
 
-def examine_splice(model, sites, inputs, has_effect=True, reload=True):
+def examine_splice(model, sites, inputs, untouched, has_effect=True, reload=True):
     """Splice a decomposition, run forward and backward, come off; save, load, splice again: equal outputs."""
-    untouched = outputs(model, inputs)
     decomposition = decomposition_of(model, sites)
     with decomposition.spliced(model, example_inputs=inputs):
         spliced = outputs(model, inputs)
@@ -89,15 +88,13 @@ def examine_splice(model, sites, inputs, has_effect=True, reload=True):
             assert not equal(spliced, untouched), "the decomposition has no effect on the outputs"
             examine_backward(model, decomposition, inputs)
         assert [a.shape for a in spliced] == [b.shape for b in untouched], "outputs of another shape"
-    assert equal(outputs(model, inputs), untouched), "not as it was after splicing"
     if not reload:
-        return decomposition
+        return
     with tempfile.TemporaryDirectory() as folder:
         decomposition.save_pretrained(folder)
         loaded = MxDModel.from_pretrained(folder)
     with loaded.spliced(model, example_inputs=inputs):
         assert equal(outputs(model, inputs), spliced), "other outputs after saving and loading"
-    return decomposition
 
 
 def examine_backward(model, decomposition, inputs):
@@ -135,12 +132,12 @@ def examine(model_type: str) -> list[Examined]:
     """
     model = tiny_model(model_type)
     inputs = model_inputs(model, tokens=ONLY_TRAINING.get(model_type, 8))
-    running = paths_that_run(model, inputs)
+    untouched, running = outputs_and_paths(model, inputs)
     kinds = dict.fromkeys((site.stack, site.name) for site in find_all_mlps(model))
     kinds |= dict.fromkeys(
         (site.stack, f"{site.name}.experts") for site in find_all_mlps(model) if has_routed_experts(site)
     )
-    examined = [row for stack, name in kinds for row in _examine_sites(model, inputs, stack, name, running)]
+    examined = [row for stack, name in kinds for row in _examine_sites(model, inputs, stack, name, untouched, running)]
     generates = model.can_generate() and model_type not in GENERATE_FAILS
     if generates and model.main_input_name == "input_ids":
         stack = next((row.stack for row in examined if row.slots), None)
@@ -150,16 +147,16 @@ def examine(model_type: str) -> list[Examined]:
     return examined
 
 
-def paths_that_run(model, inputs):
-    """Paths of the modules that take part in a forward pass: a vision tower does not, on text alone."""
+def outputs_and_paths(model, inputs):
+    """Outputs, and the paths of the modules that take part: a vision tower does not, on text alone."""
     ran: set[str] = set()
     handles = [
         module.register_forward_hook(lambda *_, path=path: ran.add(path)) for path, module in model.named_modules()
     ]
-    outputs(model, inputs)
+    untouched = outputs(model, inputs)
     for handle in handles:
         handle.remove()
-    return ran
+    return untouched, ran
 
 
 def has_routed_experts(site: MLPSite) -> bool:
@@ -168,17 +165,17 @@ def has_routed_experts(site: MLPSite) -> bool:
     return isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList)
 
 
-def _examine_sites(model, inputs, stack, name, running) -> list[Examined]:
+def _examine_sites(model, inputs, stack, name, untouched, running) -> list[Examined]:
     found = {layer: site for layer, site in find_mlps(model, stack, name).items() if site.path in running}
     sites = [site for site in found.values() if site.slots]
     if sites:
-        before = outputs(model, inputs)
         with originals_routed(sites):
-            assert equal(outputs(model, inputs), before), "identity splice is not exact"
+            assert equal(outputs(model, inputs), untouched), "identity splice is not exact"
         has_effect = (model.config.model_type, stack) not in WITHOUT_EFFECT
-        examine_splice(model, sites, inputs, has_effect)
+        examine_splice(model, sites, inputs, untouched, has_effect)
         if len(sites) > 1:
-            examine_splice(model, [sites[len(sites) // 2]], inputs, has_effect, reload=False)
+            examine_splice(model, [sites[len(sites) // 2]], inputs, untouched, has_effect, reload=False)
+        assert equal(outputs(model, inputs), untouched), "not as it was after splicing"
     rows: dict[tuple[str, ...], Examined] = {}
     for site in found.values():
         slots = ", ".join(slot.removeprefix(f"{site.path}.") for slot in site.slots)

@@ -95,6 +95,7 @@ def compiled_afresh():
     torch._dynamo.reset()
 
 
+@pytest.mark.no_cover  # tracing by dynamo takes twice as long with it
 @exact_or_routed
 @pytest.mark.usefixtures("compiled_afresh")
 def test_compiled_as_one_graph_forward_and_backward(spliced):
@@ -111,6 +112,7 @@ def test_compiled_as_one_graph_forward_and_backward(spliced):
         assert name not in gradients or torch.allclose(parameter.grad, gradients[name], atol=1e-6)
 
 
+@pytest.mark.no_cover  # tracing by dynamo takes twice as long with it
 @exact_or_routed
 @pytest.mark.usefixtures("compiled_afresh")
 def test_compiled_generation_and_interventions(spliced):
