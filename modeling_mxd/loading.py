@@ -4,16 +4,19 @@ Everything that can be refused is refused here, before weights are read or a mod
 since transformers gives up at the first fault, or takes one for a missing file.
 """
 
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, extract_commit_hash, logging
@@ -29,14 +32,14 @@ DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 # and what to download from the decomposition's repo; never passed on to the base model's.
 OWN = ("revision", "subfolder")
+# As `max_shard_size`: no size was asked for, every layer has a file of its own.
+BY_LAYER = 2**62
 # Names of the number of layers, the width, the MLPs' units and the vocabulary in configs of language models.
-_SIZES = (
-    ("num_hidden_layers", "n_layer"),
-    ("hidden_size", "n_embd"),
-    ("intermediate_size", "n_inner"),
-    ("vocab_size",),
-)
+_SIZES = (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd"), ("intermediate_size", "n_inner"),
+          ("vocab_size",))  # fmt: skip
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 Result = TypeVar("Result")
 
@@ -109,6 +112,17 @@ def resolve(name: Any, access: dict[str, Any]) -> ResolvedRepo:
     return ResolvedRepo(str(name), access if commit is None else {**access, "revision": commit}, path)
 
 
+def recorded_model(name: str, revision: str | None, access: dict[str, Any]) -> str:
+    """Return where to load a model from that a config names: not from a folder that happens to have a Hub id's name."""
+    if not _HUB_ID.fullmatch(name) or not os.path.isdir(name):  # noqa: PTH112, pathlib raises for long names
+        return name
+    if revision is None:
+        logger.warning(f"the base model {name} is taken from the folder {os.path.abspath(name)}")  # noqa: PTH100
+        return name
+    how = {key: value for key, value in access.items() if key != "proxies"}
+    return with_retries(partial(snapshot_download, name, revision=revision, allow_patterns=_MODEL_FILES, **how), name)
+
+
 def resolve_base(
     repo: ResolvedRepo, config: MxDConfig, access: dict[str, Any], name: str | None, revision: str | None
 ) -> ResolvedRepo:
@@ -118,13 +132,18 @@ def resolve_base(
     if not name:
         raise ValueError("the config names no base_model_name_or_path to splice into: pass base_model_name_or_path=")
     if name == DEMO_MODEL:
-        raise ValueError("the base model ships with mxd: pass base_model_name_or_path=str(mxd.demo.model_path())")
-    is_folder = os.path.isdir(name)  # noqa: PTH112, pathlib raises for names that are too long
-    if is_folder and given is None and not os.path.isdir(repo.name):  # noqa: PTH112
-        raise ValueError(f"the base model that the repo names is a folder of this machine: {name!r}")
+        try:
+            name = recorded = given = str(import_module("mxd.demo").model_path())
+        except ImportError:
+            ships = "the base model ships with the library mxd, which is not installed"
+            raise ValueError(f"{ships}: install it, or pass base_model_name_or_path= with another folder") from None
     revision = revision or (config.base_model_revision if name == recorded else None)
     try:
-        base = resolve(name, {**access, "revision": None if is_folder else revision})
+        place = name if given else recorded_model(name, revision, access)
+        is_folder = os.path.isdir(place)  # noqa: PTH112, pathlib raises for names that are too long
+        if is_folder and place == name and given is None and not os.path.isdir(repo.name):  # noqa: PTH112
+            raise ValueError(f"the base model that the repo names is a folder of this machine: {name!r}")
+        base = resolve(place, {**access, "revision": None if is_folder else revision})
     except OSError as error:
         wrong = f"the base model {name!r} cannot be had; if it is elsewhere, pass base_model_name_or_path="
         raise OSError(f"{wrong}. {error}") from error
@@ -223,6 +242,25 @@ def read_index(path: Path, name: Any) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{path.name} of {name} names a file outside of the repo: {shorten(file)}")
     return weight_map
+
+
+def separate_layers(index: Path) -> None:
+    """Divide each file with weights of several layers, so that who loads one layer downloads no other's."""
+    values = read_json(index) if index.is_file() else {"weight_map": {}}
+    folder, weight_map, parts = index.parent, values["weight_map"], {}
+    for key, file in weight_map.items():
+        parts.setdefault((file, layer_of(key)), []).append(key)
+    if len(parts) == len(shared := {file for file, _ in parts}):
+        return
+    for number, ((file, _), keys) in enumerate(sorted(parts.items()), 1):
+        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        with safe_open(folder / file, framework="pt") as whole:
+            part = {key: whole.get_tensor(key) for key in keys}
+        save_file(part, folder / name, metadata={"format": "pt"})  # no old one's name: there are more of them now
+        weight_map.update(dict.fromkeys(keys, name))
+    index.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in shared:
+        (folder / file).unlink()
 
 
 def check_headers(paths: Iterable[Path], layers: list[int], shapes: dict[str, list[int]]) -> dict[str, str]:

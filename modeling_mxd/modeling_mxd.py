@@ -23,6 +23,7 @@ from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import SparseLayer, make_layer
 from .loading import (
     ACCESS,
+    BY_LAYER,
     OWN,
     check_language_model,
     commit_of,
@@ -31,6 +32,7 @@ from .loading import (
     load_language_model,
     resolve,
     resolve_base,
+    separate_layers,
 )
 from .sites import SurgeryError
 from .spliced_language_model import make_spliced
@@ -92,14 +94,15 @@ class MxDModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
     ) -> None:
-        """Save a decomposition, as transformers' `save_pretrained`, by default every layer in a file of its own.
+        """Save a decomposition, as transformers' `save_pretrained`, every layer in a file of its own.
 
+        `max_shard_size` makes a single file of a decomposition that fits into it, and several files of a larger layer.
         Raises a ValueError if there are parameters that the config does not describe, such as an adapter's.
         """
         extra = sorted((state_dict or self.state_dict()).keys() - self.config.weight_shapes.keys())
         if extra:
             raise ValueError(f"{extra[0]} is no weight of a decomposition: save adapters alone, or merge them first")
-        if kwargs.get("max_shard_size", "50GB") == "50GB":  # the stock default, which push_to_hub spells out
+        if kwargs.get("max_shard_size", BY_LAYER) == BY_LAYER:
             kwargs["max_shard_size"] = max(sum(t.nbytes for t in m.state_dict().values()) for m in self.layers.values())
         # transformers leaves the files of an earlier saving that this one does not replace, and would load them.
         index, single = (Path(save_directory) / name for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
@@ -107,12 +110,20 @@ class MxDModel(PreTrainedModel):
             index.unlink(missing_ok=True)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process and index.exists():
+            separate_layers(index)
             single.unlink(missing_ok=True)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push what `save_pretrained` saves, as transformers' `push_to_hub`."""
+        return super().push_to_hub(*args, **{"max_shard_size": BY_LAYER, **kwargs})
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        separate_layers(Path(working_dir, SAFE_WEIGHTS_INDEX_NAME))  # `save_pretrained(push_to_hub=True)` calls this
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def layer(self, layer: int) -> SparseLayer:
         """Return the layer that replaces the MLP of transformer layer `layer`, or raise a KeyError."""
-        if str(layer) not in self.layers:
-            raise KeyError(f"layer {layer} is not in this decomposition, which has layers {self.config.layers}")
+        self.config.layer(layer)  # raises
         return self.layers[str(layer)]  # type: ignore[return-value]
 
     def forward(self, hidden_states: Tensor, layer: int | None = None) -> MxDOutput:
@@ -198,9 +209,8 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs.pop(key, None)
         repo = resolve(pretrained_model_name_or_path, {**access, **own})
         config = MxDConfig.of_repo(repo.name, repo.config_file, config, kwargs)
-        shapes = config.weight_shapes
         base = resolve_base(repo, config, access, *other_base)
-        files = decomposition_files(repo, config.layers, shapes)
+        files = decomposition_files(repo, config.layers, config.weight_shapes)
         check_language_model(base)
         language_model = load_language_model(base, *args, **kwargs)
         load = partial(super(MxDModel, MxDModel).from_pretrained, None, output_loading_info=True)

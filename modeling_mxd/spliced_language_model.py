@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .loading import BY_LAYER
 from .sites import SurgeryError
 from .surgery import ReplacedMLP
 
 
 @dataclass
 class _Splice:
-    """What `unsplice` needs: the MxDModel, its replacements, and the base's dtype, name and trainable parameters."""
+    """What `unsplice` needs: the MxDModel, its replacements, and the base's class, dtype, name, trainable weights."""
 
     decomposition: Any
     replaced: list[ReplacedMLP]
+    base_class: type
     dtype: torch.dtype
     base_name: str
     trainable: set[str]
@@ -37,7 +39,7 @@ class SplicedLanguageModel:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: pickle and deepcopy make it anew from the base's.
-        return _new_spliced, (_base_class(self),), self.__dict__
+        return _new_spliced, (self._splice.base_class,), self.__dict__
 
     @property
     def decomposition(self) -> Any:
@@ -55,7 +57,7 @@ class SplicedLanguageModel:
         splice = self.__dict__.pop("_splice")
         for replaced in reversed(splice.replaced):
             replaced.restore()
-        self.__class__ = _base_class(self)
+        self.__class__ = splice.base_class  # type: ignore[assignment]  # also after `fully_shard` made another of it
         self.name_or_path = splice.base_name
         _set_trainable(self, splice.trainable)
         return self
@@ -106,6 +108,10 @@ class SplicedLanguageModel:
         kwargs.pop("save_peft_format", None)
         return self.decomposition.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push what `save_pretrained` saves, as transformers' `push_to_hub`."""
+        return super().push_to_hub(*args, **{"max_shard_size": BY_LAYER, **kwargs})  # type: ignore[misc]
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Accept also the decomposition's own state, as `save_pretrained` wrote it, so that a Trainer can resume."""
         if state_dict and state_dict.keys() <= self.decomposition.state_dict().keys():
@@ -136,7 +142,7 @@ def make_spliced(base: PreTrainedModel, decomposition: Any, name: str, cast: boo
     for replacement in replaced:
         replacement.permit_saving()  # the class saves the decomposition alone
     # Not registered as a module: its layers already are, where the MLPs were.
-    base.__dict__["_splice"] = _Splice(decomposition, replaced, base.dtype, base.name_or_path, trainable)
+    base.__dict__["_splice"] = _Splice(decomposition, replaced, type(base), base.dtype, base.name_or_path, trainable)
     base.name_or_path = name
     base.__class__ = _spliced_class(type(base))  # type: ignore[arg-type]  # classes are hashable
     return base
@@ -151,10 +157,6 @@ def _set_trainable(model: nn.Module, names: set[str]) -> None:
 @cache
 def _spliced_class(base: type) -> type:
     return type(base.__name__, (SplicedLanguageModel, base), {"__module__": base.__module__})
-
-
-def _base_class(model: Any) -> type:
-    return type(model).__mro__[2]  # after the class made by `_spliced_class` and SplicedLanguageModel
 
 
 def _new_spliced(base: type) -> Any:
