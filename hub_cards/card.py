@@ -85,7 +85,8 @@ def build_card(
         validate_repo_id(repo_id)
     config, evaluation = read_config(folder / "config.json", folder), read_evaluation(folder)
     named = base_model or config.base_model_name_or_path
-    base_id = named if named and named != DEMO_MODEL and is_hub_id(named) else None
+    commit = base_commit or (config.base_model_revision if named == config.base_model_name_or_path else None)
+    base_id = named if named and named != DEMO_MODEL and is_hub_id(named, commit) else None
     base_name = base_id or (one_line(last_path_part(named)) if named else "an unnamed language model")
     data = _metadata(config, evaluation or {}, base_id)
     data["license"] = one_line(license) or None
@@ -100,7 +101,7 @@ def build_card(
             "repo": repo_id or folder.resolve().name,
             "base_id": base_id,
             "base_name": base_name,
-            "base_commit": base_id and (base_commit or config.base_model_revision),
+            "base_commit": base_id and commit,
             "causal": is_causal(config.base_model_type),
             "own_tokenizer": any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")),
             "first": config.layers[0],

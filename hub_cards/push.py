@@ -16,6 +16,7 @@ from mxd import modeling_mxd
 from mxd.base.files import json_text
 from mxd.modeling_mxd import MxDConfig
 from mxd.modeling_mxd.configuration_mxd import AUTO_MAP, DEMO_MODEL, shorten
+from mxd.modeling_mxd.loading import recorded_model
 
 from .card import build_card, read_evaluation
 from .hub import HubError, HubRepo, get_repo, logger, status_of, with_retries
@@ -99,21 +100,21 @@ def push_decomposition(
     return _Commit(*where, message or "Upload decomposition", folder, base, card, files, tokenizer, folders).push()
 
 
-def check_base_id(name: str | None) -> None:
-    """Raise a ValueError, saying what to do, if others cannot load a base model by this name."""
+def check_base_id(name: str | None, commit: str | None = None) -> None:
+    """Raise a ValueError, saying what to do, if others cannot load a base model by this name and commit."""
     if not name:
         raise ValueError("the config names no base model: set config.base_model_name_or_path to its Hub id")
     if name == DEMO_MODEL:
         raise ValueError("the base model ships with the library mxd and is on no Hub: share one of another model")
-    if not is_hub_id(name):
+    if not is_hub_id(name, commit):
         raise ValueError(f"the base model {shorten(name)} is no Hub id: give the id of the same model (--base-model)")
 
 
 def _look_up_base(config: MxDConfig, base_model: str | None, token: str | bool | None) -> HubRepo:
     """Return the base model's repo, at the commit that the config names if it is the same repo."""
     name = base_model or config.base_model_name_or_path
-    check_base_id(name)
     commit = config.base_model_revision if name == config.base_model_name_or_path else None
+    check_base_id(name, commit)
     base = with_retries(partial(get_repo, str(name), commit, token), f"looking up the base model {name}")
     if base.card.get("library_name") == "mxd":
         raise ValueError(f"the base model {name} is a decomposition itself: name the language model")
@@ -191,8 +192,12 @@ def _tokenizer_of(base: HubRepo, token: str | bool | None) -> Files:
     """Return the files of the base model's tokenizer; none if it has none that loads without code of its own."""
     if not {"tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model"} & base.files.keys():
         return {}
-    how: dict[str, Any] = {"revision": base.commit, "token": token, "trust_remote_code": False}
-    load = partial(AutoTokenizer.from_pretrained, base.repo_id, **how)
+    how: dict[str, Any] = {"revision": base.commit, "token": token}
+
+    def load() -> Any:
+        source = recorded_model(base.repo_id, base.commit, {"token": token})
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **how)
+
     with tempfile.TemporaryDirectory() as folder:
         try:
             with_retries(load, f"reading the tokenizer of {base.repo_id}").save_pretrained(folder)

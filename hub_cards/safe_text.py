@@ -93,9 +93,9 @@ def last_path_part(path: str) -> str:
     return PureWindowsPath(path.split("?", maxsplit=1)[0] if "://" in path else path).name or "a local folder"
 
 
-def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form of a Hub id and is not a folder of this machine."""
-    return len(name) <= MAX_TEXT and HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
+def is_hub_id(name: str, commit: str | None = None) -> bool:
+    """Return whether a name has the form of a Hub id and is not a folder of this machine, which has no commit."""
+    return len(name) <= MAX_TEXT and HUB_ID.fullmatch(name) is not None and (bool(commit) or not Path(name).is_dir())
 
 
 def is_dataset_id(name: str) -> bool:

@@ -47,7 +47,8 @@ class HubPushes(Trainer):
         """Create the repo; a HubError if the Hub refuses, a ValueError if the base model is a local folder."""
         if not self.is_world_process_zero():
             return
-        check_base_id(self.args.hub_base_model or self.decomposition.config.base_model_name_or_path)
+        config, given = self.decomposition.config, self.args.hub_base_model
+        check_base_id(given or config.base_model_name_or_path, None if given else config.base_model_revision)
         output = Path(str(self.args.output_dir))
         for left in output.glob(f"{_STAGED}*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)

@@ -21,7 +21,14 @@ from transformers import (
 
 from mxd import demo
 from mxd.modeling_mxd import MxDConfig
-from mxd.modeling_mxd.loading import check_language_config, check_language_model, first_line, resolve, with_retries
+from mxd.modeling_mxd.loading import (
+    check_language_config,
+    check_language_model,
+    first_line,
+    recorded_model,
+    resolve,
+    with_retries,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +54,7 @@ def bfloat16_is_emulated() -> bool:
 
 def resolve_name(name: str) -> str:
     """Return the name under which a config records a base model: an absolute path for a folder, else `name`."""
-    return str(Path(name).resolve()) if name != demo.MODEL_NAME and Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and name != demo.MODEL_NAME and Path(name).is_dir() else name
 
 
 def model_source(name: str) -> str:
@@ -68,6 +75,7 @@ def check_base_model(
     source = model_source(name)
     with _base_model_errors(name):
         if not pickles:  # an untrusted config: check it before transformers builds a config object
+            source = recorded_model(source, revision, {})
             check_language_config(resolve(source, {"revision": revision}))
         load = partial(AutoConfig.from_pretrained, source, revision=revision, trust_remote_code=False)
         config = with_retries(load, name)
@@ -105,7 +113,7 @@ def load_base_model(
         revision: branch, tag or commit on the Hub.
         dtype: a key of `DTYPES`.
         pickles: whether weights may be read from a pickle; False if a decomposition, perhaps a stranger's, names the
-            model.
+            model. Its commit on the Hub is then loaded even if a folder here has the same name.
         context_length: tokens in a row, which the model must have positions for.
 
     Returns:
@@ -123,6 +131,7 @@ def load_base_model(
     weights: dict[str, Any] = {"dtype": DTYPES[dtype], **({} if pickles else {"use_safetensors": True})}
     with _base_model_errors(name, pickles):
         if not pickles:
+            source = recorded_model(source, revision, {})
             check_language_model(resolve(source, {"revision": revision}))
         tokenizer = with_retries(partial(AutoTokenizer.from_pretrained, source, **how), name)
         model = with_retries(partial(AutoModelForCausalLM.from_pretrained, source, **how, **weights), name)

@@ -17,6 +17,7 @@ from mxd.modeling_mxd.architectures import configured_activations
 from mxd.modeling_mxd.loading import commit_of
 from mxd.modeling_mxd.surgery import is_quantised
 
+from .base_model import resolve_name
 from .weight_layout import (
     EXPERT_LISTS,
     SHARED_EXPERT_NAMES,
@@ -126,7 +127,7 @@ def record_base(decomposition: MxDModel, model: PreTrainedModel) -> None:
     activation = next(filter(None, map(mlp_hidden_act, sites)), None)
     named = configured_activations(model)
     found = {
-        "base_model_name_or_path": model.config._name_or_path or None,
+        "base_model_name_or_path": resolve_name(model.config._name_or_path) or None,
         "base_model_type": model.config.model_type,
         # Splicing compares it with the names in the model's config.
         "base_hidden_act": activation if not named or activation in named else None,

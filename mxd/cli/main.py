@@ -1,5 +1,6 @@
 """The command `mxd`: decompose a model, evaluate a decomposition, share it and find others'."""
 
+import io
 import logging
 import os
 import sys
@@ -47,6 +48,9 @@ def about(
 
 def main() -> None:
     """Run the command. What a user can put right is one message and exit code 1, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks becomes a question mark
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if debug := "--debug" in sys.argv:
         sys.argv.remove("--debug")

@@ -13,7 +13,7 @@ from mxd.data.provenance import recorded_runs
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.hub_cards.reading import check_weights, read_config, read_json
 from mxd.modeling_mxd import MxDModel
-from mxd.modeling_mxd.loading import file_if_any, first_line, with_retries
+from mxd.modeling_mxd.loading import file_if_any, first_line, recorded_model, with_retries
 
 from .options import STDOUT
 from .run_folder import output_folder
@@ -47,7 +47,9 @@ def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
 def _source(name: str) -> tuple[str, dict[str, Any]]:
     """Return folder or Hub id, and the revision that follows `@`, as in the Hub client's `hf://` paths."""
     repo, _, revision = name.partition("@")
-    return (name, {}) if Path(name).is_dir() or not revision else (repo, {"revision": revision})
+    if Path(name).is_dir() or not revision:
+        return name, {}
+    return recorded_model(repo, revision, {}), {"revision": revision}
 
 
 def results_folder(source: str, output: str | None) -> Path | None:

@@ -505,7 +505,7 @@ def test_the_snippet_is_python_for_every_kind_of_base(tmp_path):
         code = code_of(build_card(folder, "ann/x"))
         compile(code, "snippet", "exec")
         assert 'AutoModelForCausalLM.from_pretrained("ann/x", trust_remote_code=True' in code
-        assert ('AutoTokenizer.from_pretrained("ann/x")' in code) == own_tokenizer
+        assert ('AutoTokenizer.from_pretrained("ann/x", trust_remote_code=True)' in code) == own_tokenizer
         (folder / "tokenizer.json").unlink(missing_ok=True)
 
 

@@ -311,10 +311,16 @@ def test_a_base_that_is_nowhere(repo, name):
 def test_a_base_that_is_not_named_is_refused(repo):
     config = json.loads((repo / "config.json").read_text())
     (repo / "config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="base model ships with mxd: pass base_model_name_or_path="):
-        AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=DEMO_MODEL)
     with pytest.raises(ValueError, match="names no base_model_name_or_path"):
         AutoModelForCausalLM.from_pretrained(repo)
+
+
+def test_the_base_that_ships_with_the_library_is_found_in_it(repo, monkeypatch):
+    with pytest.raises(SurgeryError, match="maps 192 to 192 dimensions"):
+        AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=DEMO_MODEL)
+    monkeypatch.setitem(sys.modules, "mxd.demo", None)
+    with pytest.raises(ValueError, match="not installed: install it, or pass base_model_name_or_path="):
+        AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=DEMO_MODEL)
 
 
 def test_no_instances(repo):

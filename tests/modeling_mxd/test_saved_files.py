@@ -36,7 +36,9 @@ def test_no_shard_holds_two_layers(tmp_path, overrides, size):
         model.save_pretrained(tmp_path, **({} if size is None else {"max_shard_size": size}))
     files, of_layer = shards(tmp_path)
     assert all(len(layers) == 1 for layers in files.values())
-    assert files.keys() == set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert files.keys() == set(
+        json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values()
+    )
     if isinstance(size, str):
         largest = max(tensor.nbytes for tensor in model.state_dict().values())
         allowed = max(largest, int(size[:-2]) * 1000) + 2000  # the header
@@ -82,7 +84,9 @@ def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [cut, halve, empty, lambda path: path.unlink()], ids=["cut", "half", "empty", "gone"])
+@pytest.mark.parametrize(
+    "damage", [cut, halve, empty, lambda path: path.unlink()], ids=["cut", "half", "empty", "gone"]
+)
 @pytest.mark.parametrize("size", [None, "1GB", "2KB"], ids=["by layer", "one file", "small shards"])
 def test_what_was_cut_short_is_refused_before_the_base_is_loaded(repo, tmp_path, monkeypatch, damage, size):
     folder = tmp_path / "cut"
