@@ -17,6 +17,7 @@ from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
+from mxd.evaluation.metrics import weak_experts
 from mxd.modeling_mxd import MxDConfig, MxDLayerConfig
 from mxd.modeling_mxd.configuration_mxd import DEMO_MODEL
 from mxd.modeling_mxd.loading import is_causal
@@ -108,6 +109,9 @@ def build_card(
             "dense": any(layer.method == "mxd" for layer in layers),
             "experts": f"{max(layer.num_experts for layer in layers):,}",
             "active": max(layer.num_experts_per_tok for layer in layers),
+            "weak": weak_experts(
+                {f"layer {layer}": {"expert_share": _expert_share(evaluation, layer)} for layer in config.layers}
+            ),
             "rows": [_layer_row(layer, config.layer(layer), evaluation) for layer in config.layers],
             "results": None if evaluation is None else _results(evaluation),
             "runs": _runs(config, base_name, evaluation, folder),
@@ -177,6 +181,10 @@ def _text_names(text: Any) -> str:
     return "the text sample that ships with mxd" if names == [] else ", ".join(strings_in(names))
 
 
+def _expert_share(evaluation: Any, layer: int) -> float | None:
+    return finite_number(get_nested(evaluation, "layers", str(layer), "expert_share"))
+
+
 def _layer_row(layer: int, config: MxDLayerConfig, evaluation: Any) -> list[Any]:
     """Return the cells of a layer in the table of results: its sizes, then its metrics."""
     get = partial(get_nested, evaluation, "layers", str(layer))
@@ -198,6 +206,7 @@ def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             format_number(evaluation.get("kl"), ".4f"),
             format_percent(evaluation.get("top1_agreement")),
         ],
+        "missing": ", ".join(strings_in(get_nested(settings, "random_weights"))[:3]),
         "tokens": format_number(get_nested(settings, "tokens"), ",.0f"),
         "dtype": get_nested(settings, "dtype"),
         "text": _evaluated_on(settings),

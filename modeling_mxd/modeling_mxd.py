@@ -123,7 +123,8 @@ class MxDModel(PreTrainedModel):
 
     def layer(self, layer: int) -> SparseLayer:
         """Return the layer that replaces the MLP of transformer layer `layer`, or raise a KeyError."""
-        self.config.layer(layer)  # raises
+        if str(layer) not in self.layers:
+            self.config.layer(layer)  # raises
         return self.layers[str(layer)]  # type: ignore[return-value]
 
     def forward(self, hidden_states: Tensor, layer: int | None = None) -> MxDOutput:

@@ -21,6 +21,7 @@ from transformers import (
 
 from mxd import demo
 from mxd.modeling_mxd import MxDConfig
+from mxd.modeling_mxd.architectures import is_other_tower
 from mxd.modeling_mxd.loading import (
     check_language_config,
     check_language_model,
@@ -120,8 +121,8 @@ def load_base_model(
         Model, tokenizer, and the loaded Hub commit (None for a folder).
 
     Raises:
-        BaseModelError: it is neither a folder nor on the Hub, is a decomposition, or has fewer positions than
-            `context_length`.
+        BaseModelError: it is neither a folder nor on the Hub, is a decomposition, lacks weights below its head, or has
+            fewer positions than `context_length`.
     """
     check_base_model(name, revision, dtype, pickles, context_length)
     if dtype == "bfloat16" and not torch.accelerator.is_available() and bfloat16_is_emulated():
@@ -134,10 +135,40 @@ def load_base_model(
             source = recorded_model(source, revision, {})
             check_language_model(resolve(source, {"revision": revision}))
         tokenizer = with_retries(partial(AutoTokenizer.from_pretrained, source, **how), name)
-        model = with_retries(partial(AutoModelForCausalLM.from_pretrained, source, **how, **weights), name)
+        load = partial(AutoModelForCausalLM.from_pretrained, source, output_loading_info=True, **how, **weights)
+        model, info = with_retries(load, name)
+    _keep_missing(name, model, sorted(info["missing_keys"]))
     commit = _loaded_commit(source, revision)
     model.config._commit_hash = commit  # transformers 5 does not keep it; it is never saved
     return model.eval(), tokenizer, commit
+
+
+def _keep_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None:
+    """Keep the names of the weights that a checkpoint lacks, or refuse it if the layers would be random."""
+    trunk = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and not is_other_tower(key)]
+    if trunk:
+        lacks = f"the checkpoint of {name!r} lacks {len(trunk)} weights of the layers and embeddings"
+        raise BaseModelError(f"{lacks}, which would be random: {', '.join(trunk[:3])}: name a complete checkpoint")
+    if missing:
+        logger.warning("%s: figures that need its predictions are left out", lacks_weights(name, missing))
+    model._random_weights = missing
+
+
+def lacks_weights(name: str, missing: list[str]) -> str:
+    """Say which weights are random because the checkpoint lacks them."""
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return f"the checkpoint of {name} lacks weights ({', '.join(missing[:3])}{more}), which are random"
+
+
+def random_weights(model: torch.nn.Module) -> list[str]:
+    """Return the names of weights of the head that `load_base_model` did not find: its predictions mean nothing."""
+    return getattr(model, "_random_weights", [])
+
+
+def check_predictions(model: PreTrainedModel, what: str) -> None:
+    """Raise a `BaseModelError` if a model's predictions are those of random weights, which `what` would rest on."""
+    if missing := random_weights(model):
+        raise BaseModelError(f"{what} needs the model's predictions, but {lacks_weights(model.name_or_path, missing)}")
 
 
 @contextmanager

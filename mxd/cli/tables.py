@@ -107,16 +107,27 @@ def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = No
         (layer, *figures([_LAYER[column] for column in columns], row, before and before["layers"][layer]))
         for layer, row in results["layers"].items()
     ]
+    missing = results.get("settings", {}).get("random_weights")
     model = zip(_MODEL, figures(_MODEL.values(), results, before), strict=True)
     change = "" if before is None else ": before → after"
     _print(
         _table(f"Layers, on {_measured_on(results)}{change}", ("layer", *columns), rows[:MAX_LAYERS], left=0),
-        _table(f"The model with them spliced in{change}", ("", "entropies in\nnats per token"), model),
+        *_weak({f"layer {layer}": row for layer, row in results["layers"].items()}),
+        _table(f"The model with them spliced in{change}", ("", "entropies in\nnats per token"), model)
+        if not missing
+        else cell(f"No figures of its predictions: the model's checkpoint lacks {', '.join(missing)}"),
     )
     if "ablation" in results:
         _print(_ablation_table(results["ablation"]))
     if "ranks" in results:
         _print(_rank_table(results["ranks"]))
+
+
+def _weak(rows: dict[str, Any]) -> list[Text]:
+    """Return a line that warns of rows whose experts carry little, if there are any."""
+    from mxd.evaluation.metrics import weak_experts
+
+    return [cell(f"Warning: {warning}") for warning in [weak_experts(rows)] if warning]
 
 
 def _ablation_table(curve: dict[str, Any]) -> Table:
@@ -138,16 +149,16 @@ def _rank_table(ranks: dict[str, Any]) -> Table:
 
 def print_frontier(results: dict[str, Any]) -> None:
     """Print results of `mxd.jobs.frontier`: a row for each point, with means over layers."""
-    rows = []
+    rows, means = [], {}
     for point in results["points"]:
         layers = list(point["layers"].values())
-        mean = {name: _mean([layer[name] for layer in layers]) for name in layers[0]}
+        means[point["name"]] = mean = {name: _mean([layer[name] for layer in layers]) for name in layers[0]}
         known = (point["num_experts_per_tok"], _rise(point), _number("kl")(point))
         rows.append((point["method"].replace("_", " "), *known, *(_LAYER[name](mean) for name in _SHORT)))
     untouched = _shown(results["untouched"])
     columns = ("method", "K", "CE rise", "KL", "NMSE", "dead", "expert\nshare", "special-\nised")
     title = f"Frontier; cross-entropy untouched {untouched} nats per token"
-    _print(_table(title, columns, rows, wrap=False, box=None, padding=(0, 2, 0, 0)))
+    _print(_table(title, columns, rows, wrap=False, box=None, padding=(0, 2, 0, 0)), *_weak(means))
 
 
 def _mean(values: list[float | None]) -> float | None:

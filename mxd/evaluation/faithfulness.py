@@ -1,6 +1,7 @@
 """Measure how faithful a decomposition is to its model, and how much of that its experts carry."""
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mxd.base.base_model import random_weights
 from mxd.base.files import write_json
 from mxd.base.forward import (
     batch_for,
@@ -22,9 +24,11 @@ from mxd.modeling_mxd import MxDModel, SparseLayer
 
 from .ablation import MeanExperts
 from .expert_use import SPECIALISED_FREQUENCY, ExpertUse, Statistics, evaluating_experts
-from .metrics import ErrorSums, LogitSums, explained_share, recovered_share
+from .metrics import ErrorSums, LogitSums, explained_share, recovered_share, weak_experts
 from .paired import PairedDifference
 from .untouched import UntouchedLosses
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_NAME = "evaluation.json"
 _POSITIONS = "all but padding; *_without_first: also without each row's first position (BOS)"
@@ -90,11 +94,11 @@ class ModelEvaluation:
         self.model, self.decomposition, self.layers, self.known = model, decomposition, layers, known
         self.known_ablated = None if known is None else known.zero_ablated(decomposition.config)
         self.untouched, self.spliced, self.ablated = LogitSums(), LogitSums(), LogitSums()
-        self.rise = PairedDifference()
+        self.rise, self.random = PairedDifference(), random_weights(model)
         self.batches = self.tokens = self.rows = 0
 
     def update(self, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch: three forward passes, two if the zero-ablated cross-entropy is known."""
+        """Add a batch: three forward passes, two if the zero-ablated cross-entropy is known, one with a random head."""
         ids, attention_mask = rows = batch_for(self.model, batch)
         mask, without_first = token_mask(ids, attention_mask), token_mask(ids, attention_mask, include_first=False)
         self.rows += len(ids)
@@ -104,10 +108,13 @@ class ModelEvaluation:
         for layer, (x, y) in captured.items():
             self.layers[layer].update(x, y, mask, without_first)
         del captured
+        self.batches += 1
+        if self.random:
+            return
         if self.known is None:
             untouched = self.untouched.update(logits, ids, mask)
         else:
-            untouched = self.known.of_batch(self.batches, ids)
+            untouched = self.known.of_batch(self.batches - 1, ids)
         with self.decomposition.spliced(self.model, cast=False):
             spliced = self.spliced.update(next_token_logits(self.model, rows), ids, mask, reference=logits)
         self.rise.update(spliced - untouched.to(spliced.device), next_token_mask(mask))
@@ -115,7 +122,6 @@ class ModelEvaluation:
         if self.known_ablated is None:
             with zero_ablated(self.model, config):
                 self.ablated.update(next_token_logits(self.model, rows), ids, mask)
-        self.batches += 1
 
     def result(self) -> dict[str, Any]:
         """Return the result of `faithfulness`, with the settings of the tokens and the model."""
@@ -144,6 +150,7 @@ class ModelEvaluation:
                 "rows": self.rows,
                 "positions": _POSITIONS,
                 "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+                **({"random_weights": self.random} if self.random else {}),
             },
         }
 
@@ -162,7 +169,8 @@ def faithfulness(
     """Measure a decomposition on held-out tokens.
 
     Metrics are over all unpadded positions, including the first (BOS); NMSE and FVU are given without it too. Layer
-    metrics use the untouched model's activations; see `ErrorSums`, `LogitSums` and `ExpertUse`. NaN: not defined.
+    metrics use the untouched model's activations; see `ErrorSums`, `LogitSums` and `ExpertUse`. NaN: not defined, as
+    all that rests on predictions is if `load_base_model` found weights of the head missing (settings.random_weights).
 
         rise               CE_spliced − CE_untouched with its 95 % `rise_interval`, see `PairedDifference`
         recovered          (CE_zero − CE_spliced) / (CE_zero − CE_untouched)
@@ -203,6 +211,8 @@ def faithfulness(
     results = evaluation.result()
     results["settings"] |= {"expert_statistics": source, "specialised_frequency": specialised_frequency}
     results["settings"] |= settings or {}
+    if weak := weak_experts({f"layer {layer}": row for layer, row in results["layers"].items()}):
+        logger.warning(weak)
     return results
 
 

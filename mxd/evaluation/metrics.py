@@ -1,6 +1,8 @@
 """Define every metric once: functions per token, sums in float64 over batches, the ratio last."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,9 @@ from mxd.base.masks import next_token_mask
 
 # Elements of the largest temporary made from logits: 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
+# Nats per token by which zero-ablation must raise the cross-entropy for a share of it to be told.
+LEAST_ABLATION_RISE = 0.01
+LEAST_EXPERT_SHARE = 0.2
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -55,9 +60,22 @@ def explained_share(error: float, ablated_error: float) -> float:
 def recovered_share(untouched: float, spliced: float, zero_ablated: float) -> float:
     """Return (CE_zero − CE_spliced) / (CE_zero − CE_untouched): 1 for the original MLP, 0 for no MLP.
 
-    NaN if zero-ablation does not raise the cross-entropy.
+    NaN if zero-ablation raises the cross-entropy by less than `LEAST_ABLATION_RISE`: noise would decide.
     """
-    return _ratio(zero_ablated - spliced, zero_ablated - untouched)
+    rise = zero_ablated - untouched
+    return (zero_ablated - spliced) / rise if rise >= LEAST_ABLATION_RISE else math.nan
+
+
+def weak_experts(rows: Mapping[str, Any]) -> str:
+    """Return a warning that names the rows whose `expert_share` is below `LEAST_EXPERT_SHARE`; empty without any."""
+    shares = {name: row.get("expert_share") for name, row in rows.items()}
+    weak = [
+        f"{name} ({100 * share:.3g} %)"
+        for name, share in shares.items()
+        if isinstance(share, int | float) and share < LEAST_EXPERT_SHARE
+    ]
+    below = f"the expert share is below {100 * LEAST_EXPERT_SHARE:.0f} %"
+    return f"the dense part does the work, not the experts: {below} in {', '.join(weak)}" if weak else ""
 
 
 def normalised_entropy(counts: Tensor) -> float:

@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFo
 from torch import Tensor
 
 from .expert_use import SPECIALISED_FREQUENCY
+from .metrics import LEAST_EXPERT_SHARE
 from .paired import half_width
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -198,15 +199,15 @@ def plot_training_loss(
 
 
 def plot_frontier(results: Mapping[str, Any], path: PathLike) -> None:
-    """Plot cross-entropy and NMSE over K, one line per method, as in the paper's Fig. 3.
+    """Plot cross-entropy, NMSE and expert share over K, one line per method; the first as in the paper's Fig. 3.
 
-    The untouched model is a dashed line. Bars are the 95 % intervals of the rise of the cross-entropy, paired token by
-    token.
+    The untouched model is a dashed line, and so is the share below which `weak_experts` warns. Bars are the 95 %
+    intervals of the rise of the cross-entropy, paired token by token.
 
     Args:
         results: "untouched" and "points", as `measure_frontier` returns them.
     """
-    figure, (loss_axes, error_axes) = _figure(9.6, columns=2)
+    figure, (loss_axes, error_axes, share_axes) = _figure(14.4, columns=3)
     every = sorted(results["points"], key=lambda point: point["num_experts_per_tok"])
     methods = [name for name in _METHODS if any(point["method"] == name for point in every)]
     for index, method in enumerate(methods):
@@ -216,18 +217,24 @@ def plot_frontier(results: Mapping[str, Any], path: PathLike) -> None:
         ks = np.array([point["num_experts_per_tok"] for point in points])
         losses = _floats([point["cross_entropy"]["spliced"] for point in points])
         halves = [half_width(point["cross_entropy"].get("rise_interval")) or 0.0 for point in points]  # 0 draws no bar
-        errors = [_floats([layer["nmse"] for layer in point["layers"].values()]).mean() for point in points]
+        errors, shares = (
+            [_floats([layer.get(name) for layer in point["layers"].values()]).mean() for point in points]
+            for name in ("nmse", "expert_share")
+        )
         shift = 2 ** (0.05 * (index - (len(methods) - 1) / 2))  # so that the bars do not hide each other
         loss_axes.errorbar(ks * shift, losses, yerr=halves, capsize=2, elinewidth=1, **style)
         error_axes.plot(ks, errors, label=label, **style)
+        share_axes.plot(ks, 100 * np.array(shares), **style)
+    share_axes.axhline(100 * LEAST_EXPERT_SHARE, color="grey", **_DASHED)
     if results["untouched"] is not None:
         loss_axes.axhline(results["untouched"], color="black", **_DASHED)
         error_axes.plot([], [], color="black", label="Untouched model", **_DASHED)  # last in the legend
-    for axes in (loss_axes, error_axes):
+    for axes in (loss_axes, error_axes, share_axes):
         axes.set_xscale("log", base=2)
         _count_ticks(axes, sorted({point["num_experts_per_tok"] for point in every}))
         axes.set_xlabel("K, experts active per token")
     loss_axes.set_ylabel("cross-entropy (nats per token)")
+    share_axes.set_ylabel(f"expert share (%); below {100 * LEAST_EXPERT_SHARE:.0f} % the dense part does the work")
     error_axes.set(ylabel="NMSE", yscale="log")
     _log_ticks(error_axes.yaxis, (1, 1.5, 2, 3, 4, 5, 7))
     _save(figure, path, len(methods) + 1)

@@ -61,7 +61,7 @@ def results_folder(source: str, output: str | None) -> Path | None:
     if output == STDOUT:
         return None
     if output is None and not Path(source).is_dir():
-        raise ValueError(f"{source} is no folder: if it is on the Hub, name a folder for the results with --output")
+        raise ValueError(f"there is no folder {source}: if it is a repo on the Hub, give a folder with --output")
     folder = output_folder(source if output is None else output)
     if (folder / "config.json").is_file() and folder.resolve() != Path(source).resolve():
         raise ValueError(f"the output {folder} holds another model, whose results it would replace: name another")

@@ -1,11 +1,14 @@
 """`mxd evaluate`: measure a saved decomposition on text, or compare its experts' use between kinds of text."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
+from mxd.base.base_model import check_predictions
 from mxd.data.provenance import is_held_out, seen_in_training
 from mxd.data.texts import evaluation_batches, evaluation_settings, load_one
 from mxd.evaluation import (
+    ExpertRanks,
     ablation_curve,
     decomposition_ranks,
     faithfulness,
@@ -49,6 +52,8 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
     model, tokenizer, documents = load_base_and_text(
         decomposition, options.dtype, options.context_length, lambda: load_one(options.text)
     )
+    if options.ablation is not None:
+        check_predictions(model, "--ablation")
     batches = evaluation_batches(documents, tokenizer, options.context_length, options.tokens)
     settings = {"evaluation": _measured_on(options, made), **made}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
@@ -62,17 +67,22 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
         results["ranks"] = {str(layer): rank.summary() for layer, rank in ranks.items()}
     if folder is None:
         return results
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    for name in (_ABLATION_FIGURE, _RANKS_FIGURE):  # of an earlier evaluation
+    _plot(results, ranks, folder / "figures")
+    save_evaluation(results, folder)
+    return load_evaluation(folder)
+
+
+def _plot(results: dict[str, Any], ranks: dict[int, ExpertRanks], figures: Path) -> None:
+    """Plot what was measured, and delete the figures of an earlier evaluation."""
+    for name in (_ABLATION_FIGURE, _RANKS_FIGURE):
         (figures / name).unlink(missing_ok=True)
-    if options.ablation is not None:
+    if "ablation" in results or ranks:
+        figures.mkdir(exist_ok=True)
+    if "ablation" in results:
         plot_ablation({"all layers": results["ablation"]}, figures / _ABLATION_FIGURE)
     if ranks:
         smallest = {f"layer {layer}": rank.smallest for layer, rank in ranks.items()}
         plot_singular_values(smallest, figures / _RANKS_FIGURE)
-    save_evaluation(results, folder)
-    return load_evaluation(folder)
 
 
 def _measured_on(options: EvaluationOptions, made: dict[str, Any]) -> dict[str, Any]:

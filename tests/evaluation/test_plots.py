@@ -144,7 +144,7 @@ def test_a_bar_for_the_active_and_one_for_the_own_experts_of_every_domain(figure
 
 def frontier_point(method, k, spliced, nmse, interval=(0.01, 0.03)):
     loss = {"spliced": spliced, "rise_interval": None if interval is None else list(interval)}
-    layers = {"4": {"nmse": nmse}, "8": {"nmse": nmse and 3 * nmse}}
+    layers = {"4": {"nmse": nmse, "expert_share": nmse}, "8": {"nmse": nmse and 3 * nmse, "expert_share": nmse}}
     return {"method": method, "num_experts_per_tok": k, "cross_entropy": loss, "layers": layers}
 
 
@@ -154,7 +154,7 @@ def test_a_frontier_has_a_line_for_each_method_with_bars_and_the_untouched_model
         frontier_point("skip_transcoder", 16, 2.08, 0.3), frontier_point("skip_transcoder", 64, None, None, None),
     ]  # fmt: skip
     plot_frontier({"untouched": 2.0, "points": points}, tmp_path / "a.png")
-    loss, error = figures[0].axes
+    loss, error, share = figures[0].axes
     assert legend(figures[0]) == ["Skip transcoder", "MxD", "Untouched model"]
     skip, mxd = loss.containers
     assert list(mxd[0].get_xdata()) == pytest.approx([16, 64], rel=0.03)
@@ -164,4 +164,6 @@ def test_a_frontier_has_a_line_for_each_method_with_bars_and_the_untouched_model
     (dashed,) = (line for line in loss.get_lines() if line.get_linestyle() == "--")
     assert list(dashed.get_ydata()) == [2.0, 2.0]
     assert list(error.get_lines()[1].get_ydata()) == pytest.approx([0.4, 0.2])
+    assert list(share.get_lines()[1].get_ydata()) == pytest.approx([20, 10])
+    assert list(share.get_lines()[-1].get_ydata()) == pytest.approx([20, 20]) and "dense part" in share.get_ylabel()
     assert [tick.get_text() for tick in loss.get_xticklabels()] == ["16", "64"]
