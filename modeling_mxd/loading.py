@@ -135,8 +135,7 @@ def resolve_base(
         try:
             name = recorded = given = str(import_module("mxd.demo").model_path())
         except ImportError:
-            ships = "the base model ships with the library mxd, which is not installed"
-            raise ValueError(f"{ships}: install it, or pass base_model_name_or_path= with another folder") from None
+            raise ValueError("the base model ships with mxd: install mxd, or pass base_model_name_or_path=") from None
     revision = revision or (config.base_model_revision if name == recorded else None)
     try:
         place = name if given else recorded_model(name, revision, access)
@@ -208,8 +207,8 @@ def commit_of(config: Any) -> tuple[str | None, bool]:
 
 def decomposition_files(repo: ResolvedRepo, layers: list[int], shapes: dict[str, list[int]]) -> list[Path]:
     """Download the weights of some layers, and check their headers against the shapes by the config."""
-    both = [file for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if Path(repo.name, file).is_file()]
-    if len(both) > 1:
+    both = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if all(Path(repo.name, file).is_file() for file in both):
         raise ValueError(f"{repo.name} holds {' and '.join(both)}; delete the one that is left from an earlier saving")
     paths = weight_files(repo.name, layers, repo.access)
     if not paths:

@@ -16,11 +16,12 @@ from transformers import (
 
 from mxd.base.base_model import BaseModelError, model_source
 from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout, mlp_widths
+from mxd.base.weight_layout import SHARED_EXPERT_NAMES
 from mxd.hub_cards.card import layer_ranges
 from mxd.modeling_mxd import MLPSite, MxDConfig, SurgeryError, find_all_mlps, find_mlps
 from mxd.modeling_mxd.loading import first_line
 
-_MIXTURE_PARTS = ("experts", "shared_expert", "shared_experts")
+_MIXTURE_PARTS = ("experts", *SHARED_EXPERT_NAMES)
 
 
 class LayerGroup(NamedTuple):

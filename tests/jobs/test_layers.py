@@ -9,7 +9,7 @@ from mxd.base.base_model import BaseModelError
 from mxd.base.pretrained_weights import mlp_widths
 from mxd.cli.main import app
 from mxd.jobs.layers import layer_groups, load_skeleton
-from mxd.modeling_mxd import MxDConfig
+from mxd.modeling_mxd import MxDConfig, find_mlps
 
 
 def shown(*arguments):
@@ -56,13 +56,23 @@ def test_what_is_no_model_is_refused(tmp_path):
         load_skeleton(str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("name", ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3"])
-def test_the_routed_experts_of_a_mixture_are_a_site_of_their_own(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("olmoe", ""), ("mixtral", ""), ("qwen3_moe", ""), ("phimoe", ""), ("jamba", ""), ("dbrx", ""),
+        ("gpt_oss", ""), ("granitemoe", ""), ("deepseek_v2", "shared_experts"), ("deepseek_v3", "shared_experts"),
+        ("qwen2_moe", "shared_expert"), ("llama4_text", "shared_expert"), ("hunyuan_v1_moe", "shared_mlp"),
+    ],
+)  # fmt: skip
+def test_every_part_of_a_mixture_is_a_site_that_can_be_named(tmp_path, name, shared):
     tiny_config(name).save_pretrained(tmp_path)
-    sites = {group.site.name: group for group in layer_groups(load_skeleton(str(tmp_path)))}
-    assert {"mlp", "mlp.experts"} <= sites.keys()
-    assert sites["mlp.experts"].site.slots != sites["mlp"].site.slots
-    assert "mlp.experts" in shown(tmp_path)
+    model = load_skeleton(str(tmp_path))
+    sites = {group.site.name: group for group in layer_groups(model)}
+    named = {"mlp", "mlp.experts", *([f"mlp.{shared}"] if shared else [])}
+    assert named == sites.keys()
+    for site in named:
+        assert site in shown(tmp_path) and find_mlps(model, site=site)
+    assert name == "gpt_oss" or sites["mlp.experts"].site.slots != sites["mlp"].site.slots
 
 
 def test_a_decomposition_is_told_from_a_model(tmp_path):

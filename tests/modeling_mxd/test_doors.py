@@ -319,7 +319,7 @@ def test_the_base_that_ships_with_the_library_is_found_in_it(repo, monkeypatch):
     with pytest.raises(SurgeryError, match="maps 192 to 192 dimensions"):
         AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=DEMO_MODEL)
     monkeypatch.setitem(sys.modules, "mxd.demo", None)
-    with pytest.raises(ValueError, match="not installed: install it, or pass base_model_name_or_path="):
+    with pytest.raises(ValueError, match="ships with mxd: install mxd, or pass base_model_name_or_path="):
         AutoModelForCausalLM.from_pretrained(repo, base_model_name_or_path=DEMO_MODEL)
 
 
