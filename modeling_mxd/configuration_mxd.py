@@ -370,7 +370,7 @@ def _check_format(version: Any, others: Mapping[str, Any]) -> None:
         raise ValueError(f"format_version must be a whole number from 1, got {shorten(version)}")
     if version > FORMAT_VERSION:
         newer = f"saved by a newer mxd (format {version}, this one reads {FORMAT_VERSION})"
-        raise ValueError(f"this decomposition was {newer}: update with pip install -U mxd")
+        raise ValueError(f"this decomposition was {newer}: update with pip, as its README says")
     # Names with an underscore are transformers' own state, in the dictionaries of to_dict().
     unknown = sorted(name for name in others if name not in _STOCK_FIELDS and not name.startswith("_"))
     if unknown:

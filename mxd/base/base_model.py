@@ -86,7 +86,7 @@ def check_base_model(
             f"{name!r} is a decomposition itself: name its base model, {config.base_model_name_or_path}"
         )
     if context_length is not None and isinstance(positions, int) and 0 < positions < context_length:
-        shorter = f"fewer than a row of {context_length} tokens (--context-length)"
+        shorter = f"fewer than a row of {context_length} tokens (context_length)"
         raise BaseModelError(f"the model {name!r} has {positions} positions, {shorter}")
     return config
 

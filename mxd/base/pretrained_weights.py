@@ -34,7 +34,7 @@ from .weight_layout import (
 
 logger = logging.get_logger(__name__)
 
-_AT_RANDOM = "start the encoder at random (encoder_init='random', --encoder-init random)"
+_AT_RANDOM = "start the encoder at random (encoder_init='random', or in the file of --config encoder_init: random)"
 _ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "activation_function")
 # Tried first, in this order: several names have equal values.
 _COMMON = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")

@@ -1,5 +1,6 @@
 """What each command does: run its job, show the results, and say what was saved. torch is imported only then."""
 
+import shlex
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -41,8 +42,9 @@ class Command(NamedTuple):
         (tables.print_domain_use if by else self.show)(results)
         typer.echo(f"\nSaved in {folder}: {'domain_use.json, figures/' if by else self.saved}")
         if isinstance(options, classes.DecompositionOptions):
-            typer.echo(f"Next:  mxd evaluate {folder} --dataset <other text>")
-            typer.echo(f'       mxd.MxDModel.from_pretrained("{folder}")   # to read and steer experts: see the README')
+            typer.echo(f"Next:  mxd evaluate {shlex.quote(folder)} --dataset TEXT   # on another text")
+            load = f"from mxd import MxDModel; mxd = MxDModel.from_pretrained({folder!r})"
+            typer.echo(f"       {load}   # to read and steer experts: see the README")
 
 
 def push(options: classes.PushOptions) -> None:
@@ -58,7 +60,8 @@ def push(options: classes.PushOptions) -> None:
     at = f', revision="{where}"' if where else ""
     config = read_config(Path(options.folder) / "config.json", options.folder)
     auto = "AutoModelForCausalLM" if is_causal(config.base_model_type) else "AutoModel"
-    typer.echo(f'Next:  {auto}.from_pretrained("{pushed.repo_url.repo_id}"{at}, trust_remote_code=True)')
+    load = f'{auto}.from_pretrained("{pushed.repo_url.repo_id}"{at}, trust_remote_code=True)'
+    typer.echo(f"Next:  from transformers import {auto}; model = {load}")
 
 
 def search(options: classes.SearchOptions) -> None:
