@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
-from mxd import modeling_mxd
+from mxd import build_card, modeling_mxd
 from mxd.modeling_mxd import MxDConfig, MxDForCausalLM, MxDModel, SplicedLanguageModel, SurgeryError
 from mxd.modeling_mxd.configuration_mxd import DEMO_MODEL
 from mxd.modeling_mxd.spliced_language_model import make_spliced
@@ -35,6 +35,7 @@ def test_both_doors(repo, spliced, expected, tiny_llama):
 
 def test_without_the_library(repo_with_tokenizer, expected, tmp_path):
     repo = repo_with_tokenizer
+    snippet = build_card(repo).text.partition("```python\n")[2].partition("```")[0]  # loads the folder "repo"
     script = tmp_path / "script.py"
     script.write_text(f"""
 import sys
@@ -56,6 +57,13 @@ torch.save([lm(ids).logits, AutoModelForCausalLM.from_pretrained(again, trust_re
             lm.generate(ids, max_new_tokens=3, do_sample=False)], {str(tmp_path / "out.pt")!r})
 written = pipeline("text-generation", repo, trust_remote_code=True)("word2 word3", max_new_tokens=3, min_new_tokens=3)
 assert len(written[0]["generated_text"].split()) > 3, written
+import builtins, io, logging
+builtins.input = lambda *_: sys.exit("a prompt")
+said = io.StringIO()
+logging.getLogger("transformers").addHandler(logging.StreamHandler(said))
+{snippet}
+assert tokenizer("word3")["input_ids"] and not said.getvalue(), said.getvalue()
+assert indices.shape[-1] == 4
 """)
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, str(script)], check=True, cwd=tmp_path, env=env, timeout=300)
