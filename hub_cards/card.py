@@ -95,6 +95,10 @@ def build_card(
     methods = {_METHODS[layer.method] for layer in layers}
     kind = methods.pop() if len(methods) == 1 else "decomposition"
     where = f"{'layer' if len(layers) == 1 else 'layers'} {layer_ranges(config.layers)}"
+    share = partial(get_nested, evaluation, "layers")
+    shares = {
+        f"layer {layer}": {"expert_share": finite_number(share(str(layer), "expert_share"))} for layer in config.layers
+    }
     body = _template().render(
         {
             "title": f"{kind[0].upper()}{kind[1:]} of {base_name[:80]}, {where}",
@@ -109,9 +113,7 @@ def build_card(
             "dense": any(layer.method == "mxd" for layer in layers),
             "experts": f"{max(layer.num_experts for layer in layers):,}",
             "active": max(layer.num_experts_per_tok for layer in layers),
-            "weak": weak_experts(
-                {f"layer {layer}": {"expert_share": _expert_share(evaluation, layer)} for layer in config.layers}
-            ),
+            "weak": weak_experts(shares),
             "rows": [_layer_row(layer, config.layer(layer), evaluation) for layer in config.layers],
             "results": None if evaluation is None else _results(evaluation),
             "runs": _runs(config, base_name, evaluation, folder),
@@ -179,10 +181,6 @@ def _text_names(text: Any) -> str:
     """Return the names of a text's datasets; an empty list in the settings stands for the sample of mxd."""
     names = get_nested(text, "dataset")
     return "the text sample that ships with mxd" if names == [] else ", ".join(strings_in(names))
-
-
-def _expert_share(evaluation: Any, layer: int) -> float | None:
-    return finite_number(get_nested(evaluation, "layers", str(layer), "expert_share"))
 
 
 def _layer_row(layer: int, config: MxDLayerConfig, evaluation: Any) -> list[Any]:

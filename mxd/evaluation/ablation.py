@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mxd.base.forward import (
-    Batch,
-    ZeroMLP,
-    batch_for,
-    capture_with_logits,
-    next_token_logits,
-)
+from mxd.base.forward import Batch, ZeroMLP, batch_for, capture_with_logits, next_token_logits
 from mxd.base.masks import token_mask
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer, spliced_mlps
 
