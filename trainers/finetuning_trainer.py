@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mxd.base.base_model import check_predictions
 from mxd.base.capture import capture_mlps
 from mxd.base.forward import Batch, right_padded
 from mxd.base.masks import next_token_mask, token_mask
@@ -40,7 +41,7 @@ class FinetuningTrainer(DecompositionTrainer):
         **kwargs: As for `transformers.Trainer`.
 
     Raises:
-        ValueError: No decomposition is spliced into the model.
+        ValueError: No decomposition is spliced into the model, or weights of its head are random.
     """
 
     args: FinetuningArguments
@@ -53,6 +54,7 @@ class FinetuningTrainer(DecompositionTrainer):
                 f"no decomposition is spliced into this {type(model).__name__}: load a decomposition's repo by "
                 "AutoModelForCausalLM, or use make_spliced"
             )
+        check_predictions(model, "fine-tuning")
         trained = {parameter: parameter.requires_grad for parameter in decomposition.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(trained.get(parameter, False))

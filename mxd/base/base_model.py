@@ -151,7 +151,7 @@ def _keep_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None
         raise BaseModelError(f"{lacks}, which would be random: {', '.join(trunk[:3])}: name a complete checkpoint")
     if missing:
         logger.warning("%s: figures that need its predictions are left out", lacks_weights(name, missing))
-    model._random_weights = missing
+    vars(model)["_random_weights"] = missing
 
 
 def lacks_weights(name: str, missing: list[str]) -> str:
@@ -168,7 +168,7 @@ def random_weights(model: torch.nn.Module) -> list[str]:
 def check_predictions(model: PreTrainedModel, what: str) -> None:
     """Raise a `BaseModelError` if a model's predictions are those of random weights, which `what` would rest on."""
     if missing := random_weights(model):
-        raise BaseModelError(f"{what} needs the model's predictions, but {lacks_weights(model.name_or_path, missing)}")
+        raise BaseModelError(f"{what} needs the model's predictions, but {lacks_weights('the base model', missing)}")
 
 
 @contextmanager

@@ -86,10 +86,12 @@ class ModelEvaluation:
         layers: Mapping[int, LayerEvaluation],
         known: UntouchedLosses | None,
     ):
+        self.random = random_weights(model)
+        known = None if self.random else known
         self.model, self.decomposition, self.layers, self.known = model, decomposition, layers, known
         self.known_ablated = None if known is None else known.zero_ablated(decomposition.config)
         self.untouched, self.spliced, self.ablated = LogitSums(), LogitSums(), LogitSums()
-        self.rise, self.random = PairedDifference(), random_weights(model)
+        self.rise = PairedDifference()
         self.batches = self.tokens = self.rows = 0
 
     def update(self, batch: Mapping[str, Tensor]) -> None:

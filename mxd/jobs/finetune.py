@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from mxd.base.base_model import check_predictions, resolve_name
+from mxd.base.base_model import resolve_name
 from mxd.data.packing import pack
 from mxd.data.provenance import is_held_out, seen_in_training, split_seed
 from mxd.data.texts import (
@@ -59,7 +59,6 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         # Divided as in the decomposition's training if the text is the same.
         lambda: load_documents(options.text, split_seed(settings, options.seed)),
     )
-    check_predictions(base, "fine-tuning")
     count = count_documents(documents, heldout_documents)
     check_same_documents(folder, start, count)
     if seen := seen_in_training(settings, options.text, options.seed, count):

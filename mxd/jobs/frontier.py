@@ -19,14 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mxd.base.activation_cache import ActivationCache, rows_digest
-from mxd.base.base_model import (
-    base_skeleton,
-    check_safetensors,
-    default_device,
-    load_base_model,
-    random_weights,
-    resolve_name,
-)
+from mxd.base.base_model import base_skeleton, check_safetensors, default_device, load_base_model, resolve_name
 from mxd.base.files import write_json
 from mxd.data.packing import materialize, pack
 from mxd.data.texts import evaluation_batches, load_documents, warn_of_embedded_text
@@ -58,7 +51,7 @@ class _Shared(NamedTuple):
     commit: str | None
     recording: Path
     heldout: list[dict[str, Tensor]]
-    untouched: UntouchedLosses | None
+    untouched: UntouchedLosses
     progress: bool
 
 
@@ -139,8 +132,8 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
             root / RECORDING, model.to(default_device()), config.layers, rows, rows_per_step=rows_per_step(options),
             overwrite=options.overwrite, progress=progress, **config.where,
         )  # fmt: skip
-        known = None if random_weights(model) else UntouchedLosses(model, heldout, ablated=config, progress=progress)
-        shared = _Shared(model, tokenizer, commit, root / RECORDING, heldout, known, progress)
+        untouched = UntouchedLosses(model, heldout, ablated=config, progress=progress)
+        shared = _Shared(model, tokenizer, commit, root / RECORDING, heldout, untouched, progress)
         _run(missing, len(points), shared, lambda: _write(options, common, config.layers))
     return _write(options, common, config.layers)
 
