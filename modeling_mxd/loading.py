@@ -246,17 +246,16 @@ def read_index(path: Path, name: Any) -> dict[str, str]:
 def separate_layers(index: Path) -> None:
     """Divide each file with weights of several layers, so that who loads one layer downloads no other's."""
     values = read_json(index) if index.is_file() else {"weight_map": {}}
-    folder, weight_map, parts = index.parent, values["weight_map"], {}
-    for key, file in weight_map.items():
-        parts.setdefault((file, layer_of(key)), []).append(key)
+    folder, weight_map = index.parent, values["weight_map"]
+    parts = sorted({(file, layer_of(key) or 0) for key, file in weight_map.items()})
     if len(parts) == len(shared := {file for file, _ in parts}):
         return
-    for number, ((file, _), keys) in enumerate(sorted(parts.items()), 1):
+    for number, (file, layer) in enumerate(parts, 1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         with safe_open(folder / file, framework="pt") as whole:
-            part = {key: whole.get_tensor(key) for key in keys}
+            part = {key: whole.get_tensor(key) for key in whole.keys() if layer_of(key) == layer}  # noqa: SIM118
         save_file(part, folder / name, metadata={"format": "pt"})  # no old one's name: there are more of them now
-        weight_map.update(dict.fromkeys(keys, name))
+        weight_map.update(dict.fromkeys(part, name))
     index.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in shared:
         (folder / file).unlink()

@@ -57,7 +57,7 @@ class SplicedLanguageModel:
         splice = self.__dict__.pop("_splice")
         for replaced in reversed(splice.replaced):
             replaced.restore()
-        self.__class__ = splice.base_class  # type: ignore[assignment]  # also after `fully_shard` made another of it
+        self.__class__ = splice.base_class  # also after `fully_shard` made another of it
         self.name_or_path = splice.base_name
         _set_trainable(self, splice.trainable)
         return self

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mxd.base.base_model import check_predictions
 from mxd.base.capture import capture_mlps
-from mxd.base.forward import Batch, right_padded
+from mxd.base.forward import Batch, check_predictions, right_padded
 from mxd.base.masks import next_token_mask, token_mask
 from mxd.evaluation import kl_divergence, next_token_loss
 

@@ -31,6 +31,8 @@ from mxd.modeling_mxd.loading import (
     with_retries,
 )
 
+from .forward import lacks_weights
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -152,23 +154,6 @@ def _keep_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None
     if missing:
         logger.warning("%s: figures that need its predictions are left out", lacks_weights(name, missing))
     vars(model)["_random_weights"] = missing
-
-
-def lacks_weights(name: str, missing: list[str]) -> str:
-    """Say which weights are random because the checkpoint lacks them."""
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    return f"the checkpoint of {name} lacks weights ({', '.join(missing[:3])}{more}), which are random"
-
-
-def random_weights(model: torch.nn.Module) -> list[str]:
-    """Return the names of weights of the head that `load_base_model` did not find: its predictions mean nothing."""
-    return getattr(model, "_random_weights", [])
-
-
-def check_predictions(model: PreTrainedModel, what: str) -> None:
-    """Raise a `BaseModelError` if a model's predictions are those of random weights, which `what` would rest on."""
-    if missing := random_weights(model):
-        raise BaseModelError(f"{what} needs the model's predictions, but {lacks_weights('the base model', missing)}")
 
 
 @contextmanager

@@ -69,6 +69,23 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
+def lacks_weights(name: str, missing: list[str]) -> str:
+    """Say which weights are random because the checkpoint lacks them."""
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return f"the checkpoint of {name} lacks weights ({', '.join(missing[:3])}{more}), which are random"
+
+
+def random_weights(model: nn.Module) -> list[str]:
+    """Return the names of weights of the head that `load_base_model` did not find: its predictions mean nothing."""
+    return getattr(model, "_random_weights", [])
+
+
+def check_predictions(model: nn.Module, what: str) -> None:
+    """Raise `ValueError` if a model's predictions are those of random weights, which `what` would rest on."""
+    if missing := random_weights(model):
+        raise ValueError(f"{what} needs the model's predictions, but {lacks_weights('the base model', missing)}")
+
+
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the logits (batch, tokens, vocabulary) of a causal language model."""
     ids, attention_mask = batch

@@ -125,7 +125,7 @@ def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = No
 
 def _weak(rows: dict[str, Any]) -> list[Text]:
     """Return a line that warns of rows whose experts carry little, if there are any."""
-    from mxd.evaluation.metrics import weak_experts
+    from mxd.evaluation import weak_experts
 
     return [cell(f"Warning: {warning}") for warning in [weak_experts(rows)] if warning]
 

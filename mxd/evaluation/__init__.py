@@ -13,6 +13,7 @@ from .metrics import (
     normalised_entropy,
     normalised_error,
     recovered_share,
+    weak_experts,
 )
 from .paired import PairedDifference
 from .plots import (
@@ -45,5 +46,5 @@ __all__ = [
     "neuron_representation", "next_token_loss", "normalised_entropy", "normalised_error", "output_representation",
     "plot_ablation", "plot_domain_use", "plot_expert_frequency", "plot_frontier", "plot_probing",
     "plot_singular_values", "plot_training_loss", "pool_features", "probe_features", "recovered_share",
-    "save_evaluation", "top_examples",
+    "save_evaluation", "top_examples", "weak_experts",
 ]  # fmt: skip

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mxd.base.base_model import random_weights
 from mxd.base.files import write_json
-from mxd.base.forward import batch_for, capture_with_logits, next_token_logits, zero_ablated
+from mxd.base.forward import batch_for, capture_with_logits, next_token_logits, random_weights, zero_ablated
 from mxd.base.masks import next_token_mask, token_mask
 from mxd.modeling_mxd import MxDModel, SparseLayer
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mxd.base.base_model import check_predictions
+from mxd.base.forward import check_predictions
 from mxd.data.provenance import is_held_out, seen_in_training
 from mxd.data.texts import evaluation_batches, evaluation_settings, load_one
 from mxd.evaluation import (

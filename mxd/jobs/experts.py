@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mxd.base.files import replace_text, write_json
 from mxd.data.texts import evaluation_batches, evaluation_settings, load_one
-from mxd.evaluation import top_examples
+from mxd.evaluation.top_examples import top_examples
 
 from .decompositions import load_base_and_text, load_decomposition, results_folder
 from .options import ExpertsOptions

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from mxd import DecompositionOptions, FrontierOptions, decompose, measure_frontier
-from mxd.base.base_model import BaseModelError, load_base_model, random_weights
+from mxd.base.base_model import BaseModelError, load_base_model
+from mxd.base.forward import random_weights
 from mxd.cli.tables import print_evaluation, print_frontier
 from mxd.hub_cards import build_card
 from mxd.jobs.evaluate import evaluate
