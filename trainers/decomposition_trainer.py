@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import MethodType
@@ -208,7 +209,7 @@ class DecompositionTrainer(HubPushes):
     def measure_experts(self) -> None:
         """Measure on training data how often and how strongly each expert is active, for the layers' buffers."""
         tokens = self._tokens_to_measure(self.args.statistics_tokens, STATISTICS_TOKENS)
-        count = -(-tokens // self._batch_tokens())
+        count = -(-tokens // self._batch_tokens)
         batches = islice(self._training_batches(), count)
         bar = progress_bar(batches, desc="statistics", total=count, show=self.shows_progress)
         measure_expert_statistics(self.capture, self.decomposition, bar)
@@ -223,15 +224,16 @@ class DecompositionTrainer(HubPushes):
         steps = self.args.max_steps
         if asked is not None or steps <= 0:  # without a number of steps, the data end after an epoch
             return default if asked is None else asked
-        return min(default, steps * self.args.gradient_accumulation_steps * self._batch_tokens())
+        return min(default, steps * self.args.gradient_accumulation_steps * self._batch_tokens)
 
+    @cached_property
     def _batch_tokens(self) -> int:
         return self.loss_mask(next(self._training_batches())).numel()
 
     def _use_token_progress(self) -> None:
         if self.args.disable_tqdm:
             return
-        tokens = self._batch_tokens() * self.args.gradient_accumulation_steps * self.args.world_size
+        tokens = self._batch_tokens * self.args.gradient_accumulation_steps * self.args.world_size
         for earlier in (ProgressCallback, TokenProgressCallback):
             self.remove_callback(earlier)
         self.add_callback(TokenProgressCallback(tokens, self.progress_name))

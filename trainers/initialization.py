@@ -83,7 +83,7 @@ def calibrate(
                 if ids is not None and ids.shape == mask.shape:
                     seen[layer].ids.append(ids.to(mask.device)[mask])
             before, count = count, min(sum(map(len, of_layer.inputs)) for of_layer in seen.values())
-            bar.update(count - before)
+            bar.update(min(count, tokens) - min(before, tokens))
             if count >= tokens:
                 break
     if not any(len(x) for of_layer in seen.values() for x in of_layer.inputs):
