@@ -32,15 +32,15 @@ from .router import fit_router
 
 logger = logging.getLogger(__name__)
 
-MASSIVE_FACTOR = 8
+MASSIVE_FACTOR = 16
 
 
 @dataclass(frozen=True)
 class ActivationScales:
     """Scales of one MLP's activations over the ordinary calibration tokens.
 
-    Each row's first position is left out, and so are massive tokens: inputs, and outputs, with a squared norm of more
-    than about `MASSIVE_FACTOR` times the median.
+    Each row's first position is left out, and so are massive tokens: inputs, and outputs, whose squared norm is
+    `MASSIVE_FACTOR` to twice as many times the median, or more.
     """
 
     input_scale: float = 1.0  # root mean square of the elements of x
@@ -133,7 +133,7 @@ def _measure(layer: int, seen: _Activations) -> Calibration:
 
 
 def _massive_power(norms: Tensor) -> int:
-    """Return the power of two from which squared norms (tokens) are massive: 8 to 16 times the median of those not 0.
+    """Return the power of two from which squared norms (tokens) are massive: 16 to 32 times the median of those not 0.
 
     It is a power of two because the outputs are summed apart by these.
     """

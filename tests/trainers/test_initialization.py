@@ -102,7 +102,7 @@ def test_massive_tokens_change_neither_scales_nor_means(share, where, factors, t
     plain = calibrated(massive, tail=tail, dtype=dtype)
     calibration = calibrated(massive, factors, tail, dtype)
     for name, value in vars(plain.scales).items():
-        assert getattr(calibration.scales, name) == pytest.approx(value, rel=0.1), name
+        assert getattr(calibration.scales, name) == pytest.approx(value, rel=0.15), name
     torch.testing.assert_close(calibration.input_mean, plain.input_mean, rtol=0, atol=0.05)
     torch.testing.assert_close(calibration.output_mean, plain.output_mean, rtol=0, atol=0.25)
     assert calibration.inputs.float().square().sum(-1).max() <= plain.inputs.float().square().sum(-1).max()
