@@ -28,8 +28,8 @@ class DecompositionArguments(TrainingArguments):
     scale_activations: bool = argument(True, "Train as if inputs and outputs had a mean square of 1.")
     minimum_relative_norm: float = argument(
         0.25,
-        "Lower bound on a token's |y|^2 in errors divided by |y|^2, relative to the mean |y|^2. Keeps "
-        "positions with a tiny output (BOS, in some layers) from dominating the loss.",
+        "Lower bound on a token's |y|^2 in errors divided by |y|^2, relative to the mean |y|^2 "
+        "without massive tokens. Keeps positions with a tiny output (BOS, in some layers) from dominating the loss.",
     )
     warmup_steps: float = argument(0.04, "Warm-up steps; a value below 1 is a fraction of all steps.")
     max_grad_norm: float = argument(0.0, "Maximum gradient norm; 0: no clipping, since one norm couples the layers.")
@@ -37,8 +37,12 @@ class DecompositionArguments(TrainingArguments):
     report_to: None | str | list[str] = argument("none", "Trackers to report to, such as tensorboard or wandb.")
     logging_steps: float = argument(10, "Number of steps between two logs.")
     logging_nan_inf_filter: bool = argument(False, "Log an average rather than stop at a loss that is not finite.")
-    calibration_tokens: int = argument(32768, "Training tokens to measure activations on; at least one per expert.")
-    statistics_tokens: int = argument(65536, "Training tokens to measure the experts' use on, after training.")
+    calibration_tokens: int | None = argument(
+        None, "Tokens to measure activations on, at least one per expert. [32768, or those of the training if fewer]"
+    )
+    statistics_tokens: int | None = argument(
+        None, "Tokens to measure the experts' use on at the end. [65536, or those of the training if fewer]"
+    )
     greater_is_better: bool | None = argument(False, "The trainers' metrics are errors: less is better.")
     hub_base_model: str | None = argument(None, "Hub id of the base model, if it was loaded from a folder.")
 
@@ -55,10 +59,10 @@ class DecompositionArguments(TrainingArguments):
             logger.warning("this processor emulates bfloat16: training is faster without bf16")
 
     def check_range(self, *names: str, least: float = 0, most: float = math.inf) -> None:
-        """Raise a ValueError unless the fields are finite numbers from `least` to `most`."""
+        """Raise a ValueError unless the fields are None or finite numbers from `least` to `most`."""
         for name in names:
             value = getattr(self, name)
-            if not (math.isfinite(value) and least <= value <= most):
+            if value is not None and not (math.isfinite(value) and least <= value <= most):
                 raise ValueError(f"{name} must be a finite number from {least} to {most}, got {value}")
 
     def check_choice(self, name: str, *allowed: str) -> None:

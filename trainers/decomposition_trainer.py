@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import MethodType
@@ -25,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from mxd.base.allocation import freed_memory_kept
 from mxd.base.forward import padding_last
 from mxd.base.masks import token_mask
+from mxd.base.progress import progress_bar
 from mxd.data.packing import CausalCollator
 from mxd.evaluation.expert_use import measure_expert_statistics
 from mxd.evaluation.faithfulness import EVALUATION_NAME
@@ -45,6 +47,8 @@ PRIVATE_OVERRIDES = {
 }
 """Overridden private methods of `transformers.Trainer`, and why. A test compares this list with the classes."""
 
+# Defaults of `calibration_tokens` and `statistics_tokens` for a training of as many tokens or more.
+CALIBRATION_TOKENS, STATISTICS_TOKENS = 32768, 65536
 # A router learns from one token in so many, since every expert is scored for it.
 ROUTER_TOKENS = 16
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # columns with one value per token
@@ -183,11 +187,16 @@ class DecompositionTrainer(HubPushes):
 
     def init_weights(self) -> None:
         """Calibrate and initialise before the first step of a new training."""
-        self.calibrate(self.args.calibration_tokens)
+        self.calibrate(self.calibration_tokens())
+
+    def calibration_tokens(self) -> int:
+        """Return the number of tokens to calibrate on."""
+        return self._tokens_to_measure(self.args.calibration_tokens, CALIBRATION_TOKENS)
 
     def calibrate(self, tokens: int) -> dict[int, Calibration]:
         """Measure the activations on the training data, and set `scales`."""
-        calibrations = calibrate(self.capture, self._training_batches(), tokens, self.decomposition.config.of_decoder)
+        of_decoder = self.decomposition.config.of_decoder
+        calibrations = calibrate(self.capture, self._training_batches(), tokens, of_decoder, self.shows_progress)
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
         # DDP broadcasts the weights of process 0; the scales must be the same everywhere too.
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
@@ -199,16 +208,32 @@ class DecompositionTrainer(HubPushes):
 
     def measure_experts(self) -> None:
         """Measure on training data how often and how strongly each expert is active, for the layers' buffers."""
-        batches = islice(self._training_batches(), -(-self.args.statistics_tokens // self._batch_tokens()))
-        measure_expert_statistics(self.capture, self.decomposition, batches)
+        tokens = self._tokens_to_measure(self.args.statistics_tokens, STATISTICS_TOKENS)
+        count = -(-tokens // self._batch_tokens)
+        batches = islice(self._training_batches(), count)
+        bar = progress_bar(batches, desc="statistics", total=count, show=self.shows_progress)
+        measure_expert_statistics(self.capture, self.decomposition, bar)
 
+    @property
+    def shows_progress(self) -> bool:
+        """Whether this process shows progress bars."""
+        return not self.args.disable_tqdm and self.is_world_process_zero()
+
+    def _tokens_to_measure(self, asked: int | None, default: int) -> int:
+        """Return the tokens asked for, by default no more than this process trains on."""
+        steps = self.args.max_steps
+        if asked is not None or steps <= 0:  # without a number of steps, the data end after an epoch
+            return default if asked is None else asked
+        return min(default, steps * self.args.gradient_accumulation_steps * self._batch_tokens)
+
+    @cached_property
     def _batch_tokens(self) -> int:
         return self.loss_mask(next(self._training_batches())).numel()
 
     def _use_token_progress(self) -> None:
         if self.args.disable_tqdm:
             return
-        tokens = self._batch_tokens() * self.args.gradient_accumulation_steps * self.args.world_size
+        tokens = self._batch_tokens * self.args.gradient_accumulation_steps * self.args.world_size
         for earlier in (ProgressCallback, TokenProgressCallback):
             self.remove_callback(earlier)
         self.add_callback(TokenProgressCallback(tokens, self.progress_name))

@@ -229,10 +229,10 @@ class DistillationTrainer(DecompositionTrainer):
         args = self.args
         from_data = args.gate_init == "data" and not args.warm_start
         experts = max(self.model.config.layer(layer).num_experts for layer in self.model.config.layers)
-        calibrations = self.calibrate(max(args.calibration_tokens, experts if from_data else 0))
+        calibrations = self.calibrate(max(self.calibration_tokens(), experts if from_data else 0))
         self.auxiliary.reset_parameters()
         if not args.warm_start:
-            init_decomposition(self.model, self.teacher, calibrations, args)
+            init_decomposition(self.model, self.teacher, calibrations, args, self.shows_progress)
 
     def trained_modules(self, layer: int) -> dict[str, nn.Module]:
         """Return the layer itself and its auxiliary transcoder."""

@@ -5,9 +5,14 @@ The steps of an optimiser depend on the scale of what it is given, and MLP input
 folding s_x, s_y and μ into its weights, equals training it on x and y with folded initial weights, if Adam's steps are
 scaled parameter by parameter: a weight w = w̃ / s takes the step lr / s, with an ε of ε·s. That is done here
 (`parameter_scales`): the weights need no scaling at any moment, and checkpoints are decompositions.
+
+Some models give a few tokens ("the", a space) activations with hundreds of times the squared norm of others, anywhere
+in a row. Scales and means leave them out, since a mean over all tokens would fit neither kind.
 """
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,15 +23,25 @@ from torch import Tensor, nn
 from mxd.base.capture import Capture
 from mxd.base.masks import activation_mask
 from mxd.base.pretrained_weights import mlp_encoder_type, mlp_weights, mlp_widths
+from mxd.base.progress import progress_bar
+from mxd.evaluation.metrics import squared_norm
 from mxd.modeling_mxd import MLPSite, MxDLayer, MxDLayerConfig, MxDModel, SparseLayer, find_mlp
 
 from .distillation_arguments import DistillationArguments
 from .router import fit_router
 
+logger = logging.getLogger(__name__)
+
+MASSIVE_FACTOR = 16
+
 
 @dataclass(frozen=True)
 class ActivationScales:
-    """Scales of one MLP's activations over calibration tokens, without the first position of each row."""
+    """Scales of one MLP's activations over the ordinary calibration tokens.
+
+    Each row's first position is left out, and so are massive tokens: inputs, and outputs, whose squared norm is
+    `MASSIVE_FACTOR` to twice as many times the median, or more.
+    """
 
     input_scale: float = 1.0  # root mean square of the elements of x
     output_scale: float = 1.0  # root mean square of the elements of y − mean(y)
@@ -35,7 +50,7 @@ class ActivationScales:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scales and means of one MLP's activations, and the inputs of the calibration tokens."""
+    """Scales and means of one MLP's activations, and the inputs of the calibration tokens, without massive ones."""
 
     scales: ActivationScales
     input_mean: Tensor  # (I)
@@ -44,43 +59,100 @@ class Calibration:
 
 
 def calibrate(
-    capture: Capture, batches: Iterable[Mapping[str, Tensor]], tokens: int, decoder: bool = False
+    capture: Capture,
+    batches: Iterable[Mapping[str, Tensor]],
+    tokens: int,
+    decoder: bool = False,
+    progress: bool = False,
 ) -> dict[int, Calibration]:
     """Capture batches until `tokens` tokens are seen, and measure every layer's activations.
 
-    `capture` returns {layer: (x, y)} for a batch; `decoder` is that of `activation_mask`.
+    `capture` returns {layer: (x, y)} for a batch; `decoder` is that of `activation_mask`; `progress` shows a bar.
 
     Raises:
         ValueError: `batches` has no token, or an activation is not finite.
     """
-    kept: dict[int, list[Tensor]] = {}
-    outputs: dict[int, Tensor] = {}  # sums over tokens of y and of y², (2, O): the outputs may be too large
-    for batch in batches:
-        for layer, (x, y) in capture(batch).items():
-            mask = activation_mask(batch, x, include_first=False, decoder=decoder)
-            kept.setdefault(layer, []).append(x[mask])
-            output = y[mask].double()
-            sums = torch.stack([output.sum(0), output.square().sum(0)])
-            outputs[layer] = outputs[layer] + sums if layer in outputs else sums
-        if min(sum(map(len, inputs)) for inputs in kept.values()) >= tokens:
-            break
-    if not any(len(inputs) for parts in kept.values() for inputs in parts):
+    seen: dict[int, _Activations] = {}
+    count = 0
+    with progress_bar(desc="calibrate", total=tokens, unit="tok", unit_scale=True, show=progress) as bar:
+        for batch in batches:
+            for layer, (x, y) in capture(batch).items():
+                mask = activation_mask(batch, x, include_first=False, decoder=decoder)
+                ids = batch.get("input_ids")
+                seen.setdefault(layer, _Activations()).add(x[mask], y[mask])
+                if ids is not None and ids.shape == mask.shape:
+                    seen[layer].ids.append(ids.to(mask.device)[mask])
+            before, count = count, min(sum(map(len, of_layer.inputs)) for of_layer in seen.values())
+            bar.update(min(count, tokens) - min(before, tokens))
+            if count >= tokens:
+                break
+    if not any(len(x) for of_layer in seen.values() for x in of_layer.inputs):
         raise ValueError("no tokens to calibrate on: the training data is empty")
-    return {layer: _measure(layer, torch.cat(kept.pop(layer)), outputs[layer]) for layer in list(kept)}
+    return {layer: _measure(layer, seen.pop(layer)) for layer in list(seen)}
 
 
-def _measure(layer: int, x: Tensor, output_sums: Tensor) -> Calibration:
-    mean, square = output_sums / len(x)
+class _Activations:
+    """The activations of one MLP so far: its inputs, and sums of its outputs, which may be too large to keep."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.ids: list[Tensor] = []
+        self.norms: list[Tensor] = []  # ‖x‖² and ‖y‖² of every token, (2, tokens)
+        # Σ y and Σ y², (2, O), apart by the power of two above ‖y‖²: which tokens are massive is known at the end only.
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add tokens: x (tokens, I), y (tokens, O)."""
+        self.inputs.append(x)
+        self.norms.append(torch.stack([squared_norm(x), squared_norm(y)]))
+        powers = squared_norm(y).frexp().exponent
+        for power in powers.unique().tolist():
+            part = y[powers == power].double()
+            self.sums[power] = self.sums.get(power, 0) + torch.stack([part.sum(0), part.square().sum(0)])
+
+
+def _measure(layer: int, seen: _Activations) -> Calibration:
+    x, norms = torch.cat(seen.inputs), torch.cat(seen.norms, 1)
+    if not norms.isfinite().all():
+        raise ValueError(f"activations of layer {layer} are not finite: use bfloat16 instead of float16")
+    powers = [_massive_power(of_side) for of_side in norms]
+    massive = torch.stack([of_side >= 2.0**power for of_side, power in zip(norms, powers, strict=True)])
+    _report_massive(layer, norms, massive, torch.cat(seen.ids) if seen.ids else None)
+    if massive[0].any():
+        x = x[~massive[0]]
+    sums = torch.stack([part for power, part in seen.sums.items() if power <= powers[1]]).sum(0)
+    mean, square = sums / (~massive[1]).sum()
     scales = ActivationScales(
         input_scale=float(x.float().square().mean().sqrt()),
         output_scale=float((square - mean.square()).clamp_min(0).mean().sqrt()),
         output_norm=float(square.sum()),
     )
-    if not all(math.isfinite(value) and value > 0 for value in vars(scales).values()):
-        raise ValueError(
-            f"the activations of layer {layer} are constant or not finite ({scales}): use bfloat16 instead of float16"
-        )
+    if not all(value > 0 for value in vars(scales).values()):
+        raise ValueError(f"the activations of layer {layer} are constant ({scales}): choose another layer")
     return Calibration(scales, x.float().mean(0), mean.float(), x)
+
+
+def _massive_power(norms: Tensor) -> int:
+    """Return the power of two from which squared norms (tokens) are massive: 16 to 32 times the median of those not 0.
+
+    It is a power of two because the outputs are summed apart by these.
+    """
+    positive = norms[norms > 0]
+    return int((MASSIVE_FACTOR * positive.median()).frexp().exponent) if len(positive) else 0
+
+
+def _report_massive(layer: int, norms: Tensor, massive: Tensor, ids: Tensor | None) -> None:
+    """Warn of massive tokens, if there are any: norms, massive (2, tokens) of inputs and outputs, ids (tokens)."""
+    for side, values, mask in zip(("input", "output"), norms, massive, strict=True):
+        if not mask.any():
+            continue
+        common = [] if ids is None else Counter(ids[mask.to(ids.device)].tolist()).most_common(5)
+        logger.warning(
+            "layer %d: %.2g %% of the calibration tokens have a massive %s, typically %.0f times the others' squared "
+            "norm%s. Scales, and the norm that minimum_relative_norm is relative to, leave these tokens out",
+            layer, 100 * mask.double().mean(), side, values[mask].median() / values[~mask & (values > 0)].median(),
+            f"; most frequent ids: {', '.join(str(token) for token, _ in common)}" if common else "",
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -177,13 +249,15 @@ def init_decomposition(
     model: nn.Module,
     calibrations: Mapping[int, Calibration],
     args: DistillationArguments,
+    progress: bool = False,
 ) -> None:
     """Initialise every layer as the arguments say. A decoder is the pretrained MLP's only if the encoder is, too."""
-    for index in decomposition.config.layers:
+    for index in progress_bar(decomposition.config.layers, desc="init", unit="layer", show=progress):
         layer, calibration = decomposition.layer(index), calibrations[index]
         init_layer(layer, calibration, args.gate_init, args.scale_activations)
         if layer.router is not None:
-            fit_router(layer, calibration.inputs, seed=args.seed)  # it decides which experts are active
+            # It decides which experts are active.
+            fit_router(layer, calibration.inputs, seed=args.seed, progress=progress)
         if not isinstance(layer, MxDLayer):
             continue
         if args.encoder_init == "pretrained":

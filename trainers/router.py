@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mxd.base.progress import progress_bar
 from mxd.modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel, SparseLayer
 from mxd.modeling_mxd.functional import scatter_rows, topk_gate
 from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
@@ -88,6 +89,7 @@ def fit_router(
     rounds: int = 3,
     epochs: int = 4,
     seed: int = 0,
+    progress: bool = False,
 ) -> Tensor:
     """Give a layer hierarchical routing, fitted to its exact gate on some inputs.
 
@@ -101,6 +103,7 @@ def fit_router(
         num_groups_per_tok: M, groups that a token opens; by default the layer's, or 8.
         rounds: How often groups are formed anew from the router.
         epochs: Passes over the inputs for each router; `seed` orders them.
+        progress: Show a progress bar of the routers fitted.
 
     Returns:
         (N) int64: expert n was expert `order[n]` before.
@@ -119,7 +122,7 @@ def fit_router(
     fitting = _Fitting(layer, x.to(layer.gate.weight.device), config, seed)
     group = fitting.groups_from_clusters(layer)
     router = fitting.fit_router(group, epochs)
-    for _ in range(rounds):
+    for _ in progress_bar(range(rounds), desc="fit router", unit="round", show=progress):
         group = fitting.groups_from_scores(router, preferred=F.one_hot(group, groups).float())
         router = fitting.fit_router(group, epochs)
     order = torch.argsort(group, stable=True)

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from mxd.modeling_mxd import find_mlps, site_of
 from mxd.modeling_mxd.surgery import running_device
@@ -30,6 +29,7 @@ from mxd.modeling_mxd.surgery import running_device
 from .capture import capture_mlps
 from .files import replace_text
 from .forward import evaluating
+from .progress import progress_bar
 
 MANIFEST_NAME = "manifest.json"
 _ROWS_NAME = "rows.bin"
@@ -224,10 +224,9 @@ def _record(folder: Path, model: nn.Module, rows: Tensor, rows_per_step: int, pr
     files, device = _open(folder, manifest, "r+"), running_device(model)
     files[_ROWS_NAME].copy_(rows)
     where = {"stack": manifest["stack"], "site": manifest["site"]}
-    bar = tqdm(
-        desc="record", total=rows.numel(), initial=rows[:done].numel(), unit="tok", unit_scale=True,
-        disable=not progress, dynamic_ncols=True,
-    )  # fmt: skip
+    bar = progress_bar(
+        desc="record", total=rows.numel(), initial=rows[:done].numel(), unit="tok", unit_scale=True, show=progress
+    )
     saved = time.monotonic()
     try:
         with bar, evaluating(model):

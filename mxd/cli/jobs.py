@@ -88,12 +88,9 @@ def layers(options: classes.LayersOptions) -> None:
 
 
 def _quiet() -> None:
-    """Turn off progress bars and warnings of the libraries: the commands have their own."""
-    import datasets
+    """Turn off warnings of transformers: the commands have their own."""
     from transformers.utils import logging as transformers_logging
 
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
 

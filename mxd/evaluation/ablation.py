@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mxd.base.forward import Batch, ZeroMLP, batch_for, capture_with_logits, next_token_logits
 from mxd.base.masks import token_mask
+from mxd.base.progress import progress_bar
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel, SparseLayer, spliced_mlps
 
 from .expert_use import SPECIALISED_FREQUENCY, Statistics, evaluating_experts
@@ -151,9 +151,9 @@ def ablation_curve(
         ValueError: no tokens, or an iterator of batches that is needed twice.
         SurgeryError: the model does not fit the decomposition; nothing is measured.
     """
-    with evaluating_experts(model, decomposition, batches) as (statistics, source):
+    with evaluating_experts(model, decomposition, batches, progress) as (statistics, source):
         curve = _Curve(model, decomposition, statistics)
-        for batch in tqdm(batches, desc="ablate", unit="batch", disable=not progress, dynamic_ncols=True):
+        for batch in progress_bar(batches, desc="ablate", show=progress):
             curve.update(batch_for(model, batch))
     if not curve.tokens:
         raise ValueError("no tokens to measure an ablation curve on: batches is empty, or contains only padding")

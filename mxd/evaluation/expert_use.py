@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mxd.base.capture import Capture, capture_mlps
 from mxd.base.forward import batch_for, check_causal, evaluating
 from mxd.base.masks import activation_mask
+from mxd.base.progress import progress_bar
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel
 
 from .metrics import normalised_entropy
@@ -136,11 +137,11 @@ def measure_expert_statistics(
 
 
 def expert_statistics(
-    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]], progress: bool = False
 ) -> tuple[dict[int, Statistics], str]:
     """Return the statistics of every layer's experts, and a description of the tokens that they come from.
 
-    They are read from the layers' buffers; layers without any are measured on `batches`.
+    They are read from the layers' buffers; layers without any are measured on `batches`, with a bar if `progress`.
     """
     layers = {index: decomposition.layer(index) for index in decomposition.config.layers}
     statistics = {index: (layer.expert_frequency, layer.expert_mean) for index, layer in layers.items()}
@@ -152,7 +153,7 @@ def expert_statistics(
             f"the experts of layer {unmeasured[0]} have never been measured, which takes another pass over batches: "
             "give a list or a DataLoader, not an iterator"
         )
-    uses = count_expert_use(model, decomposition, batches)
+    uses = count_expert_use(model, decomposition, progress_bar(batches, desc="statistics", show=progress))
     statistics.update({index: (uses[index].frequency, uses[index].mean) for index in unmeasured})
     if len(unmeasured) == len(layers):
         return statistics, _EVALUATED
@@ -161,11 +162,11 @@ def expert_statistics(
 
 @contextmanager
 def evaluating_experts(
-    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]], progress: bool = False
 ) -> Iterator[tuple[dict[int, Statistics], str]]:
     """Check that a decomposition fits a causal model; inside the block both are in eval mode. Yield the statistics."""
     check_causal(model)
     with decomposition.spliced(model, cast=False):
         pass  # checks that it fits, and moves every layer to the device of its MLP
     with evaluating(model, decomposition):
-        yield expert_statistics(model, decomposition, batches)
+        yield expert_statistics(model, decomposition, batches, progress)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mxd.base.files import write_json
 from mxd.base.forward import batch_for, capture_with_logits, next_token_logits, random_weights, zero_ablated
 from mxd.base.masks import next_token_mask, token_mask
+from mxd.base.progress import progress_bar
 from mxd.modeling_mxd import MxDModel, SparseLayer
 
 from .ablation import MeanExperts
@@ -196,13 +196,13 @@ def faithfulness(
             `untouched` is of other batches.
         SurgeryError: the model does not fit the decomposition; nothing is measured.
     """
-    with evaluating_experts(model, decomposition, batches) as (statistics, source):
+    with evaluating_experts(model, decomposition, batches, progress) as (statistics, source):
         layers = {
             layer: LayerEvaluation(decomposition.layer(layer), statistics[layer], specialised_frequency)
             for layer in decomposition.config.layers
         }
         evaluation = ModelEvaluation(model, decomposition, layers, untouched)
-        for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, dynamic_ncols=True):
+        for batch in progress_bar(batches, desc="evaluate", show=progress):
             evaluation.update(batch)
     results = evaluation.result()
     results["settings"] |= {"expert_statistics": source, "specialised_frequency": specialised_frequency}

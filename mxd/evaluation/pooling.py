@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.activations import ACT2FN
 
 from mxd.base.capture import capture_mlps
 from mxd.base.forward import batch_for, evaluating
 from mxd.base.masks import token_mask
 from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout, mlp_weights, mlp_widths
+from mxd.base.progress import progress_bar
 from mxd.data.packing import CausalCollator
 from mxd.modeling_mxd import ExpertCoefficients, MLPSite, SparseLayer
 
@@ -136,7 +136,7 @@ def pool_features(
         raise ValueError("there are no texts, or one of them has no token to pool over")
     parts: dict[str, list[Features]] = {name: [] for name in representations}
     batches, collate = _batches(texts, batch_tokens), CausalCollator()
-    with evaluating(model), tqdm(total=len(texts), desc="texts", disable=not progress, dynamic_ncols=True) as bar:
+    with evaluating(model), progress_bar(total=len(texts), desc="texts", show=progress) as bar:
         for chosen in batches:
             ids, mask = batch_for(model, collate([{"input_ids": texts[index]} for index in chosen]))
             x, y = capture_mlps(model, [layer], ids, mask, stack=stack, site=site)[layer]

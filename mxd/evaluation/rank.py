@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxd.base.progress import progress_bar
 from mxd.modeling_mxd import MxDLayer, MxDModel
 
 SAMPLED_EXPERTS = 64
@@ -81,8 +82,9 @@ def expert_ranks(layer: MxDLayer, experts: int = SAMPLED_EXPERTS, seed: int = 0)
 
 
 def decomposition_ranks(
-    decomposition: MxDModel, experts: int = SAMPLED_EXPERTS, seed: int = 0
+    decomposition: MxDModel, experts: int = SAMPLED_EXPERTS, seed: int = 0, progress: bool = False
 ) -> dict[int, ExpertRanks]:
-    """Return {layer: `expert_ranks`} of the MxD layers of a decomposition."""
-    layers = {index: decomposition.layer(index) for index in decomposition.config.layers}
-    return {index: expert_ranks(layer, experts, seed) for index, layer in layers.items() if isinstance(layer, MxDLayer)}
+    """Return {layer: `expert_ranks`} of the MxD layers of a decomposition; `progress` shows a bar."""
+    indices = progress_bar(decomposition.config.layers, desc="ranks", unit="layer", show=progress)
+    layers = ((index, decomposition.layer(index)) for index in indices)
+    return {index: expert_ranks(layer, experts, seed) for index, layer in layers if isinstance(layer, MxDLayer)}

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mxd.base.forward import Batch, batch_for, check_causal, evaluating, next_token_logits, zero_ablated
 from mxd.base.masks import token_mask
+from mxd.base.progress import progress_bar
 from mxd.modeling_mxd import MxDConfig
 
 from .metrics import LogitSums
@@ -42,7 +42,7 @@ class UntouchedLosses:
         self._ablated = None if ablated is None else _ablation_of(ablated)
         sums, ablated_sums = LogitSums(), LogitSums()
         with evaluating(model):
-            for batch in tqdm(batches, desc="untouched", unit="batch", disable=not progress, dynamic_ncols=True):
+            for batch in progress_bar(batches, desc="untouched", show=progress):
                 rows = batch_for(model, batch)
                 self._ids.append(rows[0].cpu())
                 self._losses.append(_losses(model, rows, sums).cpu())

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 
 from mxd.base.files import write_json
+from mxd.base.progress import progress_bar
 from mxd.data.documents import DataError, load_text
 from mxd.data.labelled_text import label_names
 from mxd.data.texts import TextOptions, evaluation_batches
@@ -47,7 +48,7 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
     return {domain: documents.select(rows[domain]) for domain in sorted(rows)}
 
 
-def measure_domain_use(options: EvaluationOptions) -> dict[str, Any]:
+def measure_domain_use(options: EvaluationOptions, progress: bool = True) -> dict[str, Any]:
     """Count which experts are active on which domain of text; write domain_use.json and a figure.
 
     Each domain gets `tokens` tokens in whole rows, or all that it has.
@@ -75,7 +76,10 @@ def measure_domain_use(options: EvaluationOptions) -> dict[str, Any]:
             short.append(domain)
     if len(batches) < 2:
         raise ValueError(f"of the domains {', '.join(map(repr, documents))} fewer than two have enough text")
-    uses = {domain: count_expert_use(model, decomposition, of_domain) for domain, of_domain in batches.items()}
+    uses = {
+        domain: count_expert_use(model, decomposition, progress_bar(of_domain, desc=domain, show=progress))
+        for domain, of_domain in batches.items()
+    }
     layers = {
         str(layer): domain_use({domain: use[layer] for domain, use in uses.items()})
         for layer in decomposition.config.layers

@@ -42,7 +42,7 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
         ValueError: there is no such decomposition, or the text cannot be read.
     """
     if options.by is not None:
-        return measure_domain_use(options)
+        return measure_domain_use(options, progress)
     folder = results_folder(options.decomposition, options.output)
     made = made_how(options.decomposition)
     decomposition = load_decomposition(options.decomposition)
@@ -62,7 +62,7 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
         write_run(folder, "evaluate", options)
     if options.ablation is not None:
         results["ablation"] = ablation_curve(model, decomposition, batches, progress=progress)
-    ranks = decomposition_ranks(decomposition) if options.ranks else {}
+    ranks = decomposition_ranks(decomposition, progress=progress) if options.ranks else {}
     if ranks:
         results["ranks"] = {str(layer): rank.summary() for layer, rank in ranks.items()}
     if folder is None:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mxd.base.files import replace_text, write_json
+from mxd.base.progress import progress_bar
 from mxd.data.texts import evaluation_batches, evaluation_settings, load_one
 from mxd.evaluation.top_examples import top_examples
 
@@ -25,7 +26,7 @@ _STYLE = (
 )
 
 
-def read_experts(options: ExpertsOptions) -> dict[str, Any]:
+def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, Any]:
     """Find where experts are most active in a text; write experts.json, and experts.html to read.
 
     Without named experts, a random sample of the active ones is shown. Each example is the strongest position of a row.
@@ -49,7 +50,7 @@ def read_experts(options: ExpertsOptions) -> dict[str, Any]:
     )
     batches = evaluation_batches(documents, tokenizer, options.context_length, options.tokens)
     ids = torch.cat([batch["input_ids"] for batch in batches])
-    found = top_examples(model, decomposition, batches, options.examples)
+    found = top_examples(model, decomposition, progress_bar(batches, desc="experts", show=progress), options.examples)
     results: dict[str, Any] = {"layers": {}}
     for layer in decomposition.config.layers:
         top, chosen = found[layer], options.experts

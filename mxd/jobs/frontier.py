@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mxd.base.activation_cache import ActivationCache, rows_digest
 from mxd.base.base_model import base_skeleton, check_safetensors, default_device, load_base_model, resolve_name
 from mxd.base.files import write_json
+from mxd.base.progress import progress_bar
 from mxd.data.packing import materialize, pack
 from mxd.data.texts import evaluation_batches, load_documents, warn_of_embedded_text
 from mxd.evaluation import UntouchedLosses, faithfulness, plot_frontier, save_evaluation
@@ -178,7 +178,7 @@ def _texts(options: FrontierOptions, tokenizer: PreTrainedTokenizerBase) -> tupl
 def _run(points: list[_Point], total: int, shared: _Shared, write: Callable[[], Any]) -> None:
     """Run points one after another; one that fails does not stop the others. `write` follows each."""
     done, failures = total - len(points), []
-    for point in tqdm(points, desc="frontier", unit="point", disable=not shared.progress, dynamic_ncols=True):
+    for point in progress_bar(points, desc="frontier", unit="point", show=shared.progress):
         try:
             _run_point(point, shared)
         except (KeyboardInterrupt, Interrupted):

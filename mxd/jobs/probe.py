@@ -7,6 +7,7 @@ from typing import Any
 
 from mxd.base.files import write_json
 from mxd.base.pretrained_weights import check_widths
+from mxd.base.progress import progress_bar
 from mxd.data.labelled_text import LabelledDocuments, count_texts, cut_texts, load_labelled_text
 from mxd.evaluation import (
     Representation,
@@ -77,7 +78,8 @@ def probe(options: ProbingOptions, progress: bool = True) -> dict[str, Any]:
     used = {"config_name": options.dataset_config, "layer": layer}
     results: dict[str, Any] = {
         "representations": {
-            name: probe_features(found, texts.labels, folds, **how) for name, found in features.items()
+            name: probe_features(found, texts.labels, folds, **how)
+            for name, found in progress_bar(features.items(), desc="probe", unit="representation", show=progress)
         },
         "classes": count_texts(texts),
         "always_yes_f1": chance,

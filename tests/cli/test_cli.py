@@ -47,6 +47,8 @@ def test_decompose_leaves_a_folder_that_loads(finished):
     for word in ("NMSE", "FVU", "L0", "dead", "specialised", "zero-ablated", "recovered", "mxd evaluate"):
         assert word in output
     assert "tok/s" in error
+    for phase in ("Loading weights", "calibrate", "init", "distil", "statistics", "evaluate"):
+        assert f"{phase}: 100%" in error, phase
 
 
 def test_evaluation_is_complete(finished):
@@ -106,6 +108,8 @@ def test_evaluate_with_ablation_and_ranks(finished, tmp_path):
     code, output, error = run("evaluate", folder, "--tokens", "1024", "--ablation", "coefficient", "--ranks")
     assert code == 0, error
     assert "strongest experts removed" in output
+    for phase in ("evaluate", "ablate", "ranks"):
+        assert f"{phase}: 100%" in error, phase
     results = json.loads((folder / "evaluation.json").read_text())
     curve = results["ablation"]
     assert (curve["order"], curve["removed"]) == ("coefficient", [0, 1, 2, 4])

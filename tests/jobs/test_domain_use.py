@@ -28,6 +28,7 @@ def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path, caplo
     code, output, error = run("evaluate", folder, *how)
     assert code == 0, error
     assert "prose" in output and "active experts" in output
+    assert "code: 100%" in error and "prose: 100%" in error
     assert (folder / "figures" / "experts_per_domain.png").stat().st_size
     results = json.loads((folder / "domain_use.json").read_text())
     (layer,) = results["layers"].values()

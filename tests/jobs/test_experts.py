@@ -16,6 +16,7 @@ def test_a_random_sample_is_shown_and_written(finished, tmp_path):
     code, output, error = run("experts", folder, "--tokens", "4096", "--examples", "3", "--config", config)
     assert code == 0, error
     assert "where experts are most active" in output and "experts.html" in output
+    assert "experts: 100%" in error
     results = json.loads((folder / "experts.json").read_text())
     (experts,) = results["layers"].values()
     assert len(experts) == 5 and results["settings"]["tokens"] <= 4096

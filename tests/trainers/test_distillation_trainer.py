@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from mxd.base.capture import capture_mlps
 from mxd.base.masks import token_mask
-from mxd.evaluation import faithfulness
+from mxd.evaluation import faithfulness, normalised_error
 from mxd.modeling_mxd import MxDModel, SurgeryError
 from mxd.trainers import DistillationArguments, DistillationTrainer, FinetuningTrainer, last_complete_checkpoint
 from mxd.trainers.decomposition_trainer import PRIVATE_OVERRIDES, ROUTER_TOKENS, DecompositionTrainer
@@ -486,3 +486,69 @@ def test_bf16_products_keep_float32_weights(tiny_llama, tmp_path):
     assert torch.bfloat16 in dtypes
     assert all(value.dtype == torch.float32 for value in model.parameters())
     assert all(torch.isfinite(value).all() for value in model.parameters())
+
+
+class OneMassiveToken(DistillationTrainer):
+    """The MLP multiplies its output by a factor where a row has one of two ids, as some models do for "the"."""
+
+    factor = 1.0
+
+    def capture(self, inputs):
+        ids = inputs["input_ids"][..., None]
+        factors = torch.where((ids == 5) | (ids == 6), self.factor, 1.0)
+        return {layer: (x, factors * y) for layer, (x, y) in super().capture(inputs).items()}
+
+
+@pytest.mark.parametrize("method", ["mxd", "skip_transcoder"])
+def test_massive_tokens_leave_the_others_as_accurate(tiny_llama, tmp_path, method):
+    errors = []
+    for factor in (1.0, 1000.0):
+        torch.manual_seed(0)
+        model, data = decomposition(method=method), rows(128)
+        trainer = OneMassiveToken(
+            model, tiny_llama, arguments(tmp_path, max_steps=40, learning_rate=3e-3), train_dataset=data
+        )
+        trainer.factor = factor
+        trainer.train()
+        ids = torch.tensor(data["input_ids"])
+        x, y = capture_mlps(tiny_llama, [1], ids)[1]
+        ordinary = (ids != 5) & (ids != 6)
+        errors.append(normalised_error(model.layer(1)(x), y)[ordinary].mean().item())
+    assert errors[1] < 2 * errors[0] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "experts", "calibrated", "counted"),
+    [
+        ({"max_steps": 3}, 48, 288, 288),
+        ({"max_steps": 3, "gradient_accumulation_steps": 2}, 48, 576, 576),
+        ({"max_steps": 3, "calibration_tokens": 900, "statistics_tokens": 900}, 48, 900, 900),
+        ({"max_steps": 3}, 2000, 2000, 288),  # a token for each expert's gate row
+        ({"max_steps": 3, "gate_init": "random"}, 2000, 288, 288),
+        ({"max_steps": 3000}, 48, 768, 768),  # one epoch of the data
+        ({"max_steps": -1, "num_train_epochs": 1}, 48, 768, 768),
+    ],
+)
+def test_it_measures_on_no_more_tokens_than_it_trains_on(tiny_llama, tmp_path, changes, experts, calibrated, counted):
+    count = 220 if calibrated > 768 else 64
+    settings = arguments(tmp_path, **{"calibration_tokens": None, "statistics_tokens": None, **changes})
+    trainer = DistillationTrainer(decomposition(num_experts=experts), tiny_llama, settings, train_dataset=rows(count))
+    seen = []
+    capture = trainer.capture
+    trainer.capture = lambda inputs: seen.append(inputs["input_ids"].numel()) or capture(inputs)
+    trainer.init_weights()
+    assert sum(seen) == pytest.approx(calibrated, abs=0.12 * calibrated + 96)  # first positions do not count
+    seen.clear()
+    trainer.measure_experts()
+    assert sum(seen) == pytest.approx(counted, abs=95)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("groups", [None, 2])
+def test_every_phase_has_a_bar(tiny_llama, tmp_path, capsys, groups, quiet):
+    routed = {"num_expert_groups": 6, "num_groups_per_tok": groups} if groups else {}
+    settings = arguments(tmp_path, max_steps=2, disable_tqdm=quiet)
+    DistillationTrainer(decomposition(**routed), tiny_llama, settings, train_dataset=rows()).train()
+    shown = capsys.readouterr().err
+    for phase in ("calibrate", "init", "distil", "statistics", *(["fit router"] if groups else [])):
+        assert (f"{phase}: 100%" in shown) != quiet, phase

@@ -1,3 +1,5 @@
+import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +58,89 @@ def test_calibration_leaves_out_first_positions_and_padding(tiny_llama):
     outputs = torch.cat([y[0, 1:], y[1, 1:3]])
     assert measured.scales.output_scale == pytest.approx((outputs - outputs.mean(0)).square().mean().sqrt().item())
     assert measured.scales.output_norm == pytest.approx(outputs.square().sum(-1).mean().item())
+
+
+MASSIVE_IDS = [7, 23, 41]
+
+
+def calibrated(massive, factors=(1.0, 1.0), tail=0.0, dtype=torch.float32, rows=64):
+    """Calibrate on random activations, whose x and y are multiplied by the factors where `massive` (rows, 16) is."""
+    torch.manual_seed(1)
+    ids = torch.randint(0, 7, (rows, 16))
+    ids[massive] = torch.tensor(MASSIVE_IDS)[torch.arange(int(massive.sum())) % 3]
+    x = torch.randn(rows, 16, 12) + 0.2
+    y = (3 * torch.randn(rows, 16, 10) + 0.5) * (tail * torch.randn(rows, 16, 1)).exp()
+    x, y = (
+        torch.where(massive[..., None], factor * value, value).to(dtype)
+        for factor, value in zip(factors, (x, y), strict=True)
+    )
+
+    def capture(batch):
+        (start,) = (ids == batch["input_ids"][0]).all(-1).nonzero()[0].tolist()
+        return {3: (x[start : start + 8], y[start : start + 8])}
+
+    return calibrate(capture, [{"input_ids": part} for part in ids.split(8)], tokens=10**6)[3]
+
+
+def places(share, where="anywhere", rows=64):
+    mask = torch.zeros(rows, 16, dtype=torch.bool)
+    if where == "column":
+        mask[: int(share * rows * 15), 9] = True
+    else:
+        mask[:, 1:] = torch.rand(rows, 15, generator=torch.Generator().manual_seed(5)) < share
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail", [0.0, 0.3])
+@pytest.mark.parametrize("factors", [(1.0, 10.0), (1.0, 1000.0), (30.0, 1.0), (1000.0, 1000.0)])
+@pytest.mark.parametrize(
+    ("share", "where"), [(0.005, "anywhere"), (0.03, "anywhere"), (0.1, "anywhere"), (0.06, "column")]
+)
+def test_massive_tokens_change_neither_scales_nor_means(share, where, factors, tail, dtype):
+    massive = places(share, where)
+    plain = calibrated(massive, tail=tail, dtype=dtype)
+    calibration = calibrated(massive, factors, tail, dtype)
+    for name, value in vars(plain.scales).items():
+        assert getattr(calibration.scales, name) == pytest.approx(value, rel=0.15), name
+    torch.testing.assert_close(calibration.input_mean, plain.input_mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(calibration.output_mean, plain.output_mean, rtol=0, atol=0.25)
+    assert calibration.inputs.float().square().sum(-1).max() <= plain.inputs.float().square().sum(-1).max()
+
+
+def test_without_massive_tokens_scales_are_plain_means_over_all_tokens(caplog):
+    calibration = calibrated(places(0.0), tail=0.3)
+    assert len(calibration.inputs) == 64 * 15
+    x = calibration.inputs
+    assert calibration.scales.input_scale == pytest.approx(x.square().mean().sqrt().item(), rel=1e-5)
+    torch.testing.assert_close(calibration.input_mean, x.mean(0))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("factors", "side"), [((1.0, 100.0), "output"), ((100.0, 1.0), "input")])
+def test_massive_tokens_are_reported(factors, side, caplog):
+    calibrated(places(0.03), factors)
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith("layer 3: ") and f"a massive {side}" in message
+    share, times = float(message.split()[2]), float(re.search(r"typically (\d+) times", message)[1])
+    assert share == pytest.approx(100 * places(0.03)[:, 1:].double().mean().item(), rel=0.05)
+    assert 5_000 < times < 20_000
+    assert set(re.search(r"ids: ([\d, ]+)", message)[1].split(", ")) == set(map(str, MASSIVE_IDS))
+
+
+def test_one_massive_token_that_is_not_finite_is_refused():
+    massive = places(0.0)
+    massive[5, 5] = True
+    for factors in ((math.inf, 1.0), (1.0, math.inf), (1.0, math.nan)):
+        with pytest.raises(ValueError, match="layer 3 are not finite"):
+            calibrated(massive, factors)
+
+
+def test_constant_outputs_are_refused():
+    x = torch.randn(1, 4, 3)
+    with pytest.raises(ValueError, match="layer 2 are constant"):
+        calibrate(lambda batch: {2: (x, 0 * x)}, [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}], tokens=1)
 
 
 def test_calibration_refuses_an_empty_text():
