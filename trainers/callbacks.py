@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress in tokens, and an interrupt that keeps a checkpoint."""
+"""Trainer callbacks: progress in tokens, and a checkpoint when training is interrupted or fails."""
 
 import logging
 import signal
@@ -47,12 +47,13 @@ class InterruptCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.saved_step: int | None = None  # of the last checkpoint; None before the training has begun
         self._signalled = False  # this process itself
 
     @contextmanager
     def listening(self, args: TrainingArguments) -> Iterator[None]:
         """Handle the signals inside the block. Python allows this in the main thread only; other threads skip it."""
-        self.interrupted = self._signalled = False
+        self.interrupted, self._signalled, self.saved_step = False, False, None
         limit = args.save_total_limit
         in_main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
@@ -63,6 +64,10 @@ class InterruptCallback(TrainerCallback):
             args.save_total_limit = limit
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start from the step of the checkpoint that is resumed, or from 0."""
+        self.saved_step = state.global_step
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signalled:
@@ -82,5 +87,6 @@ class InterruptCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep the last checkpoint, which transformers deletes beside the best one if `save_total_limit` is 1."""
+        self.saved_step = state.global_step
         if self.interrupted:
             args.save_total_limit = None

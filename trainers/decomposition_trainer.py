@@ -122,8 +122,12 @@ class DecompositionTrainer(HubPushes):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        count = torch.stack([self.loss_mask(batch).sum().to(device) for batch in batches]).sum()
-        return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        count = torch.stack([self.count_positions(batch).to(device) for batch in batches]).sum()
+        return batches, self.accelerator.gather(count).sum().clamp_min(1)  # the losses of no position are 0
+
+    def count_positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return how many positions of a batch the loss includes."""
+        return self.loss_mask(inputs).sum()
 
     def _training_batches(self) -> Iterator[dict[str, Tensor]]:
         """Yield training batches from the start of the data; the random state stays as it is."""
@@ -133,6 +137,9 @@ class DecompositionTrainer(HubPushes):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train. Ctrl-C finishes the step, saves a checkpoint and returns; `interrupted` is then true.
+
+        An exception, such as that of a stream, is raised again after a checkpoint of the last whole step was saved.
+        Several processes save none then, since one of them cannot save without the others.
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint, or True for the last complete one in `output_dir`.
@@ -156,15 +163,39 @@ class DecompositionTrainer(HubPushes):
             self.init_weights()
         self._use_token_progress()
         on_cpu = self.args.device.type == "cpu"
-        with self._interrupt.listening(self.args), freed_memory_kept() if on_cpu else nullcontext():
-            try:
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-            finally:
-                _without_autocast(self.model)
-        self.check_weights()
-        if not self.interrupted:
-            self.measure_experts()
+        try:
+            with self._interrupt.listening(self.args), freed_memory_kept() if on_cpu else nullcontext():
+                try:
+                    output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+                finally:
+                    _without_autocast(self.model)
+            self.check_weights()
+            if not self.interrupted:
+                self.measure_experts()
+        except DivergenceError:
+            raise
+        except Exception:
+            self._save_after_failure()
+            raise
         return output
+
+    def _save_after_failure(self) -> None:
+        """Save a checkpoint of the last whole step, unless there is one; a failure to do so is only logged."""
+        saved, step = self._interrupt.saved_step, self.state.global_step
+        try:
+            if saved is not None and step > saved and self.args.world_size == 1:
+                self._save_checkpoint(self.model, None)
+                self._interrupt.saved_step = step
+        except Exception as error:  # of any kind, such as a full disk: the first one is the one to raise
+            logger.warning("no checkpoint of step %d was saved: %s", step, error)
+        if self.saved_step:
+            where = f"{self.args.output_dir}: resume_from_checkpoint=True goes on from it"
+            logger.warning("the training failed; the checkpoint of step %d is kept in %s", self.saved_step, where)
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the last checkpoint that `train()` saved or began from; 0 if there is none."""
+        return self._interrupt.saved_step or 0
 
     def _load_finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """Load a checkpoint of the last step, from which `Trainer.train` would take another step."""
@@ -172,7 +203,7 @@ class DecompositionTrainer(HubPushes):
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
-        self._interrupt.interrupted = False
+        self._interrupt.interrupted, self._interrupt.saved_step = False, state.global_step
         self.measure_experts()
         return TrainOutput(state.global_step, math.nan, {})
 
@@ -187,7 +218,12 @@ class DecompositionTrainer(HubPushes):
 
     def calibrate(self, tokens: int) -> dict[int, Calibration]:
         """Measure the activations on the training data, and set `scales`."""
-        calibrations = calibrate(self.capture, self._training_batches(), tokens, self.decomposition.config.of_decoder)
+
+        def least(count: int) -> int:
+            return int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).min())
+
+        decoder = self.decomposition.config.of_decoder
+        calibrations = calibrate(self.capture, self._training_batches(), tokens, decoder, least)
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
         # DDP broadcasts the weights of process 0; the scales must be the same everywhere too.
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
@@ -198,9 +234,17 @@ class DecompositionTrainer(HubPushes):
         return self.args.minimum_relative_norm * self.scales[layer].output_norm if layer in self.scales else 0.0
 
     def measure_experts(self) -> None:
-        """Measure on training data how often and how strongly each expert is active, for the layers' buffers."""
-        batches = islice(self._training_batches(), -(-self.args.statistics_tokens // self._batch_tokens()))
-        measure_expert_statistics(self.capture, self.decomposition, batches)
+        """Measure on training data how often and how strongly each expert is active, for the layers' buffers.
+
+        Several processes share the tokens, and have the statistics of all.
+        """
+
+        def total(values: Tensor) -> Tensor:
+            return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+
+        tokens = int(total(torch.tensor(self._batch_tokens())))
+        batches = islice(self._training_batches(), -(-self.args.statistics_tokens // tokens))
+        measure_expert_statistics(self.capture, self.decomposition, batches, total)
 
     def _batch_tokens(self) -> int:
         return self.loss_mask(next(self._training_batches())).numel()
