@@ -5,7 +5,8 @@ kill, interrupt: send the signal to the last of the processes. plain: SGD, rows 
 one process or in two.
 
 KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `padded` (one in
-which every second batch, that of the second process, has a fourth of the tokens), `routed` (rows, hierarchical routing), `auxiliary` (rows, auxiliary transcoder), or `finetuning`.
+which every second batch, that of the second process, has a fourth of the tokens), `routed` (rows, hierarchical
+routing), `auxiliary` (rows, auxiliary transcoder), or `finetuning`.
 """
 
 import os
