@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,19 @@ class InterruptCallback(TrainerCallback):
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+    def save_after_failure(self, trainer: Trainer) -> None:
+        """Save a checkpoint of the last whole step, unless there is one; a failure to do so is only logged."""
+        step, args = trainer.state.global_step, trainer.args
+        try:
+            if self.saved_step is not None and step > self.saved_step and args.world_size == 1:
+                trainer._save_checkpoint(trainer.model, None)
+                self.saved_step = step
+        except Exception as error:  # of any kind, such as a full disk: the first one is the one to raise
+            logger.warning("no checkpoint of step %d was saved: %s", step, error)
+        if self.saved_step:
+            where = f"{args.output_dir}: resume_from_checkpoint=True goes on from it"
+            logger.warning("the training failed; the checkpoint of step %d is kept in %s", self.saved_step, where)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep the last checkpoint, which transformers deletes beside the best one if `save_total_limit` is 1."""

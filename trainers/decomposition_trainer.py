@@ -3,11 +3,9 @@
 `PRIVATE_OVERRIDES` lists the private methods of `transformers.Trainer` that the trainers override.
 """
 
-import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -27,10 +25,10 @@ from mxd.base.forward import padding_last
 from mxd.base.masks import token_mask
 from mxd.data.packing import CausalCollator
 from mxd.evaluation.expert_use import measure_expert_statistics
-from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.modeling_mxd import MxDModel
 
 from .callbacks import InterruptCallback, TokenProgressCallback
+from .checkpoints import last_complete_checkpoint, write_decomposition
 from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
@@ -49,9 +47,6 @@ PRIVATE_OVERRIDES = {
 ROUTER_TOKENS = 16
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # columns with one value per token
 SCALES_NAME = "activation_scales.json"
-ARGUMENTS_NAME = "training_arguments.json"
-# Not written to that file, which is pushed: folders of this machine, and secrets.
-_LOCAL_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "hub_token")
 
 
 class DivergenceError(ValueError):
@@ -172,25 +167,11 @@ class DecompositionTrainer(HubPushes):
             self.check_weights()
             if not self.interrupted:
                 self.measure_experts()
-        except DivergenceError:
-            raise
-        except Exception:
-            self._save_after_failure()
+        except Exception as error:
+            if not isinstance(error, DivergenceError):
+                self._interrupt.save_after_failure(self)
             raise
         return output
-
-    def _save_after_failure(self) -> None:
-        """Save a checkpoint of the last whole step, unless there is one; a failure to do so is only logged."""
-        saved, step = self._interrupt.saved_step, self.state.global_step
-        try:
-            if saved is not None and step > saved and self.args.world_size == 1:
-                self._save_checkpoint(self.model, None)
-                self._interrupt.saved_step = step
-        except Exception as error:  # of any kind, such as a full disk: the first one is the one to raise
-            logger.warning("no checkpoint of step %d was saved: %s", step, error)
-        if self.saved_step:
-            where = f"{self.args.output_dir}: resume_from_checkpoint=True goes on from it"
-            logger.warning("the training failed; the checkpoint of step %d is kept in %s", self.saved_step, where)
 
     @property
     def saved_step(self) -> int:
@@ -218,12 +199,10 @@ class DecompositionTrainer(HubPushes):
 
     def calibrate(self, tokens: int) -> dict[int, Calibration]:
         """Measure the activations on the training data, and set `scales`."""
-
-        def least(count: int) -> int:
-            return int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).min())
-
-        decoder = self.decomposition.config.of_decoder
-        calibrations = calibrate(self.capture, self._training_batches(), tokens, decoder, least)
+        calibrations = calibrate(
+            self.capture, self._training_batches(), tokens, self.decomposition.config.of_decoder,
+            least=lambda count: int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).min()),
+        )  # fmt: skip
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
         # DDP broadcasts the weights of process 0; the scales must be the same everywhere too.
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
@@ -351,17 +330,7 @@ class DecompositionTrainer(HubPushes):
         folder.mkdir(parents=True, exist_ok=True)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             self.save_training_state(folder)
-        evaluation = folder / EVALUATION_NAME
-        before = _digests(folder) if evaluation.is_file() else None
-        model = self.accelerator.unwrap_model(self.model)
-        if ignored := model._keys_to_ignore_on_save:  # an auxiliary transcoder's
-            weights = state_dict or model.state_dict()
-            state_dict = {name: value for name, value in weights.items() if name not in ignored}
-        model.save_pretrained(folder, state_dict=state_dict)
-        if before is not None and _digests(folder) != before:
-            evaluation.unlink()  # it measured the weights that were there
-        arguments = {k: v for k, v in self.args.to_sanitized_dict().items() if k not in _LOCAL_ARGUMENTS}
-        (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")
+        write_decomposition(self.accelerator.unwrap_model(self.model), folder, state_dict, self.args)
 
     def save_training_state(self, checkpoint: Path) -> None:
         """Write to a checkpoint's folder what a resumed training needs beyond the Trainer's own files."""
@@ -374,10 +343,6 @@ class DecompositionTrainer(HubPushes):
         if not path.is_file():
             raise ValueError(f"{checkpoint} has no {SCALES_NAME}: it is no checkpoint of a decomposition's training")
         self.scales = {int(layer): ActivationScales(**value) for layer, value in json.loads(path.read_text()).items()}
-
-
-def _digests(folder: Path) -> dict[str, bytes]:
-    return {path.name: hashlib.blake2b(path.read_bytes()).digest() for path in folder.glob("*.safetensors")}
 
 
 def _without_autocast(model: nn.Module) -> None:
@@ -399,15 +364,3 @@ def _parameter_group(
     if "eps" in kwargs:
         group["eps"] = kwargs["eps"] / scale
     return group
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike[str] | None) -> str:
-    """Return the newest complete checkpoint in a folder (the trainer state is written last); ValueError if none."""
-    steps = {}
-    for folder in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")  # a user's copy may be called checkpoint-best
-        if number.isdecimal() and (folder / TRAINER_STATE_NAME).is_file():
-            steps[int(number)] = folder
-    if not steps:
-        raise ValueError(f"no complete checkpoint in {output_dir} to resume from: start again")
-    return str(steps[max(steps)])

@@ -7,7 +7,6 @@ time. The Trainer's model is the decomposition: it alone is wrapped, optimised a
 """
 
 import inspect
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from mxd.base.activation_cache import ActivationCache
-from mxd.base.capture import capture_mlps
+from mxd.base.capture import Activations, capture_mlps
 from mxd.base.masks import activation_mask, token_mask
 from mxd.base.pretrained_weights import check_widths, record_base
 from mxd.evaluation import normalised_error
@@ -91,8 +90,8 @@ class DistillationTrainer(DecompositionTrainer):
         kwargs.setdefault("compute_metrics", partial(normalised_errors, layers=config.layers))
         super().__init__(model, model, args, train_dataset=train_dataset, **kwargs)
         self.activations = activations
-        # Batches whose positions a forward pass counted, with its activations, until their training step.
-        self._captured: deque[tuple[Mapping[str, Tensor], dict[int, tuple[Tensor, Tensor]]]] = deque()
+        # By id: batches whose positions a forward pass counted, with its activations, until their training step.
+        self._captured: dict[int, tuple[Mapping[str, Tensor], Activations]] = {}
         self.auxiliary = AuxiliaryTranscoders(config, wanted=args.auxiliary_weight > 0).to(args.device)
         if len(self.auxiliary) and self._optimizer_was_given:
             raise ValueError("a given optimizer does not step the auxiliary transcoder: set auxiliary_weight to 0")
@@ -107,7 +106,7 @@ class DistillationTrainer(DecompositionTrainer):
             names -= {"labels"}  # an encoder–decoder model makes its decoder's inputs of them, others a loss only
         return super().prepare_batch({name: value for name, value in inputs.items() if name in names})
 
-    def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    def capture(self, inputs: Mapping[str, Tensor]) -> Activations:
         """Return {layer: (x, y)} of the teacher's MLPs for a batch; x (batch, tokens, I), y (batch, tokens, O)."""
         device, layers = self.args.device, self.model.config.layers
         if self.activations is not None:
@@ -130,7 +129,7 @@ class DistillationTrainer(DecompositionTrainer):
         if self._positions_are_tokens(inputs):
             return super().count_positions(inputs)
         captured = self.capture(self.prepare_batch(inputs))
-        self._captured.append((inputs, captured))
+        self._captured[id(inputs)] = inputs, captured
         x, _ = next(iter(captured.values()))
         return self._mask(inputs, x).sum()
 
@@ -220,8 +219,8 @@ class DistillationTrainer(DecompositionTrainer):
             num_items_in_batch = self.count_positions(batch).clamp_min(1)
         # DDP averages gradients over processes; the sum over all tokens is wanted.
         scale = self.args.world_size / num_items_in_batch
-        counted = self._captured and self._captured[0][0] is batch
-        captured = self._captured.popleft()[1] if counted else self.capture(inputs)
+        counted = self._captured.pop(id(batch), None)
+        captured = self.capture(inputs) if counted is None else counted[1]
         layers, losses = list(captured), dict[str, Tensor]()
         for layer in layers:
             x, y = captured.pop(layer)

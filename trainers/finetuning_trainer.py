@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mxd.base.capture import capture_mlps
+from mxd.base.capture import Activations, capture_mlps
 from mxd.base.forward import Batch, capture_with_output, right_padded
 from mxd.base.masks import next_token_mask, token_mask
 from mxd.evaluation import kl_divergence, next_token_loss
@@ -24,9 +24,6 @@ from .chunked_logits import LanguageModelHead, chunked_sum
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_trainer import DistillationTrainer
 from .finetuning_arguments import FinetuningArguments
-
-Activations = dict[int, tuple[Tensor, Tensor]]
-"""{layer: (x, y)}, as `capture` returns them."""
 
 
 class FinetuningTrainer(DecompositionTrainer):
@@ -66,7 +63,7 @@ class FinetuningTrainer(DecompositionTrainer):
         _disable_dropout(model)
         self.head = LanguageModelHead(model)
 
-    def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    def capture(self, inputs: Mapping[str, Tensor]) -> Activations:
         """Return {layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
         config = self.decomposition.config
         batch = inputs["input_ids"], inputs.get("attention_mask")

@@ -82,10 +82,8 @@ def run_training(
     folder, started, arguments = Path(options.output), time.monotonic(), trainer.args
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except DivergenceError:
-        raise
     except Exception as error:
-        if not trainer.saved_step:
+        if isinstance(error, DivergenceError) or not trainer.saved_step:
             raise
         said = f"the training failed after {_kept(trainer)}. Put right what stopped it: {type(error).__name__}: {error}"
         raise TrainingFailed(said) from error
