@@ -46,16 +46,21 @@ def decomposed():
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C in the second step."""
+    """Ctrl-C in the second step, or an exception in the third."""
+
+    def __init__(self, error=None):
+        self.error = error
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
+        if self.error is None and state.global_step == 1:
             os.kill(os.getpid(), signal.SIGINT)
+        if self.error is not None and state.global_step == 2:
+            raise self.error
 
 
-def interrupted(trainer):
-    """A class of trainers, whose trainings are interrupted in their second step."""
-    return partial(trainer, callbacks=[Interrupt()])
+def interrupted(trainer, error=None):
+    """A class of trainers, whose trainings are interrupted in their second step, or fail after it."""
+    return partial(trainer, callbacks=[Interrupt(error)])
 
 
 @contextmanager

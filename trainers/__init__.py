@@ -1,6 +1,7 @@
 """Training of decompositions: initialisation, the trainers and their arguments."""
 
-from .decomposition_trainer import DivergenceError, last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint
+from .decomposition_trainer import DivergenceError
 from .distillation_arguments import DistillationArguments
 from .distillation_trainer import DistillationTrainer
 from .finetuning_arguments import FinetuningArguments

@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress in tokens, and an interrupt that keeps a checkpoint."""
+"""Trainer callbacks: progress in tokens, and a checkpoint when training is interrupted or fails."""
 
 import logging
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,13 @@ class InterruptCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.saved_step: int | None = None  # of the last checkpoint; None before the training has begun
         self._signalled = False  # this process itself
 
     @contextmanager
     def listening(self, args: TrainingArguments) -> Iterator[None]:
         """Handle the signals inside the block. Python allows this in the main thread only; other threads skip it."""
-        self.interrupted = self._signalled = False
+        self.interrupted, self._signalled, self.saved_step = False, False, None
         limit = args.save_total_limit
         in_main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
@@ -63,6 +64,10 @@ class InterruptCallback(TrainerCallback):
             args.save_total_limit = limit
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start from the step of the checkpoint that is resumed, or from 0."""
+        self.saved_step = state.global_step
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signalled:
@@ -80,7 +85,21 @@ class InterruptCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
+    def save_after_failure(self, trainer: Trainer) -> None:
+        """Save a checkpoint of the last whole step, unless there is one; a failure to do so is only logged."""
+        step, args = trainer.state.global_step, trainer.args
+        try:
+            if self.saved_step is not None and step > self.saved_step and args.world_size == 1:
+                trainer._save_checkpoint(trainer.model, None)
+                self.saved_step = step
+        except Exception as error:  # of any kind, such as a full disk: the first one is the one to raise
+            logger.warning("no checkpoint of step %d was saved: %s", step, error)
+        if self.saved_step:
+            where = f"{args.output_dir}: resume_from_checkpoint=True goes on from it"
+            logger.warning("the training failed; the checkpoint of step %d is kept in %s", self.saved_step, where)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep the last checkpoint, which transformers deletes beside the best one if `save_total_limit` is 1."""
+        self.saved_step = state.global_step
         if self.interrupted:
             args.save_total_limit = None

@@ -39,15 +39,15 @@ class LanguageModelHead:
             if made.shape != whole.shape or not torch.allclose(made.float(), whole.float(), rtol=1e-2, atol=1e-2):
                 self.output = None
 
-    def hidden(self, run: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return the last hidden states (batch, tokens, hidden) of `run`, the model or its DDP wrapper."""
+    def hidden(self, run: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return the last hidden states (batch, tokens, hidden) of `run`: the model, or what calls it, such as DDP."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.output is not None:
             return self._kept(run, inputs)[0]
         logits: Tensor = run(**inputs).logits
         return logits
 
-    def _kept(self, run: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    def _kept(self, run: Callable[..., Any], inputs: dict[str, Any]) -> list[Tensor]:
         """Return the body's output in a forward pass; empty if the model does not call the body."""
         kept: list[Tensor] = []
 

@@ -3,11 +3,9 @@
 `PRIVATE_OVERRIDES` lists the private methods of `transformers.Trainer` that the trainers override.
 """
 
-import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
@@ -29,10 +27,10 @@ from mxd.base.masks import token_mask
 from mxd.base.progress import progress_bar
 from mxd.data.packing import CausalCollator
 from mxd.evaluation.expert_use import measure_expert_statistics
-from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.modeling_mxd import MxDModel
 
 from .callbacks import InterruptCallback, TokenProgressCallback
+from .checkpoints import last_complete_checkpoint, write_decomposition
 from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
@@ -53,9 +51,6 @@ CALIBRATION_TOKENS, STATISTICS_TOKENS = 32768, 65536
 ROUTER_TOKENS = 16
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # columns with one value per token
 SCALES_NAME = "activation_scales.json"
-ARGUMENTS_NAME = "training_arguments.json"
-# Not written to that file, which is pushed: folders of this machine, and secrets.
-_LOCAL_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "hub_token")
 
 
 class DivergenceError(ValueError):
@@ -126,8 +121,12 @@ class DecompositionTrainer(HubPushes):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        count = torch.stack([self.loss_mask(batch).sum().to(device) for batch in batches]).sum()
-        return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        count = torch.stack([self.count_positions(batch).to(device) for batch in batches]).sum()
+        return batches, self.accelerator.gather(count).sum().clamp_min(1)  # the losses of no position are 0
+
+    def count_positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return how many positions of a batch the loss includes."""
+        return self.loss_mask(inputs).sum()
 
     def _training_batches(self) -> Iterator[dict[str, Tensor]]:
         """Yield training batches from the start of the data; the random state stays as it is."""
@@ -137,6 +136,9 @@ class DecompositionTrainer(HubPushes):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train. Ctrl-C finishes the step, saves a checkpoint and returns; `interrupted` is then true.
+
+        An exception, such as that of a stream, is raised again after a checkpoint of the last whole step was saved.
+        Several processes save none then, since one of them cannot save without the others.
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint, or True for the last complete one in `output_dir`.
@@ -160,15 +162,25 @@ class DecompositionTrainer(HubPushes):
             self.init_weights()
         self._use_token_progress()
         on_cpu = self.args.device.type == "cpu"
-        with self._interrupt.listening(self.args), freed_memory_kept() if on_cpu else nullcontext():
-            try:
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-            finally:
-                _without_autocast(self.model)
-        self.check_weights()
-        if not self.interrupted:
-            self.measure_experts()
+        try:
+            with self._interrupt.listening(self.args), freed_memory_kept() if on_cpu else nullcontext():
+                try:
+                    output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+                finally:
+                    _without_autocast(self.model)
+            self.check_weights()
+            if not self.interrupted:
+                self.measure_experts()
+        except Exception as error:
+            if not isinstance(error, DivergenceError):
+                self._interrupt.save_after_failure(self)
+            raise
         return output
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the last checkpoint that `train()` saved or began from; 0 if there is none."""
+        return self._interrupt.saved_step or 0
 
     def _load_finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """Load a checkpoint of the last step, from which `Trainer.train` would take another step."""
@@ -176,7 +188,7 @@ class DecompositionTrainer(HubPushes):
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
-        self._interrupt.interrupted = False
+        self._interrupt.interrupted, self._interrupt.saved_step = False, state.global_step
         self.measure_experts()
         return TrainOutput(state.global_step, math.nan, {})
 
@@ -196,7 +208,11 @@ class DecompositionTrainer(HubPushes):
     def calibrate(self, tokens: int) -> dict[int, Calibration]:
         """Measure the activations on the training data, and set `scales`."""
         of_decoder = self.decomposition.config.of_decoder
-        calibrations = calibrate(self.capture, self._training_batches(), tokens, of_decoder, self.shows_progress)
+
+        def least(count: int) -> int:
+            return int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).min())
+
+        calibrations = calibrate(self.capture, self._training_batches(), tokens, of_decoder, self.shows_progress, least)
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
         # DDP broadcasts the weights of process 0; the scales must be the same everywhere too.
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
@@ -207,12 +223,19 @@ class DecompositionTrainer(HubPushes):
         return self.args.minimum_relative_norm * self.scales[layer].output_norm if layer in self.scales else 0.0
 
     def measure_experts(self) -> None:
-        """Measure on training data how often and how strongly each expert is active, for the layers' buffers."""
+        """Measure on training data how often and how strongly each expert is active, for the layers' buffers.
+
+        Several processes share the tokens, and have the statistics of all.
+        """
+
+        def total(values: Tensor) -> Tensor:
+            return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+
         tokens = self._tokens_to_measure(self.args.statistics_tokens, STATISTICS_TOKENS)
-        count = -(-tokens // self._batch_tokens)
+        count = -(-tokens // (self._batch_tokens * self.args.world_size))
         batches = islice(self._training_batches(), count)
         bar = progress_bar(batches, desc="statistics", total=count, show=self.shows_progress)
-        measure_expert_statistics(self.capture, self.decomposition, bar)
+        measure_expert_statistics(self.capture, self.decomposition, bar, total)
 
     @property
     def shows_progress(self) -> bool:
@@ -228,7 +251,9 @@ class DecompositionTrainer(HubPushes):
 
     @cached_property
     def _batch_tokens(self) -> int:
-        return self.loss_mask(next(self._training_batches())).numel()
+        """Tokens of a batch, on average over the processes, so that all of them measure as many batches."""
+        tokens = self.loss_mask(next(self._training_batches())).numel()
+        return int(self.accelerator.gather(torch.tensor([tokens], device=self.args.device)).float().mean())
 
     def _use_token_progress(self) -> None:
         if self.args.disable_tqdm:
@@ -332,17 +357,7 @@ class DecompositionTrainer(HubPushes):
         folder.mkdir(parents=True, exist_ok=True)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             self.save_training_state(folder)
-        evaluation = folder / EVALUATION_NAME
-        before = _digests(folder) if evaluation.is_file() else None
-        model = self.accelerator.unwrap_model(self.model)
-        if ignored := model._keys_to_ignore_on_save:  # an auxiliary transcoder's
-            weights = state_dict or model.state_dict()
-            state_dict = {name: value for name, value in weights.items() if name not in ignored}
-        model.save_pretrained(folder, state_dict=state_dict)
-        if before is not None and _digests(folder) != before:
-            evaluation.unlink()  # it measured the weights that were there
-        arguments = {k: v for k, v in self.args.to_sanitized_dict().items() if k not in _LOCAL_ARGUMENTS}
-        (folder / ARGUMENTS_NAME).write_text(json.dumps(arguments, indent=2) + "\n")
+        write_decomposition(self.accelerator.unwrap_model(self.model), folder, state_dict, self.args)
 
     def save_training_state(self, checkpoint: Path) -> None:
         """Write to a checkpoint's folder what a resumed training needs beyond the Trainer's own files."""
@@ -355,10 +370,6 @@ class DecompositionTrainer(HubPushes):
         if not path.is_file():
             raise ValueError(f"{checkpoint} has no {SCALES_NAME}: it is no checkpoint of a decomposition's training")
         self.scales = {int(layer): ActivationScales(**value) for layer, value in json.loads(path.read_text()).items()}
-
-
-def _digests(folder: Path) -> dict[str, bytes]:
-    return {path.name: hashlib.blake2b(path.read_bytes()).digest() for path in folder.glob("*.safetensors")}
 
 
 def _without_autocast(model: nn.Module) -> None:
@@ -380,15 +391,3 @@ def _parameter_group(
     if "eps" in kwargs:
         group["eps"] = kwargs["eps"] / scale
     return group
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike[str] | None) -> str:
-    """Return the newest complete checkpoint in a folder (the trainer state is written last); ValueError if none."""
-    steps = {}
-    for folder in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")  # a user's copy may be called checkpoint-best
-        if number.isdecimal() and (folder / TRAINER_STATE_NAME).is_file():
-            steps[int(number)] = folder
-    if not steps:
-        raise ValueError(f"no complete checkpoint in {output_dir} to resume from: start again")
-    return str(steps[max(steps)])

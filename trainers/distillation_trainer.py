@@ -18,7 +18,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from mxd.base.activation_cache import ActivationCache
-from mxd.base.capture import capture_mlps
+from mxd.base.capture import Activations, capture_mlps
 from mxd.base.masks import activation_mask, token_mask
 from mxd.base.pretrained_weights import check_widths, record_base
 from mxd.evaluation import normalised_error
@@ -90,6 +90,8 @@ class DistillationTrainer(DecompositionTrainer):
         kwargs.setdefault("compute_metrics", partial(normalised_errors, layers=config.layers))
         super().__init__(model, model, args, train_dataset=train_dataset, **kwargs)
         self.activations = activations
+        # By id: batches whose positions a forward pass counted, with its activations, until their training step.
+        self._captured: dict[int, tuple[Mapping[str, Tensor], Activations]] = {}
         self.auxiliary = AuxiliaryTranscoders(config, wanted=args.auxiliary_weight > 0).to(args.device)
         if len(self.auxiliary) and self._optimizer_was_given:
             raise ValueError("a given optimizer does not step the auxiliary transcoder: set auxiliary_weight to 0")
@@ -104,7 +106,7 @@ class DistillationTrainer(DecompositionTrainer):
             names -= {"labels"}  # an encoder–decoder model makes its decoder's inputs of them, others a loss only
         return super().prepare_batch({name: value for name, value in inputs.items() if name in names})
 
-    def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    def capture(self, inputs: Mapping[str, Tensor]) -> Activations:
         """Return {layer: (x, y)} of the teacher's MLPs for a batch; x (batch, tokens, I), y (batch, tokens, O)."""
         device, layers = self.args.device, self.model.config.layers
         if self.activations is not None:
@@ -116,11 +118,24 @@ class DistillationTrainer(DecompositionTrainer):
 
     def loss_mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the positions that the loss includes, (batch, tokens) bool; without ids a forward pass counts them."""
-        ids = inputs.get("input_ids")
-        if ids is None or any(site.repeated for site in self.sites) or self.teacher.config.is_encoder_decoder:
-            x, _ = next(iter(self.capture(self.prepare_batch(inputs)).values()))
-            return self._mask(inputs, x)
-        return token_mask(ids, inputs.get("attention_mask"))
+        if self._positions_are_tokens(inputs):
+            return token_mask(inputs["input_ids"], inputs.get("attention_mask"))
+        x, _ = next(iter(self.capture(self.prepare_batch(inputs)).values()))
+        return self._mask(inputs, x)
+
+    def count_positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return how many positions of a batch the loss includes, from the forward pass of its training step if one is
+        needed. The activations of all micro-batches of a step are then in memory together."""
+        if self._positions_are_tokens(inputs):
+            return super().count_positions(inputs)
+        captured = self.capture(self.prepare_batch(inputs))
+        self._captured[id(inputs)] = inputs, captured
+        x, _ = next(iter(captured.values()))
+        return self._mask(inputs, x).sum()
+
+    def _positions_are_tokens(self, inputs: Mapping[str, Tensor]) -> bool:
+        repeated = any(site.repeated for site in self.sites)
+        return inputs.get("input_ids") is not None and not repeated and not self.teacher.config.is_encoder_decoder
 
     def _mask(self, inputs: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return activation_mask(inputs, x, decoder=self.model.config.of_decoder)
@@ -199,11 +214,13 @@ class DistillationTrainer(DecompositionTrainer):
     ) -> Tensor:
         """Run forward and backward of every layer in turn; returns the mean loss of the layers, detached."""
         model.train()
-        inputs = self.prepare_batch(inputs)
-        tokens = self.loss_mask(inputs).sum() if num_items_in_batch is None else num_items_in_batch
+        batch, inputs = inputs, self.prepare_batch(inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = self.count_positions(batch).clamp_min(1)
         # DDP averages gradients over processes; the sum over all tokens is wanted.
-        scale = self.args.world_size / tokens
-        captured = self.capture(inputs)
+        scale = self.args.world_size / num_items_in_batch
+        counted = self._captured.pop(id(batch), None)
+        captured = self.capture(inputs) if counted is None else counted[1]
         layers, losses = list(captured), dict[str, Tensor]()
         for layer in layers:
             x, y = captured.pop(layer)
@@ -221,6 +238,7 @@ class DistillationTrainer(DecompositionTrainer):
         """Train; a ValueError if FSDP or DeepSpeed is enabled and `auxiliary_weight` is not 0."""
         if len(self.auxiliary) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("FSDP and DeepSpeed do not train an auxiliary transcoder: set auxiliary_weight to 0")
+        self._captured.clear()  # a training that failed leaves some
         with self.auxiliary.attached(self.model):
             return super().train(*args, **kwargs)
 

@@ -6,7 +6,7 @@ model into the decomposition's layers. The layers' own errors are added, so that
 Trainer's model is the spliced language model, of which only the decomposition is trained and saved.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mxd.base.capture import capture_mlps
-from mxd.base.forward import Batch, check_predictions, right_padded
+from mxd.base.capture import Activations, capture_mlps
+from mxd.base.forward import Batch, capture_with_output, check_predictions, right_padded
 from mxd.base.masks import next_token_mask, token_mask
 from mxd.evaluation import kl_divergence, next_token_loss
 
@@ -64,7 +64,7 @@ class FinetuningTrainer(DecompositionTrainer):
         _disable_dropout(model)
         self.head = LanguageModelHead(model)
 
-    def capture(self, inputs: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    def capture(self, inputs: Mapping[str, Tensor]) -> Activations:
         """Return {layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
         config = self.decomposition.config
         batch = inputs["input_ids"], inputs.get("attention_mask")
@@ -102,32 +102,42 @@ class FinetuningTrainer(DecompositionTrainer):
         _disable_dropout(self.model)
         ids, attention_mask = batch = right_padded(inputs, self.args.device)
         mask = next_token_mask(token_mask(ids, attention_mask))
-        predictions = mask.sum() if num_items_in_batch is None else num_items_in_batch
-        kl = self.args.loss == "kl"
-        function = self._kl_of_hidden if kl else self._cross_entropy_of_hidden
-        target = (self._reference(batch) if kl else ids[:, 1:])[mask]
+        predictions = mask.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        reference, captured = self._untouched(batch)
+        function = self._cross_entropy_of_hidden if reference is None else self._kl_of_hidden
+        target = (ids[:, 1:] if reference is None else reference)[mask]
         loss = chunked_sum(function, self.head.chunk, self.head.hidden(model, *batch)[:, :-1][mask], target)
         routers: Tensor | float = 0.0
-        if self.args.nmse_weight or self.routed_layers:
-            errors, routers = self._distillation_losses(batch, mask)
+        if captured:
+            errors, routers = self._distillation_losses(captured, mask)
             loss = loss + self.args.nmse_weight * errors
         # DDP averages gradients over processes; the sum over all tokens is wanted.
         loss = loss / predictions * self.args.world_size + routers
         return (loss, {}) if return_outputs else loss
 
+    def _untouched(self, batch: Batch) -> tuple[Tensor | None, Activations]:
+        """Return `_reference` if the loss is KL, and `capture` if a loss reads it, from one forward pass."""
+        captured: Activations = {}
+
+        def run(**inputs: Any) -> Any:
+            found, output = capture_with_output(self.model, self.decomposition.config, **inputs)
+            captured.update(found)
+            return output
+
+        reads_layers = self.args.nmse_weight or self.routed_layers
+        if self.args.loss == "kl":
+            return self._reference(batch, run if reads_layers else self.model), captured
+        return None, self.capture({"input_ids": batch[0], "attention_mask": batch[1]}) if reads_layers else {}
+
     @torch.no_grad()
-    def _reference(self, batch: Batch) -> Tensor:
+    def _reference(self, batch: Batch, run: Callable[..., Any]) -> Tensor:
         """Return the untouched model's last hidden states that predict a token, (batch, tokens − 1, hidden)."""
         with self.model.untouched():
-            return self.head.hidden(self.model, *batch)[:, :-1]
+            return self.head.hidden(run, *batch)[:, :-1]
 
-    def _distillation_losses(self, batch: Batch, mask: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    def _distillation_losses(self, captured: Activations, mask: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return the layers' mean Σ_t ‖ŷ − y‖² / ‖y‖² on untouched activations, and their routers' mean loss."""
         mask = F.pad(mask, (0, 1))  # (batch, tokens): the last position predicts nothing
-        ids, attention_mask = batch
-        captured = self.capture(
-            {"input_ids": ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
-        )
         errors: Tensor | float = 0.0
         routers: Tensor | float = 0.0
         for layer, (x, y) in captured.items():
@@ -154,7 +164,7 @@ class FinetuningTrainer(DecompositionTrainer):
         masks = next_token_mask(token_mask(ids, attention_mask))
         sums = torch.zeros(len(ids), 2, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            reference, hidden = self._reference(batch), self.head.hidden(model, *batch)[:, :-1]
+            reference, hidden = self._reference(batch, self.model), self.head.hidden(model, *batch)[:, :-1]
             for row, mask in enumerate(masks):
                 prediction, chunk = hidden[row][mask], self.head.chunk
                 sums[row, 0] = chunked_sum(self._kl_of_hidden, chunk, prediction, reference[row][mask])

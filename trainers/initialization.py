@@ -12,8 +12,9 @@ in a row. Scales and means leave them out, since a mean over all tokens would fi
 
 import logging
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,11 @@ from .router import fit_router
 logger = logging.getLogger(__name__)
 
 MASSIVE_FACTOR = 16
+# A linear module's parameters, where PEFT may have wrapped it: "weight", "base_layer.weight", "lora_A.default.weight".
+_KIND = re.compile(
+    r"(?:base_layer\.|original_module\.|modules_to_save\.[^.]+\.)*"
+    r"(|weight|bias|lora_A|lora_B|lora_E|lora_magnitude_vector|ia3_l)(?:\.[^.]+)*"
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,13 @@ def calibrate(
     tokens: int,
     decoder: bool = False,
     progress: bool = False,
+    least: Callable[[int], int] = int,
 ) -> dict[int, Calibration]:
     """Capture batches until `tokens` tokens are seen, and measure every layer's activations.
 
     `capture` returns {layer: (x, y)} for a batch; `decoder` is that of `activation_mask`; `progress` shows a bar.
+    `least` returns the smallest of all processes' numbers of tokens: they stop after the same batch, since reading one
+    may involve them all.
 
     Raises:
         ValueError: `batches` has no token, or an activation is not finite.
@@ -84,7 +93,7 @@ def calibrate(
                     seen[layer].ids.append(ids.to(mask.device)[mask])
             before, count = count, min(sum(map(len, of_layer.inputs)) for of_layer in seen.values())
             bar.update(min(count, tokens) - min(before, tokens))
-            if count >= tokens:
+            if least(count) >= tokens:
                 break
     if not any(len(x) for of_layer in seen.values() for x in of_layer.inputs):
         raise ValueError("no tokens to calibrate on: the training data is empty")
@@ -237,11 +246,25 @@ def init_modulation_at_unit(layer: MxDLayer, calibration: Calibration) -> None:
 
 def parameter_scales(module: nn.Module, scales: ActivationScales) -> dict[str, float]:
     """Return the factor on every parameter's learning rate with which Adam on raw activations takes the steps that it
-    would take on x / s_x and (y − μ) / s_y, by parameter name: {"gate.weight": 1 / s_x, "decoder.weight": s_y}."""
-    by_name = {f"{name}.weight": 1 / scales.input_scale for name in ("gate", "router", "encoder", "encoder_up")}
-    by_name |= dict.fromkeys(("decoder.weight", "decoder", "output_bias"), scales.output_scale)
-    by_name["skip.weight"] = scales.output_scale / scales.input_scale
-    return {name: by_name.get(name, 1.0) for name, _ in module.named_parameters()}
+    would take on x / s_x and (y − μ) / s_y, by parameter name: {"gate.weight": 1 / s_x, "decoder.weight": s_y}.
+
+    Raises:
+        ValueError: The factor of a trained parameter that an adapter added is not known.
+    """
+    factors = {}
+    for name, parameter in module.named_parameters():
+        part, _, rest = name.partition(".")
+        of_input = 1 / scales.input_scale if part in ("gate", "router", "encoder", "encoder_up", "skip") else 1.0
+        of_output = scales.output_scale if part in ("decoder", "skip", "output_bias") else 1.0
+        kind = _KIND.fullmatch(rest)
+        if kind is None and parameter.requires_grad and (of_input, of_output) != (1.0, 1.0):
+            raise ValueError(
+                f"no rule scales the learning rate of {name}: use LoRA, DoRA or IA³, merge the adapter first, or set "
+                "scale_activations=False"
+            )
+        by_kind = {"bias": of_output, "lora_A": of_input, "lora_B": of_output, "lora_E": 1.0, "ia3_l": 1.0}
+        factors[name] = by_kind.get(kind[1] if kind else "", of_input * of_output)
+    return factors
 
 
 def init_decomposition(

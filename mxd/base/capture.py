@@ -10,8 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from mxd.modeling_mxd.sites import MAIN, MLPSite, SurgeryError, find_mlps, site_of
 
-Capture = Callable[[Mapping[str, Tensor]], dict[int, tuple[Tensor, Tensor]]]
-"""A function from a batch (`input_ids`, optionally `attention_mask`) to {layer: (x, y)}, as `capture_mlps` returns."""
+Activations = dict[int, tuple[Tensor, Tensor]]
+"""{layer: (x, y)}, as `capture_mlps` returns."""
+Capture = Callable[[Mapping[str, Tensor]], Activations]
+"""A function from a batch (`input_ids`, optionally `attention_mask`) to the activations of MLPs."""
 
 
 class _CaptureComplete(Exception):

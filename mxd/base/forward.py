@@ -94,18 +94,26 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
+def capture_with_output(
+    model: nn.Module, config: MxDConfig, **inputs: Any
+) -> tuple[dict[int, tuple[Tensor, Tensor]], Any]:
+    """Return `capture_mlps` of a decomposition's layers and the model's output, from one forward pass."""
+    kept: list[Any] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept.append(output)
+
+    with model.register_forward_hook(keep):
+        captured = capture_mlps(model, config.layers, stop_after_last=False, **inputs, **config.where)
+    return captured, kept[0]
+
+
 def capture_with_logits(
     model: nn.Module, config: MxDConfig, batch: Batch
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
-    """Return `capture_mlps` of a decomposition's layers and `next_token_logits`, in one forward pass."""
-    kept: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        kept.append(output.logits)
-
-    with model.register_forward_hook(keep):
-        captured = capture_mlps(model, config.layers, *batch, stop_after_last=False, **config.where)
-    return captured, kept[0]
+    """Return `capture_mlps` of a decomposition's layers and `next_token_logits`, from one forward pass."""
+    captured, output = capture_with_output(model, config, input_ids=batch[0], attention_mask=batch[1])
+    return captured, output.logits
 
 
 class ZeroMLP(nn.Module):

@@ -29,6 +29,9 @@ class Command(NamedTuple):
         if not isinstance(self.job, str):
             self.job(options)
             return
+        from mxd.jobs.run_folder import check_one_process
+
+        check_one_process()
         _quiet()
         module, _, name = self.job.partition(":")
         results = getattr(import_module(f"mxd.jobs.{module}"), name)(options)

@@ -17,6 +17,7 @@ from .jobs import COMMANDS
 from .tables import visible
 
 INTERRUPTED = 130
+TRAINING_ENDS = ("Interrupted", "TrainingFailed")  # exceptions of mxd.jobs.run_folder, which imports torch
 MAX_MESSAGE = 2000
 
 app = typer.Typer(
@@ -64,7 +65,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        kept, how = _kept(sys.argv[1:])
+        # An end of the training says by itself what is kept.
+        kept, how = ("", "") if type(error).__name__ in TRAINING_ENDS else _kept(sys.argv[1:])
         code = INTERRUPTED if type(error).__name__ == "Interrupted" else 1
         _fail(_explain(error, f"; {kept}: put it right, then {how}" if kept else ""), code)
 
@@ -95,9 +97,11 @@ def _explain(error: Exception, kept: str = "") -> str:
         return f"a file could not be written, the disk may be full ({error}){kept}"
     if name == "SafetensorError":
         return f"a file of weights cannot be read ({error})"
-    if isinstance(error, ValueError | OSError) or name == "Interrupted":
+    if isinstance(error, ValueError) or name in TRAINING_ENDS:
         return str(error)
-    return f"{name}: {error} (run with --debug for the traceback)"
+    if isinstance(error, OSError):
+        return f"{error}{kept}"
+    return f"{name}: {error}{kept} (run with --debug for the traceback)"
 
 
 def _fail(message: str, code: int) -> None:

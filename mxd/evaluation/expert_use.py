@@ -1,6 +1,6 @@
 """Measure how the experts of a layer are used: how often, and how strongly."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +44,14 @@ class ExpertUse:
         self.tokens += values.shape[:-1].numel()
         self.counts += torch.bincount(indices[active], minlength=len(self.counts))
         self.sums += torch.bincount(indices[active], weights=values[active].double(), minlength=len(self.counts))
+
+    def add_processes(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+        """Add what the other processes counted, given a function that sums a tensor over all."""
+        counted = torch.cat([torch.tensor([self.tokens]), self.counts]).double()  # exact below 2^53
+        tokens, counts, self.sums = sum_over_processes(torch.cat([counted, self.sums])).split(
+            [1, len(self.counts), len(self.sums)]
+        )
+        self.tokens, self.counts = int(tokens), counts.long()
 
     @property
     def frequency(self) -> Tensor:
@@ -118,16 +126,23 @@ def captured_activations(
 
 
 def measure_expert_statistics(
-    model: nn.Module | Capture, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
+    model: nn.Module | Capture,
+    decomposition: MxDModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    sum_over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Write every expert's frequency and mean coefficient on training tokens into the buffers that evaluation reads.
 
-    For the arguments see `count_expert_use`. The buffers are `expert_frequency` and `expert_mean`.
+    For the arguments see `count_expert_use`; with `sum_over_processes` the statistics are those of the batches of all
+    processes. The buffers are `expert_frequency` and `expert_mean`.
 
     Raises:
         ValueError: there is no token to measure on; the buffers are left unchanged.
     """
     uses = count_expert_use(model, decomposition, batches)
+    if sum_over_processes is not None:
+        for use in uses.values():
+            use.add_processes(sum_over_processes)
     if not all(use.tokens for use in uses.values()):
         raise ValueError("no tokens to measure the experts on: batches is empty, or contains only padding")
     for layer, use in uses.items():

@@ -16,7 +16,7 @@ from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_l
 
 from .options import DecompositionOptions
 from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
-from .training import asked_for, run_training, save_results, step_arguments
+from .training import asked_for, make_arguments, run_training, save_results
 
 
 def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig:
@@ -87,7 +87,7 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
         Interrupted: Ctrl-C during training; a checkpoint was saved.
     """
     folder = check_output(options)
-    arguments = DistillationArguments(**step_arguments(options, folder))
+    arguments = make_arguments(DistillationArguments, options, folder)
     start: dict[str, Any] = {}
     checkpoint, revision, context = None, options.revision, options.context_length
     if options.resume:

@@ -23,7 +23,7 @@ from mxd.trainers import FinetuningArguments, FinetuningTrainer, last_complete_c
 from .decompositions import load_base_and_text, load_decomposition, made_how
 from .options import FinetuningOptions
 from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
-from .training import asked_for, run_training, save_results, step_arguments
+from .training import asked_for, make_arguments, run_training, save_results
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     set_seed(options.seed)
     folder = check_output(options)
     _check_apart(folder, Path(options.decomposition))
-    arguments = FinetuningArguments(**step_arguments(options, folder))
+    arguments = make_arguments(FinetuningArguments, options, folder)
     checkpoint = last_complete_checkpoint(folder) if options.resume else None
     start = resumed_start(folder, options) if checkpoint else {}
     decomposition = load_decomposition(options.decomposition)

@@ -31,8 +31,8 @@ from mxd.trainers import DistillationArguments, DistillationTrainer
 from .decompose import build_config, run_settings
 from .decompositions import load_decomposition, made_how
 from .options import LEARNING_RATES, DecompositionOptions, FrontierOptions, values
-from .run_folder import RUN_NAME, Interrupted, flat, output_folder, visible_entries, write_run
-from .training import asked_for, rows_per_step, run_training, save_results, step_arguments, versions
+from .run_folder import RUN_NAME, Interrupted, TrainingFailed, flat, output_folder, visible_entries, write_run
+from .training import asked_for, make_arguments, rows_per_step, run_training, save_results, versions
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
     base = (options.model, options.revision, options.dtype)
     skeleton = base_skeleton(*base, options.context_length)
     for each in asked:  # refuse bad arguments before text or weights are fetched
-        DistillationArguments(**step_arguments(each, Path(each.output)))
+        make_arguments(DistillationArguments, each, Path(each.output))
         build_config(skeleton, None, each)
     model, tokenizer, commit = load_base_model(*base, context_length=options.context_length)
     check_safetensors(options.model, commit)
@@ -184,7 +184,8 @@ def _run(points: list[_Point], total: int, shared: _Shared, write: Callable[[], 
         except (KeyboardInterrupt, Interrupted):
             kept = f"{done} of {total} points finished, which are kept"
             raise Interrupted(f"interrupted with {kept}: run the same command to go on") from None
-        except Exception as error:
+        except Exception as failure:
+            error = failure.__cause__ if isinstance(failure, TrainingFailed) else failure  # a point is not resumed
             logger.debug("%s failed", point.folder, exc_info=True)
             failures.append(f"{point.folder.name} ({type(error).__name__}: {first_line(error)})")
         else:
@@ -213,8 +214,8 @@ def _train(point: _Point, shared: _Shared) -> tuple[MxDModel, dict[str, Any]]:
     if point.folder.is_dir():
         shutil.rmtree(point.folder)
     decomposition = MxDModel(build_config(shared.model, shared.commit, point.options))
-    asked = {**step_arguments(point.options, point.folder), "disable_tqdm": not shared.progress}
-    cache, arguments = ActivationCache(shared.recording), DistillationArguments(**asked)
+    arguments = make_arguments(DistillationArguments, point.options, point.folder, disable_tqdm=not shared.progress)
+    cache = ActivationCache(shared.recording)
     trainer = DistillationTrainer(decomposition, shared.model, arguments, activations=cache)
     how = run_training(trainer, shared.tokenizer, point.options, None)
     made = {"training": run_settings(point.options, trainer, how)}

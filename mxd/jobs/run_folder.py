@@ -4,11 +4,13 @@ Every run keeps `run.yaml` there, its options, and an unfinished one `run_start.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from mxd.base.base_model import resolve_name
@@ -23,6 +25,26 @@ START_NAME, RUN_NAME = "run_start.json", "run.yaml"
 
 class Interrupted(Exception):
     """Training was interrupted; the message says what was kept and how to continue."""
+
+
+class TrainingFailed(Exception):
+    """Training raised `__cause__`; the message says what was kept and how to continue."""
+
+
+def check_one_process() -> None:
+    """Raise a `ValueError` if this is one of several processes, which would all write into the same output folder."""
+    # The variables from which accelerate, and so every Trainer, learns of other processes.
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    counts = {name: int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()}
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        counts["torch.distributed"] = torch.distributed.get_world_size()
+    for name, count in counts.items():
+        if count > 1:
+            raise ValueError(
+                f"{count} processes ({name}) would write into the same folder: start mxd's commands in one process, "
+                "without torchrun, accelerate launch or mpirun, and unset the variable if it was left by one of them. "
+                "In Python, DistillationTrainer and FinetuningTrainer train in several processes"
+            )
 
 
 def output_folder(name: str) -> Path:

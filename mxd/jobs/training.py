@@ -3,9 +3,11 @@
 import json
 import platform
 import time
+from dataclasses import fields
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -13,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mxd.evaluation import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
 from mxd.modeling_mxd import MxDModel
-from mxd.trainers.decomposition_trainer import DecompositionTrainer
+from mxd.trainers.decomposition_arguments import DecompositionArguments
+from mxd.trainers.decomposition_trainer import DecompositionTrainer, DivergenceError
 
 from .options import RunOptions, values
-from .run_folder import Interrupted, finish
+from .run_folder import Interrupted, TrainingFailed, check_one_process, finish
 
+Arguments = TypeVar("Arguments", bound=DecompositionArguments)
 LOG_NAME = "training_log.json"
 
 
@@ -33,8 +37,19 @@ def rows_per_step(options: RunOptions) -> int:
     return max(1, options.batch_tokens // options.context_length)
 
 
-def step_arguments(options: RunOptions, folder: Path) -> dict[str, Any]:
-    """Return the trainer's arguments for these options: rows per step, steps, checkpoints, and what they set."""
+def make_arguments(kind: type[Arguments], options: RunOptions, folder: Path, **changes: Any) -> Arguments:
+    """Return the trainer's arguments for these options: rows per step, steps, checkpoints, and what they set.
+
+    Raises:
+        ValueError: `training` names no argument of the trainer, a value is refused, or there are several processes.
+    """
+    check_one_process()  # the arguments would join them
+    known = [one.name for one in fields(kind) if one.init]
+    for name in map(str, options.training):
+        if name not in known:
+            close = " or ".join(get_close_matches(name, known))
+            hint = f"did you mean {close}?" if close else f"see {kind.__name__}"
+            raise ValueError(f"training: {name} is no argument of the trainer; {hint}")
     rows = rows_per_step(options)
     steps = max(1, options.tokens // (rows * options.context_length))
     defaults = {
@@ -48,7 +63,7 @@ def step_arguments(options: RunOptions, folder: Path) -> dict[str, Any]:
         "disable_tqdm": False,  # the default follows transformers' verbosity
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    return {**defaults, **options.trainer_arguments()}
+    return kind(**{**defaults, **options.trainer_arguments(), **changes})
 
 
 def run_training(
@@ -61,13 +76,19 @@ def run_training(
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint was saved.
+        TrainingFailed: anything else was raised once there was a checkpoint; one was saved then.
         DivergenceError: the loss or a weight is not finite; nothing was saved, and no checkpoint was removed.
     """
     folder, started, arguments = Path(options.output), time.monotonic(), trainer.args
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if isinstance(error, DivergenceError) or not trainer.saved_step:
+            raise
+        said = f"the training failed after {_kept(trainer)}. Put right what stopped it: {type(error).__name__}: {error}"
+        raise TrainingFailed(said) from error
     if trainer.interrupted:
-        step = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
-        raise Interrupted(f"interrupted at {step}; the checkpoint is kept in {folder}: run again with --resume")
+        raise Interrupted(f"interrupted at {_kept(trainer)}")
     seconds = {} if checkpoint else {"seconds": round(time.monotonic() - started, 1)}
     trainer.save_model()
     tokenizer.save_pretrained(folder)  # pipelines look for it beside the decomposition
@@ -85,6 +106,11 @@ def run_training(
         "device": str(arguments.device),
         "versions": versions(),
     }
+
+
+def _kept(trainer: DecompositionTrainer) -> str:
+    step = f"step {trainer.saved_step} of {trainer.state.max_steps}"
+    return f"{step}; the checkpoint is kept in {trainer.args.output_dir}: run again with --resume"
 
 
 def versions() -> dict[str, str]:

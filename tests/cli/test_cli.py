@@ -19,6 +19,7 @@ from mxd.cli import main as cli
 from mxd.data.texts import TextOptions, warn_of_embedded_text
 from mxd.jobs import decompose as decompose_job
 from mxd.jobs.decompositions import load_base_and_text
+from mxd.jobs.run_folder import TrainingFailed
 from mxd.modeling_mxd import MxDModel
 
 
@@ -304,6 +305,38 @@ def test_of_a_disk_that_is_full_it_says_what_is_kept(monkeypatch, capsys, tmp_pa
     said = {words for words in ("run again with --resume", "run the same command to go on") if words in message}
     assert said == ({kept} if kept else set())
     assert ("kept" in message) == bool(kept)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (TrainingFailed("failed after step 2; run again with --resume. KeyError: 'x'"), "run again with --resume. Key"),
+        (RuntimeError("out of memory"), "RuntimeError: out of memory; checkpoints that were complete are kept: put it"),
+        (ConnectionError("the Hub is gone"), "the Hub is gone; checkpoints that were complete are kept: put it right"),
+        (ValueError("the folder is not empty"), "the folder is not empty\n"),
+    ],
+)
+def test_of_a_failed_run_it_says_what_is_kept_once(monkeypatch, capsys, tmp_path, error, message):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    write_checkpoint(tmp_path)
+    said = refused(monkeypatch, capsys, "decompose", "--output", tmp_path)
+    assert message in said and said.count("--resume") == (not isinstance(error, ValueError))
+    assert cli.INTERRUPTED not in [code for code, *_ in [run("decompose", "--output", tmp_path)]]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["decompose", "finetune mine", "evaluate mine", "experts mine", "probe mine --label-column x", "frontier"],
+)
+def test_a_command_in_one_of_several_processes_is_refused(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    error = refused(monkeypatch, capsys, *command.split(), "--output", tmp_path / "out")
+    assert "2 processes (WORLD_SIZE) would write into the same folder" in error and "torchrun" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_cannot_be_read_are_no_full_disk(monkeypatch, capsys, tmp_path):

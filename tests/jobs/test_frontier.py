@@ -1,6 +1,8 @@
 """The frontier on the embedded model."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import Interrupt, refused, run
@@ -10,7 +12,7 @@ from mxd.data.texts import evaluation_batches, load_documents
 from mxd.evaluation import faithfulness, load_evaluation
 from mxd.jobs import frontier
 from mxd.jobs.frontier import point_options
-from mxd.jobs.run_folder import Interrupted
+from mxd.jobs.run_folder import Interrupted, TrainingFailed
 from mxd.modeling_mxd import MxDModel
 
 SMALL = {"match_transcoder": 8, "tokens": 4096, "batch_tokens": 1024, "evaluation_tokens": 1024}
@@ -134,6 +136,17 @@ def test_a_point_that_fails_keeps_no_other_from_being_made(tmp_path, trained, mo
     # The one that was trained and not measured is only measured now.
     assert [point["name"] for point in measured(tmp_path / "out")["points"]] == ["mxd-k2", "mxd-k4"]
     assert trained == ["mxd-k2", "mxd-k4"]
+
+
+def test_a_point_whose_training_fails_is_said_to_fail_for_the_cause_and_not_to_be_resumable(monkeypatch):
+    def fails(*_):
+        raise TrainingFailed("run again with --resume") from ConnectionError("the Hub is gone")
+
+    monkeypatch.setattr(frontier, "_run_point", fails)
+    point, shared = SimpleNamespace(folder=Path("mxd-k2")), SimpleNamespace(progress=False)
+    with pytest.raises(ValueError, match=r"mxd-k2 \(ConnectionError: the Hub is gone\)") as failed:
+        frontier._run([point], 1, shared, lambda: None)
+    assert "--resume" not in str(failed.value)
 
 
 def test_the_tokens_of_a_short_last_batch_are_not_counted_as_a_whole_one(tmp_path):

@@ -12,9 +12,21 @@ from commands import interrupted
 from safetensors.torch import load_file
 
 from mxd import DecompositionOptions, DistillationTrainer, decompose, demo
+from mxd.data.documents import DataError
 from mxd.jobs import decompose as job
 from mxd.jobs.decompositions import results_folder
-from mxd.jobs.run_folder import RUN_NAME, START_NAME, Interrupted, check_output, prepare_output
+from mxd.jobs.finetune import finetune
+from mxd.jobs.frontier import measure_frontier
+from mxd.jobs.options import FinetuningOptions, FrontierOptions
+from mxd.jobs.run_folder import (
+    RUN_NAME,
+    START_NAME,
+    Interrupted,
+    TrainingFailed,
+    check_one_process,
+    check_output,
+    prepare_output,
+)
 
 TRAINING = {"disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
 
@@ -39,6 +51,80 @@ def halved(tmp_path_factory):
             decompose(options(folder))
     assert {path.name for path in folder.iterdir()} == {"checkpoint-2", RUN_NAME, START_NAME}
     return folder
+
+
+@pytest.mark.parametrize("error", [ConnectionError("the Hub is gone"), DataError("row 7 is no text"), KeyError("x")])
+def test_a_run_that_fails_says_how_to_go_on_and_goes_on(tmp_path, monkeypatch, error):
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "DistillationTrainer", interrupted(DistillationTrainer, error))
+        with pytest.raises(TrainingFailed) as failed:
+            decompose(options(tmp_path / "out"))
+    assert failed.value.__cause__ is error
+    said = f"failed after step 2 of 4; the checkpoint is kept in {tmp_path / 'out'}: run again with --resume"
+    assert said in str(failed.value) and f"{type(error).__name__}: {error}" in str(failed.value)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", RUN_NAME, START_NAME}
+    if isinstance(error, ConnectionError):
+        assert decompose(options(tmp_path / "out", resume=True))["settings"]["training"]["tokens_trained"] == 4096
+
+
+def test_a_failure_before_the_first_step_is_raised_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(DistillationTrainer, "calibrate", lambda *_: {}[0])
+    with pytest.raises(KeyError):
+        decompose(options(tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {RUN_NAME, START_NAME}
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize(
+    ("run", "made"),
+    [
+        (decompose, options),
+        (finetune, lambda folder: FinetuningOptions(decomposition="mine", output=str(folder))),
+        (measure_frontier, lambda folder: FrontierOptions(output=str(folder))),
+    ],
+)
+def test_a_training_in_one_of_several_processes_is_refused(tmp_path, monkeypatch, variable, run, made):
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(ValueError, match=rf"2 processes \({variable}\) would write into the same folder.*one process"):
+        run(made(tmp_path / "out"))
+    assert not (tmp_path / "out").exists() and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("value", ["1", "0", "", "many"])
+def test_one_process_under_a_launcher_runs(monkeypatch, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    check_one_process()
+
+
+def test_a_process_group_without_the_launcher_s_variables_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match=r"3 processes \(torch.distributed\)"):
+        check_one_process()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("weigth_decay", "did you mean weight_decay?"),
+        ("logging_step", "did you mean logging_steps or"),
+        ("batch_size", "did you mean"),
+        ("zzz", "see "),
+        (7, "see "),
+    ],
+)
+@pytest.mark.parametrize(
+    ("run", "made"),
+    [
+        (decompose, options),
+        (finetune, lambda folder, **changes: FinetuningOptions(decomposition="m", output=str(folder), **changes)),
+        (measure_frontier, lambda folder, **changes: FrontierOptions(output=str(folder), **changes)),
+    ],
+)
+def test_a_wrong_name_of_a_trainer_s_argument_is_refused(tmp_path, run, made, name, hint):
+    with pytest.raises(ValueError, match=re.escape(f"training: {name} is no argument of the trainer; {hint}")):
+        run(made(tmp_path / "out", training={"disable_tqdm": True, name: 1}))
+    assert not (tmp_path / "out").exists()
 
 
 SAMPLE = str(demo.text_path("train"))

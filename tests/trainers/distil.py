@@ -4,8 +4,9 @@
 kill, interrupt: send the signal to the last of the processes. plain: SGD, rows in their order, and a step of 8 rows in
 one process or in two.
 
-KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `routed` (rows,
-hierarchical routing), `auxiliary` (rows, auxiliary transcoder), or `finetuning`.
+KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `padded` (one in
+which every second batch, that of the second process, has a fourth of the tokens), `routed` (rows, hierarchical
+routing), `auxiliary` (rows, auxiliary transcoder), or `finetuning`.
 """
 
 import os
@@ -39,6 +40,9 @@ def main(output, kind, *options):
     rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (96, 12)).tolist()})
     if kind == "stream":
         rows = rows.to_iterable_dataset().shuffle(seed=3, buffer_size=20).repeat(None)
+    if kind == "padded":
+        masks = [[1] * (12 if index // 4 % 2 == 0 else 3) + [0] * (9 * (index // 4 % 2)) for index in range(96)]
+        rows = rows.add_column("attention_mask", masks).to_iterable_dataset().repeat(None)
     arguments = {
         "output_dir": output,
         "per_device_train_batch_size": 4,
@@ -47,7 +51,7 @@ def main(output, kind, *options):
         "save_steps": 5,
         "learning_rate": 1e-2,
         "calibration_tokens": 200,
-        "statistics_tokens": 200,
+        "statistics_tokens": 176,  # the same rows in one process and in two
         "disable_tqdm": True,
         "use_cpu": True,
     }

@@ -57,6 +57,28 @@ def decomposition_of(teacher, stack, site):
     return MxDModel(MxDConfig.from_layer_configs(configs, stack=stack, site=site))
 
 
+@pytest.mark.parametrize("missing", [(), (1,), (0, 1, 2)])
+def test_rows_of_an_encoder_decoder_without_a_token_contribute_nothing(tmp_path, missing):
+    """Every micro-batch of `missing` has labels of padding only; its positions are counted by a forward pass."""
+    teacher = tiny_model("t5")
+    teacher.config.decoder_start_token_id = 0
+    torch.manual_seed(0)
+    rows = [{"input_ids": torch.randint(3, 60, (7,)), "labels": torch.randint(3, 60, (5 + i,))} for i in range(3)]
+    for index in missing:
+        rows[index]["labels"][:] = -100
+    arguments = DistillationArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=1,
+        max_steps=1, save_strategy="no", disable_tqdm=True, warm_start=True, logging_steps=1, **PLAIN,
+    )  # fmt: skip
+    mxd = decomposition_of(teacher, None, "mlp")
+    trainer = DistillationTrainer(mxd, teacher, arguments, train_dataset=rows, data_collator=collate)
+    batches, count = trainer.get_batch_samples(iter([collate([row]) for row in rows]), 3, trainer.args.device)
+    assert int(count) == max(1, sum(5 + i for i in range(3) if i not in missing))
+    losses = [float(trainer.training_step(mxd, batch, count)) for batch in batches]
+    assert [loss == 0 for loss in losses] == [index in missing for index in range(3)]
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in mxd.parameters())
+
+
 def collate(rows):
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -82,7 +104,11 @@ def test_the_loss_falls(model_type, tmp_path):
         **PLAIN,
     )
     trainer = DistillationTrainer(mxd, teacher, arguments, train_dataset=rows, data_collator=collate, eval_dataset=rows)
+    passes = []
+    teacher.register_forward_pre_hook(lambda *_: passes.append(trainer.state.global_step))
     trainer.train()
+    assert all(passes.count(step) == 1 for step in range(1, 20))  # once a step; more at 0 and 20, to measure
+    assert not trainer._captured
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 20
     assert losses[-1] < 0.8 * losses[0]

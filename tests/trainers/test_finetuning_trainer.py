@@ -90,6 +90,26 @@ def test_the_layers_own_errors_are_added(tiny_llama, tmp_path):
     torch.testing.assert_close(value, naive_loss(model, batch, "kl") + 0.5 * torch.stack(errors).mean())
 
 
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({"nmse_weight": 0.1}, 2),
+        ({"nmse_weight": 0.0}, 2),
+        ({"nmse_weight": 0.1, "loss": "cross_entropy"}, 2),
+        ({"nmse_weight": 0.0, "loss": "cross_entropy"}, 1),
+    ],
+)
+@pytest.mark.parametrize("head", ["hidden states", "logits"])
+def test_the_base_runs_once_beside_the_spliced_model(tiny_llama, tmp_path, changes, passes, head):
+    trainer = FinetuningTrainer(spliced(tiny_llama), arguments(tmp_path, **changes), train_dataset=rows())
+    if head == "logits":
+        trainer.head.output = None  # as for a head that is more than the output embedding
+    ran = []
+    tiny_llama.model.embed_tokens.register_forward_hook(lambda *_: ran.append(1))
+    trainer.compute_loss(trainer.model, trainer.data_collator(list(rows(4)))).backward()
+    assert len(ran) == passes
+
+
 @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
 @pytest.mark.parametrize("method", ["mxd", "skip_transcoder"])
 def test_loss_falls_and_only_the_decomposition_moves(tiny_llama, tmp_path, loss, method):

@@ -1,3 +1,4 @@
+import copy
 import math
 import re
 from types import SimpleNamespace
@@ -5,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from factories import GLU, mxd_model
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
+from peft.utils import ModulesToSaveWrapper
 
 from mxd.base.capture import capture_mlps
 from mxd.modeling_mxd import find_mlp, make_layer
@@ -224,14 +227,40 @@ def test_unit_modulation_starts_around_one(tiny_llama, calibrations):
     assert summed.mean().item() == pytest.approx(1, rel=0.1)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("method", ["mxd", "transcoder", "skip_transcoder"])
-def test_scaled_learning_rates_equal_training_on_scaled_activations(method, decay):
+ADAPTERS = {
+    None: None,
+    "lora": LoraConfig(r=2, target_modules=["gate", "encoder", "decoder"], init_lora_weights=False),
+    "lora_bias": LoraConfig(r=2, target_modules=["gate", "encoder_up", "decoder"], lora_bias=True, bias="all"),
+    "dora": LoraConfig(r=2, target_modules=["gate", "encoder"], use_dora=True, init_lora_weights=False),
+    "ia3": IA3Config(target_modules=["gate", "encoder", "decoder"], feedforward_modules=["decoder"]),
+    "skip": LoraConfig(r=2, target_modules=["skip"], init_lora_weights=False),
+    "modules_to_save": "gate",
+}
+
+
+def adapted(layer, adapter):
+    """Wrap a layer's linears as PEFT does."""
+    if adapter == "modules_to_save":
+        layer.gate = ModulesToSaveWrapper(layer.gate, "default")
+    elif adapter is not None:
+        inject_adapter_in_model(copy.deepcopy(ADAPTERS[adapter]), layer)
+    return layer.double()
+
+
+@pytest.mark.parametrize(
+    ("method", "decay", "adapter"),
+    [
+        *((method, decay, None) for method in ("mxd", "transcoder", "skip_transcoder") for decay in (0.0, 0.1)),
+        *(("mxd", 0.0, adapter) for adapter in ("lora", "lora_bias", "dora", "ia3", "modules_to_save")),
+        ("skip_transcoder", 0.0, "skip"),
+    ],
+)
+def test_scaled_learning_rates_equal_training_on_scaled_activations(method, decay, adapter):
     """Adam on (x, y) with scaled rates is Adam on (x / s_x, (y − μ) / s_y) with s_x, s_y and μ folded in after."""
     sizes = MxDLayerConfig(6, 5, 9, 12, 3, "silu", "glu", method)
     scales, mean = ActivationScales(input_scale=0.2, output_scale=30.0), torch.randn(5, dtype=torch.float64)
     mean *= not decay  # what is folded into b decays with it
-    plain, raw = make_layer(sizes).double(), make_layer(sizes).double()
+    plain, raw = (adapted(make_layer(sizes), adapter) for _ in range(2))
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter)
     factors = parameter_scales(raw, scales)
@@ -254,3 +283,22 @@ def test_scaled_learning_rates_equal_training_on_scaled_activations(method, deca
             ((layer(inputs) - targets) / unit).square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(raw(x_raw), plain(x) * scales.output_scale + mean)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoHaConfig(r=2, target_modules=["gate"]),
+        LoKrConfig(r=2, target_modules=["gate"]),
+        OFTConfig(oft_block_size=2, target_modules=["encoder"]),
+    ],
+    ids=lambda adapter: type(adapter).__name__,
+)
+def test_an_adapter_whose_scale_is_unknown_is_refused(adapter):
+    layer = make_layer(MxDLayerConfig(6, 6, 8, 12, 3, "silu", "glu", "mxd"))
+    inject_adapter_in_model(adapter, layer)
+    with pytest.raises(
+        ValueError, match=r"no rule scales the learning rate of (gate|encoder)\..*scale_activations=False"
+    ):
+        parameter_scales(layer, ActivationScales(input_scale=0.2))
+    assert set(parameter_scales(layer, ActivationScales()).values()) == {1.0}

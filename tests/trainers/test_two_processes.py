@@ -40,11 +40,13 @@ def test_two_processes_learn_what_one_does(tmp_path, kind):
     assert one.keys() == two.keys()
     assert (kind == "auxiliary") == ("0.decoder" in one)
     for name, value in one.items():
-        if "expert_" not in name:  # measured by each process on its own rows, as the activations' scales are
-            torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-3, msg=name)
+        tolerance = 0.03 if "expert_" in name else 1e-3  # of 176 tokens
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=tolerance, msg=name)
+        assert "expert_" not in name or value.any()
 
 
 def test_an_interrupt_of_one_process_ends_both_after_the_same_step(tmp_path):
-    run(2, tmp_path, "rows", "plain", "interrupt=3")
+    """The processes' batches differ in tokens, and calibrating on them ends for both after the same batch."""
+    run(2, tmp_path, "padded", "plain", "interrupt=3")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
