@@ -30,6 +30,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "state.json")
 _KNOWN = f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)}"
 _SHOWN = 20
+_CONVERTED = "refs/convert/parquet"  # the Hub's branch of datasets in other formats
 
 
 def load_text(
@@ -85,14 +86,19 @@ def _is_local(source: str) -> bool:
 def _load_hub(name: str, config_name: str | None, split: str, revision: str | None, streaming: bool) -> Any:
     if not _HUB_NAME.fullmatch(name):
         raise DataError(f"no such file or folder: {name!r}; nor is it a Hub dataset's name (owner/name)")
+    if revision == _CONVERTED and config_name:  # a configuration is a folder there
+        place: dict[str, Any] = {"data_dir": config_name}
+        config_name = None
+    else:
+        place = {}
     try:
-        return load_dataset(name, config_name, split=split, revision=revision, streaming=streaming)
+        return load_dataset(name, config_name, split=split, revision=revision, streaming=streaming, **place)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client have unrelated exception classes
         reason = first_line(error)
         if "scripts are no longer supported" in reason:
             reason = (
-                "it is a script, which datasets no longer runs. The Hub may have converted it: pass "
-                'revision="refs/convert/parquet" (--dataset-revision refs/convert/parquet)'
+                "it is a script, which datasets no longer runs; the Hub keeps many of these as parquet: pass "
+                f'revision="{_CONVERTED}", or --dataset-revision {_CONVERTED}'
             )
         raise DataError(
             f"no local path {name!r}, and the Hub dataset of that name cannot be loaded: {reason}"
@@ -197,10 +203,10 @@ def split_documents(
     """
     if not 0 < heldout_fraction < 1:
         raise DataError(f"heldout_fraction must lie between 0 and 1, got {heldout_fraction}")
+    require_text(documents)
     if isinstance(documents, Dataset):
-        digests = [
-            _digest(text, seed) for batch in documents.select_columns("text").iter(1000) for text in batch["text"]
-        ]
+        batches = documents.with_format(None).select_columns("text").iter(1000)
+        digests = [_digest(text, seed) for batch in batches for text in batch["text"]]
         different, places = np.unique(np.array(digests, dtype=np.uint64), return_inverse=True)
         if (count := len(different)) < 2:
             raise DataError(f"{count} document(s) cannot be split by document; pass a separate held-out dataset")

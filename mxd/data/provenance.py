@@ -23,6 +23,7 @@ class TextOptions:
         heldout_dataset: text to evaluate on; by default documents split off `dataset`.
         heldout_split: split to evaluate on, of `heldout_dataset` (by default `"train"`) or else of `dataset`.
         config_name, split, text_column: see `load_text`.
+        dataset_revision: branch, tag or commit of the Hub dataset.
         streaming: read a Hub dataset lazily instead of downloading it first.
         context_length: tokens in a row, BOS included.
     """
@@ -30,6 +31,7 @@ class TextOptions:
     dataset: list[str] = field(default_factory=list)
     heldout_dataset: list[str] = field(default_factory=list)
     config_name: str | None = None
+    dataset_revision: str | None = None
     split: str = "train"
     text_column: str = "text"
     streaming: bool = False

@@ -167,6 +167,22 @@ def test_hub_names_go_to_the_hub_and_failures_are_short(monkeypatch):
     assert calls == [(("foo/bar", "en"), {"split": "test", "revision": "abc", "streaming": True})]
 
 
+@pytest.mark.parametrize("how", [{}, {"config_name": "en"}, {"revision": "main"}])
+def test_a_script_on_the_hub_is_read_from_its_conversion(monkeypatch, how):
+    def load(name, config_name, revision, data_dir=None, **_):
+        if revision != "refs/convert/parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found bar.py")
+        return Dataset.from_dict({"text": [f"of {data_dir}, {config_name}"]})
+
+    monkeypatch.setattr(documents_module, "load_dataset", load)
+    with pytest.raises(
+        DataError, match=r'is a script.*revision="refs/convert/parquet", or --dataset-revision refs/con'
+    ):
+        load_text("foo/bar", **how)
+    converted = load_text("foo/bar", **how | {"revision": "refs/convert/parquet"})
+    assert list(converted["text"]) == [f"of {how.get('config_name')}, None"]
+
+
 def test_hub_rows_pass_the_same_checks(monkeypatch):
     hub = Dataset.from_dict({"content": ["a"], "score": [0.5], "domain": ["web"]})
     monkeypatch.setattr(documents_module, "load_dataset", lambda *args, **kwargs: hub)
@@ -186,6 +202,19 @@ def test_split_of_a_map_style_dataset():
     assert list(again[1]["text"]) == list(heldout["text"])
     other = split_documents(documents(40), heldout_fraction=0.1, seed=4)
     assert set(other[1]["text"]) != set(heldout["text"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_a_document_stay_on_one_side(seed):
+    many = Dataset.from_dict({"text": texts(30) * 2 + texts(10) + [None, "", None]})
+    for rows in (many, many.to_iterable_dataset(), many.with_format("torch")):
+        train, heldout = ({row["text"] or "" for row in side} for side in split_documents(rows, 0.2, seed))
+        assert train and heldout and train.isdisjoint(heldout) and train | heldout == {*texts(30), ""}
+    assert sum(map(len, split_documents(many, 0.2, seed))) == len(many)
+    order = many.shuffle(seed=seed)
+    assert set(split_documents(order, 0.2, seed)[1]["text"]) == set(split_documents(many, 0.2, seed)[1]["text"])
+    with pytest.raises(DataError, match=r"1 document\(s\).*pass a separate held-out dataset"):
+        split_documents(Dataset.from_dict({"text": ["the same"] * 9}))
 
 
 def test_split_leaves_a_document_on_each_side():
