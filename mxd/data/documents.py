@@ -30,6 +30,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "state.json")
 _KNOWN = f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)}"
 _SHOWN = 20
+HELDOUT_FRACTION = 0.05
 _CONVERTED = "refs/convert/parquet"  # the Hub's branch of datasets in other formats
 
 
@@ -184,7 +185,7 @@ def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) ->
 
 
 def split_documents(
-    documents: Dataset | IterableDataset, heldout_fraction: float = 0.05, seed: int = 0
+    documents: Dataset | IterableDataset, heldout_fraction: float = HELDOUT_FRACTION, seed: int = 0
 ) -> tuple[Dataset, Dataset] | tuple[IterableDataset, IterableDataset]:
     """Return a training and a held-out side of documents, split the same way for the same seed.
 
@@ -206,7 +207,7 @@ def split_documents(
     require_text(documents)
     if isinstance(documents, Dataset):
         batches = documents.with_format(None).select_columns("text").iter(1000)
-        digests = [_digest(text, seed) for batch in batches for text in batch["text"]]
+        digests = [digest(text, str(seed)) for batch in batches for text in batch["text"]]
         different, places = np.unique(np.array(digests, dtype=np.uint64), return_inverse=True)
         if (count := len(different)) < 2:
             raise DataError(f"{count} document(s) cannot be split by document; pass a separate held-out dataset")
@@ -232,8 +233,9 @@ def require_text(documents: Dataset | IterableDataset) -> None:
 
 
 def _on_side(text: str | None, heldout: bool, fraction: float, seed: int) -> bool:
-    return (_digest(text, seed) < fraction * 2**64) == heldout
+    return (digest(text, str(seed)) < fraction * 2**64) == heldout
 
 
-def _digest(text: str | None, seed: int) -> int:
-    return int.from_bytes(hashlib.blake2b((text or "").encode(), digest_size=8, key=str(seed).encode()).digest(), "big")
+def digest(text: str | None, key: str = "") -> int:
+    """Return a hash of a text and a key, below 2**64."""
+    return int.from_bytes(hashlib.blake2b((text or "").encode(), digest_size=8, key=key.encode()).digest(), "big")
