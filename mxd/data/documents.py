@@ -9,10 +9,11 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from datasets import Dataset, IterableDataset, load_dataset
@@ -31,6 +32,8 @@ _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "state.json")
 _KNOWN = f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)}"
 _SHOWN = 20
 HELDOUT_FRACTION = 0.05
+START_ROWS, _START_CHARACTERS = 100, 1 << 24
+"""Bounds of the start of a stream, which is read to check it."""
 _CONVERTED = "refs/convert/parquet"  # the Hub's branch of datasets in other formats
 
 
@@ -170,18 +173,20 @@ def _folder_files(folder: Path) -> list[Path]:
 
 def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) -> Any:
     """Check the first row, and keep the text (renamed to "text") and the columns of `keep`."""
-    first = next(iter(part), None)
-    if first is None:
-        raise DataError(f"no documents: {name} has no rows")
     try:
-        check_columns(part.column_names or list(first), text_column, keep)
+        # Columns that nobody asked for may be large: the rows are read without them.
+        check_columns(part.column_names or list(next(iter(part), {text_column: None})), text_column, keep)
     except MissingColumnError as missing:
         raise DataError(f"{name} {missing}") from None
-    if not isinstance(first[text_column], str | None):
-        kind = type(first[text_column]).__name__
-        raise DataError(f"column {text_column!r} of {name} holds {kind}, not text; set text_column to another")
     part = part.select_columns(list(dict.fromkeys([text_column, *keep])))
-    return part if text_column == "text" else part.rename_column(text_column, "text")
+    part = part if text_column == "text" else part.rename_column(text_column, "text")
+    first = next(read_rows(part), None)
+    if first is None:
+        raise DataError(f"no documents: {name} has no rows")
+    if not isinstance(first["text"], str | None):
+        kind = type(first["text"]).__name__
+        raise DataError(f"column {text_column!r} of {name} holds {kind}, not text; set text_column to another")
+    return part
 
 
 def split_documents(
@@ -216,18 +221,64 @@ def split_documents(
         train, heldout = (documents.select(np.flatnonzero(side), keep_in_memory=True) for side in (~held, held))
         return train, heldout
     on_side = partial(_on_side, fraction=heldout_fraction, seed=seed)
-    train, heldout = (
-        documents.filter(partial(on_side, heldout=heldout), input_columns=["text"]) for heldout in (False, True)
-    )
-    for side, name in ((train, "training"), (heldout, "held-out")):
-        if next(iter(side), None) is None:
+    sides = [documents.filter(partial(on_side, heldout=heldout), input_columns=["text"]) for heldout in (False, True)]
+    start = stream_start(documents)
+    for heldout, side in enumerate(sides):
+        rows = [row for row in start.rows if on_side(row["text"], heldout=bool(heldout))]
+        _starts[side] = Start(rows, start.whole)
+        if next(read_rows(side), None) is None:
+            name = ("training", "held-out")[heldout]
             raise DataError(f"heldout_fraction={heldout_fraction} leaves the {name} side of the stream empty")
-    return train, heldout
+    return sides[0], sides[1]
+
+
+class Start(NamedTuple):
+    """The first rows of a stream, and whether they are all."""
+
+    rows: list[dict[str, Any]]
+    whole: bool
+
+
+_starts: WeakKeyDictionary[IterableDataset, Start] = WeakKeyDictionary()
+
+
+def stream_start(documents: IterableDataset) -> Start:
+    """Return the first rows of a stream, which are read once and kept, so that checks do not open it again."""
+    if documents not in _starts:
+        _starts[documents] = _read_start(documents)
+    return _starts[documents]
+
+
+def read_rows(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
+    """Iterate over rows from the first one; a stream is opened only for those after its start."""
+    if isinstance(documents, Dataset):
+        yield from documents.with_format(None)
+        return
+    start = stream_start(documents)
+    yield from start.rows
+    if not start.whole:
+        yield from itertools.islice(documents, len(start.rows), None)
+
+
+def _read_start(documents: IterableDataset) -> Start:
+    rows: list[dict[str, Any]] = []
+    size = 0
+    try:
+        for row in documents:
+            rows.append(row)
+            size += len(str(row.get("text") or ""))
+            if len(rows) == START_ROWS or size > _START_CHARACTERS:
+                return Start(rows, whole=False)
+    except Exception:
+        if not rows:
+            raise
+        return Start(rows, whole=False)  # it is raised again for those who read on
+    return Start(rows, whole=True)
 
 
 def require_text(documents: Dataset | IterableDataset) -> None:
     """Raise `DataError` if the documents have no text column."""
-    columns = documents.column_names or list(next(iter(documents), {"text": ""}))
+    columns = documents.column_names or list(next(read_rows(documents), {"text": ""}))
     if "text" not in columns:
         raise DataError(f"the documents have no column 'text', only {columns}; load them with load_text")
 

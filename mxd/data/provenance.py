@@ -7,7 +7,6 @@ of that name is opened.
 """
 
 import fnmatch
-import itertools
 import logging
 import os
 import re
@@ -17,15 +16,13 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
-from .documents import HELDOUT_FRACTION, digest, local_files
+from .documents import HELDOUT_FRACTION, digest, local_files, stream_start
 
 logger = logging.getLogger(__name__)
 
 SKETCH_SIZE = 1024
 ENOUGH_DOCUMENTS = 30
 """Evaluated documents that must be checked before they all count as held out, if there are so many."""
-STREAMED_DOCUMENTS = 1000
-"""Documents at the start of a stream that are compared."""
 
 
 @dataclass
@@ -178,8 +175,8 @@ def _hashes(documents: Dataset | IterableDataset, keys: Sequence[str]) -> tuple[
         batches = documents.with_format(None).select_columns("text").iter(1000)
         texts, complete = (text for batch in batches for text in batch["text"]), True
     else:
-        rows = list(itertools.islice(documents, STREAMED_DOCUMENTS))
-        texts, complete = (row["text"] for row in rows), len(rows) < STREAMED_DOCUMENTS
+        rows, complete = stream_start(documents)
+        texts = (row["text"] for row in rows)
     return {
         tuple(digest(text if key else text.strip(), key) for key in keys)
         for text in texts

@@ -4,12 +4,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from text_cases import documents, ids_of, texts, write_shards
 
 from mxd.data import documents as documents_module
-from mxd.data.documents import DataError, load_text, split_documents
+from mxd.data.documents import START_ROWS, DataError, load_text, split_documents
 from mxd.data.packing import pack
+from mxd.data.provenance import sketch
+from mxd.data.texts import TextOptions
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -239,6 +241,37 @@ def test_split_of_a_stream_stays_apart_when_shards_are_shuffled(tmp_path, bare_t
         seen = " ".join(bare_tokenizer.decode(ids) for ids in ids_of(rows))
         assert not any(text in seen for text in held)
     assert {row["text"] for row in split_documents(stream, 0.2, seed=2)[1]} != held
+
+
+def test_the_start_of_a_stream_is_read_once(bare_tokenizer):
+    opened, read = [], []
+
+    def rows():
+        opened.append(1)
+        for text in texts(1500):
+            read.append(text)
+            yield {"text": text}
+
+    for features in (None, Features({"text": Value("string")})):
+        opened.clear(), read.clear()
+        stream = IterableDataset.from_generator(rows, features=features)
+        train, heldout = split_documents(stream, seed=1)
+        packed = [pack(side, bare_tokenizer, 16, seed=0) for side in (train, heldout)]
+        sketches = [sketch(TextOptions(["a"], streaming=True), side, 1) for side in (train, heldout, stream)]
+        assert len(opened) == 1 and len(read) == START_ROWS
+        assert len(list(packed[1])) > 50 and len(opened) == 2
+        assert not any(one["complete"] for one in sketches) or len(sketches[1]["hashes"]) < 16 * START_ROWS
+
+
+def test_what_a_stream_raises_later_is_raised_later(bare_tokenizer):
+    def rows():
+        yield from ({"text": text} for text in texts(100))
+        raise ConnectionError("the network is gone")
+
+    train, _ = split_documents(IterableDataset.from_generator(rows))
+    packed = pack(train, bare_tokenizer, 16, shuffle=False)
+    with pytest.raises(ConnectionError, match="the network is gone"):
+        list(packed)
 
 
 def test_split_of_too_short_a_stream():

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from text_cases import texts
 
-from mxd.data.documents import split_documents
+from mxd.data.documents import START_ROWS, split_documents
 from mxd.data.provenance import (
     SKETCH_SIZE,
     TextPart,
@@ -127,15 +127,15 @@ def trained_on(documents, seed=0, name="trained.txt"):
 OTHER = TextOptions(["another name.txt"])
 
 
-@pytest.mark.parametrize("count", [5, 500, 3 * SKETCH_SIZE])
+@pytest.mark.parametrize("count", [5, 150, 3 * SKETCH_SIZE])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_documents_are_recognised_by_their_text(count, streamed, caplog):
     known, new = texts(count, words=6), [f"{text} x" for text in texts(count, words=6)]
     documents = rows(known).to_iterable_dataset() if streamed else rows(known)
     settings = {"training": trained_on(documents)}
-    read = not streamed or count < 1000  # of a longer stream, only the start is
+    read = not streamed or count < START_ROWS  # of a longer stream, only the start is
     assert is_held_out(settings, OTHER, rows(new)) is (True if read else None)
-    assert is_held_out(settings, OTHER, rows(new).to_iterable_dataset()) is (True if count < 1000 else None)
+    assert is_held_out(settings, OTHER, rows(new).to_iterable_dataset()) is (True if count < START_ROWS else None)
     assert caplog.text == ""
     assert is_held_out(settings, OTHER, rows([*reversed(known)])) is False
     assert is_held_out(settings, OTHER, rows([*known[:30], *new]).to_iterable_dataset()) is False
