@@ -134,8 +134,8 @@ def _passages_per_batch(
     needed = context_length - (tokenizer.bos_token_id is not None)
     count = tokens = 0
     passages = (passage for row in read_rows(documents) for passage in _cut_documents({"text": [row["text"]]})["text"])
-    # A few at a time of a stream: its start, which is kept, then suffices.
-    while batch := list(islice(passages, PASSAGES_PER_BATCH if isinstance(documents, Dataset) else 8)):
+    # One by one of a stream: its start, which is kept, then suffices.
+    while batch := list(islice(passages, PASSAGES_PER_BATCH if isinstance(documents, Dataset) else 1)):
         count += len(batch)
         tokens += len(_token_stream(batch, tokenizer))
         if tokens >= needed:

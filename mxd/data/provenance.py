@@ -242,7 +242,7 @@ def is_held_out(
     sketches = [run.get("sketch") if isinstance(run, dict) else None for run in runs]
     if own_sketch is not None and not _is_split(vars(text)):
         sketches.append(own_sketch)
-    keys = ["", *sorted({str(one["seed"]) for one in sketches if _is_sketch(one)})]
+    keys = ["", *sorted({str(one["seed"]) for one in sketches if one is not None and _is_sketch(one)})]
     found, complete = _hashes(documents, keys)
     hashes = {key: [one[place] for one in found] for place, key in enumerate(keys)}
     split = str(split_seed(settings, seed)) if seed is not None and _is_split(vars(text)) else None

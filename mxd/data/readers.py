@@ -13,7 +13,6 @@ import itertools
 import json
 import lzma
 import math
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -163,7 +162,7 @@ def _undecodable(path: str, error: UnicodeDecodeError) -> str:
     with _open_text(path) as text:
         decoder, start = codecs.getincrementaldecoder(text.encoding)(), 0
         while chunk := text.buffer.read(1 << 20):
-            kept = len(decoder.getstate()[0])  # of the chunk before
+            kept = len(bytes(decoder.getstate()[0]))  # of the chunk before
             try:
                 decoder.decode(chunk)
             except UnicodeDecodeError as found:
@@ -252,9 +251,10 @@ def _json_values(text: io.TextIOWrapper) -> Iterator[Any]:
         return
     rest, place = (line + text.read()).strip(), 0
     while place < len(rest):
-        value, end = decoder.raw_decode(rest, place)
+        value, place = decoder.raw_decode(rest, place)
         yield value
-        place = re.compile(r"\s*").match(rest, end).end()
+        while rest[place : place + 1].isspace():
+            place += 1
 
 
 def _read_csv(path: str, text_column: str, keep: Sequence[str]) -> Iterator[Columns]:
