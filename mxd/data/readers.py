@@ -161,8 +161,8 @@ def _undecodable(path: str, error: UnicodeDecodeError) -> str:
     """Describe the first bytes that are no text; the offset of the error itself counts from some buffer's start."""
     with _open_text(path) as text:
         decoder, start = codecs.getincrementaldecoder(text.encoding)(), 0
-        while chunk := text.buffer.read(1 << 20):
-            kept = len(bytes(decoder.getstate()[0]))  # of the chunk before
+        while chunk := bytes(text.buffer.read(1 << 20)):
+            kept = len(decoder.getstate()[0])  # of the chunk before
             try:
                 decoder.decode(chunk)
             except UnicodeDecodeError as found:
