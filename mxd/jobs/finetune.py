@@ -53,7 +53,6 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         decomposition,
         options.dtype,
         context,
-        # Divided as in the decomposition's training if the text is the same.
         lambda: load_documents(options.text, split_seed(settings, options.seed)),
     )
     count = count_documents(documents, heldout_documents)
