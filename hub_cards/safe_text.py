@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mxd.data.documents import DATA_ENDINGS
+from mxd.data_files import DATA_ENDINGS, is_data_file
 
 UNKNOWN = "–"
 MAX_TEXT = 200
@@ -100,7 +100,7 @@ def is_hub_id(name: str, commit: str | None = None) -> bool:
 
 def is_dataset_id(name: str) -> bool:
     """Return whether a name is a dataset's Hub id with a user (`user/name`), and no path."""
-    return "/" in name and is_hub_id(name) and not name.lower().endswith(DATA_ENDINGS) and not Path(name).exists()
+    return "/" in name and is_hub_id(name) and not is_data_file(name) and not Path(name).exists()
 
 
 def without_folders(value: Any, field: str = "") -> Any:

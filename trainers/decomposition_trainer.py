@@ -35,6 +35,7 @@ from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
 from .router import router_loss
+from .stream_start import stream_start
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class DecompositionTrainer(HubPushes):
         super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
         self._optimizer_was_given = self.optimizer is not None
         self.scales: dict[int, ActivationScales] = {}
+        self._first_batches: list[dict[str, Any]] | None = None
         # `compute_loss` divides by `num_items_in_batch`, the tokens of all micro-batches of a step.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -130,8 +132,11 @@ class DecompositionTrainer(HubPushes):
 
     def _training_batches(self) -> Iterator[dict[str, Tensor]]:
         """Yield training batches from the start of the data; the random state stays as it is."""
+        if self._first_batches is None:
+            self._first_batches = stream_start(self)
+        yield from map(self.prepare_batch, self._first_batches)
         with torch.random.fork_rng(devices=[]):  # data are drawn on the CPU
-            for batch in self.get_train_dataloader():
+            for batch in islice(self.get_train_dataloader(), len(self._first_batches), None):
                 yield self.prepare_batch(batch)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:

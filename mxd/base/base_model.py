@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from mxd import demo
+from mxd.data_files import is_data_file
 from mxd.modeling_mxd import MxDConfig
 from mxd.modeling_mxd.architectures import is_other_tower
 from mxd.modeling_mxd.loading import (
@@ -75,6 +76,8 @@ def check_base_model(
     """Return the config of a model, after checking it as far as `load_base_model` does without other files."""
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if is_data_file(name) and not Path(name).is_dir():
+        raise BaseModelError(f"{name!r} is a data file, not a model: pass it with --dataset")
     source = model_source(name)
     with _base_model_errors(name):
         if not pickles:  # an untrusted config: check it before transformers builds a config object

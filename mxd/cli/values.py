@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from mxd.data_files import is_data_file
+
 
 def option_name(name: str) -> str:
     """`num_experts` → `--num-experts`."""
@@ -97,9 +99,7 @@ def read_config(path: str, known: dict[str, "Field[Any]"], hints: dict[str, Any]
 
 def split_files(arguments: list[str], dataset: list[str], heldout: list[str]) -> tuple[list[str], list[str]]:
     """Return positional arguments without the files that a shell made of `--dataset *.parquet`, and the dataset."""
-    from mxd.hub_cards.safe_text import DATA_ENDINGS  # imports torch, which --help does not need
-
-    files = [name for name in arguments if Path(name).suffix.lower() in DATA_ENDINGS]
+    files = [name for name in arguments if is_data_file(name) or Path(name).is_file()]
     if files and not dataset:
         raise typer.BadParameter(f"{files[0]} is a data file: pass it with --dataset")
     if files and heldout:

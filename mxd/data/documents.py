@@ -7,25 +7,34 @@ train, heldout = split_documents(documents, heldout_fraction=0.01)
 import glob
 import hashlib
 import itertools
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 
-DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".txt", ".md", ".rst", ".py")
+from mxd.data_files import COMPRESSIONS, FORMATS, is_data_file, split_ending
 
-_TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-_BUILDERS = {ending: _TABLES.get(ending, "text") for ending in DATA_ENDINGS}
+from .local_text import LocalText
+from .readers import DataError, MissingColumnError, check_columns, describe, first_line, read_tables
+
+logger = logging.getLogger(__name__)
+
 _GLOB = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-class DataError(ValueError):
-    """Text cannot be found, read or packed; the message names the source and the remedy."""
+# `Dataset.save_to_disk` writes them beside its arrow files.
+_DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "state.json")
+_KNOWN = f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)}"
+_SHOWN = 20
+HELDOUT_FRACTION = 0.05
+START_ROWS, _START_CHARACTERS = 100, 1 << 24
+"""Bounds of the start of a stream, which is read to check it."""
+_CONVERTED = "refs/convert/parquet"  # the Hub's branch of datasets in other formats
 
 
 def load_text(
@@ -42,17 +51,19 @@ def load_text(
 
     Args:
         dataset: A Hub dataset, or one or several local paths: files, folders (searched recursively, without hidden
-            files) and globs, of parquet, jsonl, json, csv, txt, md, rst and py files in any mixture. A file of the
-            last four kinds is one document. A name that looks like a path is never sent to the Hub.
+            files) and globs, of parquet, arrow, jsonl, ndjson, json, csv, tsv, txt, md, rst and py files in any
+            mixture, also compressed (gz, bz2, xz, zst). A file of the last four kinds is one document. Text is UTF-8,
+            or UTF-16 with a byte order mark. A name that looks like a path or a data file is never sent to the Hub.
         config_name: Configuration of the Hub dataset.
         split: The split, for example `"train"` or, when not streaming, `"train[:1%]"`. Local files have only `"train"`.
         text_column: The text column of tables; text files need none.
         revision: Commit, tag or branch of the Hub dataset.
         streaming: Read lazily instead of downloading and converting everything first.
-        keep: Further columns to keep, such as a label. Every source must have them.
+        keep: Further columns to keep, such as a label. Every source must have them. No other column is read from local
+            files.
 
     Returns:
-        Rows `{"text": str}`, with the columns of `keep`.
+        Rows `{"text": str}`, with the columns of `keep`: of local files as strings.
 
     Raises:
         DataError: A file or Hub dataset cannot be found or read, an ending is unknown, the text column is missing or
@@ -67,55 +78,61 @@ def load_text(
         return _select_text(loaded, text_column, f"dataset {sources[0]!r}", keep)
     if config_name is not None or revision is not None:
         raise DataError(f"config_name and revision choose among Hub datasets, but {sources} are local paths")
-    parts = _load_files(sources, split, text_column, streaming, keep)
-    # Parquet may hold string or large_string, which do not concatenate.
-    strings = Features({column: Value("string") for column in ["text", *keep]})
-    return parts[0] if len(parts) == 1 else concatenate_datasets([part.cast(strings) for part in parts])
+    return _load_files(sources, split, text_column, streaming, keep)
 
 
 def _is_local(source: str) -> bool:
     """Whether a source is a path, existing or not, rather than a Hub dataset."""
-    looks_local = source.startswith((".", "/", "~")) or Path(source).suffix.lower() in _BUILDERS
+    looks_local = source.startswith((".", "/", "~")) or is_data_file(source)
     return looks_local or _GLOB.search(source) is not None or Path(source).exists()
 
 
 def _load_hub(name: str, config_name: str | None, split: str, revision: str | None, streaming: bool) -> Any:
     if not _HUB_NAME.fullmatch(name):
         raise DataError(f"no such file or folder: {name!r}; nor is it a Hub dataset's name (owner/name)")
+    if revision == _CONVERTED and config_name:  # a configuration is a folder there
+        place: dict[str, Any] = {"data_dir": config_name}
+        config_name = None
+    else:
+        place = {}
     try:
-        return load_dataset(name, config_name, split=split, revision=revision, streaming=streaming)
+        return load_dataset(name, config_name, split=split, revision=revision, streaming=streaming, **place)
     except Exception as error:  # datasets, huggingface_hub and the HTTP client have unrelated exception classes
+        reason = first_line(error)
+        if "scripts are no longer supported" in reason:
+            reason = (
+                "it is a script, which datasets no longer runs; the Hub keeps many of these as parquet: pass "
+                f'revision="{_CONVERTED}", or --dataset-revision {_CONVERTED}'
+            )
         raise DataError(
-            f"no local path {name!r}, and the Hub dataset of that name cannot be loaded: {_first_line(error)}"
+            f"no local path {name!r}, and the Hub dataset of that name cannot be loaded: {reason}"
         ) from error
 
 
 def _load_files(
     sources: Sequence[str], split: str, text_column: str, streaming: bool, keep: Sequence[str]
-) -> list[Any]:
-    """Load local files, one part per format, in the order in which the formats first appear."""
-    by_builder: dict[str, list[Path]] = {}
-    for file in dict.fromkeys(itertools.chain.from_iterable(map(_expand, sources))):
-        if file.stat().st_size > 0:  # the builders fail on an empty file
-            by_builder.setdefault(_BUILDERS[file.suffix.lower()], []).append(file)
-    if not by_builder:
+) -> Dataset | IterableDataset:
+    files = [file.absolute() for file in dict.fromkeys(itertools.chain.from_iterable(map(_expand, sources)))]
+    facts = [(file, file.stat()) for file in files]
+    filled = tuple((str(file), fact.st_size, fact.st_mtime_ns) for file, fact in facts if fact.st_size > 0)
+    if not filled:
         raise DataError(f"no documents: every file of {', '.join(map(repr, sources))} is empty")
-    parts = []
-    for builder, files in by_builder.items():
-        name = f"{builder} file {files[0]}" + (f" (or {len(files) - 1} more)" if len(files) > 1 else "")
-        options = {"sample_by": "document"} if builder == "text" else {}
-        # load_dataset expands globs, and a file may be called "notes [1].txt".
-        paths = [glob.escape(str(file.absolute())) for file in files]
-        try:
-            part = load_dataset(builder, data_files={"train": paths}, split=split, streaming=streaming, **options)
-            column = "text" if builder == "text" else text_column
-            parts.append(_select_text(part, column, name, keep))
-        except DataError:
-            raise
-        except Exception as error:  # each builder has its own errors, StopIteration among them
-            cause = error.__cause__ or error  # datasets wraps the builder's error in an uninformative one
-            raise DataError(f"cannot read {name}: {_first_line(cause)}") from error
-    return parts
+    builder = LocalText(files=filled, text_column=text_column, keep=tuple(keep))
+    try:
+        if streaming:  # a wrong column shows here already
+            empty = not any(map(len, (table for path, *_ in filled for table in read_tables(path, text_column, keep))))
+        else:
+            builder.download_and_prepare()
+            empty = not builder.info.splits["train"].num_examples
+        if not empty:
+            return builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
+    except Exception as error:  # datasets wraps the reader's error in an uninformative one
+        cause = error if isinstance(error, DataError) else error.__cause__
+        if isinstance(cause, DataError):
+            raise cause from None
+        raise DataError(f"cannot read {', '.join(map(repr, sources))}: {first_line(error)}") from error
+    more = f" (and {len(filled) - 1} more)" if len(filled) > 1 else ""
+    raise DataError(f"no documents: {describe(filled[0][0])}{more} has no rows")
 
 
 def local_files(source: str) -> list[Path]:
@@ -127,21 +144,24 @@ def local_files(source: str) -> list[Path]:
 
 
 def _expand(source: str) -> list[Path]:
-    """Return the data files of a path, folder or glob, sorted."""
-    known = ", ".join(DATA_ENDINGS)
+    """Return the data files of a path, folder or glob, sorted; warn of those that are left out."""
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix.lower() not in _BUILDERS:
-            raise DataError(f"unknown ending {path.suffix!r} of {source!r}; rename or convert it to one of {known}")
+        if not split_ending(path.name)[0]:
+            raise DataError(f"unknown ending {path.suffix!r} of {source!r}; rename or convert it to one of {_KNOWN}")
         return [path]
     # A folder may be called "notes [1]"; and Path.glob takes no absolute patterns.
     matches = [path] if path.is_dir() else [Path(found) for found in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
     if not matches:
         raise DataError(f"no such file, folder or glob: {source!r} (looked in {Path.cwd()})")
     found = [file for match in matches for file in (_folder_files(match) if match.is_dir() else [match])]
-    files = [file for file in found if file.suffix.lower() in _BUILDERS]
+    found = [file for file in found if file.name not in _DESCRIPTIONS]
+    files = [file for file in found if split_ending(file.name)[0]]
     if not files:
-        raise DataError(f"{source!r} matches nothing with a known ending; known are {known}")
+        raise DataError(f"{source!r} matches nothing with a known ending; known are {_KNOWN}")
+    if skipped := sorted({str(file) for file in found} - set(map(str, files))):
+        more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+        logger.warning("not read, for their endings: %s%s; known are %s", ", ".join(skipped[:_SHOWN]), more, _KNOWN)
     return files
 
 
@@ -151,36 +171,33 @@ def _folder_files(folder: Path) -> list[Path]:
     return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]
-
-
 def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) -> Any:
     """Check the first row, and keep the text (renamed to "text") and the columns of `keep`."""
-    first = next(iter(part), None)
+    try:
+        # Columns that nobody asked for may be large: the rows are read without them.
+        check_columns(part.column_names or list(next(iter(part), {text_column: None})), text_column, keep)
+    except MissingColumnError as missing:
+        raise DataError(f"{name} {missing}") from None
+    part = part.select_columns(list(dict.fromkeys([text_column, *keep])))
+    part = part if text_column == "text" else part.rename_column(text_column, "text")
+    first = next(read_rows(part), None)
     if first is None:
         raise DataError(f"no documents: {name} has no rows")
-    columns = part.column_names or list(first)
-    if text_column not in columns:
-        raise DataError(f"{name} has no column {text_column!r}; set text_column to one of {', '.join(columns)}")
-    if not isinstance(first[text_column], str | None):
-        kind = type(first[text_column]).__name__
+    if not isinstance(first["text"], str | None):
+        kind = type(first["text"]).__name__
         raise DataError(f"column {text_column!r} of {name} holds {kind}, not text; set text_column to another")
-    if missing := [column for column in keep if column not in columns]:
-        raise DataError(f"{name} has no column {missing[0]!r}, only {', '.join(columns)}")
-    part = part.select_columns(list(dict.fromkeys([text_column, *keep])))
-    return part if text_column == "text" else part.rename_column(text_column, "text")
+    return part
 
 
 def split_documents(
-    documents: Dataset | IterableDataset, heldout_fraction: float = 0.05, seed: int = 0
+    documents: Dataset | IterableDataset, heldout_fraction: float = HELDOUT_FRACTION, seed: int = 0
 ) -> tuple[Dataset, Dataset] | tuple[IterableDataset, IterableDataset]:
     """Return a training and a held-out side of documents, split the same way for the same seed.
 
-    Map-style datasets are split at random, with at least one document on either side. A stream is split by a hash of
-    each document's text, so copies of a document stay on one side, and the fraction holds on average. (Positions would
-    leak held-out documents into training: shuffling the shards of the training side renumbers the documents.)
+    Documents are split by a hash of their text and the seed, so copies of a document stay on one side. A map-style
+    dataset has at least one document on either side, and the fraction is that of its different documents; of a stream
+    the fraction holds on average. (Positions would leak held-out documents into training: shuffling the shards of the
+    training side renumbers the documents.)
 
     Args:
         documents: Rows with a `"text"` column, as `load_text` returns them.
@@ -192,33 +209,84 @@ def split_documents(
     """
     if not 0 < heldout_fraction < 1:
         raise DataError(f"heldout_fraction must lie between 0 and 1, got {heldout_fraction}")
-    if isinstance(documents, Dataset):
-        count = len(documents)
-        if count < 2:
-            raise DataError(f"{count} document(s) cannot be split by document; pass a separate held-out dataset")
-        heldout_count = min(count - 1, max(1, round(count * heldout_fraction)))
-        # train_test_split of datasets 5.2 cannot keep the indices of a cached dataset in memory.
-        order = np.random.default_rng(seed).permutation(count)
-        train_rows, heldout_rows = np.sort(order[heldout_count:]), np.sort(order[:heldout_count])
-        return documents.select(train_rows, keep_in_memory=True), documents.select(heldout_rows, keep_in_memory=True)
     require_text(documents)
+    if isinstance(documents, Dataset):
+        batches = documents.with_format(None).select_columns("text").iter(1000)
+        digests = [digest(text, str(seed)) for batch in batches for text in batch["text"]]
+        different, places = np.unique(np.array(digests, dtype=np.uint64), return_inverse=True)
+        if (count := len(different)) < 2:
+            raise DataError(f"{count} document(s) cannot be split by document; pass a separate held-out dataset")
+        held = places < min(count - 1, max(1, round(count * heldout_fraction)))
+        # train_test_split of datasets 5.2 cannot keep the indices of a cached dataset in memory.
+        train, heldout = (documents.select(np.flatnonzero(side), keep_in_memory=True) for side in (~held, held))
+        return train, heldout
     on_side = partial(_on_side, fraction=heldout_fraction, seed=seed)
-    train, heldout = (
-        documents.filter(partial(on_side, heldout=heldout), input_columns=["text"]) for heldout in (False, True)
-    )
-    for side, name in ((train, "training"), (heldout, "held-out")):
-        if next(iter(side), None) is None:
+    sides = [documents.filter(partial(on_side, heldout=heldout), input_columns=["text"]) for heldout in (False, True)]
+    start = stream_start(documents)
+    for heldout, side in enumerate(sides):
+        rows = [row for row in start.rows if on_side(row["text"], heldout=bool(heldout))]
+        _starts[side] = Start(rows, start.whole)
+        if next(read_rows(side), None) is None:
+            name = ("training", "held-out")[heldout]
             raise DataError(f"heldout_fraction={heldout_fraction} leaves the {name} side of the stream empty")
-    return train, heldout
+    return sides[0], sides[1]
+
+
+class Start(NamedTuple):
+    """The first rows of a stream, and whether they are all."""
+
+    rows: list[dict[str, Any]]
+    whole: bool
+
+
+_starts: WeakKeyDictionary[IterableDataset, Start] = WeakKeyDictionary()
+
+
+def stream_start(documents: IterableDataset) -> Start:
+    """Return the first rows of a stream, which are read once and kept, so that checks do not open it again."""
+    if documents not in _starts:
+        _starts[documents] = _read_start(documents)
+    return _starts[documents]
+
+
+def read_rows(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
+    """Iterate over rows from the first one; a stream is opened only for those after its start."""
+    if isinstance(documents, Dataset):
+        yield from documents.with_format(None)
+        return
+    start = stream_start(documents)
+    yield from start.rows
+    if not start.whole:
+        yield from itertools.islice(documents, len(start.rows), None)
+
+
+def _read_start(documents: IterableDataset) -> Start:
+    rows: list[dict[str, Any]] = []
+    size = 0
+    try:
+        for row in documents:
+            rows.append(row)
+            size += len(str(row.get("text") or ""))
+            if len(rows) == START_ROWS or size > _START_CHARACTERS:
+                return Start(rows, whole=False)
+    except Exception:
+        if not rows:
+            raise
+        return Start(rows, whole=False)  # it is raised again for those who read on
+    return Start(rows, whole=True)
 
 
 def require_text(documents: Dataset | IterableDataset) -> None:
     """Raise `DataError` if the documents have no text column."""
-    columns = documents.column_names or list(next(iter(documents), {"text": ""}))
+    columns = documents.column_names or list(next(read_rows(documents), {"text": ""}))
     if "text" not in columns:
         raise DataError(f"the documents have no column 'text', only {columns}; load them with load_text")
 
 
 def _on_side(text: str | None, heldout: bool, fraction: float, seed: int) -> bool:
-    digest = hashlib.blake2b((text or "").encode(), digest_size=8, key=str(seed).encode()).digest()
-    return (int.from_bytes(digest, "big") < fraction * 2**64) == heldout
+    return (digest(text, str(seed)) < fraction * 2**64) == heldout
+
+
+def digest(text: str | None, key: str = "") -> int:
+    """Return a hash of a text and a key, below 2**64."""
+    return int.from_bytes(hashlib.blake2b((text or "").encode(), digest_size=8, key=key.encode()).digest(), "big")

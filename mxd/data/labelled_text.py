@@ -4,7 +4,6 @@ documents = load_labelled_text("fancyzhx/ag_news", label_column="label")
 texts = cut_texts(documents, tokenizer, context_length=128, texts_per_class=500)
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .documents import DataError, load_text
+from .readers import class_names, spell
 
 MIN_TOKENS = 5
 """Shorter texts are dropped; BOS does not count."""
@@ -104,15 +104,8 @@ def load_labelled_text(
 def label_names(found: Dataset, column: str) -> list[str | None]:
     """Return each row's value in a column as text (for a `ClassLabel` its name); None for a missing value."""
     feature, values = found.features[column], list(found[column])
-    if isinstance(feature, ClassLabel):
-        return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
-    return [_name(value) for value in values]
-
-
-def _name(value: Any) -> str | None:
-    if isinstance(value, float):  # also whole numbers in a CSV file with an empty cell
-        value = None if math.isnan(value) else int(value) if value.is_integer() else value
-    return None if value in (None, "") else str(value)
+    names = class_names(values, feature) if isinstance(feature, ClassLabel) else map(spell, values)
+    return [name or None for name in names]
 
 
 def _some(names: Any) -> str:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .documents import DataError, require_text
+from .documents import DataError, read_rows, require_text
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def pack(
     if context_length < 2:
         raise DataError(f"context_length must be at least 2, one token to predict another from; got {context_length}")
     require_text(documents)
-    batch_size = _passages_per_batch(_passages(documents), tokenizer, context_length)
+    batch_size = _passages_per_batch(documents, tokenizer, context_length)
     if shuffle:
         how = {"keep_in_memory": True} if isinstance(documents, Dataset) else {"buffer_size": buffer_size}
         documents = documents.shuffle(seed=seed, **how)
@@ -126,13 +127,17 @@ def _pack_batch(
     return {"input_ids": [start + stream[begin : begin + length] for begin in full]}
 
 
-def _passages_per_batch(passages: IterableDataset, tokenizer: PreTrainedTokenizerBase, context_length: int) -> int:
+def _passages_per_batch(
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> int:
     """Return how many passages to tokenise together, estimated from the first ones in their original order."""
     needed = context_length - (tokenizer.bos_token_id is not None)
     count = tokens = 0
-    for batch in passages.iter(batch_size=PASSAGES_PER_BATCH):
-        count += len(batch["text"])
-        tokens += len(_token_stream(batch["text"], tokenizer))
+    passages = (passage for row in read_rows(documents) for passage in _cut_documents({"text": [row["text"]]})["text"])
+    # One by one of a stream: its start, which is kept, then suffices.
+    while batch := list(islice(passages, PASSAGES_PER_BATCH if isinstance(documents, Dataset) else 1)):
+        count += len(batch)
+        tokens += len(_token_stream(batch, tokenizer))
         if tokens >= needed:
             break
     else:

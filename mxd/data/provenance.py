@@ -1,17 +1,28 @@
 """Name texts, and tell whether a text was trained on.
 
 evaluation.json records how a decomposition was made: settings.training, and settings.finetuning, a list. Each of them
-holds `text` (dataset, config_name, split, streaming, heldout_dataset, heldout_split), `seed` and `documents`. Recorded
-names may come from a stranger: they are compared as text, and no file of that name is opened.
+holds `text` (dataset, config_name, split, streaming, heldout_dataset, heldout_split), `seed` and `sketch`, a
+fingerprint of the training documents. Recorded names may come from a stranger: they are compared as text, and no file
+of that name is opened.
 """
 
 import fnmatch
+import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .documents import local_files
+from datasets import Dataset, IterableDataset
+
+from .documents import HELDOUT_FRACTION, digest, local_files, stream_start
+
+logger = logging.getLogger(__name__)
+
+SKETCH_SIZE = 1024
+ENOUGH_DOCUMENTS = 30
+"""Evaluated documents that must be checked before they all count as held out, if there are so many."""
 
 
 @dataclass
@@ -23,6 +34,7 @@ class TextOptions:
         heldout_dataset: text to evaluate on; by default documents split off `dataset`.
         heldout_split: split to evaluate on, of `heldout_dataset` (by default `"train"`) or else of `dataset`.
         config_name, split, text_column: see `load_text`.
+        dataset_revision: branch, tag or commit of the Hub dataset.
         streaming: read a Hub dataset lazily instead of downloading it first.
         context_length: tokens in a row, BOS included.
     """
@@ -30,6 +42,7 @@ class TextOptions:
     dataset: list[str] = field(default_factory=list)
     heldout_dataset: list[str] = field(default_factory=list)
     config_name: str | None = None
+    dataset_revision: str | None = None
     split: str = "train"
     text_column: str = "text"
     streaming: bool = False
@@ -118,19 +131,6 @@ def recorded_runs(settings: Any) -> dict[str, Any]:
     return {key: settings[key] for key, kind in kinds.items() if isinstance(settings.get(key), kind)}
 
 
-def _trained_on(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the runs that record their text."""
-    runs = [settings.get("training"), *settings.get("finetuning", [])]
-    texts = ((run, run.get("text")) for run in runs if isinstance(run, dict))
-    return [run for run, text in texts if isinstance(text, dict) and isinstance(text.get("dataset"), list)]
-
-
-def is_held_out(settings: Mapping[str, Any], seen: Collection[str]) -> bool | None:
-    """Return whether no part of a text was trained on, given `seen_in_training` of it; None if that is not known."""
-    known = len(_trained_on(settings)) == 1 + len(settings.get("finetuning", []))
-    return False if seen else True if known else None
-
-
 def split_seed(settings: Mapping[str, Any], own: Any) -> Any:
     """Return the seed with which a fine-tuning splits its text: the recorded training's, else its `own`.
 
@@ -140,29 +140,140 @@ def split_seed(settings: Mapping[str, Any], own: Any) -> Any:
     return seed if isinstance(seed, int) and seed >= 0 else own
 
 
-def seen_in_training(
-    settings: Mapping[str, Any], text: TextOptions, seed: int | None = None, documents: int | None = None
-) -> list[str]:
+def sketch(text: TextOptions, documents: Dataset | IterableDataset, seed: int) -> dict[str, Any]:
+    """Return a fingerprint of the training documents, from which `is_held_out` later recognises documents.
+
+    Args:
+        text: the text of the run.
+        documents: the documents that are trained on.
+        seed: the seed with which held-out documents were split off.
+
+    Returns:
+        "hashes": the `SKETCH_SIZE` smallest hashes of texts; "complete": whether all documents were read, which is
+        false for the longer streams; "seed"; and "least", a lower bound of the hashes of texts and seed, below which
+        the held-out documents are. Hashes have 16 hexadecimal digits.
+    """
+    hashes, complete = _hashes(documents, ["", str(seed)])
+    of_stream = round(HELDOUT_FRACTION * 2**64) if _is_split(vars(text)) else 0
+    least = min((own for _, own in hashes), default=0) if complete else of_stream
+    smallest = sorted({of_text for of_text, _ in hashes})[:SKETCH_SIZE]
+    return {"hashes": "".join(map(_hex, smallest)), "complete": complete, "seed": seed, "least": _hex(least)}
+
+
+def _hex(number: int) -> str:
+    return f"{number:016x}"
+
+
+def _is_split(text: Mapping[str, Any]) -> bool:
+    """Return whether the held-out documents are split off the dataset."""
+    return bool(text.get("dataset")) and not text.get("heldout_dataset") and not text.get("heldout_split")
+
+
+def _hashes(documents: Dataset | IterableDataset, keys: Sequence[str]) -> tuple[set[tuple[int, ...]], bool]:
+    """Return hashes with each key of all documents that are not blank, or of a stream's first; and whether of all."""
+    if isinstance(documents, Dataset):
+        batches = documents.with_format(None).select_columns("text").iter(1000)
+        texts, complete = (text for batch in batches for text in batch["text"]), True
+    else:
+        rows, complete = stream_start(documents)
+        texts = (row["text"] for row in rows)
+    return {
+        tuple(digest(text if key else text.strip(), key) for key in keys)
+        for text in texts
+        if text and not text.isspace()
+    }, complete
+
+
+def _is_apart(recorded: Any, hashes: dict[str, list[int]], complete: bool, split: str | None) -> bool | None:
+    """Return whether no evaluated document is among those of a sketch, which may be a stranger's; None if not known.
+
+    Args:
+        recorded: the sketch.
+        hashes: of the evaluated documents, by key.
+        complete: whether these are all.
+        split: the key with which the documents were split off by `split_documents`, None if they were not.
+    """
+    if not _is_sketch(recorded):
+        return None
+    digits, least, key = recorded["hashes"], int(recorded["least"], 16), str(recorded["seed"])
+    known = {int(digits[place : place + 16], 16) for place in range(0, len(digits), 16)}
+    if not known.isdisjoint(hashes[""]):
+        return False
+    if split == key and least >= round(HELDOUT_FRACTION * 2**64) and not complete:
+        return True  # both are sides of streams split alike
+    # Up to this bound, the sketch shows whether a document was trained on; below `least`, none was.
+    bound = (2**64 if len(known) < SKETCH_SIZE else max(known)) if recorded["complete"] else -1
+    checked = [one <= bound for one in hashes[""]]
+    known_all = all(one or own < least for one, own in zip(checked, hashes[key], strict=True))
+    return True if complete and checked and (known_all or sum(checked) >= ENOUGH_DOCUMENTS) else None
+
+
+def _is_sketch(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), str) for name in ("hashes", "least"))
+        and re.fullmatch(r"([0-9a-f]{16})+", value["hashes"]) is not None
+        and re.fullmatch(r"[0-9a-f]{16}", value["least"]) is not None
+        and isinstance(value.get("complete"), bool)
+        and isinstance(value.get("seed"), int)
+    )
+
+
+def is_held_out(
+    settings: Mapping[str, Any],
+    text: TextOptions,
+    documents: Dataset | IterableDataset,
+    seed: int | None = None,
+    own_sketch: Any = None,
+) -> bool | None:
+    """Return whether none of the documents was trained on, None if that is not known; warn if some were.
+
+    The recorded sketches tell, and the recorded names: a text of a name that was trained on is not held out, whatever
+    it holds now.
+
+    Args:
+        settings: what `recorded_runs` returns for the decomposition.
+        text: the text of the documents.
+        documents: the evaluated documents.
+        seed: see `seen_in_training`.
+        own_sketch: of the documents of this run, among which a held-out dataset or split of its own may be.
+    """
+    runs = [settings.get("training"), *settings.get("finetuning", [])]
+    sketches = [run.get("sketch") if isinstance(run, dict) else None for run in runs]
+    if own_sketch is not None and not _is_split(vars(text)):
+        sketches.append(own_sketch)
+    keys = ["", *sorted({str(one["seed"]) for one in sketches if one is not None and _is_sketch(one)})]
+    found, complete = _hashes(documents, keys)
+    hashes = {key: [one[place] for one in found] for place, key in enumerate(keys)}
+    split = str(split_seed(settings, seed)) if seed is not None and _is_split(vars(text)) else None
+    apart = [_is_apart(one, hashes, complete, split) for one in sketches]
+    seen = seen_in_training(settings, text, seed)
+    if seen or False in apart:
+        what = ", ".join(seen) or "documents of this text"
+        logger.warning("this decomposition was trained on %s: the text is not held out", what)
+        return False
+    return None if None in apart else True
+
+
+def seen_in_training(settings: Mapping[str, Any], text: TextOptions, seed: int | None = None) -> list[str]:
     """Return the names of the evaluated parts of a text that a decomposition may have been trained on.
 
     Args:
         settings: what `recorded_runs` returns for the decomposition.
         text: the text.
         seed: None if the whole dataset is evaluated; else the seed with which held-out documents are split off. A
-            recorded run with the same text, seed and, if known, number of documents held out the same ones.
-        documents: the number of documents of the dataset, None if not known.
+            recorded run with the same text and seed held out the same ones.
     """
     heldout = set() if seed is None else heldout_parts(text)
     evaluated = heldout or text_parts(text.dataset, text.config_name, text.split)
-    own = {name: getattr(text, name) for name in ("dataset", "config_name", "split", "streaming")}
-    own_split = _split(own, split_seed(settings, seed))
+    own_split = _split(vars(text), split_seed(settings, seed))
     seen: set[str] = set()
-    for run in _trained_on(settings):
-        recorded = run["text"]
-        was_split = not recorded.get("heldout_dataset") and not recorded.get("heldout_split")
+    for run in [settings.get("training"), *settings.get("finetuning", [])]:
+        recorded = run.get("text") if isinstance(run, dict) else None
+        if not isinstance(recorded, dict):
+            continue
         same = _split(recorded, split_seed(settings, run.get("seed"))) == own_split
-        same = same and (None in (documents, run.get("documents")) or documents == run["documents"])
-        if seed is None or heldout or not was_split or not same:
+        if seed is None or heldout or not _is_split(recorded) or not same:
             seen.update(common(evaluated, recorded_parts(recorded)))
     return sorted(seen)
 
@@ -171,4 +282,5 @@ def _split(text: Mapping[str, Any], seed: Any) -> tuple[Any, ...]:
     """Return the values that decide which documents are held out of a text."""
     names = text.get("dataset")
     paths = [os.path.abspath(name) for name in names if isinstance(name, str)] if isinstance(names, list) else None  # noqa: PTH100
-    return paths, text.get("config_name"), text.get("split"), bool(text.get("streaming")), seed
+    others = [text.get(name) for name in ("config_name", "dataset_revision", "split")]
+    return paths, others, bool(text.get("streaming")), seed

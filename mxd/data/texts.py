@@ -51,7 +51,12 @@ def _load(text: TextOptions, split: str, sample: Literal["train", "heldout"]) ->
     if not text.dataset:
         return load_text(str(demo.text_path(sample)))
     return load_text(
-        text.dataset, config_name=text.config_name, split=split, text_column=text.text_column, streaming=text.streaming
+        text.dataset,
+        config_name=text.config_name,
+        revision=text.dataset_revision,
+        split=split,
+        text_column=text.text_column,
+        streaming=text.streaming,
     )
 
 

@@ -7,7 +7,14 @@ from transformers import PreTrainedModel, set_seed
 from mxd.base.base_model import base_skeleton, check_safetensors, load_base_model, resolve_name
 from mxd.base.pretrained_weights import mlp_active_units, mlp_encoder_type, mlp_hidden_act, mlp_widths
 from mxd.data.packing import pack
-from mxd.data.texts import count_documents, evaluation_batches, load_documents, warn_of_embedded_text
+from mxd.data.provenance import is_held_out, sketch
+from mxd.data.texts import (
+    count_documents,
+    evaluation_batches,
+    evaluation_settings,
+    load_documents,
+    warn_of_embedded_text,
+)
 from mxd.evaluation import faithfulness
 from mxd.modeling_mxd import MLPSite, MxDConfig, MxDLayerConfig, MxDModel, SurgeryError, find_mlps, site_of
 from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
@@ -110,7 +117,15 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     trainer = DistillationTrainer(decomposition, model, arguments, train_dataset=rows)
     prepare_output(folder, "decompose", options, documents=count)  # nothing is refused from here on
     how = run_training(trainer, tokenizer, options, checkpoint)
-    settings = {"training": {**run_settings(options, trainer, how), "documents": count}}
+    made = {
+        **run_settings(options, trainer, how),
+        "documents": count,
+        "sketch": sketch(options.text, documents, options.seed),
+    }
+    settings: dict[str, Any] = {"training": made}
+    if options.text.heldout_dataset or options.text.heldout_split:  # it may hold documents of the training's
+        held_out = is_held_out(settings, options.text, heldout_documents, options.seed)
+        settings["evaluation"] = evaluation_settings(options.text, options.dtype) | {"held_out": held_out}
     results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)
     return save_results(results, decomposition, folder)
 

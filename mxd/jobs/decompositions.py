@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 
 from mxd.base.base_model import BaseModelError, check_base_model, default_device, load_base_model
 from mxd.data.provenance import recorded_runs
+from mxd.data_files import is_data_file
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.hub_cards.reading import check_weights, read_config, read_json
 from mxd.modeling_mxd import MxDModel
@@ -28,6 +29,8 @@ def load_decomposition(name: str, layers: list[int] | None = None) -> MxDModel:
         ValueError: there is no decomposition of that name, or it cannot be read.
     """
     source, how = _source(name)
+    if is_data_file(name) and not Path(source).is_dir():
+        raise ValueError(f"{name!r} is a data file, not a decomposition: pass it with --dataset")
     if Path(source).is_dir():
         path = Path(source) / "config.json"
     else:

@@ -36,7 +36,12 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
     if text.streaming:
         raise ValueError("--by divides the whole dataset, which cannot be streamed: leave --streaming out")
     documents = load_text(
-        text.dataset, config_name=text.config_name, split=text.split, text_column=text.text_column, keep=[column]
+        text.dataset,
+        config_name=text.config_name,
+        revision=text.dataset_revision,
+        split=text.split,
+        text_column=text.text_column,
+        keep=[column],
     )
     assert isinstance(documents, Dataset)
     rows: dict[str, list[int]] = {}

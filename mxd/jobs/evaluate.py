@@ -1,11 +1,10 @@
 """`mxd evaluate`: measure a saved decomposition on text, or compare its experts' use between kinds of text."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from mxd.base.forward import check_predictions
-from mxd.data.provenance import is_held_out, seen_in_training
+from mxd.data.provenance import is_held_out
 from mxd.data.texts import evaluation_batches, evaluation_settings, load_one
 from mxd.evaluation import (
     ExpertRanks,
@@ -22,8 +21,6 @@ from .decompositions import load_base_and_text, load_decomposition, made_how, re
 from .domain_use import measure_domain_use
 from .options import EvaluationOptions
 from .run_folder import write_run
-
-logger = logging.getLogger(__name__)
 
 _ABLATION_FIGURE, _RANKS_FIGURE = "ablation.png", "smallest_singular_values.png"
 
@@ -55,7 +52,9 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
     if options.ablation is not None:
         check_predictions(model, "--ablation")
     batches = evaluation_batches(documents, tokenizer, options.context_length, options.tokens)
-    settings = {"evaluation": _measured_on(options, made), **made}
+    measured_on = evaluation_settings(options.text, options.dtype)
+    measured_on["held_out"] = is_held_out(made, options.text, documents)
+    settings = {"evaluation": measured_on, **made}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
     if folder is not None:
         save_evaluation(results, folder)  # already now: the rest may take longer than this did
@@ -83,11 +82,3 @@ def _plot(results: dict[str, Any], ranks: dict[int, ExpertRanks], figures: Path)
     if ranks:
         smallest = {f"layer {layer}": rank.smallest for layer, rank in ranks.items()}
         plot_singular_values(smallest, figures / _RANKS_FIGURE)
-
-
-def _measured_on(options: EvaluationOptions, made: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the text, and whether none of it was trained on; warn if some was."""
-    seen = seen_in_training(made, options.text)
-    if seen:
-        logger.warning("this decomposition was trained on %s: the text is not held out", ", ".join(seen))
-    return {**evaluation_settings(options.text, options.dtype), "held_out": is_held_out(made, seen)}

@@ -1,6 +1,5 @@
 """`mxd finetune`: train a decomposition further, end to end in its language model, and measure it before and after."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from transformers import set_seed
 
 from mxd.base.base_model import resolve_name
 from mxd.data.packing import pack
-from mxd.data.provenance import is_held_out, seen_in_training, split_seed
+from mxd.data.provenance import is_held_out, sketch, split_seed
 from mxd.data.texts import (
     count_documents,
     evaluation_batches,
@@ -24,8 +23,6 @@ from .decompositions import load_base_and_text, load_decomposition, made_how
 from .options import FinetuningOptions
 from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
 from .training import asked_for, make_arguments, run_training, save_results
-
-logger = logging.getLogger(__name__)
 
 MEASURED = ("layers", "cross_entropy", "kl", "top1_agreement")
 _LOSS_NAMES = {"kl": "KL to the untouched model, nats per token", "cross_entropy": "cross-entropy, nats per token"}
@@ -56,13 +53,12 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         decomposition,
         options.dtype,
         context,
-        # Divided as in the decomposition's training if the text is the same.
         lambda: load_documents(options.text, split_seed(settings, options.seed)),
     )
     count = count_documents(documents, heldout_documents)
     check_same_documents(folder, start, count)
-    if seen := seen_in_training(settings, options.text, options.seed, count):
-        logger.warning("the decomposition was trained on %s: the figures are not of held-out text", ", ".join(seen))
+    own_sketch = sketch(options.text, documents, split_seed(settings, options.seed))
+    held_out = is_held_out(settings, options.text, heldout_documents, options.seed, own_sketch)
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     model = make_spliced(base, decomposition, options.decomposition, cast=False)
@@ -86,10 +82,10 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         "loss": options.loss,
         "nmse_weight": options.nmse_weight,
         "documents": count,
+        "sketch": own_sketch,
         "before": start["before"],
     }
-    # Held out from the earlier runs: this one, recorded next, trains on the other documents.
-    evaluated = evaluation_settings(options.text, options.dtype) | {"held_out": is_held_out(settings, seen)}
+    evaluated = evaluation_settings(options.text, options.dtype) | {"held_out": held_out}
     settings |= {"finetuning": [*settings.get("finetuning", []), made], "evaluation": evaluated}
     return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
 

@@ -54,6 +54,7 @@ class DatasetOptions:
         list, "Hub dataset, or files, folders and globs of parquet, jsonl, csv or text. [the sample of mxd]", DATA
     )
     dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
     split: str = option("train", "Split of a Hub dataset.")
     text_column: str = option("text", "Column that holds the text.")
     context_length: int = option(128, "Tokens in a row, BOS included.", minimum=2)

@@ -100,6 +100,7 @@ def _load_documents(options: ProbingOptions) -> LabelledDocuments:
         classes=options.classes,
         text_column=options.text_column,
         config_name=options.dataset_config,
+        revision=options.dataset_revision,
         split=options.split,
     )
     # Too few documents show here already; the texts that are cut from them are checked again.

@@ -91,6 +91,17 @@ def test_evaluate_on_the_text_of_the_training_says_so(finished, tmp_path, caplog
     assert "was trained on" in caplog.text and found["settings"]["evaluation"]["held_out"] is False
     found = evaluated(folder, context_length=64, tokens=256)
     assert found["settings"]["evaluation"]["held_out"] is True
+    copies = {
+        name: shutil.copy(demo.text_path(name), tmp_path / f"copy of {name}.txt.parquet")
+        for name in ("train", "heldout")
+    }
+    for name, held_out in (("train", False), ("heldout", True)):  # by the text, not the path
+        found = evaluated(folder, dataset=[str(copies[name])], context_length=64, tokens=256)
+        assert found["settings"]["evaluation"]["held_out"] is held_out
+    del results["settings"]["training"]["sketch"]
+    (folder / "evaluation.json").write_text(json.dumps(results))
+    found = evaluated(folder, dataset=[str(copies["train"])], context_length=64, tokens=256)
+    assert found["settings"]["evaluation"]["held_out"] is None
     (folder / "evaluation.json").unlink()  # as of what a Trainer made: on what it was trained is not known
     found = evaluated(folder, context_length=64, tokens=256)
     assert found["settings"]["evaluation"]["held_out"] is None

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -53,9 +54,14 @@ def test_numbers_that_are_none(text):
         parse_numbers(text)
 
 
-def test_files_that_the_shell_made_of_a_glob():
+def test_files_that_the_shell_made_of_a_glob(tmp_path, monkeypatch):
     assert split_files(["model", "b.parquet"], ["a.parquet"], []) == (["model"], ["a.parquet", "b.parquet"])
     assert split_files(["gpt2", "B.PARQUET"], ["a.parquet"], []) == (["gpt2"], ["a.parquet", "B.PARQUET"])
+    for name in ("b.jsonl.gz", "texts/b.csv.zst", "B.NDJSON", "b.tsv", "b.arrow", "b.log", "b.zip"):
+        assert split_files([name, "user/mxd-llama-3.1-8b"], ["a"], []) == (["user/mxd-llama-3.1-8b"], ["a", name])
+    monkeypatch.chdir(tmp_path)
+    Path("LICENSE").write_text("a text")  # of `--dataset texts/*`
+    assert split_files(["LICENSE", "gpt2"], ["a.txt"], []) == (["gpt2"], ["a.txt", "LICENSE"])
     with pytest.raises(typer.BadParameter, match="--dataset"):
         split_files(["a.parquet"], [], [])
     with pytest.raises(typer.BadParameter, match=r"is b\.parquet to be trained on, or held out\? quote"):
@@ -92,7 +98,7 @@ def test_there_are_few_options():
         name: sum(one.param_type_name == "option" and one.name not in ("config", "help") for one in command.params)
         for name, command in commands().items()
     }
-    assert counts["decompose"] <= 26 and sum(counts.values()) <= 97, counts
+    assert counts["decompose"] <= 27 and sum(counts.values()) <= 102, counts
 
 
 def test_defaults_of_trainer_arguments_are_the_trainer_s():

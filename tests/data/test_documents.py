@@ -4,12 +4,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from text_cases import documents, ids_of, texts, write_shards
 
 from mxd.data import documents as documents_module
-from mxd.data.documents import DataError, load_text, split_documents
+from mxd.data.documents import START_ROWS, DataError, load_text, split_documents
 from mxd.data.packing import pack
+from mxd.data.provenance import sketch
+from mxd.data.texts import TextOptions
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -108,6 +110,9 @@ def test_split_may_be_a_slice(tmp_path):
     [
         ("./missing", r"no such file, folder or glob: '\./missing'"),
         ("missing.parquet", "no such file, folder or glob"),
+        *[(f"missing{ending}", "no such file, folder or glob") for ending in (".jsonl.gz", ".JSONL", ".tsv", ".arrow")],
+        *[(f"owner/missing{ending}", "no such file, folder or glob") for ending in (".txt.zst", ".zip", ".xlsx")],
+        ("notes.log", "unknown ending '.log'"),
         ("mis*ing", "no such file, folder or glob"),
         ("~/missing-folder/deep", "no such file, folder or glob"),
         ("one/two/three", "no such file or folder: 'one/two/three'; nor is it a Hub dataset's name"),
@@ -124,8 +129,9 @@ def test_split_may_be_a_slice(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch, source, message, streaming):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(documents_module, "load_dataset", only_local(documents_module.load_dataset))
+    monkeypatch.setattr(documents_module, "load_dataset", sent_to_the_hub)
     Path("data.bin").write_bytes(b"\0")
+    Path("notes.log").write_text("a text")
     Path("nothing").mkdir()
     Path("empty.jsonl").write_text("")
     Path("header.csv").write_text("text,n\n")
@@ -135,12 +141,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch, source, message, 
         load_text(source, streaming=streaming)
 
 
-def only_local(load_dataset):
-    def checked(builder, *args, **kwargs):
-        assert builder in {"parquet", "json", "csv", "text"}, f"{builder} was sent to the Hub"
-        return load_dataset(builder, *args, **kwargs)
-
-    return checked
+def sent_to_the_hub(name, *args, **kwargs):
+    raise AssertionError(f"{name} was sent to the Hub")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -167,6 +169,22 @@ def test_hub_names_go_to_the_hub_and_failures_are_short(monkeypatch):
     assert calls == [(("foo/bar", "en"), {"split": "test", "revision": "abc", "streaming": True})]
 
 
+@pytest.mark.parametrize("how", [{}, {"config_name": "en"}, {"revision": "main"}])
+def test_a_script_on_the_hub_is_read_from_its_conversion(monkeypatch, how):
+    def load(name, config_name, revision, data_dir=None, **_):
+        if revision != "refs/convert/parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found bar.py")
+        return Dataset.from_dict({"text": [f"of {data_dir}, {config_name}"]})
+
+    monkeypatch.setattr(documents_module, "load_dataset", load)
+    with pytest.raises(
+        DataError, match=r'is a script.*revision="refs/convert/parquet", or --dataset-revision refs/con'
+    ):
+        load_text("foo/bar", **how)
+    converted = load_text("foo/bar", **how | {"revision": "refs/convert/parquet"})
+    assert list(converted["text"]) == [f"of {how.get('config_name')}, None"]
+
+
 def test_hub_rows_pass_the_same_checks(monkeypatch):
     hub = Dataset.from_dict({"content": ["a"], "score": [0.5], "domain": ["web"]})
     monkeypatch.setattr(documents_module, "load_dataset", lambda *args, **kwargs: hub)
@@ -186,6 +204,19 @@ def test_split_of_a_map_style_dataset():
     assert list(again[1]["text"]) == list(heldout["text"])
     other = split_documents(documents(40), heldout_fraction=0.1, seed=4)
     assert set(other[1]["text"]) != set(heldout["text"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_a_document_stay_on_one_side(seed):
+    many = Dataset.from_dict({"text": texts(30) * 2 + texts(10) + [None, "", None]})
+    for rows in (many, many.to_iterable_dataset(), many.with_format("torch")):
+        train, heldout = ({row["text"] or "" for row in side} for side in split_documents(rows, 0.2, seed))
+        assert train and heldout and train.isdisjoint(heldout) and train | heldout == {*texts(30), ""}
+    assert sum(map(len, split_documents(many, 0.2, seed))) == len(many)
+    order = many.shuffle(seed=seed)
+    assert set(split_documents(order, 0.2, seed)[1]["text"]) == set(split_documents(many, 0.2, seed)[1]["text"])
+    with pytest.raises(DataError, match=r"1 document\(s\).*pass a separate held-out dataset"):
+        split_documents(Dataset.from_dict({"text": ["the same"] * 9}))
 
 
 def test_split_leaves_a_document_on_each_side():
@@ -210,6 +241,37 @@ def test_split_of_a_stream_stays_apart_when_shards_are_shuffled(tmp_path, bare_t
         seen = " ".join(bare_tokenizer.decode(ids) for ids in ids_of(rows))
         assert not any(text in seen for text in held)
     assert {row["text"] for row in split_documents(stream, 0.2, seed=2)[1]} != held
+
+
+def test_the_start_of_a_stream_is_read_once(bare_tokenizer):
+    opened, read = [], []
+
+    def rows():
+        opened.append(1)
+        for text in texts(1500):
+            read.append(text)
+            yield {"text": text}
+
+    for features in (None, Features({"text": Value("string")})):
+        opened.clear(), read.clear()
+        stream = IterableDataset.from_generator(rows, features=features)
+        train, heldout = split_documents(stream, seed=1)
+        packed = [pack(side, bare_tokenizer, 16, seed=0) for side in (train, heldout)]
+        sketches = [sketch(TextOptions(["a"], streaming=True), side, 1) for side in (train, heldout, stream)]
+        assert len(opened) == 1 and len(read) == START_ROWS
+        assert len(list(packed[1])) > 50 and len(opened) == 2
+        assert not any(one["complete"] for one in sketches) or len(sketches[1]["hashes"]) < 16 * START_ROWS
+
+
+def test_what_a_stream_raises_later_is_raised_later(bare_tokenizer):
+    def rows():
+        yield from ({"text": text} for text in texts(100))
+        raise ConnectionError("the network is gone")
+
+    train, _ = split_documents(IterableDataset.from_generator(rows))
+    packed = pack(train, bare_tokenizer, 16, shuffle=False)
+    with pytest.raises(ConnectionError, match="the network is gone"):
+        list(packed)
 
 
 def test_split_of_too_short_a_stream():

@@ -3,8 +3,12 @@
 from dataclasses import asdict
 
 import pytest
+from datasets import Dataset
+from text_cases import texts
 
+from mxd.data.documents import START_ROWS, split_documents
 from mxd.data.provenance import (
+    SKETCH_SIZE,
     TextPart,
     common,
     heldout_parts,
@@ -12,6 +16,7 @@ from mxd.data.provenance import (
     recorded_parts,
     recorded_runs,
     seen_in_training,
+    sketch,
     text_parts,
 )
 from mxd.data.texts import TextOptions
@@ -77,8 +82,8 @@ def test_held_out_documents_of_a_finetuning_may_have_been_trained_on(tmp_path):
     def run(dataset, **changes):
         return {"text": {**asdict(TextOptions(dataset)), **changes}, "seed": 3}
 
-    def seen(text, training, *finetunings, documents=None):
-        return seen_in_training({"training": training, "finetuning": list(finetunings)}, text, 5, documents)
+    def seen(text, training, *finetunings):
+        return seen_in_training({"training": training, "finetuning": list(finetunings)}, text, 5)
 
     assert seen(TextOptions([a, b]), run([a, b])) == []  # the same split
     assert seen(TextOptions([b, a]), run([a, b])) == [a, b]  # another order, another split
@@ -88,13 +93,9 @@ def test_held_out_documents_of_a_finetuning_may_have_been_trained_on(tmp_path):
     assert seen(TextOptions(["ann/plays"], heldout_dataset=[a]), run([a])) == [a]
     assert seen(TextOptions(["ann/plays"]), run([a])) == []
     assert seen(TextOptions([a]), run([a], heldout_dataset=[b])) == [a]  # nothing was held out of it
-    # With another number of documents, others are held out.
-    counted = {**run([a]), "documents": 100}
-    assert seen(TextOptions([a]), counted, documents=100) == seen(TextOptions([a]), run([a]), documents=101) == []
-    assert seen(TextOptions([a]), counted, documents=101) == [a]
     # Without a recorded seed of the training, each fine-tuning splits by its own.
-    assert seen_in_training({"finetuning": [run([a])]}, TextOptions([a]), 3, None) == []
-    assert seen_in_training({"finetuning": [run([a])]}, TextOptions([a]), 4, None) == [a]
+    assert seen_in_training({"finetuning": [run([a])]}, TextOptions([a]), 3) == []
+    assert seen_in_training({"finetuning": [run([a])]}, TextOptions([a]), 4) == [a]
 
 
 def test_a_whole_text_that_was_trained_on_is_seen_however_it_was_split(tmp_path):
@@ -114,16 +115,79 @@ def test_only_well_formed_records_are_read():
     assert recorded_runs({"training": [], "finetuning": {}}) == recorded_runs("x") == recorded_runs(None) == {}
 
 
+def rows(words):
+    return Dataset.from_dict({"text": words})
+
+
+def trained_on(documents, seed=0, name="trained.txt"):
+    text = TextOptions([name], streaming=not isinstance(documents, Dataset))
+    return {"text": asdict(text), "seed": seed, "sketch": sketch(text, documents, seed)}
+
+
+OTHER = TextOptions(["another name.txt"])
+
+
+@pytest.mark.parametrize("count", [5, 150, 3 * SKETCH_SIZE])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_documents_are_recognised_by_their_text(count, streamed, caplog):
+    known, new = texts(count, words=6), [f"{text} x" for text in texts(count, words=6)]
+    documents = rows(known).to_iterable_dataset() if streamed else rows(known)
+    settings = {"training": trained_on(documents)}
+    read = not streamed or count < START_ROWS  # of a longer stream, only the start is
+    assert is_held_out(settings, OTHER, rows(new)) is (True if read else None)
+    assert is_held_out(settings, OTHER, rows(new).to_iterable_dataset()) is (True if count < START_ROWS else None)
+    assert caplog.text == ""
+    assert is_held_out(settings, OTHER, rows([*reversed(known)])) is False
+    assert is_held_out(settings, OTHER, rows([*known[:30], *new]).to_iterable_dataset()) is False
+    assert is_held_out(settings, OTHER, rows([f"\n{text} " for text in known])) is False
+    assert "was trained on documents of this text: the text is not held out" in caplog.text
+
+
+def test_too_few_documents_are_not_known():
+    settings = {"training": trained_on(rows(texts(20 * SKETCH_SIZE, words=6)))}
+    assert is_held_out(settings, OTHER, rows(["one new document"] * 40)) is None
+    assert is_held_out(settings, OTHER, rows([f"new {number}" for number in range(2000)])) is True
+    assert is_held_out(settings, OTHER, rows([None, " ", ""])) is None
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_documents_that_were_split_off_are_held_out(streamed):
+    documents = rows(texts(5 * SKETCH_SIZE, words=6))
+    documents = documents.to_iterable_dataset() if streamed else documents
+    train, heldout = split_documents(documents, seed=3)
+    settings = {"training": trained_on(train, seed=3)}
+    text = TextOptions(["trained.txt"], streaming=streamed)
+    assert is_held_out(settings, text, heldout, seed=3) is True
+    assert is_held_out(settings, OTHER, heldout) is (None if streamed else True)  # the start of a stream is compared
+    assert is_held_out(settings, OTHER, documents) is False
+    assert is_held_out(settings, text, heldout) is False  # all that has this name
+
+
+def test_held_out_text_of_the_run_itself():
+    own = sketch(OTHER, rows(texts(50)), 0)
+    text = TextOptions(["a.txt"], heldout_dataset=["copy of a.txt"])
+    before = {"training": trained_on(rows(["something else"]))}
+    assert is_held_out(before, text, rows(texts(50)), 0, own) is False
+    assert is_held_out(before, text, rows(["new"]), 0, own) is True
+    assert is_held_out(before, TextOptions(["a.txt"]), rows(["new"]), 0, own) is True
+
+
 @pytest.mark.parametrize(
-    ("made", "held_out"),
+    "changed",
     [
-        ({"training": {"text": {"dataset": []}}}, True),
-        ({}, None),
-        ({"training": {"text": {}}}, None),
-        ({"training": {"text": {"dataset": []}}, "finetuning": [{}]}, None),
-        ({"finetuning": [{"text": {"dataset": []}}]}, None),
+        {"hashes": ""}, {"hashes": "xyz"}, {"hashes": 7}, {"hashes": "0" * 15}, {"least": "x"}, {"least": None},
+        {"complete": 1}, {"seed": "x"},
     ],
-)
-def test_text_is_held_out_only_if_every_run_records_its_text(made, held_out):
-    assert is_held_out(made, []) is held_out
-    assert is_held_out(made, ["a.txt"]) is False
+)  # fmt: skip
+def test_a_sketch_that_is_none_tells_nothing(changed):
+    made = trained_on(rows(texts(5)))
+    made["sketch"] |= changed
+    assert is_held_out({"training": made}, OTHER, rows(["new"])) is None
+
+
+@pytest.mark.parametrize("made", [{}, {"training": {"text": {"dataset": []}}}, {"training": {"sketch": 7}}])
+def test_text_is_held_out_only_if_every_run_has_a_sketch(made):
+    assert is_held_out(made, OTHER, rows(["new"])) is None
+    known = trained_on(rows(texts(5)))
+    assert is_held_out({"training": known, "finetuning": [made.get("training", {})]}, OTHER, rows(["new"])) is None
+    assert is_held_out({"training": known, "finetuning": [known]}, OTHER, rows(["new"])) is True

@@ -3,11 +3,13 @@ import math
 import os
 import re
 import signal
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 import warm_process
+from datasets import IterableDataset
 from trainer_cases import PLAIN, arguments, decomposition, rows
 from transformers import Trainer, TrainerCallback
 
@@ -206,6 +208,21 @@ class Interrupt(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stream_is_opened_for_the_measurements_and_for_the_training(tiny_llama, tmp_path):
+    data, opened = rows(200), []
+    stream = IterableDataset.from_generator(lambda: opened.append(torch.rand(1)) or iter(data))
+    found = []
+    for training in (stream, data):
+        args = arguments(tmp_path, max_steps=6, statistics_tokens=500, disable_tqdm=False)
+        torch.manual_seed(0)
+        trainer = DistillationTrainer(decomposition(), tiny_llama, args, train_dataset=training)
+        monitored = list(map(torch.clone, (batch["input_ids"] for batch in islice(trainer._training_batches(), 12))))
+        trainer.train()
+        found.append(monitored)
+    assert len(opened) == 3  # the twelve batches are more than the training has
+    assert torch.equal(torch.cat(found[0]), torch.tensor(data["input_ids"])[:96])
 
 
 def test_interrupt_keeps_a_checkpoint(tiny_llama, tmp_path):

@@ -1,0 +1,32 @@
+"""Keep the first batches of a stream, from which all measurements of a training read, so that it is opened once."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+if TYPE_CHECKING:
+    from .decomposition_trainer import DecompositionTrainer
+
+DEFAULT_TOKENS = 65536
+
+
+def stream_start(trainer: "DecompositionTrainer") -> list[dict[str, Any]]:
+    """Return the batches of a stream that calibration and statistics need; none of other data."""
+    if not isinstance(trainer.train_dataset, IterableDataset):
+        return []
+    asked = (trainer.args.calibration_tokens, trainer.args.statistics_tokens)
+    tokens = max(DEFAULT_TOKENS if one is None else one for one in asked)
+    steps = trainer.args.max_steps * trainer.args.gradient_accumulation_steps
+    batches: list[dict[str, Any]] = []
+    with torch.random.fork_rng(devices=[]):
+        try:
+            for batch in trainer.get_train_dataloader():
+                batches.append(batch)
+                tokens -= trainer.loss_mask(trainer.prepare_batch(batch)).numel()
+                if tokens <= 0 or len(batches) == steps:
+                    break
+        except Exception:
+            if not batches:
+                raise  # later errors are raised again for what needs more batches
+    return batches
