@@ -212,16 +212,16 @@ class DecompositionTrainer(HubPushes):
 
     def calibrate(self, tokens: int) -> dict[int, Calibration]:
         """Measure the activations on the training data, and set `scales`."""
-        of_decoder = self.decomposition.config.of_decoder
-
-        def least(count: int) -> int:
-            return int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).min())
-
-        calibrations = calibrate(self.capture, self._training_batches(), tokens, of_decoder, self.shows_progress, least)
+        of_decoder, show = self.decomposition.config.of_decoder, self.shows_progress
+        calibrations = calibrate(self.capture, self._training_batches(), tokens, of_decoder, show, self.least)
         scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
         # DDP broadcasts the weights of process 0; the scales must be the same everywhere too.
         self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
         return calibrations
+
+    def least(self, count: int) -> int:
+        """Return the smallest of all processes' counts: reading a batch may involve them all, so all stop together."""
+        return int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).min())
 
     def least_norm(self, layer: int) -> float:
         """Return the lower bound on ‖y‖² in errors divided by it: see `minimum_relative_norm`."""

@@ -16,15 +16,15 @@ def stream_start(trainer: "DecompositionTrainer") -> list[dict[str, Any]]:
     if not isinstance(trainer.train_dataset, IterableDataset):
         return []
     asked = (trainer.args.calibration_tokens, trainer.args.statistics_tokens)
-    tokens = max(DEFAULT_TOKENS if one is None else one for one in asked)
+    tokens, count = max(DEFAULT_TOKENS if one is None else one for one in asked), 0
     steps = trainer.args.max_steps * trainer.args.gradient_accumulation_steps
     batches: list[dict[str, Any]] = []
     with torch.random.fork_rng(devices=[]):
         try:
             for batch in trainer.get_train_dataloader():
                 batches.append(batch)
-                tokens -= trainer.loss_mask(trainer.prepare_batch(batch)).numel()
-                if tokens <= 0 or len(batches) == steps:
+                count += trainer.loss_mask(trainer.prepare_batch(batch)).numel()
+                if trainer.least(count) >= tokens or len(batches) == steps:
                     break
         except Exception:
             if not batches:
