@@ -51,8 +51,9 @@ def _load(text: TextOptions, split: str, sample: Literal["train", "heldout"]) ->
     """Load a split of the dataset, or a split of the sample text, to which the other options do not apply."""
     if not text.dataset:
         return load_text(str(demo.text_path(sample)))
-    how = {"config_name": text.config_name, "revision": text.dataset_revision, "split": split}
-    return load_text(text.dataset, **how, **_how(text))
+    return load_text(
+        text.dataset, config_name=text.config_name, revision=text.dataset_revision, split=split, **_how(text)
+    )
 
 
 def _how(text: TextOptions) -> dict[str, Any]:
