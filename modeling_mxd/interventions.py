@@ -45,7 +45,7 @@ class ExpertIntervention:
         self.add = {_whole(expert): constant for expert, constant in (add or {}).items()}
         self.set = {_whole(expert): value for expert, value in (set or {}).items()}
         self.scale = {_whole(expert): factor for expert, factor in (scale or {}).items()}
-        self.ablate = tuple(map(_whole, [ablate] if isinstance(_whole(ablate), int) else ablate))
+        self.ablate = tuple(map(_whole, [ablate] if isinstance(_whole(ablate), int) else ablate))  # type: ignore[arg-type]
         if not (self.add or self.set or self.scale or self.ablate):
             raise ValueError("an intervention needs at least one of add, set, scale, ablate")
 
