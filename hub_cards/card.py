@@ -48,7 +48,7 @@ _FIGURE = re.compile(r"[A-Za-z0-9][\w-]{0,80}\.png", re.ASCII)
 _MAX_ITEMS = 20
 # Settings of a run that are options of its command by the same name,
 _FLAGS = (
-    "dataset", "heldout_dataset", "dataset_config", "dataset_revision", "split", "text_column", "streaming",
+    "dataset", "heldout_dataset", "dataset_config", "dataset_revision", "split", "text_column", "chat", "streaming",
     "context_length", "revision", "site", "num_experts_per_tok", "num_experts", "match_transcoder", "tokens",
     "batch_tokens", "learning_rate", "nmse_weight", "min_mean_ablation_error", "auxiliary_weight", "dtype",
     "evaluation_tokens", "seed", "bf16",

@@ -32,7 +32,7 @@ class ExpertIntervention:
         add: expert → constant added, whether or not the expert is active (paper's steering: add 100).
         set: expert → value that replaces its own, whether or not the expert is active.
         scale: expert → factor on its coefficient where it is active.
-        ablate: experts whose coefficient becomes 0.
+        ablate: the expert or experts whose coefficient becomes 0.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class ExpertIntervention:
         add: Mapping[int, float] | None = None,
         set: Mapping[int, float] | None = None,  # noqa: A002 - the word users look for
         scale: Mapping[int, float] | None = None,
-        ablate: Iterable[int] = (),
+        ablate: int | Iterable[int] = (),
     ):
         self.add = {_whole(expert): constant for expert, constant in (add or {}).items()}
         self.set = {_whole(expert): value for expert, value in (set or {}).items()}
         self.scale = {_whole(expert): factor for expert, factor in (scale or {}).items()}
-        self.ablate = tuple(map(_whole, ablate))
+        self.ablate = tuple(map(_whole, [ablate] if isinstance(_whole(ablate), int) else ablate))  # type: ignore[arg-type]
         if not (self.add or self.set or self.scale or self.ablate):
             raise ValueError("an intervention needs at least one of add, set, scale, ablate")
 

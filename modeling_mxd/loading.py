@@ -78,7 +78,7 @@ def _transient_cause(error: BaseException | None) -> BaseException | None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip().split("\n", 1)[0] or type(error).__name__)[:300]
+    return (re.sub(r":\s*\n\s*", ": ", str(error).strip()).split("\n", 1)[0] or type(error).__name__)[:300]
 
 
 def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:

@@ -118,8 +118,8 @@ FAULTS = [
         "packing-last-row",
         "packing drops the last row of a batch when it ends exactly with the text",
         "mxd/data/packing.py",
-        "    full = range(0, len(stream) - length + 1, length)\n",
-        "    full = range(0, len(stream) - length, length)\n",
+        "stream[begin : begin + context_length])) >= context_length:\n",
+        "stream[begin : begin + context_length])) > context_length:\n",
         "tests/data/test_packing.py::test_rows_are_the_token_stream",
     ),
     Fault(

@@ -27,6 +27,7 @@ from mxd.modeling_mxd.loading import (
     check_language_config,
     check_language_model,
     first_line,
+    is_transient,
     recorded_model,
     resolve,
     with_retries,
@@ -139,7 +140,8 @@ def load_base_model(
         if not pickles:
             source = recorded_model(source, revision, {})
             check_language_model(resolve(source, {"revision": revision}))
-        tokenizer = with_retries(partial(AutoTokenizer.from_pretrained, source, **how), name)
+    tokenizer = _load_tokenizer(name, source, how)
+    with _base_model_errors(name, pickles):
         load = partial(AutoModelForCausalLM.from_pretrained, source, output_loading_info=True, **how, **weights)
         model, info = with_retries(load, name)
     _keep_missing(name, model, sorted(info["missing_keys"]))
@@ -157,6 +159,26 @@ def _keep_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None
     if missing:
         logger.warning("%s: figures that need its predictions are left out", lacks_weights(name, missing))
     vars(model)["_random_weights"] = missing
+
+
+def _load_tokenizer(name: str, source: str, how: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, or raise `BaseModelError`: without its files, transformers may make an empty one."""
+    try:
+        load = partial(AutoTokenizer.from_pretrained, source, **how)
+        tokenizer: PreTrainedTokenizerBase = with_retries(load, name)
+        added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common has none
+        special = {*tokenizer.all_special_tokens, *added, "▁"}
+        if len(tokenizer) > len(special) or tokenizer.get_vocab().keys() - special:
+            return tokenizer
+        reason = "no file of a vocabulary"
+    except Exception as error:  # each class of tokenizer has its own
+        if is_transient(error):
+            raise BaseModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
+        reason = first_line(error)
+    raise BaseModelError(
+        f"{name!r} has no tokenizer that loads ({reason}): add tokenizer.json and tokenizer_config.json, as "
+        "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER) writes them, beside the model's config.json"
+    )
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mxd.jobs.options import text_name
+
 MAX_LAYERS = 100
 MAX_CELL = 200
 
@@ -89,8 +91,8 @@ def _measured_on(results: dict[str, Any]) -> str:
     tokens, evaluated = settings.get("tokens"), settings.get("evaluation", {"held_out": True})
     texts = {True: "held-out text", False: "text that was trained on"}
     text = texts.get(evaluated.get("held_out"), "text; it is not known whether it was trained on that")
-    sample = ", the sample of mxd" if evaluated.get("dataset") == [] else ""
-    return (f"{tokens:,} tokens of " if isinstance(tokens, int) else "") + text + sample
+    name = "" if evaluated.get("dataset") is None else f", {text_name(evaluated['dataset'])}"
+    return (f"{tokens:,} tokens of " if isinstance(tokens, int) else "") + text + name
 
 
 def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = None) -> None:
@@ -181,9 +183,10 @@ def print_probing(results: dict[str, Any]) -> None:
     for label, counts in results["classes"].items():
         scores = (f"{row['classes'][label]['f1']:.3f}" for row in found.values())
         classes.append((label, f"{counts['texts']:,}", f"{counts['groups']:,}", f"{chance[label]:.3f}", *scores))
+    text = text_name(results["settings"]["dataset"])
     heads = ("class", "texts", "documents", "(always yes)", *map(cell, found))
     _print(
-        _table("Sparse probing, means over classes and folds of test texts", (*columns, *accuracy), rows),
+        _table(f"Sparse probing of {text}, means over classes and folds of test texts", (*columns, *accuracy), rows),
         _table("F1 of the best feature, class by class", heads, classes),
     )
 
@@ -196,7 +199,8 @@ def print_domain_use(results: dict[str, Any]) -> None:
             first = ", ".join(list(row["own_experts"])[:5]) or "–"
             rows.append((domain, row["tokens"], row["active_experts"], len(row["own_experts"]), first))
         own = f"experts with {100 * use['share']:.0f} % of their firings there"
-        title = f"Layer {layer}: {use['judged_experts']} of {use['experts']} experts judged"
+        text = text_name(results["settings"]["dataset"])
+        title = f"Layer {layer}: {use['judged_experts']} of {use['experts']} experts judged, on {text}"
         _print(_table(title, ("domain", "tokens", "active experts", own, "most frequent of them"), rows))
 
 
@@ -204,19 +208,20 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
     """Print results of `mxd experts`: the strongest `shown` examples of each expert."""
     from mxd.jobs.experts import NOT_ACTIVE, percent
 
+    text = text_name(results["settings"]["dataset"])
     for layer, experts in results["layers"].items():
         rows: list[tuple[Any, ...]] = []
         for expert, found in experts.items():
             head = (expert, percent(found["frequency"]))
             for example in found["examples"][:shown]:
                 before, after = cell(example["before"][-30:]), cell(example["after"][:30])
-                text = Text.assemble(before, (cell(example["token"]).plain, "bold reverse"), after)
-                rows.append((*head, f"{example['coefficient']:.3g}", text))
+                context = Text.assemble(before, (cell(example["token"]).plain, "bold reverse"), after)
+                rows.append((*head, f"{example['coefficient']:.3g}", context))
                 head = ("", "")
             if not found["examples"]:
                 rows.append((*head, "–", NOT_ACTIVE))
         columns = ("expert", "% of training\ntokens", "a", "text")
-        table = _table(f"Layer {layer}: where experts are most active", columns, rows, left=0)
+        table = _table(f"Layer {layer}: where experts are most active in {text}", columns, rows, left=0)
         table.columns[-1].justify = "left"
         _print(table)
 

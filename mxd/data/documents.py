@@ -16,12 +16,21 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 
 from mxd.data_files import COMPRESSIONS, FORMATS, is_data_file, split_ending
 
 from .local_text import LocalText
-from .readers import DataError, MissingColumnError, check_columns, describe, first_line, read_tables
+from .readers import (
+    MESSAGES,
+    DataError,
+    MissingColumnError,
+    chat_document,
+    check_columns,
+    describe,
+    first_line,
+    read_tables,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +55,7 @@ def load_text(
     revision: str | None = None,
     streaming: bool = False,
     keep: Sequence[str] = (),
+    chat: bool = False,
 ) -> Dataset | IterableDataset:
     """Load documents from the Hub or from local files.
 
@@ -61,9 +71,13 @@ def load_text(
         streaming: Read lazily instead of downloading and converting everything first.
         keep: Further columns to keep, such as a label. Every source must have them. No other column is read from local
             files.
+        chat: The documents are chats: `pack` reads the control tokens that a text spells. Without it, text is text.
+            Lists of messages (`{"role", "content"}`) are chats in any case. They are in the text column, or in the
+            column `"messages"` if there is no text column, or if `chat` is set.
 
     Returns:
-        Rows `{"text": str}`, with the columns of `keep`: of local files as strings.
+        Rows `{"text": str}`, with the columns of `keep`: of local files as strings. A chat is `CHAT` and its JSON,
+        which `pack` renders by the tokenizer's chat template.
 
     Raises:
         DataError: A file or Hub dataset cannot be found or read, an ending is unknown, the text column is missing or
@@ -75,10 +89,10 @@ def load_text(
         raise DataError(f"no such file or folder: {remote[0]!r}; a Hub dataset is given alone")
     if remote:
         loaded = _load_hub(sources[0], config_name, split, revision, streaming)
-        return _select_text(loaded, text_column, f"dataset {sources[0]!r}", keep)
+        return _select_text(loaded, text_column, f"dataset {sources[0]!r}", keep, chat)
     if config_name is not None or revision is not None:
         raise DataError(f"config_name and revision choose among Hub datasets, but {sources} are local paths")
-    return _load_files(sources, split, text_column, streaming, keep)
+    return _load_files(sources, split, text_column, streaming, keep, chat)
 
 
 def _is_local(source: str) -> bool:
@@ -110,17 +124,18 @@ def _load_hub(name: str, config_name: str | None, split: str, revision: str | No
 
 
 def _load_files(
-    sources: Sequence[str], split: str, text_column: str, streaming: bool, keep: Sequence[str]
+    sources: Sequence[str], split: str, text_column: str, streaming: bool, keep: Sequence[str], chat: bool
 ) -> Dataset | IterableDataset:
     files = [file.absolute() for file in dict.fromkeys(itertools.chain.from_iterable(map(_expand, sources)))]
     facts = [(file, file.stat()) for file in files]
     filled = tuple((str(file), fact.st_size, fact.st_mtime_ns) for file, fact in facts if fact.st_size > 0)
     if not filled:
         raise DataError(f"no documents: every file of {', '.join(map(repr, sources))} is empty")
-    builder = LocalText(files=filled, text_column=text_column, keep=tuple(keep))
+    builder = LocalText(files=filled, text_column=text_column, keep=tuple(keep), chat=chat)
     try:
         if streaming:  # a wrong column shows here already
-            empty = not any(map(len, (table for path, *_ in filled for table in read_tables(path, text_column, keep))))
+            tables = (table for path, *_ in filled for table in read_tables(path, text_column, keep, chat))
+            empty = not any(map(len, tables))
         else:
             builder.download_and_prepare()
             empty = not builder.info.splits["train"].num_examples
@@ -171,11 +186,13 @@ def _folder_files(folder: Path) -> list[Path]:
     return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
-def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) -> Any:
+def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str], chat: bool) -> Any:
     """Check the first row, and keep the text (renamed to "text") and the columns of `keep`."""
+    # Columns that nobody asked for may be large: the rows are read without them.
+    columns = part.column_names or list(next(iter(part), {text_column: None}))
+    text_column = MESSAGES if MESSAGES in columns and (chat or text_column not in columns) else text_column
     try:
-        # Columns that nobody asked for may be large: the rows are read without them.
-        check_columns(part.column_names or list(next(iter(part), {text_column: None})), text_column, keep)
+        check_columns(columns, text_column, keep)
     except MissingColumnError as missing:
         raise DataError(f"{name} {missing}") from None
     part = part.select_columns(list(dict.fromkeys([text_column, *keep])))
@@ -183,10 +200,27 @@ def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str]) ->
     first = next(read_rows(part), None)
     if first is None:
         raise DataError(f"no documents: {name} has no rows")
+    where = f"column {text_column!r} of {name}"
+    if chat or isinstance(first["text"], list):
+        return read_chats(part, "text", where, keep, chat)
     if not isinstance(first["text"], str | None):
-        kind = type(first["text"]).__name__
-        raise DataError(f"column {text_column!r} of {name} holds {kind}, not text; set text_column to another")
+        raise DataError(f"{where} holds {type(first['text']).__name__}, not text; set text_column to another")
     return part
+
+
+def read_chats(part: Any, column: str, where: str, keep: Sequence[str] = (), templated: bool = False) -> Any:
+    """Return rows whose column holds chats as documents, `{"text": str}` with the columns of `keep`."""
+    kept = {one: part.features[one] if part.features else Value("string") for one in keep}
+    read = partial(_read_chat, column=column, where=where, templated=templated)
+    left = [column] if column != "text" else []
+    return part.map(read, remove_columns=left, features=Features({**kept, "text": Value("string")}))
+
+
+def _read_chat(row: dict[str, Any], column: str, where: str, templated: bool) -> dict[str, str | None]:
+    text = chat_document(row[column], templated)
+    if not isinstance(text, str | None):
+        raise DataError(f"{where} holds {type(text).__name__}, neither text nor a list of messages with a role each")
+    return {"text": text}
 
 
 def split_documents(

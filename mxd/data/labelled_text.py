@@ -4,10 +4,10 @@ documents = load_labelled_text("fancyzhx/ag_news", label_column="label")
 texts = cut_texts(documents, tokenizer, context_length=128, texts_per_class=500)
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .documents import DataError, load_text
 from .readers import class_names, spell
+from .tokens import token_ids, warn_of_unknown_tokens, without_bos
 
 MIN_TOKENS = 5
 """Shorter texts are dropped; BOS does not count."""
@@ -61,11 +62,12 @@ def load_labelled_text(
     config_name: str | None = None,
     split: str = "train",
     revision: str | None = None,
+    chat: bool = False,
 ) -> LabelledDocuments:
     """Load documents with a class each.
 
     Args:
-        dataset, text_column, config_name, split, revision: see `load_text`.
+        dataset, text_column, config_name, split, revision, chat: see `load_text`.
         label_column: column of the classes: words, numbers or a `ClassLabel`. Rows without a class are dropped.
         group_column: column whose equal values group documents, such as chunks of one book; None if every document is
             its own group.
@@ -79,18 +81,18 @@ def load_labelled_text(
         raise DataError(f"{label_column!r} is named as the text column and as the label column")
     keep = list(filter(None, [label_column, group_column]))
     found = load_text(
-        dataset, text_column=text_column, config_name=config_name, split=split, revision=revision, keep=keep
+        dataset, text_column=text_column, config_name=config_name, split=split, revision=revision, keep=keep, chat=chat
     )
     assert isinstance(found, Dataset)
     labels = label_names(found, label_column)
     known = {str(label) for label in labels if label is not None}
     if classes is not None and (missing := sorted(set(classes) - known)):
-        raise DataError(f"column {label_column!r} has no class {missing[0]!r}, only {_some(known)}")
+        raise DataError(f"column {label_column!r} has no class {missing[0]!r}, only {some(known)}")
     wanted = known if classes is None else set(classes)
     if len(wanted) < 2:
-        raise DataError(f"probing needs two classes, and column {label_column!r} has only {_some(wanted) or 'none'}")
+        raise DataError(f"probing needs two classes, and column {label_column!r} has only {some(wanted) or 'none'}")
     if len(wanted) > MAX_CLASSES:
-        raise DataError(f"column {label_column!r} has {len(wanted)} classes ({_some(wanted)}), over {MAX_CLASSES}")
+        raise DataError(f"column {label_column!r} has {len(wanted)} classes ({some(wanted)}), over {MAX_CLASSES}")
     chosen = [index for index, label in enumerate(labels) if label in wanted]
     groups = label_names(found, group_column) if group_column else [str(row) for row in range(len(found))]
     return LabelledDocuments(
@@ -108,7 +110,8 @@ def label_names(found: Dataset, column: str) -> list[str | None]:
     return [name or None for name in names]
 
 
-def _some(names: Any) -> str:
+def some(names: Iterable[str]) -> str:
+    """Return the first few of some names, sorted, for a message."""
     ordered = sorted(names)
     return ", ".join(ordered[:_SHOWN]) + (f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else "")
 
@@ -150,12 +153,14 @@ def cut_texts(
             left -= len(drawn)
         if left == texts_per_class:
             raise DataError(f"class {label!r} has no text of at least {MIN_TOKENS} tokens")
+    warn_of_unknown_tokens(tokenizer, list(itertools.chain.from_iterable(ids)))
     return LabelledTexts(ids, documents.labels[origins], documents.groups[origins])
 
 
 def _windows(text: str | None, tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
-    encoded = tokenizer(text or "", add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-    windows = [encoded[begin : begin + length] for begin in range(0, len(encoded), length)]
+    (encoded,) = token_ids(tokenizer, [text or ""])
+    encoded = without_bos(tokenizer, encoded)
+    windows = (without_bos(tokenizer, encoded[begin : begin + length]) for begin in range(0, len(encoded), length))
     return [window for window in windows if len(window) >= MIN_TOKENS]
 
 

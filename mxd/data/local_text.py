@@ -12,11 +12,12 @@ from .readers import read_tables
 
 @dataclass
 class LocalTextConfig(BuilderConfig):
-    """The files, each a tuple of path, size and time of its last change, and the columns to read."""
+    """The files, each a tuple of path, size and time of its last change, and what to read of them."""
 
     files: tuple[tuple[str, int, int], ...] = ()
     text_column: str = "text"
     keep: tuple[str, ...] = ()
+    chat: bool = False
 
 
 class LocalText(ArrowBasedBuilder):
@@ -33,6 +34,7 @@ class LocalText(ArrowBasedBuilder):
         return [SplitGenerator("train", gen_kwargs={"files": [path for path, *_ in self.config.files]})]
 
     def _generate_tables(self, files: list[str]) -> Iterator[tuple[tuple[int, int], pa.Table]]:
+        asked = (self.config.text_column, self.config.keep, self.config.chat)
         for shard, path in enumerate(files):
-            for number, table in enumerate(read_tables(path, self.config.text_column, self.config.keep)):
+            for number, table in enumerate(read_tables(path, *asked)):
                 yield (shard, number), table

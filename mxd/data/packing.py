@@ -7,6 +7,7 @@ process, gives the same rows, as resuming needs. Two things change the order: th
 `set_epoch`, which the Trainer calls when an iterable dataset runs out (train with `repeat=True`, which never does).
 """
 
+import itertools
 import logging
 import math
 import re
@@ -20,7 +21,9 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .documents import DataError, read_rows, require_text
+from .documents import DataError, read_chats, read_rows, require_text
+from .readers import CHAT, MESSAGES
+from .tokens import token_ids, warn_of_unknown_tokens, without_bos
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +49,15 @@ def pack(
 
     Documents are shuffled (map-style: all of them; a stream: through a buffer, and its shards), cut at whitespace into
     passages of at most 16,384 characters so that a book is spread over the run, and shuffled again. Batches of
-    passages are tokenised without special tokens, joined with the EOS token if the tokenizer has one, and cut into
-    rows that each start with the BOS token if it has one; the rows are shuffled once more. The remainder of a batch
+    passages are tokenised (see `token_ids`: control tokens that a text spells are text), joined with the EOS token if
+    the tokenizer has one, and cut into rows that each start with one BOS token if it has one; the rows are shuffled
+    once more. Chats are not cut into passages, and keep their template's control tokens. The remainder of a batch
     after its last row is dropped, on average at most some 3 % of the text. Attention crosses document boundaries in a
     row: only the EOS tokens mark them.
 
     Args:
-        documents: Rows with a `"text"` column, as `load_text` returns them; missing and blank texts are skipped.
+        documents: Rows with a `"text"` column, as `load_text` returns them; missing and blank texts are skipped. Or
+            rows with a `"messages"` column of chats, and none of text.
         tokenizer: The model's tokenizer.
         context_length: Tokens in a row, BOS included.
         seed: Seed of the order.
@@ -69,6 +74,8 @@ def pack(
     """
     if context_length < 2:
         raise DataError(f"context_length must be at least 2, one token to predict another from; got {context_length}")
+    if MESSAGES in (columns := documents.column_names or ()) and "text" not in columns:
+        documents = read_chats(documents.select_columns([MESSAGES]), MESSAGES, "the column of messages")
     require_text(documents)
     batch_size = _passages_per_batch(documents, tokenizer, context_length)
     if shuffle:
@@ -101,7 +108,8 @@ def _passages(documents: Dataset | IterableDataset) -> IterableDataset:
 
 def _cut_documents(batch: dict[str, list[str | None]]) -> dict[str, list[str]]:
     texts = (text for text in batch["text"] if text and not text.isspace())
-    return {"text": [passage for text in texts for passage in _PASSAGE.findall(text)]}
+    passages = ([text] if text.startswith(CHAT) else _PASSAGE.findall(text) for text in texts)
+    return {"text": list(itertools.chain.from_iterable(passages))}
 
 
 def _shuffle_locally(dataset: IterableDataset, seed: int, buffer_size: int) -> IterableDataset:
@@ -111,20 +119,23 @@ def _shuffle_locally(dataset: IterableDataset, seed: int, buffer_size: int) -> I
 
 def _token_stream(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of all passages in one list, with EOS in between if there is one."""
-    # verbose=False: do not warn of a passage longer than the model's context, which is cut below
-    encoded = tokenizer(passages, add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [token for index, ids in enumerate(encoded) for token in (separator * (index > 0) + ids)]
+    stream: list[int] = []
+    for ids in token_ids(tokenizer, passages):
+        if stream and tokenizer.eos_token_id not in (None, stream[-1]):  # a chat may end with it
+            stream.append(tokenizer.eos_token_id)
+        stream.extend(ids)
+    return stream
 
 
 def _pack_batch(
     batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, context_length: int
 ) -> dict[str, list[list[int]]]:
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # an id of 0 is an id
-    length = context_length - len(start)
-    stream = _token_stream(batch["text"], tokenizer)
-    full = range(0, len(stream) - length + 1, length)
-    return {"input_ids": [start + stream[begin : begin + length] for begin in full]}
+    stream, rows, begin = _token_stream(batch["text"], tokenizer), [], 0
+    while len(row := start + without_bos(tokenizer, stream[begin : begin + context_length])) >= context_length:
+        rows.append(row[:context_length])
+        begin += context_length - (0 if stream[begin : begin + 1] == start else len(start))
+    return {"input_ids": rows}
 
 
 def _passages_per_batch(
@@ -137,8 +148,9 @@ def _passages_per_batch(
     # One by one of a stream: its start, which is kept, then suffices.
     while batch := list(islice(passages, PASSAGES_PER_BATCH if isinstance(documents, Dataset) else 1)):
         count += len(batch)
-        tokens += len(_token_stream(batch, tokenizer))
+        tokens += len(stream := _token_stream(batch, tokenizer))
         if tokens >= needed:
+            warn_of_unknown_tokens(tokenizer, stream)
             break
     else:
         raise DataError(

@@ -33,7 +33,7 @@ class TextOptions:
         dataset: Hub dataset, or files, folders and globs; empty for the sample text that ships with mxd.
         heldout_dataset: text to evaluate on; by default documents split off `dataset`.
         heldout_split: split to evaluate on, of `heldout_dataset` (by default `"train"`) or else of `dataset`.
-        config_name, split, text_column: see `load_text`.
+        config_name, split, text_column, chat: see `load_text`.
         dataset_revision: branch, tag or commit of the Hub dataset.
         streaming: read a Hub dataset lazily instead of downloading it first.
         context_length: tokens in a row, BOS included.
@@ -48,6 +48,7 @@ class TextOptions:
     streaming: bool = False
     context_length: int = 128
     heldout_split: str | None = None
+    chat: bool = False
 
 
 class TextPart(NamedTuple):

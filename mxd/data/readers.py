@@ -23,6 +23,10 @@ from datasets import ClassLabel, Features
 
 from mxd.data_files import split_ending
 
+MESSAGES = "messages"
+"""Column of chats, if no other is named."""
+CHAT = "\0chat\0"
+"""Start of a document that is a chat; the JSON of its messages follows, or of its templated text."""
 _ROWS, _CHARACTERS = 1000, 1 << 22  # bounds of a table
 _PARQUET_ROWS = 100
 # The first two bytes of a UTF-32 mark are a UTF-16 mark.
@@ -44,7 +48,7 @@ class _Number(str):
     """A number of JSON as it is spelled."""
 
 
-def read_tables(path: str, text_column: str, keep: Sequence[str] = ()) -> Iterator[pa.Table]:
+def read_tables(path: str, text_column: str, keep: Sequence[str] = (), chat: bool = False) -> Iterator[pa.Table]:
     """Read a file as tables of the columns "text" and `keep`, all of them strings.
 
     Raises:
@@ -55,8 +59,8 @@ def read_tables(path: str, text_column: str, keep: Sequence[str] = ()) -> Iterat
     text_column = "text" if kind == "text" else text_column
     name, row = describe(path), 1
     try:
-        for columns in reader(path, text_column, keep):
-            found = {"text": _text(columns[text_column], text_column, name, row)}
+        for column, columns in _with_text(reader, path, text_column, keep, chat):
+            found = {"text": _text(columns[column], column, name, row, chat)}
             found |= {column: as_strings(columns[column]) for column in keep}
             table = pa.table(found, schema=pa.schema(dict.fromkeys(found, pa.string())))
             yield table
@@ -100,11 +104,37 @@ def check_columns(columns: Iterable[str], text_column: str, keep: Sequence[str])
         raise MissingColumnError(f"has no column {missing[0]!r}, only {shown}")
 
 
-def _text(values: Sequence[Any] | pa.Array, column: str, name: str, row: int) -> pa.Array:
+def _with_text(
+    reader: Any, path: str, text_column: str, keep: Sequence[str], chat: bool
+) -> Iterator[tuple[str, Columns]]:
+    """Yield the text column's name and the columns; it is `MESSAGES` if that is there and `text_column` is not."""
+    reason: MissingColumnError | None = None
+    for column in (MESSAGES, text_column) if chat else (text_column, MESSAGES):
+        try:
+            for columns in reader(path, column, keep):
+                yield column, columns
+            return
+        except MissingColumnError as missing:  # before the first rows
+            reason = missing if column == text_column else reason
+    assert reason is not None
+    raise reason
+
+
+def chat_document(chat: Any, templated: bool = False) -> Any:
+    """Return a list of messages, or `templated` text, as a document that is a chat; any other value as it is."""
+    if isinstance(chat, list) and all(isinstance(one, dict) and "role" in one for one in chat):
+        # Columns of structures have every key in every message.
+        messages = [{key: value for key, value in one.items() if value is not None} for one in chat]
+        return CHAT + json.dumps(messages) if messages else None
+    return CHAT + json.dumps(chat) if templated and isinstance(chat, str) and not isinstance(chat, _Number) else chat
+
+
+def _text(values: Sequence[Any] | pa.Array, column: str, name: str, row: int, chat: bool) -> pa.Array:
     if isinstance(values, pa.Array):
-        if _holds_text(values.type):
+        if _holds_text(values.type) and not chat:
             return values.cast(pa.string())
         values = values.to_pylist()
+    values = [chat_document(value, chat) for value in values]
     for index, value in enumerate(values):
         if not isinstance(value, str | None) or isinstance(value, _Number):
             kind = type(json.loads(value) if isinstance(value, _Number) else value).__name__

@@ -4,15 +4,17 @@ import logging
 from dataclasses import asdict
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from mxd import demo
 
-from .documents import load_text, split_documents
-from .packing import materialize, pack, take_tokens
+from .documents import DataError, load_text, split_documents
+from .packing import CausalCollator, materialize, pack, take_tokens
 from .provenance import TextOptions, check_apart
+from .tokens import token_ids, warn_of_unknown_tokens, without_bos
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,7 @@ def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
     check_apart(text)
     documents = _load(text, text.split, "train")
     if text.heldout_dataset:
-        how: dict[str, Any] = {"text_column": text.text_column, "streaming": text.streaming}
-        return documents, load_text(text.heldout_dataset, split=text.heldout_split or "train", **how)
+        return documents, load_text(text.heldout_dataset, split=text.heldout_split or "train", **_how(text))
     if text.heldout_split or not text.dataset:
         return documents, _load(text, text.heldout_split or text.split, "heldout")
     return split_documents(documents, seed=seed)
@@ -51,13 +52,12 @@ def _load(text: TextOptions, split: str, sample: Literal["train", "heldout"]) ->
     if not text.dataset:
         return load_text(str(demo.text_path(sample)))
     return load_text(
-        text.dataset,
-        config_name=text.config_name,
-        revision=text.dataset_revision,
-        split=split,
-        text_column=text.text_column,
-        streaming=text.streaming,
+        text.dataset, config_name=text.config_name, revision=text.dataset_revision, split=split, **_how(text)
     )
+
+
+def _how(text: TextOptions) -> dict[str, Any]:
+    return {"text_column": text.text_column, "streaming": text.streaming, "chat": text.chat}
 
 
 def warn_of_embedded_text(text: TextOptions, model: str | None) -> None:
@@ -77,6 +77,44 @@ def evaluation_batches(
     rows = materialize(packed, tokens) if warn else materialize(take_tokens(packed, tokens))
     batches = (part["input_ids"] for part in rows.iter(max(1, 2048 // context_length)))  # (batch, tokens)
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
+
+
+def document_batches(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, context_length: int, tokens: int
+) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    """Cut documents into rows that hold text of one document each, spread over documents in random order.
+
+    Returns:
+        Batches of about 2,048 tokens, padded on the right, with `tokens` tokens or all that there are; and for every
+        row a number that copies of its document share.
+
+    Raises:
+        DataError: no document has a token.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    length, rng = context_length - len(start), np.random.default_rng(0)
+    count = len(documents) if isinstance(documents, Dataset) else None
+    rows: list[dict[str, list[int]]] = []
+    origins: list[int] = []
+    shuffled = documents.shuffle(seed=0, **({"keep_in_memory": True} if count else {}))
+    for number, document in enumerate(shuffled):
+        if tokens <= len(start):
+            break
+        ids = without_bos(tokenizer, token_ids(tokenizer, [document["text"] or ""])[0])
+        # Later documents make up for short ones; how many follow in a stream is not known.
+        share = 16 if count is None else -(-tokens // (context_length * (count - number)))
+        for window in sorted(rng.permutation(-(-len(ids) // length))[:share]):
+            if tokens > len(start):
+                rows.append({"input_ids": (start + ids[window * length : (window + 1) * length])[:tokens]})
+                origins.append(hash(document["text"]))
+                tokens -= len(rows[-1]["input_ids"])
+    if not rows:
+        raise DataError("the text is too short: no document has a token")
+    if tokens > len(start):
+        logger.warning("the text gives %d tokens fewer than were asked for", tokens)
+    warn_of_unknown_tokens(tokenizer, [token for row in rows for token in row["input_ids"]])
+    size, collate = max(1, 2048 // context_length), CausalCollator()
+    return [collate(rows[begin : begin + size]) for begin in range(0, len(rows), size)], origins
 
 
 def evaluation_settings(text: TextOptions, dtype: str) -> dict[str, Any]:

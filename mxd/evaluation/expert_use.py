@@ -111,9 +111,9 @@ def count_expert_use(
 
 
 def captured_activations(
-    model: nn.Module | Capture, decomposition: MxDModel, batch: Mapping[str, Tensor]
+    model: nn.Module | Capture, decomposition: MxDModel, batch: Mapping[str, Tensor], include_first: bool = True
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]:
-    """Return {layer: (x, y)} of a batch, and {layer: mask of the positions that count}."""
+    """Return {layer: (x, y)} of a batch, `right_padded`, and {layer: mask of the positions that count}."""
     config = decomposition.config
     if isinstance(model, nn.Module):
         ids, attention_mask = batch_for(model, batch)
@@ -121,7 +121,8 @@ def captured_activations(
         batch = {"input_ids": ids} if attention_mask is None else {"input_ids": ids, "attention_mask": attention_mask}
     else:
         captured = model(batch)
-    masks = {layer: activation_mask(batch, x, decoder=config.of_decoder) for layer, (x, _) in captured.items()}
+    how = {"include_first": include_first, "decoder": config.of_decoder}
+    masks = {layer: activation_mask(batch, x, **how) for layer, (x, _) in captured.items()}
     return captured, masks
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mxd.base.forward import evaluating
+from mxd.base.forward import evaluating, padding_last
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel
 
 from .expert_use import captured_activations
@@ -59,25 +59,43 @@ class TopExamples:
 
 @torch.no_grad()
 def top_examples(
-    model: nn.Module, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]], count: int = 10
+    model: nn.Module,
+    decomposition: MxDModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    count: int = 10,
+    include_first: bool = False,
 ) -> dict[int, TopExamples]:
     """Find where the experts of every layer are most active, on the untouched model's activations.
 
     Args:
-        model, decomposition, batches: see `count_expert_use`; padding is on the right.
+        model, decomposition, batches: see `count_expert_use`.
         count: M, rows per expert.
+        include_first: whether each row's first position counts. It is an attention sink in many models, on which a few
+            experts are most active whatever the text is.
 
     Returns:
-        {layer: examples}; row indices run over all batches.
+        {layer: examples}; row indices run over all batches, positions are those of `batches`, padding included.
     """
     config = decomposition.config
     found = {layer: TopExamples.empty(config.layer(layer).num_experts, count) for layer in config.layers}
     first_row = 0
     with evaluating(model, decomposition):
         for batch in batches:
-            captured, masks = captured_activations(model, decomposition, batch)
+            captured, masks = captured_activations(model, decomposition, batch, include_first)
             for layer, (x, _) in captured.items():
                 module = decomposition.layer(layer)
-                found[layer].update(module.encode(x.to(module.gate.weight.device)), masks[layer], first_row)
+                coefficients, mask = module.encode(x.to(module.gate.weight.device)), masks[layer]
+                if batch.get("attention_mask") is not None:  # the model read rows with their padding on the right
+                    back = (
+                        padding_last(batch["attention_mask"]).argsort(-1).repeat(len(x) // len(batch["input_ids"]), 1)
+                    )
+                    coefficients = ExpertCoefficients(*(_moved(part, back) for part in coefficients))
+                    mask = _moved(mask[..., None], back)[..., 0]
+                found[layer].update(coefficients, mask, first_row)
             first_row += len(batch["input_ids"])
     return found
+
+
+def _moved(tensor: Tensor, order: Tensor) -> Tensor:
+    """Reorder the positions of each row of a tensor (batch, tokens, K)."""
+    return tensor.take_along_dim(order.to(tensor.device)[..., None], 1)

@@ -1,6 +1,8 @@
 """Load decompositions from folders or the Hub, with their base models and the record of how they were made."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -8,16 +10,22 @@ from typing import Any, TypeVar, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from mxd import demo
 from mxd.base.base_model import BaseModelError, check_base_model, default_device, load_base_model
-from mxd.data.provenance import recorded_runs
+from mxd.data.documents import DataError, local_files
+from mxd.data.provenance import TextOptions, recorded_runs
+from mxd.data.texts import Documents, load_documents, load_one
 from mxd.data_files import is_data_file
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.hub_cards.reading import check_weights, read_config, read_json
 from mxd.modeling_mxd import MxDModel
+from mxd.modeling_mxd.configuration_mxd import shorten
 from mxd.modeling_mxd.loading import file_if_any, first_line, recorded_model, with_retries
 
 from .options import STDOUT
-from .run_folder import output_folder
+from .run_folder import RUN_NAME, output_folder
+
+logger = logging.getLogger(__name__)
 
 Text = TypeVar("Text")
 
@@ -99,6 +107,44 @@ def load_base_and_text(
     model, tokenizer, _ = load_base_model(name, revision, dtype, **how)
     decomposition.to(default_device())
     return model.to(default_device()), tokenizer, text
+
+
+def read_text(text: TextOptions, name: str, heldout: bool = False) -> tuple[Documents, TextOptions, int | None]:
+    """Load the text that a command reads: the one asked for, else that of the training, else the sample of mxd.
+
+    The text of the training is known from the decomposition's evaluation.json. Local files that it names are read only
+    beside a run.yaml, which is never pushed: a stranger's record opens no file of this machine.
+
+    Args:
+        text: the text asked for.
+        name: the decomposition.
+        heldout: of the training's text, take the documents that the training held out.
+
+    Returns:
+        Documents, the text that they are of, and the seed with which they were held out (None: they are all of it).
+
+    Raises:
+        DataError: the text asked for cannot be read.
+    """
+    if text.dataset:
+        return load_one(text), text, None
+    training = made_how(name).get("training", {})
+    recorded, seed = training.get("text"), training.get("seed")
+    if isinstance(recorded, dict) and recorded.get("dataset"):
+        known = {one.name: recorded[one.name] for one in fields(TextOptions) if one.name in recorded}
+        try:
+            used = TextOptions(**{**known, "context_length": text.context_length})
+            if not Path(name, RUN_NAME).is_file() and any(map(local_files, used.dataset)):
+                raise DataError("it is on this machine, and the decomposition was not made here")
+            if heldout and isinstance(seed, int):
+                return load_documents(used, seed)[1], used, seed
+            return load_one(used), used, None
+        except (ValueError, TypeError, AttributeError, OSError) as error:
+            shown = shorten(str(recorded["dataset"]))
+            logger.warning("the text of the training, %s, is not read: %s", shown, first_line(error))
+    if training.get("model") != demo.MODEL_NAME:
+        logger.warning("no dataset is named: %s reads the small text that ships with mxd", name)
+    return load_one(text), text, None
 
 
 def made_how(name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from mxd.base.files import write_json
 from mxd.base.progress import progress_bar
 from mxd.data.documents import DataError, load_text
-from mxd.data.labelled_text import label_names
+from mxd.data.labelled_text import label_names, some
 from mxd.data.texts import TextOptions, evaluation_batches
 from mxd.evaluation import count_expert_use, domain_use, plot_domain_use
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 USE_NAME = "domain_use.json"
 MAX_DOMAINS = 50
+FEW_TOKENS = 10_000
 
 
 def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
@@ -42,6 +43,7 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
         split=text.split,
         text_column=text.text_column,
         keep=[column],
+        chat=text.chat,
     )
     assert isinstance(documents, Dataset)
     rows: dict[str, list[int]] = {}
@@ -49,7 +51,9 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
         if domain is not None:
             rows.setdefault(domain, []).append(index)
     if not 2 <= len(rows) <= MAX_DOMAINS:
-        raise ValueError(f"the column {column!r} must have 2 to {MAX_DOMAINS} different values, it has {len(rows)}")
+        raise ValueError(
+            f"the column {column!r} must have 2 to {MAX_DOMAINS} different values, it has {len(rows)}: {some(rows)}"
+        )
     return {domain: documents.select(rows[domain]) for domain in sorted(rows)}
 
 
@@ -80,11 +84,20 @@ def measure_domain_use(options: EvaluationOptions, progress: bool = True) -> dic
             logger.warning("domain %r is left out: %s", domain, error)
             short.append(domain)
     if len(batches) < 2:
-        raise ValueError(f"of the domains {', '.join(map(repr, documents))} fewer than two have enough text")
+        counted = ", ".join(map(repr, batches)) or "none"
+        raise ValueError(
+            f"of the domains {', '.join(map(repr, documents))} fewer than two have enough text for one row: {counted}"
+        )
     uses = {
         domain: count_expert_use(model, decomposition, progress_bar(of_domain, desc=domain, show=progress))
         for domain, of_domain in batches.items()
     }
+    tokens = {domain: next(iter(use.values())).tokens for domain, use in uses.items()}
+    if few := [f"{domain!r} ({count:,})" for domain, count in tokens.items() if count < FEW_TOKENS]:
+        logger.warning(
+            "few tokens of %s: chance assigns experts to such a domain; give each at least %s, with --tokens and text",
+            ", ".join(few), f"{FEW_TOKENS:,}",
+        )  # fmt: skip
     layers = {
         str(layer): domain_use({domain: use[layer] for domain, use in uses.items()})
         for layer in decomposition.config.layers

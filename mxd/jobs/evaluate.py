@@ -5,7 +5,7 @@ from typing import Any
 
 from mxd.base.forward import check_predictions
 from mxd.data.provenance import is_held_out
-from mxd.data.texts import evaluation_batches, evaluation_settings, load_one
+from mxd.data.texts import evaluation_batches, evaluation_settings
 from mxd.evaluation import (
     ExpertRanks,
     ablation_curve,
@@ -17,7 +17,7 @@ from mxd.evaluation import (
     save_evaluation,
 )
 
-from .decompositions import load_base_and_text, load_decomposition, made_how, results_folder
+from .decompositions import load_base_and_text, load_decomposition, made_how, read_text, results_folder
 from .domain_use import measure_domain_use
 from .options import EvaluationOptions
 from .run_folder import write_run
@@ -46,14 +46,17 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
     methods = {decomposition.config.layer(layer).method for layer in decomposition.config.layers}
     if options.ranks and methods != {"mxd"}:
         raise ValueError("only an MxD's experts have a rank: leave --ranks out for a transcoder")
-    model, tokenizer, documents = load_base_and_text(
-        decomposition, options.dtype, options.context_length, lambda: load_one(options.text)
+    model, tokenizer, (documents, text, seed) = load_base_and_text(
+        decomposition,
+        options.dtype,
+        options.context_length,
+        lambda: read_text(options.text, options.decomposition, heldout=True),
     )
     if options.ablation is not None:
         check_predictions(model, "--ablation")
     batches = evaluation_batches(documents, tokenizer, options.context_length, options.tokens)
-    measured_on = evaluation_settings(options.text, options.dtype)
-    measured_on["held_out"] = is_held_out(made, options.text, documents)
+    measured_on = evaluation_settings(text, options.dtype)
+    measured_on["held_out"] = is_held_out(made, text, documents, seed)
     settings = {"evaluation": measured_on, **made}
     results = faithfulness(model, decomposition, batches, settings=settings, progress=progress)
     if folder is not None:

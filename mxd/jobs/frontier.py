@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 FRONTIER_NAME, FIGURE_NAME, POINTS, RECORDING = "frontier.json", "frontier.png", "points", "recording"
 # Options on which no result depends, or that `common` in `measure_frontier` records more exactly.
-_NOT_SETTINGS = ("model", "revision", "dataset", "dataset_config", "split", "text_column", "streaming", "tokens",
-                 "heldout_dataset", "heldout_split", "evaluation_tokens", "report_to", "output", "overwrite",
+_NOT_SETTINGS = ("model", "revision", "dataset", "dataset_config", "split", "text_column", "chat", "streaming",
+                 "tokens", "heldout_dataset", "heldout_split", "evaluation_tokens", "report_to", "output", "overwrite",
                  "resume")  # fmt: skip
 
 

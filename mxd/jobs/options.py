@@ -7,7 +7,7 @@ This module imports neither torch nor transformers, so that `mxd --help` is fast
 """
 
 # ruff: noqa: RUF009
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -46,6 +46,11 @@ def values(options: Any, keep: Callable[[Any], Any] = lambda one: True) -> dict[
     return {one.name: getattr(options, one.name) for one in fields(options) if keep(one)}
 
 
+def text_name(dataset: Sequence[str]) -> str:
+    """Return the names of a text, `plays.parquet`, for tables and pages."""
+    return ", ".join(map(str, dataset[:3])) + (" and more" if len(dataset) > 3 else "") or "the sample of mxd"
+
+
 @dataclass(kw_only=True)
 class DatasetOptions:
     """Text to read, and the base model's dtype."""
@@ -57,6 +62,7 @@ class DatasetOptions:
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
     split: str = option("train", "Split of a Hub dataset.")
     text_column: str = option("text", "Column that holds the text.")
+    chat: bool = option(False, "Text is chats: messages, or templated text whose control tokens count.")
     context_length: int = option(128, "Tokens in a row, BOS included.", minimum=2)
     dtype: str = option("float32", "Dtype of the base model: float32, bfloat16 or float16.")
 
@@ -186,7 +192,7 @@ class FrontierOptions(WhereOptions, RunOptions):
 
     yaml_only = (
         "revision", "dataset_config", "split", "text_column", "dtype", "heldout_dataset", "bf16", "seed", "streaming",
-        "context_length",
+        "context_length", "chat",
     )  # fmt: skip
 
     methods: list[str] = option(lambda: list(LEARNING_RATES), "Methods to compare.", WHAT, commas=True)
@@ -245,7 +251,7 @@ class ExpertsOptions(MeasuringOptions):
 class ProbingOptions(DatasetOptions):
     """Sparse probing: how well single experts, or a few, tell classes of texts apart, and the MLP's own neurons."""
 
-    yaml_only = ("context_length", "dataset_config", "split", "dtype")
+    yaml_only = ("context_length", "dataset_config", "split", "dtype", "chat")
 
     decompositions: list[str] = option(..., "Folders or Hub ids of decompositions of one layer.", argument="FOLDER...")
     label_column: str = option(..., "Column that holds the classes.", DATA)

@@ -102,6 +102,7 @@ def _load_documents(options: ProbingOptions) -> LabelledDocuments:
         config_name=options.dataset_config,
         revision=options.dataset_revision,
         split=options.split,
+        chat=options.chat,
     )
     # Too few documents show here already; the texts that are cut from them are checked again.
     check_groups(documents.labels, documents.groups, options.folds)

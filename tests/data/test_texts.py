@@ -35,7 +35,7 @@ def test_documents_of_a_stream_are_not_counted():
 def test_which_text_is_held_out(monkeypatch, heldout, expected):
     loaded = []
 
-    def load(dataset, *, config_name=None, revision=None, split, text_column, streaming):
+    def load(dataset, *, config_name=None, split, **_):
         loaded.append((dataset, config_name, split))
         return Dataset.from_dict({"text": ["a", "b"]})
 

@@ -42,14 +42,28 @@ def test_nothing_active_changes_nothing():
 
 
 @pytest.mark.parametrize("method", ["mxd", "transcoder"])
-def test_examples_of_a_model_padded_rows_too(tiny_llama, method):
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 2), (3, 0), (1, 2)])
+def test_examples_of_a_model_padded_rows_too(tiny_llama, method, left, right):
     rows, model = batches(), decomposition(layers=(0, 2), method=method)
-    found = top_examples(tiny_llama, model, rows, count=4)
+    found = top_examples(tiny_llama, model, rows, count=4, include_first=True)
     for index in (0, 2):
         layer, x = model.layer(index), activations(tiny_llama, index, rows)[0]
         assert x.ndim == 2  # all tokens that count
         largest = dense_coefficients(layer, x).detach().amax(0)
         torch.testing.assert_close(found[index].values[:, 0], largest)
-    padded = top_examples(tiny_llama, model, [pad(batch, left=1, right=2) for batch in rows], count=4)
+    padded = top_examples(
+        tiny_llama, model, [pad(batch, left=left, right=right) for batch in rows], count=4, include_first=True
+    )
     torch.testing.assert_close(padded[0].values, found[0].values)
     assert torch.equal(padded[0].rows, found[0].rows)
+    there = found[0].values > 0
+    assert torch.equal(padded[0].positions[there], found[0].positions[there] + left)  # the caller's
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_the_first_position_is_left_out(tiny_llama, left):
+    rows, model = [pad(batch, left=left, right=1) for batch in batches()], decomposition()
+    every = top_examples(tiny_llama, model, rows, count=6, include_first=True)[1]
+    found = top_examples(tiny_llama, model, rows, count=6)[1]
+    assert (every.positions[every.values > 0] == left).any()
+    assert (found.positions[found.values > 0] > left).all()

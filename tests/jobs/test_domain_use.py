@@ -37,6 +37,8 @@ def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path, caplo
         assert 0 < row["tokens"] <= 1024 and 0 < row["active_experts"] <= 64
     assert results["settings"]["domain_column"] == "kind" and results["settings"]["left_out"] == ["note"]
     assert "domain 'note' is left out: the text is too short" in caplog.text and "asked for" not in caplog.text
+    assert "few tokens of 'code' (1,024), 'prose' (1,024): chance assigns experts" in caplog.text
+    assert f"judged, on {short.name[:5]}" in output or str(short)[:20] in output
 
 
 def test_text_that_cannot_be_divided(finished, labelled, monkeypatch, capsys):
@@ -49,11 +51,11 @@ def test_text_that_cannot_be_divided(finished, labelled, monkeypatch, capsys):
     short = labelled.with_name("short.jsonl")
     short.write_text("".join(json.dumps({"text": text, "kind": text[:3]}) + "\n" for text in (PROSE * 60, "too short")))
     error = refused(monkeypatch, capsys, "evaluate", folder, "--dataset", short, "--by", "kind")
-    assert "of the domains 'It ', 'too' fewer than two have enough text" in error
+    assert "of the domains 'It ', 'too' fewer than two have enough text for one row: 'It '" in error
     assert "is no folder" in refused(monkeypatch, capsys, "evaluate", "nowhere", "--dataset", labelled, "--by", "kind")
     one = labelled.with_name("one.jsonl")
     one.write_text(json.dumps({"text": PROSE, "domain": "prose"}) + "\n")
-    assert "it has 1" in refused(monkeypatch, capsys, "evaluate", folder, "--dataset", one, "--by", "domain")
+    assert "it has 1: prose" in refused(monkeypatch, capsys, "evaluate", folder, "--dataset", one, "--by", "domain")
 
 
 def test_labels_are_called_by_their_names(tmp_path):

@@ -1,12 +1,21 @@
 import json
+import random
 import re
 import shutil
 
+import numpy as np
+import pytest
+import torch
 from commands import refused, run
+from datasets import Dataset
+from factories import byte_tokenizer, word_tokenizer
 
 from mxd import ExpertsOptions, read_experts
 from mxd.cli.tables import print_experts
-from mxd.jobs.experts import page
+from mxd.data.labelled_text import LabelledDocuments, cut_texts
+from mxd.data.texts import document_batches, evaluation_batches
+from mxd.evaluation import TopExamples
+from mxd.jobs.experts import _examples, _in_context, page
 
 
 def test_a_random_sample_is_shown_and_written(finished, tmp_path):
@@ -47,7 +56,9 @@ def test_named_experts_of_some_text_in_another_folder(finished, tmp_path):
 
 def test_what_strangers_wrote_is_no_markup():
     example = {"coefficient": 1.0, "before": "<script>", "token": "&", "after": "</td>"}
-    shown = page({"layers": {"<b>": {"1": {"frequency": 0.5, "examples": [example]}}}})
+    settings = {"tokens": 9, "dataset": ["<i>.txt"]}
+    shown = page({"layers": {"<b>": {"1": {"frequency": 0.5, "examples": [example]}}}, "settings": settings})
+    assert "9 tokens of &lt;i&gt;.txt" in shown
     assert (
         "<script>" not in shown and "&lt;script&gt;" in shown and "<mark>&amp;</mark>" in shown and "<b>" not in shown
     )
@@ -56,7 +67,7 @@ def test_what_strangers_wrote_is_no_markup():
 def test_an_expert_that_is_not_active_is_said_to_be_none(capsys):
     example = {"coefficient": 1.0, "before": "a ", "token": "b", "after": " c"}
     experts = {"12": {"frequency": 0.5, "examples": [example]}, "99": {"frequency": None, "examples": []}}
-    results = {"layers": {"4": experts}}
+    results = {"layers": {"4": experts}, "settings": {"tokens": 9, "dataset": []}}
     print_experts(results)
     rows = [row for row in capsys.readouterr().out.splitlines() if "not active in this text" in row]
     assert len(rows) == 1 and "99" in rows[0]
@@ -68,3 +79,144 @@ def test_what_is_not_there(finished, monkeypatch, capsys):
     assert "has no expert 64: they are 0 to 63" in refused(monkeypatch, capsys, "experts", folder, "--experts", "1,64")
     assert "layer 99 is not in the decomposition" in refused(monkeypatch, capsys, "experts", folder, "--layer", "99")
     assert "--output" in refused(monkeypatch, capsys, "experts", "user/on-the-hub")
+
+
+# --- contexts
+
+
+@pytest.mark.parametrize("text", ["a 国家 b", "naïve café", "🎉 done 🎉", "日本語の文章です"])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_token_inside_a_character_is_shown_with_all_of_it(text, bos):
+    tokenizer = byte_tokenizer(["hello"], bos_token="<s>")
+    row = [tokenizer.bos_token_id] * bos + tokenizer(text, add_special_tokens=False)["input_ids"]
+    shown = [_in_context(tokenizer, row, position) for position in range(bos, len(row))]
+    assert not any("\ufffd" in part for example in shown for part in example.values())
+    assert {example["token"] for example in shown} == set(text)
+    cut = [_in_context(tokenizer, row[: 2 + bos], position) for position in range(bos, 2 + bos)]
+    assert not any("\ufffd" in example[part] for example in cut for part in ("before", "after"))
+
+
+def examples_of(rows, origins, count):
+    """The examples of an expert that is most active on the first of these rows, and so on, at position 3."""
+    table = TopExamples(
+        torch.arange(len(rows), 0, -1)[None].float(),
+        torch.arange(len(rows))[None],
+        torch.full((1, len(rows)), 3),
+    )
+    return _examples(table, 0, rows, origins, word_tokenizer(64), count)
+
+
+def test_no_two_examples_share_their_context():
+    one, two = list(range(1, 21)), list(range(30, 50))
+    shifted = [50, 51, *one[:-2]]
+    nearly = [one[0], 55, *one[2:]]
+    found = examples_of([one, one, shifted, nearly, two], [0, 1, 2, 3, 4], 5)
+    assert [example["coefficient"] for example in found] == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("origins", "expected"),
+    [
+        ([0, 0, 1, 1, 2, 2], [6, 4, 2]),  # as many documents as examples: one of each
+        ([0, 0, 0, 0, 1, 1], [6, 5, 2]),  # fewer
+        ([0, 0, 0, 0, 0, 0], [6, 5, 4]),  # one book
+    ],
+)
+def test_examples_are_of_distinct_documents(origins, expected):
+    rows = torch.randperm(60).view(6, 10).tolist()
+    assert [example["coefficient"] for example in examples_of(rows, origins, 3)] == expected
+
+
+def test_examples_of_documents(finished, tmp_path):
+    path = tmp_path / "documents.jsonl"
+    rng = random.Random(0)
+    words = ["union", "state", "people", "war", "peace", "house", "senate", "president", "money", "law", "land"]
+    stories = [f"story{n} " + " ".join(rng.choice(words) + f" story{n}" for _ in range(150)) for n in range(6)]
+    path.write_text("".join(json.dumps({"text": story}) + "\n" for story in [*stories, *stories]))
+    results = read_experts(
+        ExpertsOptions(decomposition=str(finished[0]), dataset=[str(path)], examples=4, tokens=4096, output="-")
+    )
+    (experts,) = results["layers"].values()
+    assert any(len(found["examples"]) > 1 for found in experts.values())
+    for found in experts.values():
+        contexts = ["".join(example[part] for part in ("before", "token", "after")) for example in found["examples"]]
+        named = [tuple(sorted(set(re.findall(r"story\d", context)))) for context in contexts]
+        assert len(set(named)) == len(named) and all(len(names) <= 1 for names in named)
+        assert all(example["before"] for example in found["examples"])  # no first position
+
+
+# --- which text is read
+
+
+def trained_on(folder, path, **changes):
+    """Write into a decomposition's folder that it was trained on this text."""
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    training = evaluation["settings"]["training"]
+    training["text"] |= {"dataset": [str(path)], **changes}
+    training["model"] = "user/another"
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.jsonl"
+    rows = [{"body": f"Chapter {n}. The people of the United States, {n} of them. " * 9} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("command", ["experts", "evaluate"])
+def test_the_text_of_the_training_is_read(copy, book, caplog, command):
+    trained_on(copy, book, text_column="body")
+    code, output, error = run(command, copy, "--tokens", "1024")
+    assert code == 0, error
+    assert "book" in " ".join(output.split()) and "sample of mxd" not in output
+    assert "small text" not in caplog.text
+    if command == "experts":
+        assert json.loads((copy / "experts.json").read_text())["settings"]["dataset"] == [str(book)]
+        assert "book.jsonl" in (copy / "experts.html").read_text()
+    else:
+        evaluated = json.loads((copy / "evaluation.json").read_text())["settings"]["evaluation"]
+        assert evaluated["dataset"] == [str(book)] and evaluated["held_out"] is not False  # documents held out of it
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [("evaluate", "gone"), *(("experts", why) for why in ("gone", "a stranger's", "not recorded", "nonsense"))],
+)
+def test_the_sample_is_read_with_a_warning(copy, book, caplog, command, why):
+    trained_on(copy, {"gone": book.with_name("gone.jsonl")}.get(why, book))
+    if why == "a stranger's":
+        (copy / "run.yaml").unlink()
+    if why in ("not recorded", "nonsense"):
+        trained_on(copy, book, dataset=[] if why == "not recorded" else 3)
+    code, output, error = run(command, copy, "--tokens", "1024")
+    assert code == 0, error
+    assert "sample of mxd" in " ".join(output.replace("│", " ").split())
+    assert "reads the small text that ships with mxd" in caplog.text
+    assert ("is not read" in caplog.text) == (why != "not recorded")
+
+
+def test_a_text_that_the_tokenizer_does_not_know_is_warned_of(caplog):
+    tokenizer = word_tokenizer(20, bos_token="<s>")
+    tokenizer.unk_token = "word0"
+    known, unknown = (
+        Dataset.from_dict({"text": ["word1 word2 " * 60]}),
+        Dataset.from_dict({"text": ["国 家 word1 " * 60]}),
+    )
+    labelled = LabelledDocuments(np.array([unknown[0]["text"]] * 2), np.array(["a", "b"]), np.array(["0", "1"]))
+    for read in (
+        lambda text: document_batches(text, tokenizer, 16, 64),
+        lambda text: evaluation_batches(text, tokenizer, 16, 64),
+        lambda text: cut_texts(labelled, tokenizer, context_length=16) if text is unknown else None,
+    ):
+        caplog.clear()
+        read(known)
+        assert not caplog.records
+        read(unknown)
+        assert "of the tokens are unknown to the model's tokenizer" in caplog.text

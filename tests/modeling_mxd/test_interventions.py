@@ -180,3 +180,14 @@ def test_experts_named_by_numpy_and_by_tensors():
     expected = ExpertIntervention(add={3: 1.0}, ablate=[5])
     given = ExpertIntervention(add={np.int64(3): 1.0}, ablate=torch.tensor([5]))
     assert (given.add, given.ablate) == (expected.add, expected.ablate)
+
+
+@pytest.mark.parametrize("expert", [EXPERT, np.int64(EXPERT), torch.tensor(EXPERT)])
+def test_one_expert_can_be_ablated_by_its_number(expert):
+    layer, x = random_layer("mxd"), torch.randn(5, 16)
+    with layer.intervene(ablate=[EXPERT]):
+        expected = layer(x)
+    with layer.intervene(ablate=expert):
+        assert torch.equal(layer(x), expected)
+    with pytest.raises(ValueError, match="ablate names expert 99"), layer.intervene(ablate=99):
+        pass
