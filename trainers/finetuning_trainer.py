@@ -127,7 +127,8 @@ class FinetuningTrainer(DecompositionTrainer):
         reads_layers = self.args.nmse_weight or self.routed_layers
         if self.args.loss == "kl":
             return self._reference(batch, run if reads_layers else self.model), captured
-        return None, self.capture({"input_ids": batch[0], "attention_mask": batch[1]}) if reads_layers else {}
+        inputs = dict[str, Any](input_ids=batch[0], attention_mask=batch[1])
+        return None, self.capture(inputs) if reads_layers else {}
 
     @torch.no_grad()
     def _reference(self, batch: Batch, run: Callable[..., Any]) -> Tensor:

@@ -185,7 +185,8 @@ def _run(points: list[_Point], total: int, shared: _Shared, write: Callable[[], 
             kept = f"{done} of {total} points finished, which are kept"
             raise Interrupted(f"interrupted with {kept}: run the same command to go on") from None
         except Exception as failure:
-            error = failure.__cause__ if isinstance(failure, TrainingFailed) else failure  # a point is not resumed
+            # A point is not resumed: its cause only.
+            error = (isinstance(failure, TrainingFailed) and failure.__cause__) or failure
             logger.debug("%s failed", point.folder, exc_info=True)
             failures.append(f"{point.folder.name} ({type(error).__name__}: {first_line(error)})")
         else:
