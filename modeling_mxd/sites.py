@@ -175,7 +175,7 @@ def _site(model: nn.Module, stack: str, index: int, path: str, layer: nn.Module,
     modules = [model.get_submodule(slot) for slot in slots]
     repeated = exception is not None and exception.repeated
     reason = exception.reason if exception is not None else ""
-    return MLPSite(model, stack, index, path, name, slots, _kind(modules, reason), reason, repeated)
+    return MLPSite(model, stack, index, path, name, slots, _kind(slots[0], modules, reason), reason, repeated)
 
 
 def _physical(layer: nn.Module, path: str, chains: list[tuple[str, ...]]) -> str:
@@ -185,10 +185,10 @@ def _physical(layer: nn.Module, path: str, chains: list[tuple[str, ...]]) -> str
     return f"{chains[0][0]}.{rest}".rstrip(".") if renamed else path
 
 
-def _kind(modules: list[nn.Module], reason: str) -> str:
+def _kind(slot: str, modules: list[nn.Module], reason: str) -> str:
     if len(modules) > 1:
         return "residual-inside" if reason in RESIDUAL_INSIDE else "inline"
-    names = {name.rpartition(".")[2] for name, _ in modules[0].named_modules()}
+    names = {name.rpartition(".")[2] for name, _ in modules[0].named_modules(prefix=slot)}
     routed = names & {"experts", "router"} or "Experts" in type(modules[0]).__name__
     return "mixture-of-experts" if routed else "module"
 

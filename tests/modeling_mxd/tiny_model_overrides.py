@@ -230,6 +230,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "autocast_kernel_dtype": "float32",
     },
     "zamba": {
+        "use_mamba_kernels": False,  # transformers 5.6 has no other way on a CPU
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "attention_hidden_size": 64,  # its attention sees the embeddings beside the hidden states
         "attention_head_dim": 16,
