@@ -84,10 +84,8 @@ def measure_domain_use(options: EvaluationOptions, progress: bool = True) -> dic
             logger.warning("domain %r is left out: %s", domain, error)
             short.append(domain)
     if len(batches) < 2:
-        counted = ", ".join(map(repr, batches)) or "none"
-        raise ValueError(
-            f"of the domains {', '.join(map(repr, documents))} fewer than two have enough text for one row: {counted}"
-        )
+        all_of_them, enough = (", ".join(map(repr, some)) or "none" for some in (documents, batches))
+        raise ValueError(f"of the domains {all_of_them} fewer than two have enough text for one row: {enough}")
     uses = {
         domain: count_expert_use(model, decomposition, progress_bar(of_domain, desc=domain, show=progress))
         for domain, of_domain in batches.items()
@@ -115,7 +113,7 @@ def measure_domain_use(options: EvaluationOptions, progress: bool = True) -> dic
     if folder is not None:
         write_run(folder, "evaluate", options)
         write_json(folder / USE_NAME, results)
-        figures = folder / "figures"
-        figures.mkdir(exist_ok=True)
-        plot_domain_use({f"layer {layer}": use for layer, use in layers.items()}, figures / "experts_per_domain.png")
+        figure = folder / "figures" / "experts_per_domain.png"
+        figure.parent.mkdir(exist_ok=True)
+        plot_domain_use({f"layer {layer}": use for layer, use in layers.items()}, figure)
     return results
