@@ -18,5 +18,6 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch, capsys):
     code = "\n".join("".join(cell["source"]) for cell in cells)
     assert "TOKENS = " in code
     names: dict[str, object] = {}
-    exec(code.replace("500_000", "8192").replace("tokens=65536", "tokens=4096"), names)
+    code = code.replace("500_000", "8192").replace("tokens=TOKENS", "tokens=TOKENS, num_experts=256")
+    exec(code.replace("tokens=65536", "tokens=4096"), names)
     assert capsys.readouterr().out.count("\n") > 20

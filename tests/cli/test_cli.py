@@ -245,8 +245,10 @@ def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
 
 
 def test_interrupt_then_resume(tmp_path):
-    folder = tmp_path / "out"
-    arguments = ["--num-experts", "64", "-k", "4", "--evaluation-tokens", "2048", "--tokens", "40k", "--output", folder]
+    folder, config = tmp_path / "out", tmp_path / "few.yaml"
+    config.write_text("{training: {calibration_tokens: 1024, statistics_tokens: 1024}, evaluation_tokens: 1024}")
+    arguments = ["--num-experts", "64", "-k", "4", "--tokens", "20k", "--batch-tokens", "1024"]
+    arguments += ["--config", config, "--output", folder]
     command = [sys.executable, "-m", "mxd", "decompose", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
@@ -274,14 +276,15 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
         "from mxd import DistillationTrainer\n"
         "save = DistillationTrainer._save_checkpoint\n"
         "def limited(self, *a):\n"
-        "    if self.state.global_step > 5:\n"
+        "    if self.state.global_step > 2:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "    save(self, *a)\n"
         "DistillationTrainer._save_checkpoint = limited\n"
         "from mxd.cli.main import main\n"
         "main()\n"
     )
-    arguments = ["decompose", "--num-experts", "64", "-k", "4", "--tokens", "40k", "--output", str(folder)]
+    arguments = ["decompose", "--num-experts", "64", "-k", "4", "--tokens", "8k", "--batch-tokens", "1024"]
+    arguments += ["--output", str(folder)]
     done = warm_process.run("-c", script, *arguments)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr and "kept" in done.stderr

@@ -144,6 +144,9 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # A reply in one packet: in two, the second waits 40 ms for the client to acknowledge the first.
+    wbufsize = -1
+    disable_nagle_algorithm = True
     server_state: HubServer
 
     def log_message(self, *_):

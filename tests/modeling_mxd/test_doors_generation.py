@@ -113,7 +113,6 @@ def test_compiled_as_one_graph_forward_and_backward(spliced):
 
 
 @pytest.mark.no_cover  # tracing by dynamo takes twice as long with it
-@exact_or_routed
 @pytest.mark.usefixtures("compiled_afresh")
 def test_compiled_generation_and_interventions(spliced):
     want = generate(spliced)
