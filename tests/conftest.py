@@ -3,7 +3,6 @@ import gc
 import os
 import shutil
 import tempfile
-from pathlib import Path
 
 # Before any import of huggingface_hub: no test may reach a network, nor read or fill the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,28 +11,37 @@ HF_HOME = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mxd-tests-")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from factories import make_tiny_llama
 from text_cases import build_tokenizer
 from transformers.utils import logging as transformers_logging
 
+from mxd import demo
+
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
-
-
-def pytest_collection_modifyitems(items):
-    """Measure coverage, which slows Python code down by half, in the tests of the rooms that it is reported of."""
-    tests = Path(__file__).parent
-    for item in items:
-        measured = item.path.is_relative_to(tests / "modeling_mxd") or item.path.is_relative_to(tests / "trainers")
-        if not measured or item.path.name == "test_architectures.py":
-            item.add_marker(pytest.mark.no_cover)
 
 
 def pytest_collection_finish(session):
     """Every training begins with `gc.collect()`, which takes half a second if it looks at all imported modules."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_sample(tmp_path_factory):
+    """Excerpts of the sample text: shuffle buffers hold more tokens of the whole than any training here reads."""
+    folder = tmp_path_factory.mktemp("sample")
+    for split in ("train", "heldout"):
+        table = pq.read_table(demo.text_path(split))[:100]
+        texts = [text[:1500] for text in table["text"].to_pylist()]
+        place = table.column_names.index("text")
+        pq.write_table(table.set_column(place, "text", pa.array(texts)), folder / f"{split}.parquet")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "text_path", lambda split: folder / f"{split}.parquet")
+        yield
 
 
 @pytest.fixture(autouse=True)

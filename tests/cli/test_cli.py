@@ -248,7 +248,7 @@ def test_interrupt_then_resume(tmp_path):
     folder, config = tmp_path / "out", tmp_path / "few.yaml"
     config.write_text("{training: {calibration_tokens: 1024, statistics_tokens: 1024}, evaluation_tokens: 1024}")
     arguments = ["--num-experts", "64", "-k", "4", "--tokens", "20k", "--batch-tokens", "1024"]
-    arguments += ["--config", config, "--output", folder]
+    arguments += ["--dataset", demo.text_path("train"), "--config", config, "--output", folder]
     command = [sys.executable, "-m", "mxd", "decompose", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:

@@ -78,7 +78,7 @@ def test_both_evaluations_are_kept(finetuned):
     intervals = [results["cross_entropy"].pop("rise_interval") for results in (before, earlier)]
     assert intervals[0] == pytest.approx(intervals[1], rel=1e-4, abs=1e-6)
     assert before["cross_entropy"] == pytest.approx(earlier["cross_entropy"], rel=1e-5, abs=1e-6)
-    assert before["layers"]["2"] == pytest.approx(earlier["layers"]["2"], rel=2e-2)
+    assert before["layers"]["2"] == pytest.approx(earlier["layers"]["2"], rel=5e-2)
     assert results["kl"] < before["kl"]
     assert f"{before['kl']:.4f} → {results['kl']:.4f}" in output
 

@@ -158,7 +158,7 @@ def test_a_run_is_resumed_elsewhere_and_with_other_evaluation(halved, tmp_path):
     results = decompose(options(folder, resume=True, evaluation_tokens=2048, training=training))
     assert results["settings"]["tokens"] == 2048
     made = json.loads((folder / "evaluation.json").read_text())["settings"]["training"]
-    assert made["tokens_trained"] == 4096 and made["documents"] == 434
+    assert made["tokens_trained"] == 4096 and made["documents"] == 160
     assert "seconds" not in made  # of the steps before the interrupt nobody knows them
     assert not (folder / START_NAME).exists() and not list(folder.glob("checkpoint-*"))
 

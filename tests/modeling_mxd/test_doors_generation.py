@@ -95,7 +95,6 @@ def compiled_afresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.no_cover  # tracing by dynamo takes twice as long with it
 @exact_or_routed
 @pytest.mark.usefixtures("compiled_afresh")
 def test_compiled_as_one_graph_forward_and_backward(spliced):
@@ -112,7 +111,6 @@ def test_compiled_as_one_graph_forward_and_backward(spliced):
         assert name not in gradients or torch.allclose(parameter.grad, gradients[name], atol=1e-6)
 
 
-@pytest.mark.no_cover  # tracing by dynamo takes twice as long with it
 @pytest.mark.usefixtures("compiled_afresh")
 def test_compiled_generation_and_interventions(spliced):
     want = generate(spliced)

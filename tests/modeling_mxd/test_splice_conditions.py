@@ -98,7 +98,6 @@ def test_weights_that_are_offloaded(model_type):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.no_cover  # tracing by dynamo takes twice as long with it
 @pytest.mark.parametrize("model_type", ["llama", "opt"])  # a module, and an MLP that the layer calls inline
 def test_a_compiled_spliced_model(model_type):
     """Traced whole and run by the eager backend: what is checked is that nothing of ours stops the tracing."""
