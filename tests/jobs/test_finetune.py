@@ -11,7 +11,13 @@ from mxd.jobs.run_folder import START_NAME, Interrupted
 from mxd.modeling_mxd import MxDModel
 from mxd.trainers import FinetuningTrainer
 
-FEW = {"tokens": 4096, "evaluation_tokens": 1024, "training": {"disable_tqdm": True, "statistics_tokens": 4096}}
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+FEW = {
+    "tokens": 4096,
+    "batch_tokens": 1024,
+    "evaluation_tokens": 1024,
+    "training": {"disable_tqdm": True, "statistics_tokens": 1024},
+}
 
 
 def contents(folder):
@@ -113,7 +119,7 @@ def interrupts(monkeypatch):
 
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, interrupts):
     def options(folder, **changes):
-        values = {**FEW, "tokens": 8192, "decomposition": str(finished[0]), "output": str(tmp_path / folder)}
+        values = {**FEW, "decomposition": str(finished[0]), "output": str(tmp_path / folder)}
         return FinetuningOptions(**{**values, **changes})
 
     with pytest.raises(Interrupted, match=r"interrupted at step 2 of 4.*--resume"):

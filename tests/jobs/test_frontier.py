@@ -15,6 +15,7 @@ from mxd.jobs.frontier import point_options
 from mxd.jobs.run_folder import Interrupted, TrainingFailed
 from mxd.modeling_mxd import MxDModel
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
 SMALL = {"match_transcoder": 8, "tokens": 4096, "batch_tokens": 1024, "evaluation_tokens": 1024}
 FLAGS = ["--match-transcoder", "8", "--tokens", "4096", "--batch-tokens", "1024", "--evaluation-tokens", "1024"]
 

@@ -28,6 +28,7 @@ from mxd.jobs.run_folder import (
     prepare_output,
 )
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
 TRAINING = {"disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
 
 
