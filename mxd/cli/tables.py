@@ -91,8 +91,10 @@ def _measured_on(results: dict[str, Any]) -> str:
     tokens, evaluated = settings.get("tokens"), settings.get("evaluation", {"held_out": True})
     texts = {True: "held-out text", False: "text that was trained on"}
     text = texts.get(evaluated.get("held_out"), "text; it is not known whether it was trained on that")
-    name = "" if evaluated.get("dataset") is None else f", {text_name(evaluated['dataset'])}"
-    return (f"{tokens:,} tokens of " if isinstance(tokens, int) else "") + text + name
+    if evaluated.get("dataset") is not None:
+        name = text_name(evaluated["dataset"])
+        text = f"held-out documents of {name}" if text == texts[True] else f"{text}, {name}"
+    return (f"{tokens:,} tokens of " if isinstance(tokens, int) else "") + text
 
 
 def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = None) -> None:

@@ -274,7 +274,8 @@ def _json_values(text: io.TextIOWrapper) -> Iterator[Any]:
         except json.JSONDecodeError as error:
             if first:  # no JSON lines: values are laid out over several lines
                 break
-            raise ValueError(f"line {number} is no JSON: {error.msg} at character {error.pos + 1}") from None
+            what = error.msg.removesuffix(" at")
+            raise ValueError(f"line {number} is no JSON: {what} at character {error.pos + 1}") from None
         yield value
         first = False
     else:

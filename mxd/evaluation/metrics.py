@@ -74,8 +74,9 @@ def weak_experts(rows: Mapping[str, Any]) -> str:
         for name, share in shares.items()
         if isinstance(share, int | float) and share < LEAST_EXPERT_SHARE
     ]
-    below = f"the expert share is below {100 * LEAST_EXPERT_SHARE:.0f} %"
-    return f"the dense part does the work, not the experts: {below} in {', '.join(weak)}" if weak else ""
+    below = f"the expert share is below {100 * LEAST_EXPERT_SHARE:.0f} % in {', '.join(weak)}"
+    advice = "train on more tokens, or measure on text like that of the training"
+    return f"the dense part does the work, not the experts: {below}; {advice}" if weak else ""
 
 
 def normalised_entropy(counts: Tensor) -> float:

@@ -16,6 +16,7 @@ from mxd.data.documents import DataError, local_files
 from mxd.data.provenance import TextOptions, recorded_runs
 from mxd.data.texts import Documents, load_documents, load_one
 from mxd.data_files import is_data_file
+from mxd.evaluation import weak_experts
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.hub_cards.reading import check_weights, read_config, read_json
 from mxd.modeling_mxd import MxDModel
@@ -149,6 +150,20 @@ def read_text(text: TextOptions, name: str, heldout: bool = False) -> tuple[Docu
 
 def made_how(name: str) -> dict[str, Any]:
     """Return {"training": dict, "finetuning": list} of a decomposition's evaluation.json, each if it is recorded."""
+    return recorded_runs(_recorded(name).get("settings"))
+
+
+def warn_of_weak_experts(name: str) -> str:
+    """Warn if the recorded expert share of a layer is low, and return the warning."""
+    layers = _recorded(name).get("layers")
+    rows = layers.items() if isinstance(layers, dict) else ()
+    if weak := weak_experts({f"layer {layer[:9]}": row for layer, row in rows if isinstance(row, dict)}):
+        logger.warning(weak)
+    return weak
+
+
+def _recorded(name: str) -> dict[str, Any]:
+    """Return a decomposition's evaluation.json, which may be a stranger's; empty if there is none."""
     source, how = _source(name)
     path = file_if_any(source, EVALUATION_NAME, how)
-    return recorded_runs({} if path is None else read_json(Path(path)).get("settings"))
+    return {} if path is None else read_json(Path(path))

@@ -12,7 +12,7 @@ from mxd.base.progress import progress_bar
 from mxd.data.texts import document_batches, evaluation_settings
 from mxd.evaluation.top_examples import TopExamples, top_examples
 
-from .decompositions import load_base_and_text, load_decomposition, read_text, results_folder
+from .decompositions import load_base_and_text, load_decomposition, read_text, results_folder, warn_of_weak_experts
 from .options import ExpertsOptions, text_name
 from .run_folder import write_run
 
@@ -40,8 +40,8 @@ def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, An
 
     Returns:
         {"layers": {"15": {"1234": {"frequency": share of training tokens on which the expert is active, None if it was
-        not measured, "examples": [{"coefficient", "before", "token", "after"}]}}}, "settings"}; the strongest example
-        first.
+        not measured, "examples": [{"coefficient", "before", "token", "after"}]}}}, "settings", "warning": of a low
+        expert share, or empty}; the strongest example first.
 
     Raises:
         ValueError: there is no such decomposition, layer or expert, or the text cannot be read.
@@ -75,6 +75,7 @@ def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, An
         }
     settings = evaluation_settings(text, options.dtype)
     results["settings"] = {**settings, "tokens": sum(map(len, rows)), "seed": options.seed}
+    results["warning"] = warn_of_weak_experts(options.decomposition)
     if folder is not None:
         write_run(folder, "experts", options)
         write_json(folder / EXPERTS_NAME, results)
@@ -132,7 +133,7 @@ def page(results: dict[str, Any]) -> str:
     """Return the results of `read_experts` as an HTML page of one file."""
     lines = [f'<!doctype html><meta charset="utf-8"><title>Experts</title><style>{_STYLE}</style>']
     read = f"{results['settings']['tokens']:,} tokens of {text_name(results['settings']['dataset'])}"
-    lines.append(f"<p>Text: {html.escape(read)}</p>")
+    lines.append(f"<p>Text: {html.escape(read)}</p><p>{html.escape(results.get('warning', ''))}</p>")
     for layer, experts in results["layers"].items():
         lines.append(f"<h1>Layer {html.escape(layer)}</h1>")
         for expert, found in experts.items():

@@ -216,7 +216,10 @@ class MeasuringOptions(StreamableOptions):
     """Options of every command that reads a decomposition."""
 
     decomposition: str = option(..., "Folder or Hub id (user/repo[@revision]) of a decomposition.", argument="FOLDER")
-    tokens: int = option(32768, "Tokens to read.", DATA, count=True)
+    dataset: list[str] = option(
+        list, "Text to read, see decompose. [that of the training, if it is there, else the sample of mxd]", DATA
+    )
+    tokens: int = option(32768, "Tokens to read; with --by, of each value.", DATA, count=True)
     output: str | None = option(None, "Folder for the results; - prints them as JSON. [the decomposition's]", OUTPUT)
 
 

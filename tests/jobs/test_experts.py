@@ -59,6 +59,8 @@ def test_what_strangers_wrote_is_no_markup():
     settings = {"tokens": 9, "dataset": ["<i>.txt"]}
     shown = page({"layers": {"<b>": {"1": {"frequency": 0.5, "examples": [example]}}}, "settings": settings})
     assert "9 tokens of &lt;i&gt;.txt" in shown
+    weak = page({"layers": {}, "settings": settings, "warning": "the dense part does the work in <b>"})
+    assert "the dense part does the work in &lt;b&gt;" in weak
     assert (
         "<script>" not in shown and "&lt;script&gt;" in shown and "<mark>&amp;</mark>" in shown and "<b>" not in shown
     )
@@ -72,6 +74,18 @@ def test_an_expert_that_is_not_active_is_said_to_be_none(capsys):
     rows = [row for row in capsys.readouterr().out.splitlines() if "not active in this text" in row]
     assert len(rows) == 1 and "99" in rows[0]
     assert page(results).count("not active in this text") == 1
+
+
+def test_experts_of_a_low_share_come_with_a_warning(finished, tmp_path, caplog):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    for share, weak in ((0.02, True), (0.5, False)):
+        evaluation["layers"]["2"]["expert_share"] = share
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+        caplog.clear()
+        results = read_experts(ExpertsOptions(decomposition=str(folder), experts=[1], tokens=512))
+        for text in (results["warning"], (folder / "experts.html").read_text(), caplog.text):
+            assert ("the dense part does the work" in text) == weak
 
 
 def test_what_is_not_there(finished, monkeypatch, capsys):
