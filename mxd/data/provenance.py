@@ -179,7 +179,7 @@ def _hashes(documents: Dataset | IterableDataset, keys: Sequence[str]) -> tuple[
         rows, complete = stream_start(documents)
         texts = (row["text"] for row in rows)
     return {
-        tuple(digest(text if key else text.strip(), key) for key in keys)
+        tuple(digest(text if key else " ".join(text.split()), key) for key in keys)
         for text in texts
         if text and not text.isspace()
     }, complete
