@@ -63,7 +63,9 @@ def resolve_name(name: str) -> str:
 
 
 def model_source(name: str) -> str:
-    """Return the folder of the embedded model if it has this name, else `name`."""
+    """Return the folder of the embedded model if it has this name, else `name`; refuse the name of a data file."""
+    if is_data_file(name) and not Path(name).is_dir():
+        raise BaseModelError(f"{name!r} is a data file, not a model: pass it with --dataset")
     return str(demo.model_path()) if name == demo.MODEL_NAME else name
 
 
@@ -77,8 +79,6 @@ def check_base_model(
     """Return the config of a model, after checking it as far as `load_base_model` does without other files."""
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if is_data_file(name) and not Path(name).is_dir():
-        raise BaseModelError(f"{name!r} is a data file, not a model: pass it with --dataset")
     source = model_source(name)
     with _base_model_errors(name):
         if not pickles:  # an untrusted config: check it before transformers builds a config object
