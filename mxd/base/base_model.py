@@ -163,6 +163,7 @@ def _keep_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None
 
 def _load_tokenizer(name: str, source: str, how: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, or raise `BaseModelError`: without its files, transformers may make an empty one."""
+    reason = "no file of a vocabulary"
     try:
         load = partial(AutoTokenizer.from_pretrained, source, **how)
         tokenizer: PreTrainedTokenizerBase = with_retries(load, name)
@@ -170,11 +171,11 @@ def _load_tokenizer(name: str, source: str, how: dict[str, Any]) -> PreTrainedTo
         special = {*tokenizer.all_special_tokens, *added, "▁"}
         if len(tokenizer) > len(special) or tokenizer.get_vocab().keys() - special:
             return tokenizer
-        reason = "no file of a vocabulary"
     except Exception as error:  # each class of tokenizer has its own
         if is_transient(error):
             raise BaseModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
-        reason = first_line(error)
+        if "instantiate the backend tokenizer" not in str(error):  # a list of ways to make one
+            reason = first_line(error)
     raise BaseModelError(
         f"{name!r} has no tokenizer that loads ({reason}): add tokenizer.json and tokenizer_config.json, as "
         "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER) writes them, beside the model's config.json"
