@@ -63,7 +63,9 @@ def resolve_name(name: str) -> str:
 
 
 def model_source(name: str) -> str:
-    """Return the folder of the embedded model if it has this name, else `name`."""
+    """Return the folder of the embedded model if it has this name, else `name`; refuse the name of a data file."""
+    if is_data_file(name) and not Path(name).is_dir():
+        raise BaseModelError(f"{name!r} is a data file, not a model: pass it with --dataset")
     return str(demo.model_path()) if name == demo.MODEL_NAME else name
 
 
@@ -77,8 +79,6 @@ def check_base_model(
     """Return the config of a model, after checking it as far as `load_base_model` does without other files."""
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if is_data_file(name) and not Path(name).is_dir():
-        raise BaseModelError(f"{name!r} is a data file, not a model: pass it with --dataset")
     source = model_source(name)
     with _base_model_errors(name):
         if not pickles:  # an untrusted config: check it before transformers builds a config object
@@ -163,6 +163,7 @@ def _keep_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None
 
 def _load_tokenizer(name: str, source: str, how: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, or raise `BaseModelError`: without its files, transformers may make an empty one."""
+    reason = "no file of a vocabulary"
     try:
         load = partial(AutoTokenizer.from_pretrained, source, **how)
         tokenizer: PreTrainedTokenizerBase = with_retries(load, name)
@@ -170,11 +171,11 @@ def _load_tokenizer(name: str, source: str, how: dict[str, Any]) -> PreTrainedTo
         special = {*tokenizer.all_special_tokens, *added, "▁"}
         if len(tokenizer) > len(special) or tokenizer.get_vocab().keys() - special:
             return tokenizer
-        reason = "no file of a vocabulary"
     except Exception as error:  # each class of tokenizer has its own
         if is_transient(error):
             raise BaseModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
-        reason = first_line(error)
+        if "instantiate the backend tokenizer" not in str(error):  # a list of ways to make one
+            reason = first_line(error)
     raise BaseModelError(
         f"{name!r} has no tokenizer that loads ({reason}): add tokenizer.json and tokenizer_config.json, as "
         "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER) writes them, beside the model's config.json"

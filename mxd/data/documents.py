@@ -171,18 +171,18 @@ def _expand(source: str) -> list[Path]:
         raise DataError(f"no such file, folder or glob: {source!r} (looked in {Path.cwd()})")
     found = [file for match in matches for file in (_folder_files(match) if match.is_dir() else [match])]
     found = [file for file in found if file.name not in _DESCRIPTIONS]
-    files = [file for file in found if split_ending(file.name)[0]]
+    files = [file for file in found if split_ending(file.name)[0] and file.is_file()]
     if not files:
         raise DataError(f"{source!r} matches nothing with a known ending; known are {_KNOWN}")
     if skipped := sorted({str(file) for file in found} - set(map(str, files))):
         more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-        logger.warning("not read, for their endings: %s%s; known are %s", ", ".join(skipped[:_SHOWN]), more, _KNOWN)
+        logger.warning("not read: %s%s; files are read that end in %s", ", ".join(skipped[:_SHOWN]), more, _KNOWN)
     return files
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    """Return the files anywhere below a folder, sorted, without hidden ones."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Return the files anywhere below a folder, and links to none, sorted, without hidden ones."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
     return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 SKETCH_SIZE = 1024
 ENOUGH_DOCUMENTS = 30
 """Evaluated documents that must be checked before they all count as held out, if there are so many."""
+_SENTENCE = re.compile(r"[^.!?。！？\n]{32,}")
+_ENOUGH_SENTENCES = 3
+_SENTENCES_OF = 1 << 25  # characters, the first ones: some seconds
 
 
 @dataclass
@@ -150,19 +153,30 @@ def sketch(text: TextOptions, documents: Dataset | IterableDataset, seed: int) -
         seed: the seed with which held-out documents were split off.
 
     Returns:
-        "hashes": the `SKETCH_SIZE` smallest hashes of texts; "complete": whether all documents were read, which is
-        false for the longer streams; "seed"; and "least", a lower bound of the hashes of texts and seed, below which
+        "hashes", "sentences": the `SKETCH_SIZE` smallest hashes of texts and of their sentences, by which a text is
+        recognised that is cut into other documents; "complete": whether all documents were read, which is false for
+        the longer streams; "seed"; and "least", a lower bound of the hashes of texts and seed, below which
         the held-out documents are. Hashes have 16 hexadecimal digits.
     """
-    hashes, complete = _hashes(documents, ["", str(seed)])
+    hashes, sentences, complete = _hashes(documents, ["", str(seed)])
     of_stream = round(HELDOUT_FRACTION * 2**64) if _is_split(vars(text)) else 0
     least = min((own for _, own in hashes), default=0) if complete else of_stream
-    smallest = sorted({of_text for of_text, _ in hashes})[:SKETCH_SIZE]
-    return {"hashes": "".join(map(_hex, smallest)), "complete": complete, "seed": seed, "least": _hex(least)}
+    return {
+        "hashes": _digits({of_text for of_text, _ in hashes}),
+        "sentences": _digits(sentences),
+        "complete": complete,
+        "seed": seed,
+        "least": _digits([least]),
+    }
 
 
-def _hex(number: int) -> str:
-    return f"{number:016x}"
+def _digits(numbers: Iterable[int]) -> str:
+    """Write the smallest of some hashes."""
+    return "".join(f"{number:016x}" for number in sorted(numbers)[:SKETCH_SIZE])
+
+
+def _numbers(digits: str) -> set[int]:
+    return {int(digits[place : place + 16], 16) for place in range(0, len(digits), 16)}
 
 
 def _is_split(text: Mapping[str, Any]) -> bool:
@@ -170,35 +184,48 @@ def _is_split(text: Mapping[str, Any]) -> bool:
     return bool(text.get("dataset")) and not text.get("heldout_dataset") and not text.get("heldout_split")
 
 
-def _hashes(documents: Dataset | IterableDataset, keys: Sequence[str]) -> tuple[set[tuple[int, ...]], bool]:
-    """Return hashes with each key of all documents that are not blank, or of a stream's first; and whether of all."""
+def _hashes(documents: Dataset | IterableDataset, keys: Sequence[str]) -> tuple[set[tuple[int, ...]], set[int], bool]:
+    """Hash all documents that are not blank, or a stream's first ones.
+
+    Returns:
+        Hashes of each document with every key, hashes of sentences, and whether all documents were read.
+    """
     if isinstance(documents, Dataset):
         batches = documents.with_format(None).select_columns("text").iter(1000)
         texts, complete = (text for batch in batches for text in batch["text"]), True
     else:
         rows, complete = stream_start(documents)
         texts = (row["text"] for row in rows)
-    return {
-        tuple(digest(text if key else text.strip(), key) for key in keys)
-        for text in texts
-        if text and not text.isspace()
-    }, complete
+    found: set[tuple[int, ...]] = set()
+    sentences: set[int] = set()
+    left = _SENTENCES_OF
+    for text in texts:
+        if text and not text.isspace():
+            found.add(tuple(digest(text if key else text.strip(), key) for key in keys))
+            sentences.update(digest(" ".join(one.split())) for one in _SENTENCE.findall(text[: max(left, 0)]))
+            left -= len(text)
+    return found, sentences, complete
 
 
-def _is_apart(recorded: Any, hashes: dict[str, list[int]], complete: bool, split: str | None) -> bool | None:
+def _is_apart(
+    recorded: Any, hashes: dict[str, list[int]], sentences: set[int], complete: bool, split: str | None
+) -> bool | None:
     """Return whether no evaluated document is among those of a sketch, which may be a stranger's; None if not known.
 
     Args:
         recorded: the sketch.
         hashes: of the evaluated documents, by key.
+        sentences: hashes of their sentences.
         complete: whether these are all.
         split: the key with which the documents were split off by `split_documents`, None if they were not.
     """
     if not _is_sketch(recorded):
         return None
-    digits, least, key = recorded["hashes"], int(recorded["least"], 16), str(recorded["seed"])
-    known = {int(digits[place : place + 16], 16) for place in range(0, len(digits), 16)}
-    if not known.isdisjoint(hashes[""]):
+    known, known_sentences = _numbers(recorded["hashes"]), _numbers(recorded["sentences"])
+    least, key = int(recorded["least"], 16), str(recorded["seed"])
+    again = known_sentences & sentences
+    compared = sum(one <= max(known_sentences) for one in sentences) if again else 0
+    if not known.isdisjoint(hashes[""]) or (len(again) >= _ENOUGH_SENTENCES and 2 * len(again) > compared):
         return False
     if split == key and least >= round(HELDOUT_FRACTION * 2**64) and not complete:
         return True  # both are sides of streams split alike
@@ -212,9 +239,10 @@ def _is_apart(recorded: Any, hashes: dict[str, list[int]], complete: bool, split
 def _is_sketch(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and all(isinstance(value.get(name), str) for name in ("hashes", "least"))
-        and re.fullmatch(r"([0-9a-f]{16})+", value["hashes"]) is not None
-        and re.fullmatch(r"[0-9a-f]{16}", value["least"]) is not None
+        and all(
+            re.fullmatch(rf"([0-9a-f]{{16}}){count}", str(value.get(name)))
+            for name, count in (("hashes", "+"), ("sentences", "*"), ("least", ""))
+        )
         and isinstance(value.get("complete"), bool)
         and isinstance(value.get("seed"), int)
     )
@@ -244,10 +272,10 @@ def is_held_out(
     if own_sketch is not None and not _is_split(vars(text)):
         sketches.append(own_sketch)
     keys = ["", *sorted({str(one["seed"]) for one in sketches if one is not None and _is_sketch(one)})]
-    found, complete = _hashes(documents, keys)
+    found, sentences, complete = _hashes(documents, keys)
     hashes = {key: [one[place] for one in found] for place, key in enumerate(keys)}
     split = str(split_seed(settings, seed)) if seed is not None and _is_split(vars(text)) else None
-    apart = [_is_apart(one, hashes, complete, split) for one in sketches]
+    apart = [_is_apart(one, hashes, sentences, complete, split) for one in sketches]
     seen = seen_in_training(settings, text, seed)
     if seen or False in apart:
         what = ", ".join(seen) or "documents of this text"

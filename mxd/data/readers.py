@@ -125,7 +125,8 @@ def chat_document(chat: Any, templated: bool = False) -> Any:
     if isinstance(chat, list) and all(isinstance(one, dict) and "role" in one for one in chat):
         # Columns of structures have every key in every message.
         messages = [{key: value for key, value in one.items() if value is not None} for one in chat]
-        return CHAT + json.dumps(messages) if messages else None
+        # As it is written: the characters of control tokens may be no ASCII.
+        return CHAT + json.dumps(messages, ensure_ascii=False) if messages else None
     return CHAT + json.dumps(chat) if templated and isinstance(chat, str) and not isinstance(chat, _Number) else chat
 
 
@@ -141,7 +142,7 @@ def _text(values: Sequence[Any] | pa.Array, column: str, name: str, row: int, ch
             raise DataError(
                 f"column {column!r} of {name} holds {kind}, not text, in row {row + index}; set text_column to another"
             )
-    return pa.array(values, pa.string())
+    return _strings(values)
 
 
 def as_strings(values: Sequence[Any] | pa.Array) -> pa.Array:
@@ -150,7 +151,16 @@ def as_strings(values: Sequence[Any] | pa.Array) -> pa.Array:
         if _holds_text(values.type):
             return values.cast(pa.string())
         values = values.to_pylist()
-    return pa.array(map(spell, values), pa.string())
+    return _strings([spell(value) for value in values])
+
+
+def _strings(values: list[str | None]) -> pa.Array:
+    """Return strings as an array. Half of a surrogate pair, which JSON can spell, becomes U+FFFD."""
+    try:
+        return pa.array(values, pa.string())
+    except UnicodeEncodeError:
+        whole = [one and one.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for one in values]
+        return pa.array(whole, pa.string())
 
 
 def spell(value: Any) -> str | None:

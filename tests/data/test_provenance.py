@@ -143,6 +143,33 @@ def test_documents_are_recognised_by_their_text(count, streamed, caplog):
     assert "was trained on documents of this text: the text is not held out" in caplog.text
 
 
+BOOK = [[f"In chapter {n} of the book, number {m} is told at length" for m in range(8)] for n in range(200)]
+CUTS = {
+    "chapters": [". ".join(chapter) + "." for chapter in BOOK],
+    "sentences": [f"{sentence}." for chapter in BOOK for sentence in chapter],
+    "lines": ["\n".join(chapter) for chapter in BOOK],
+    "one book": [".\n\n".join(". ".join(chapter) for chapter in BOOK) + "."],
+    "with a header": ["Copied from a page. " + ".  ".join(chapter) for chapter in BOOK],
+}
+
+
+@pytest.mark.parametrize("trained", CUTS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_text_that_is_cut_into_other_documents_is_recognised(trained, streamed):
+    settings = {"training": trained_on(rows(CUTS[trained]))}
+    for cut in CUTS.values():
+        documents = rows(cut).to_iterable_dataset() if streamed else rows(cut)
+        assert is_held_out(settings, OTHER, documents) is False
+        others = [text.replace("chapter", "part") for text in [*cut, "The end of the book is told at length."]]
+        assert is_held_out(settings, OTHER, rows(others)) is not False
+
+
+def test_sentences_that_many_documents_have_do_not_tell():
+    known = [f"{text}. Thank you, and may God bless all of America. All rights are reserved here" for text in texts(90)]
+    settings = {"training": trained_on(rows(known[:60]))}
+    assert is_held_out(settings, OTHER, rows(known[60:])) is True
+
+
 def test_too_few_documents_are_not_known():
     settings = {"training": trained_on(rows(texts(20 * SKETCH_SIZE, words=6)))}
     assert is_held_out(settings, OTHER, rows(["one new document"] * 40)) is None
@@ -175,7 +202,8 @@ def test_held_out_text_of_the_run_itself():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"hashes": ""}, {"hashes": "xyz"}, {"hashes": 7}, {"hashes": "0" * 15}, {"least": "x"}, {"least": None},
+        {"hashes": ""}, {"hashes": "xyz"}, {"hashes": 7}, {"sentences": 7}, {"sentences": "x"},
+        {"hashes": "0" * 15}, {"least": "x"}, {"least": None},
         {"complete": 1}, {"seed": "x"},
     ],
 )  # fmt: skip

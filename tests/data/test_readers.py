@@ -148,6 +148,15 @@ def test_json_of_all_kinds(tmp_path, content):
     assert read(str(tmp_path / "a.json")) == [{"text": "a"}, {"text": "b"}]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_half_of_a_surrogate_pair_is_replaced(tmp_path, ending):
+    write(tmp_path / f"a.{ending}", [{"text": "a \ud800 b", "kind": "\ude00"}, {"text": "\ud83d\ude00", "kind": None}])
+    expected = [{"text": "a \ufffd b", "kind": "\ufffd"}, {"text": "\U0001f600", "kind": None}]
+    assert read(str(tmp_path / f"a.{ending}"), keep=["kind"]) == expected
+    write(tmp_path / f"b.{ending}", [{"messages": [{"role": "user", "content": "a \ud800"}]}])
+    assert "a \ufffd" in read(str(tmp_path / f"b.{ending}"))[0]["text"]
+
+
 def test_a_changed_file_is_read_again(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "one"}])
     assert read(path) == [{"text": "one"}]
@@ -259,7 +268,9 @@ def test_a_class_label_keeps_its_names(tmp_path, saved):
 def test_skipped_files_are_named(tmp_path, caplog):
     for name in ("a.txt", "b.log", "c.jsonl.lz4", "state.json", ".hidden.log"):
         (tmp_path / name).write_text("a text")
+    (tmp_path / "d.txt").symlink_to(tmp_path / "nothing")
     for source in (str(tmp_path), f"{tmp_path}/*"):
         caplog.clear()
         assert [row["text"] for row in read([source])][:1] == ["a text"]
-        assert f"not read, for their endings: {tmp_path / 'b.log'}, {tmp_path / 'c.jsonl.lz4'}; known" in caplog.text
+        skipped = ", ".join(str(tmp_path / name) for name in ("b.log", "c.jsonl.lz4", "d.txt"))
+        assert f"not read: {skipped}; files are read that end in .parquet" in caplog.text

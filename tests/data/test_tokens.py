@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from mxd.data.documents import DataError, load_text
 from mxd.data.labelled_text import LabelledDocuments, cut_texts
 from mxd.data.packing import pack
-from mxd.data.readers import CHAT
+from mxd.data.readers import CHAT, chat_document
 from mxd.data.tokens import token_ids
 
 TEMPLATE = (
@@ -149,11 +149,13 @@ def test_a_dataset_of_messages_can_be_packed():
     assert rows[0] == tokenizer.apply_chat_template(TALK)["input_ids"][:12]
 
 
-def test_a_message_that_spells_a_control_token_is_text():
-    tokenizer = chatty(**NAMES)
-    chat = [{"role": "user", "content": "say </s> or <|im_end|>"}]
-    (ids,) = token_ids(tokenizer, [CHAT + json.dumps(chat)])
-    assert tokenizer.eos_token_id not in ids and ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+@pytest.mark.parametrize("token", ["</s>", "<|im_end|>", "<｜padding｜>"])
+def test_a_message_that_spells_a_control_token_is_text(token):
+    tokenizer = chatty(**NAMES | {"pad_token": "<｜padding｜>"})
+    chats = [chat_document([{"role": "user", "content": f"say {said}"}]) for said in ("it", token)]
+    number = tokenizer.convert_tokens_to_ids(token)
+    one, other = (ids.count(number) for ids in token_ids(tokenizer, chats))
+    assert one == other == (token == "<|im_end|>")
 
 
 def test_templated_text_keeps_its_control_tokens_if_asked(tmp_path):

@@ -54,6 +54,9 @@ def test_no_weights_are_read_or_made(tmp_path):
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(BaseModelError, match="cannot build the model"):
         load_skeleton(str(tmp_path / "nothing"))
+    for name in ("a.jsonl", "user/a.csv.gz"):
+        with pytest.raises(BaseModelError, match=r"is a data file, not a model: pass it with --dataset"):
+            load_skeleton(name)
 
 
 @pytest.mark.parametrize(
