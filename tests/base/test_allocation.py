@@ -30,7 +30,7 @@ def test_what_is_freed_is_used_again_without_page_faults() -> None:
         pytest.skip("pages are huge, or another allocator is loaded")
     with freed_memory_kept():
         inside = faults_of_allocating()
-    assert inside < outside / 4  # the heap may have to grow once
+    assert inside < outside / 2  # the heap may have to grow a few times
 
 
 def test_only_the_outermost_block_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:

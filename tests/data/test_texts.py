@@ -52,8 +52,8 @@ def test_options_of_a_dataset_are_not_of_the_embedded_text(tmp_path):
     path.write_text('{"body": "a text"}\n')
     how = {"config_name": "new", "split": "test", "text_column": "body"}
     documents, heldout = load_documents(TextOptions(heldout_dataset=[str(path)], **how), seed=0)
-    assert (len(documents), heldout["text"]) == (374, ["a text"])
-    assert [len(side) for side in load_documents(TextOptions(**how), seed=0)] == [374, 60]
+    assert (len(documents), heldout["text"]) == (100, ["a text"])
+    assert [len(side) for side in load_documents(TextOptions(**how), seed=0)] == [100, 60]
     assert len(load_one(TextOptions(**how))) == 60
 
 
