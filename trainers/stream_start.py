@@ -1,18 +1,15 @@
 """Keep the first batches of a stream, from which all measurements of a training read, so that it is opened once."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 
-if TYPE_CHECKING:
-    from .decomposition_trainer import DecompositionTrainer
-
 DEFAULT_TOKENS = 65536
 
 
-def stream_start(trainer: "DecompositionTrainer") -> list[dict[str, Any]]:
-    """Return the batches of a stream that calibration and statistics need; none of other data."""
+def stream_start(trainer: Any) -> list[dict[str, Any]]:
+    """Return the batches of a stream that a `DecompositionTrainer` needs to calibrate and measure; none of other data."""
     if not isinstance(trainer.train_dataset, IterableDataset):
         return []
     asked = (trainer.args.calibration_tokens, trainer.args.statistics_tokens)
