@@ -9,7 +9,7 @@ DEFAULT_TOKENS = 65536
 
 
 def stream_start(trainer: Any) -> list[dict[str, Any]]:
-    """Return the batches of a stream that a `DecompositionTrainer` needs to calibrate and measure; none of other data."""
+    """Return the batches of a stream that a `DecompositionTrainer` calibrates and measures on; none of other data."""
     if not isinstance(trainer.train_dataset, IterableDataset):
         return []
     asked = (trainer.args.calibration_tokens, trainer.args.statistics_tokens)
