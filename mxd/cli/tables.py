@@ -217,7 +217,7 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
             head = (expert, percent(found["frequency"]))
             for example in found["examples"][:shown]:
                 before, after = cell(example["before"][-30:]), cell(example["after"][:30])
-                context = Text.assemble(before, (cell(example["token"]).plain, "bold reverse"), after)
+                context = Text.assemble(before, "[", (cell(example["token"]).plain, "bold"), "]", after)
                 rows.append((*head, f"{example['coefficient']:.3g}", context))
                 head = ("", "")
             if not found["examples"]:

@@ -71,7 +71,9 @@ def test_an_expert_that_is_not_active_is_said_to_be_none(capsys):
     experts = {"12": {"frequency": 0.5, "examples": [example]}, "99": {"frequency": None, "examples": []}}
     results = {"layers": {"4": experts}, "settings": {"tokens": 9, "dataset": []}}
     print_experts(results)
-    rows = [row for row in capsys.readouterr().out.splitlines() if "not active in this text" in row]
+    shown = capsys.readouterr().out
+    assert "a [b] c" in shown
+    rows = [row for row in shown.splitlines() if "not active in this text" in row]
     assert len(rows) == 1 and "99" in rows[0]
     assert page(results).count("not active in this text") == 1
 
