@@ -1,6 +1,7 @@
 """Load the text of a run: documents to train on, held-out documents, and batches to evaluate on."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeAlias
 
@@ -42,17 +43,17 @@ def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
     return split_documents(documents, seed=seed)
 
 
-def load_one(text: TextOptions) -> Documents:
-    """Load all documents of a text; the held-out sample if it names no dataset."""
-    return _load(text, text.split, "heldout")
+def load_one(text: TextOptions, keep: Sequence[str] = ()) -> Documents:
+    """Load all documents of a text, with the columns of `keep`; the held-out sample if it names no dataset."""
+    return _load(text, text.split, "heldout", keep)
 
 
-def _load(text: TextOptions, split: str, sample: Literal["train", "heldout"]) -> Documents:
+def _load(text: TextOptions, split: str, sample: Literal["train", "heldout"], keep: Sequence[str] = ()) -> Documents:
     """Load a split of the dataset, or a split of the sample text, to which the other options do not apply."""
     if not text.dataset:
         return load_text(str(demo.text_path(sample)))
     return load_text(
-        text.dataset, config_name=text.config_name, revision=text.dataset_revision, split=split, **_how(text)
+        text.dataset, config_name=text.config_name, revision=text.dataset_revision, split=split, keep=keep, **_how(text)
     )
 
 

@@ -1,7 +1,7 @@
 """Load decompositions from folders or the Hub, with their base models and the record of how they were made."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -110,7 +110,9 @@ def load_base_and_text(
     return model.to(default_device()), tokenizer, text
 
 
-def read_text(text: TextOptions, name: str, heldout: bool = False) -> tuple[Documents, TextOptions, int | None]:
+def read_text(
+    text: TextOptions, name: str, made: Mapping[str, Any], heldout: bool = False
+) -> tuple[Documents, TextOptions, int | None]:
     """Load the text that a command reads: the one asked for, else that of the training, else the sample of mxd.
 
     The text of the training is known from the decomposition's evaluation.json. Local files that it names are read only
@@ -119,6 +121,7 @@ def read_text(text: TextOptions, name: str, heldout: bool = False) -> tuple[Docu
     Args:
         text: the text asked for.
         name: the decomposition.
+        made: what `made_how` returns for it.
         heldout: of the training's text, take the documents that the training held out.
 
     Returns:
@@ -129,7 +132,7 @@ def read_text(text: TextOptions, name: str, heldout: bool = False) -> tuple[Docu
     """
     if text.dataset:
         return load_one(text), text, None
-    training = made_how(name).get("training", {})
+    training = made.get("training", {})
     recorded, seed = training.get("text"), training.get("seed")
     if isinstance(recorded, dict) and recorded.get("dataset"):
         known = {one.name: recorded[one.name] for one in fields(TextOptions) if one.name in recorded}
@@ -150,19 +153,19 @@ def read_text(text: TextOptions, name: str, heldout: bool = False) -> tuple[Docu
 
 def made_how(name: str) -> dict[str, Any]:
     """Return {"training": dict, "finetuning": list} of a decomposition's evaluation.json, each if it is recorded."""
-    return recorded_runs(_recorded(name).get("settings"))
+    return recorded_runs(recorded_evaluation(name).get("settings"))
 
 
-def warn_of_weak_experts(name: str) -> str:
-    """Warn if the recorded expert share of a layer is low, and return the warning."""
-    layers = _recorded(name).get("layers")
+def warn_of_weak_experts(evaluation: Mapping[str, Any]) -> str:
+    """Warn if the expert share of a layer in an evaluation.json is low, and return the warning."""
+    layers = evaluation.get("layers")
     rows = layers.items() if isinstance(layers, dict) else ()
     if weak := weak_experts({f"layer {layer[:9]}": row for layer, row in rows if isinstance(row, dict)}):
         logger.warning(weak)
     return weak
 
 
-def _recorded(name: str) -> dict[str, Any]:
+def recorded_evaluation(name: str) -> dict[str, Any]:
     """Return a decomposition's evaluation.json, which may be a stranger's; empty if there is none."""
     source, how = _source(name)
     path = file_if_any(source, EVALUATION_NAME, how)

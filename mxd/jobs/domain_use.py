@@ -7,9 +7,9 @@ from datasets import Dataset
 
 from mxd.base.files import write_json
 from mxd.base.progress import progress_bar
-from mxd.data.documents import DataError, load_text
+from mxd.data.documents import DataError
 from mxd.data.labelled_text import label_names, some
-from mxd.data.texts import TextOptions, evaluation_batches
+from mxd.data.texts import TextOptions, evaluation_batches, load_one
 from mxd.evaluation import count_expert_use, domain_use, plot_domain_use
 
 from .decompositions import load_base_and_text, load_decomposition, results_folder
@@ -36,15 +36,7 @@ def documents_by_domain(text: TextOptions, column: str) -> dict[str, Dataset]:
         raise ValueError(f"the column {column!r} holds the text: name the column of its kinds with --by")
     if text.streaming:
         raise ValueError("--by divides the whole dataset, which cannot be streamed: leave --streaming out")
-    documents = load_text(
-        text.dataset,
-        config_name=text.config_name,
-        revision=text.dataset_revision,
-        split=text.split,
-        text_column=text.text_column,
-        keep=[column],
-        chat=text.chat,
-    )
+    documents = load_one(text, keep=[column])
     assert isinstance(documents, Dataset)
     rows: dict[str, list[int]] = {}
     for index, domain in enumerate(label_names(documents, column)):
@@ -84,7 +76,7 @@ def measure_domain_use(options: EvaluationOptions, progress: bool = True) -> dic
             logger.warning("domain %r is left out: %s", domain, error)
             short.append(domain)
     if len(batches) < 2:
-        all_of_them, enough = (", ".join(map(repr, some)) or "none" for some in (documents, batches))
+        all_of_them, enough = (", ".join(map(repr, names)) or "none" for names in (documents, batches))
         raise ValueError(f"of the domains {all_of_them} fewer than two have enough text for one row: {enough}")
     uses = {
         domain: count_expert_use(model, decomposition, progress_bar(of_domain, desc=domain, show=progress))

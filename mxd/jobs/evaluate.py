@@ -50,7 +50,7 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
         decomposition,
         options.dtype,
         options.context_length,
-        lambda: read_text(options.text, options.decomposition, heldout=True),
+        lambda: read_text(options.text, options.decomposition, made, heldout=True),
     )
     if options.ablation is not None:
         check_predictions(model, "--ablation")

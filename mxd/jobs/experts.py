@@ -9,10 +9,18 @@ from transformers import PreTrainedTokenizerBase
 
 from mxd.base.files import replace_text, write_json
 from mxd.base.progress import progress_bar
+from mxd.data.provenance import recorded_runs
 from mxd.data.texts import document_batches, evaluation_settings
 from mxd.evaluation.top_examples import TopExamples, top_examples
 
-from .decompositions import load_base_and_text, load_decomposition, read_text, results_folder, warn_of_weak_experts
+from .decompositions import (
+    load_base_and_text,
+    load_decomposition,
+    read_text,
+    recorded_evaluation,
+    results_folder,
+    warn_of_weak_experts,
+)
 from .options import ExpertsOptions, text_name
 from .run_folder import write_run
 
@@ -52,8 +60,12 @@ def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, An
         count = decomposition.config.layer(layer).num_experts
         if unknown := [expert for expert in options.experts or [] if not 0 <= expert < count]:
             raise ValueError(f"layer {layer} has no expert {unknown[0]}: they are 0 to {count - 1}")
+    evaluation = recorded_evaluation(options.decomposition)
     model, tokenizer, (documents, text, _) = load_base_and_text(
-        decomposition, options.dtype, options.context_length, lambda: read_text(options.text, options.decomposition)
+        decomposition,
+        options.dtype,
+        options.context_length,
+        lambda: read_text(options.text, options.decomposition, recorded_runs(evaluation.get("settings"))),
     )
     batches, origins = document_batches(documents, tokenizer, options.context_length, options.tokens)
     rows = [ids[mask > 0].tolist() for batch in batches for ids, mask in zip(*batch.values(), strict=True)]
@@ -75,7 +87,7 @@ def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, An
         }
     settings = evaluation_settings(text, options.dtype)
     results["settings"] = {**settings, "tokens": sum(map(len, rows)), "seed": options.seed}
-    results["warning"] = warn_of_weak_experts(options.decomposition)
+    results["warning"] = warn_of_weak_experts(evaluation)
     if folder is not None:
         write_run(folder, "experts", options)
         write_json(folder / EXPERTS_NAME, results)
