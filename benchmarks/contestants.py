@@ -167,7 +167,7 @@ def ours(job: Job, **changes: Any) -> nn.Module:
 
 def hierarchical(job: Job) -> nn.Module:
     """Return a layer with about √N groups, of which a token opens 8."""
-    from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
+    from mxd.trainers.router import default_num_expert_groups
 
     groups = default_num_expert_groups(job["N"])
     return ours(job, num_expert_groups=groups, num_groups_per_tok=min(GROUPS_OPENED, groups))

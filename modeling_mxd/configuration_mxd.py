@@ -91,7 +91,7 @@ class MxDLayerConfig:
         method: `"mxd"`, `"transcoder"` or `"skip_transcoder"`.
         gate_bias, encoder_bias, output_bias: whether there are the biases g, e (and u), b.
         num_expert_groups: groups G of neighbouring experts that a router chooses from (about √N), see
-            `hierarchical_routing`. None for the exact gate, which scores every expert.
+            `functional`. None for the exact gate, which scores every expert.
         num_groups_per_tok: groups M that each token opens, from fast (few) to exact (all).
     """
 

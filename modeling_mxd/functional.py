@@ -1,15 +1,19 @@
-"""Compute the two sparse products of a layer, with backward passes that touch only the selected experts.
+"""Compute the sparse products of a layer, with backward passes that touch only the selected experts.
 
-    topk_gate   a = TopK(ReLU(G x + g))   forward: one dense product, in chunks of tokens
-    expert_sum  Cᵀ a                      forward and backward: K rows of C a token
+    topk_gate    a = TopK(ReLU(Gx + g))                            one dense product, in chunks of tokens
+    routed_gate  a = TopK(ReLU(Gx + g) · [group of n is open])     the products of the groups that a token opens
+    expert_sum   Cᵀa                                               K rows of C a token
+
+Hierarchical routing: the N experts lie in G groups of ⌈N/G⌉ neighbours (the last may be smaller). A token opens the M
+groups for which a linear router r = Rx + ρ is largest. With G ≈ √N the gate costs I·(G + M·N/G) multiply-adds a token
+instead of I·N; with all groups open it is the exact gate.
 
 The input's gradient sums rows over a token's experts, the weights' gradients sum rows over an expert's tokens (pairs
-sorted by expert, which makes them deterministic). Nothing of size (all tokens x experts) is ever alive.
-
-They are operators of torch's library, so that a compiled graph keeps them whole. Each copy of this file, such as the
-one in a Hub repo, registers its own, named after its module.
+sorted by expert, which makes them deterministic). Nothing of size (all tokens x experts) is ever alive. The products
+are operators of torch's library, so that a compiled graph keeps them whole; each copy of this file registers its own.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -261,3 +265,64 @@ def expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     k = values.shape[-1]
     out = _expert_sum(values.reshape(-1, k), indices.reshape(-1, k), table)
     return out.reshape(*values.shape[:-1], table.shape[1])
+
+
+@operator("routed_gate", lambda x, weight, bias, opened, group_size, k: empty_coefficients(x, k), synchronises=True)
+def _routed_gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int
+) -> tuple[Tensor, Tensor]:
+    tokens, experts = x.shape[0], weight.shape[0]
+    values, indices = empty_coefficients(x, k)
+    for part in chunks(tokens, opened.shape[1] * group_size):
+        with torch.autocast(x.device.type, enabled=False):
+            scores = _group_scores(x[part], weight, bias, opened[part], group_size)
+        values[part], at = largest(scores, k)  # not as `largest_positive`, for which −∞ is above other negative numbers
+        # Beyond the last group's end there are no experts: what is chosen there has the value 0.
+        group = opened[part].gather(1, at // group_size)
+        indices[part] = (group * group_size + at % group_size).clamp_max_(experts - 1)
+    return values.relu_(), indices
+
+
+def _group_scores(x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, size: int) -> Tensor:
+    """Return the pre-activations of the experts in every token's open groups, (T, M·size)."""
+    tokens, per_token = opened.shape
+    groups = opened.reshape(-1)
+    if tokens == 1:  # a step of generation: nothing is to be sorted or gathered
+        return torch.cat([_scores_of_group(x, weight, bias, group, size) for group in groups.tolist()], 1)
+    scores = x.new_empty(tokens * per_token, size)
+    order = torch.argsort(groups, stable=True)
+    found, counts = (part.tolist() for part in torch.unique_consecutive(groups[order], return_counts=True))
+    for group, places, rows in zip(found, order.split(counts), (order // per_token).split(counts), strict=True):
+        scores.index_copy_(0, places, _scores_of_group(x.index_select(0, rows), weight, bias, group, size))
+    return scores.view(tokens, per_token * size)
+
+
+def _scores_of_group(x: Tensor, weight: Tensor, bias: Tensor | None, group: int, size: int) -> Tensor:
+    """Return the pre-activations of a group's experts (T, size), −∞ where the last group has no expert."""
+    experts = slice(group * size, (group + 1) * size)
+    scores = F.linear(x, weight[experts], None if bias is None else bias[experts])
+    return F.pad(scores, (0, size - scores.shape[1]), value=-math.inf) if scores.shape[1] < size else scores
+
+
+_routed_gate.register_autograd(gate_gradients, setup_context=save_gate)
+
+
+def routed_gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return the coefficients of the K experts with the largest pre-activations in a token's open groups.
+
+    The products are in the dtype of `x` under autocast too, since rounding them and computing the selected ones again
+    would cost as much.
+
+    Args:
+        x, weight, bias, k: as for `functional.topk_gate`.
+        opened: groups that each token opens, each at most once, (..., M) int64.
+        group_size: experts in every group but the last.
+
+    Returns:
+        values (..., K) and indices (..., K) as `functional.topk_gate`, with its gradients; groups have none.
+    """
+    flat, groups = x.reshape(-1, x.shape[-1]), opened.reshape(-1, opened.shape[-1])
+    values, indices = _routed_gate(flat, weight, bias, groups, group_size, k)
+    return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)

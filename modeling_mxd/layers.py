@@ -24,8 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
 from .configuration_mxd import MxDLayerConfig
-from .functional import expert_sum, topk_gate
-from .hierarchical_routing import routed_gate
+from .functional import expert_sum, routed_gate, topk_gate
 from .interventions import ExpertCoefficients, ExpertIntervention
 
 CoefficientHook = Callable[["SparseLayer", Tensor, ExpertCoefficients], ExpertCoefficients | None]

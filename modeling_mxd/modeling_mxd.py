@@ -18,7 +18,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, Model
 from .architectures import configured_activations
 from .configuration_mxd import MxDConfig
 from .functional import topk_gate  # noqa: F401
-from .hierarchical_routing import routed_gate  # noqa: F401
 from .interventions import ExpertCoefficients  # noqa: F401
 from .layers import SparseLayer, make_layer
 from .loading import (

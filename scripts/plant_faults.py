@@ -109,7 +109,7 @@ FAULTS = [
     Fault(
         "routing-wrong-group",
         "hierarchical routing takes a group's rank among the open ones for the group itself",
-        "modeling_mxd/hierarchical_routing.py",
+        "modeling_mxd/functional.py",
         "        group = opened[part].gather(1, at // group_size)\n",
         "        group = at // group_size\n",
         "tests/modeling_mxd/test_hierarchical_routing.py::test_output_and_gradients_are_the_oracles",

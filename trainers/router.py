@@ -22,13 +22,17 @@ from torch import Tensor, nn
 from mxd.base.progress import progress_bar
 from mxd.modeling_mxd import ExpertCoefficients, MxDLayerConfig, MxDModel, SparseLayer
 from mxd.modeling_mxd.functional import scatter_rows, topk_gate
-from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
 
 BATCH = 512
 LEARNING_RATE = 3e-3
 CLUSTER_ROUNDS = 10
 CLUSTER_SHARPNESS = 20.0
 PART = 4096  # tokens at a time where intermediate tensors are large
+
+
+def default_num_expert_groups(num_experts: int) -> int:
+    """Return a number of groups, about √N, of which none is empty."""
+    return -(-num_experts // max(1, round(num_experts**0.5)))
 
 
 class RoutingRecall(NamedTuple):

@@ -17,9 +17,9 @@ from mxd.data.texts import (
 )
 from mxd.evaluation import faithfulness
 from mxd.modeling_mxd import MLPSite, MxDConfig, MxDLayerConfig, MxDModel, SurgeryError, find_mlps, site_of
-from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
 from mxd.trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
+from mxd.trainers.router import default_num_expert_groups
 
 from .options import DecompositionOptions
 from .run_folder import check_output, check_same_documents, prepare_output, resumed_start

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, make_layer
-from mxd.modeling_mxd.hierarchical_routing import default_num_expert_groups
 from mxd.trainers.router import (
     balanced_groups,
+    default_num_expert_groups,
     exact_coefficients,
     fit_router,
     fit_routers,
