@@ -5,13 +5,17 @@ BIN := .venv/bin
 WORKERS ?= 3
 PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test coverage oldest quality format clean
+.PHONY: demo test tasks coverage oldest quality format clean
 
 demo: .venv/installed  ## decompose the embedded model with the embedded text (4 to 5 minutes on 2 cores)
 	$(BIN)/mxd decompose --output demo-output --overwrite
 
 test: .venv/installed-dev  ## the whole test suite
 	$(BIN)/python $(PYTEST)
+
+tasks: .venv/installed-dev  ## the tests that need lm-evaluation-harness, which is installed for them
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[tasks]'
+	$(BIN)/python $(PYTEST) tests/hub_cards/test_tasks.py
 
 coverage: .venv/installed-dev  ## line and branch coverage of modeling_mxd and trainers by their own tests, at least 90 %
 	$(BIN)/python $(PYTEST) tests/modeling_mxd tests/trainers --ignore tests/modeling_mxd/test_architectures.py --cov

@@ -125,6 +125,8 @@ def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = No
         _print(_ablation_table(results["ablation"]))
     if "ranks" in results:
         _print(_rank_table(results["ranks"]))
+    if "tasks" in results:
+        _print(_task_table(results["tasks"]))
 
 
 def _weak(rows: dict[str, Any]) -> list[Text]:
@@ -139,6 +141,19 @@ def _ablation_table(curve: dict[str, Any]) -> Table:
     errors = [row["nmse"] for row in curve["layers"].values()]
     rows = [(count, *map(_shown, figures)) for count, *figures in zip(curve["removed"], curve["rise"], *errors)]  # noqa: B905
     return _table("Each token's strongest experts removed", columns, rows, left=0)
+
+
+def _task_table(tasks: dict[str, Any]) -> Table:
+    def score(row: dict[str, Any], model: str) -> str:
+        error = row[f"{model}_stderr"]
+        return _shown(row[model]) + ("" if error is None else f" ± {error:.4f}")
+
+    rows = [
+        (task, metric, *(score(row, model) for model in ("untouched", "spliced")))
+        for task, metrics in tasks.items()
+        for metric, row in metrics.items()
+    ]
+    return _table("Tasks, ± the standard error", ("task", "metric", "untouched", "spliced"), rows, left=2, wrap=False)
 
 
 def _rank_table(ranks: dict[str, Any]) -> Table:

@@ -1,5 +1,6 @@
 """`mxd evaluate`: measure a saved decomposition on text, or compare its experts' use between kinds of text."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mxd.evaluation import (
     plot_singular_values,
     save_evaluation,
 )
+from mxd.evaluation.tasks import find_tasks, score_tasks
 
 from .decompositions import load_base_and_text, load_decomposition, made_how, read_text, results_folder
 from .domain_use import measure_domain_use
@@ -32,11 +34,12 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
     `mxd.jobs.domain_use.measure_domain_use`.
 
     Returns:
-        The content of evaluation.json, see `mxd.evaluation.faithfulness`; with `ablation` and `ranks` what
-        `ablation_curve` and `expert_ranks` measured, under these names.
+        The content of evaluation.json, see `mxd.evaluation.faithfulness`; with `ablation`, `ranks` and `tasks` what
+        `ablation_curve`, `expert_ranks` and `score_tasks` measured, under these names.
 
     Raises:
-        ValueError: there is no such decomposition, or the text cannot be read.
+        ValueError: there is no such decomposition or task, or the text cannot be read.
+        ImportError: `tasks` are named, and lm-evaluation-harness is not installed.
     """
     if options.by is not None:
         return measure_domain_use(options, progress)
@@ -46,14 +49,16 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
     methods = {decomposition.config.layer(layer).method for layer in decomposition.config.layers}
     if options.ranks and methods != {"mxd"}:
         raise ValueError("only an MxD's experts have a rank: leave --ranks out for a transcoder")
+    manager = find_tasks(options.tasks) if options.tasks else None
     model, tokenizer, (documents, text, seed) = load_base_and_text(
         decomposition,
         options.dtype,
         options.context_length,
         lambda: read_text(options.text, options.decomposition, made, heldout=True),
     )
-    if options.ablation is not None:
-        check_predictions(model, "--ablation")
+    for wanted, name in ((options.ablation, "--ablation"), (options.tasks, "--tasks")):
+        if wanted:
+            check_predictions(model, name)
     batches = evaluation_batches(documents, tokenizer, options.context_length, options.tokens)
     measured_on = evaluation_settings(text, options.dtype)
     measured_on["held_out"] = is_held_out(made, text, documents, seed)
@@ -64,6 +69,10 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
         write_run(folder, "evaluate", options)
     if options.ablation is not None:
         results["ablation"] = ablation_curve(model, decomposition, batches, progress=progress)
+    if options.tasks:
+        how: dict[str, Any] = {"limit": options.task_limit, "batch_size": options.task_batch_size}
+        results["tasks"] = score_tasks(model, decomposition, tokenizer, options.tasks, manager=manager, **how)
+        results["settings"]["tasks"] = {"lm_eval": version("lm_eval"), **how}
     ranks = decomposition_ranks(decomposition, progress=progress) if options.ranks else {}
     if ranks:
         results["ranks"] = {str(layer): rank.summary() for layer, rank in ranks.items()}

@@ -234,6 +234,11 @@ class EvaluationOptions(MeasuringOptions):
         None, "Also remove each token's strongest experts, in this order; takes about four times as long.", MEASURE
     )
     ranks: bool = option(False, "Also measure the rank of a sample of experts.", MEASURE)
+    tasks: list[str] = option(
+        list, "Also score both models on tasks of lm-evaluation-harness: a,b.yaml.", MEASURE, commas=True
+    )
+    task_limit: int | None = option(None, "Score the first examples of each task only. [all]", MEASURE, minimum=1)
+    task_batch_size: int = option(1, "Batch size of the tasks.", flag=False, minimum=1)
 
 
 @dataclass(kw_only=True)
