@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 from mxd import modeling_mxd
 from mxd.base.files import json_text
-from mxd.modeling_mxd import MxDConfig
+from mxd.modeling_mxd import DIRECTIONS_NAME, MxDConfig
 from mxd.modeling_mxd.configuration_mxd import AUTO_MAP, DEMO_MODEL, shorten
-from mxd.modeling_mxd.loading import recorded_model
+from mxd.modeling_mxd.loading import ResolvedRepo, recorded_model
+from mxd.modeling_mxd.steering import read_directions
 
 from .card import build_card, read_evaluation
 from .hub import HubError, HubRepo, get_repo, logger, status_of, with_retries
@@ -29,11 +30,14 @@ OLDEST_TRANSFORMERS = "4.56"
 
 # No checkpoints and no training arguments: both name folders of this machine.
 _PATTERNS = (
-    "model*.safetensors", "model.safetensors.index.json", "training_log.json", "figures/*.png",
+    "model*.safetensors", "model.safetensors.index.json", DIRECTIONS_NAME, "experts.safetensors", "training_log.json",
+    "figures/*.png",
     "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt",
 )  # fmt: skip
 # Files of an earlier push that would be loaded, or believed, along with those of a later one.
-_STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|evaluation\.json")
+_STALE = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(directions|experts)\.safetensors|evaluation\.json"
+)
 _ATTEMPTS = 4  # while others commit to the same branch
 
 Files = dict[str, bytes | Path]  # content by path in the repo
@@ -82,6 +86,8 @@ def push_decomposition(
     folder, api = Path(folder), HfApi(token=token)
     config = read_config(folder / "config.json", folder)
     check_weights(folder, config)
+    if (folder / DIRECTIONS_NAME).is_file():
+        read_directions(ResolvedRepo(str(folder), {}, ""), config)  # raises
     base = _look_up_base(config, base_model, token)
     if base.gated and not private:
         logger.warning("the base model %s is gated: does its licence allow sharing? (else: --private)", base.repo_id)

@@ -104,6 +104,10 @@ class ResolvedRepo(NamedTuple):
     config_file: str
     """path of its config.json"""
 
+    def __reduce__(self) -> Any:  # models keep it: a token is not pickled with them
+        access = {name: value for name, value in self.access.items() if name != "token"}
+        return ResolvedRepo, (self.name, access, self.config_file)
+
 
 def resolve(name: Any, access: dict[str, Any]) -> ResolvedRepo:
     """Download config.json, and pin the commit that it comes from."""
@@ -303,6 +307,7 @@ def load_decomposition(load: Any, repo: ResolvedRepo, config: MxDConfig, files: 
     loaded = load(config=config, state_dict=weights, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config.name_or_path = repo.name
+    model._repo = repo._replace(access={**repo.access, "force_download": False})
     return loaded
 
 

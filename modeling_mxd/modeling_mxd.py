@@ -2,14 +2,15 @@
 language model with the decomposition spliced in, by `AutoModelForCausalLM`."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, logging
@@ -24,6 +25,7 @@ from .loading import (
     ACCESS,
     BY_LAYER,
     OWN,
+    ResolvedRepo,
     check_language_model,
     commit_of,
     decomposition_files,
@@ -35,6 +37,7 @@ from .loading import (
 )
 from .sites import SurgeryError
 from .spliced_language_model import make_spliced
+from .steering import DIRECTIONS_NAME, MISSING, DirectionFile, ExpertDirections, direction_shapes, read_directions
 from .surgery import ReplacedMLP, replace_mlps, restored_afterwards
 
 logger = logging.get_logger(__name__)
@@ -56,6 +59,8 @@ class MxDModel(PreTrainedModel):
     base_model_prefix = "mxd"
     main_input_name = "hidden_states"
     _no_split_modules = ["MxDLayer", "TranscoderLayer"]
+    _repo: ResolvedRepo | None = None
+    _directions: DirectionFile | None = None
 
     def __init__(self, config: MxDConfig):
         super().__init__(config)
@@ -111,6 +116,20 @@ class MxDModel(PreTrainedModel):
         if is_main_process and index.exists():
             separate_layers(index)
             single.unlink(missing_ok=True)
+        if is_main_process:
+            self._save_directions(Path(save_directory) / DIRECTIONS_NAME)
+
+    def _save_directions(self, path: Path) -> None:
+        # Those that are in memory or on this machine; others in the folder belong to other weights.
+        if self._directions is None and self._repo is not None:
+            local = {**self._repo.access, "local_files_only": True}
+            with suppress(ValueError):
+                self._directions = read_directions(self._repo._replace(access=local), self.config)
+        if self._directions is None:
+            path.unlink(missing_ok=True)
+            return
+        metadata = {"format_version": "1", "source": self._directions.source}
+        save_file(self._directions.tensors, path, metadata)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Push what `save_pretrained` saves, as transformers' `push_to_hub`."""
@@ -125,6 +144,41 @@ class MxDModel(PreTrainedModel):
         if str(layer) not in self.layers:
             self.config.layer(layer)  # raises
         return self.layers[str(layer)]  # type: ignore[return-value]
+
+    @property
+    def direction_file(self) -> DirectionFile:
+        """Content of `directions.safetensors`, read at the first use from where the decomposition was loaded."""
+        if self._directions is None:
+            if self._repo is None:
+                raise ValueError(f"this decomposition {MISSING}")
+            self._directions = read_directions(self._repo, self.config)
+        return self._directions
+
+    def directions(self, layer: int) -> ExpertDirections:
+        """Return the experts' directions (N, O) and maxima (N) of a layer.
+
+        Raises a ValueError if the decomposition was saved without: `mxd experts FOLDER` makes them.
+        """
+        module, tensors = self.layer(layer), self.direction_file.tensors
+        direction = tensors.get(f"layers.{layer}.direction", module.expert_table.detach())
+        return ExpertDirections(direction, tensors[f"layers.{layer}.maximum"])
+
+    def set_directions(self, maxima: Mapping[int, Tensor], directions: Mapping[int, Tensor], source: str) -> None:
+        """Replace what `directions` returns and `save_pretrained` saves.
+
+        Args:
+            maxima: {layer: (N)}, for every layer.
+            directions: {layer: (N, O)}, for every MxD layer; a transcoder's directions are its decoder.
+            source: the directions' origin, for the file.
+        """
+        given = {f"layers.{layer}.maximum": maximum for layer, maximum in maxima.items()}
+        given |= {f"layers.{layer}.direction": direction for layer, direction in directions.items()}
+        tensors = {}
+        for name, shape in direction_shapes(self.config).items():
+            if name not in given or list(given[name].shape) != shape:
+                raise ValueError(f"{name} must be given, with the shape {shape}")
+            tensors[name] = given[name].detach().float().cpu().contiguous().clone()
+        self._directions = DirectionFile(tensors, source)
 
     def forward(self, hidden_states: Tensor, layer: int | None = None) -> MxDOutput:
         """Run one layer on the MLP's input x, (..., I). `layer` may be left out if there is only one."""

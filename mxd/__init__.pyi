@@ -17,6 +17,7 @@ from .evaluation import ablation_curve as ablation_curve
 from .evaluation import domain_use as domain_use
 from .evaluation import expert_ranks as expert_ranks
 from .evaluation import faithfulness as faithfulness
+from .evaluation import fit_directions as fit_directions
 from .evaluation import grouped_folds as grouped_folds
 from .evaluation import load_evaluation as load_evaluation
 from .evaluation import measure_expert_statistics as measure_expert_statistics

@@ -53,6 +53,19 @@ def random_mxd_model(layers=(1,), std=0.3, buffers=False, **changes):
     return randomise(mxd_model(layers, **changes), std, buffers)
 
 
+def with_directions(model, source="auxiliary transcoder"):
+    """Give a decomposition random directions."""
+    layers = {index: model.config.layer(index) for index in model.config.layers}
+    maxima = {index: torch.rand(layer.num_experts) + 0.5 for index, layer in layers.items()}
+    directions = {
+        index: torch.randn(layer.num_experts, layer.output_size)
+        for index, layer in layers.items()
+        if layer.method == "mxd"
+    }
+    model.set_directions(maxima, directions, source)
+    return model
+
+
 def random_layer(form="mxd", dtype=torch.float32, std=0.5, **changes):
     """One layer, 16 to 12 dimensions, without a zero anywhere."""
     sizes = {**SIZES, "output_size": 12, "intermediate_size": 20}

@@ -1,4 +1,4 @@
-"""Auxiliary transcoder: a throw-away decoder that reads an MxD's coefficients while the MxD trains.
+"""Auxiliary transcoder: a decoder that reads an MxD's coefficients while the MxD trains.
 
 The distillation error alone does not require that the tokens of an expert have anything in common: where the dense
 encoder computes the MLP by itself, any division of the tokens among experts has the same error. The latents of a skip
@@ -6,7 +6,8 @@ transcoder, in contrast, have to predict the output. A skip transcoder's decoder
 
     ŷ = Vᵀa + Sᵀx + v,   a = TopK(ReLU(Gx + g)) of the MxD,
 
-and its error is added to the loss. It is no part of the model: checkpoints store it in a file of its own.
+and its error is added to the loss. It is no part of the model: checkpoints store it in a file of its own. In the end
+its decoder V is kept beside the weights, as the directions of the experts.
 """
 
 from collections.abc import Iterator
@@ -53,6 +54,10 @@ class AuxiliaryTranscoders(nn.ModuleDict):
     def of_layer(self, layer: int) -> AuxiliaryTranscoder | None:
         """Return that of a layer, or None if the layer has none."""
         return self._modules.get(str(layer))  # type: ignore[return-value]
+
+    def decoders(self) -> dict[int, Tensor]:
+        """Return {layer: V (N, O)}: row v_n is the direction of expert n."""
+        return {int(layer): module.decoder for layer, module in self.items()}  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
         """Set all parameters to 0."""

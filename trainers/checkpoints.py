@@ -36,7 +36,7 @@ def write_decomposition(
 
 
 def _digests(folder: Path) -> dict[str, bytes]:
-    return {path.name: hashlib.blake2b(path.read_bytes()).digest() for path in folder.glob("*.safetensors")}
+    return {path.name: hashlib.blake2b(path.read_bytes()).digest() for path in folder.glob("model*.safetensors")}
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str] | None) -> str:

@@ -51,6 +51,7 @@ CALIBRATION_TOKENS, STATISTICS_TOKENS = 32768, 65536
 # A router learns from one token in so many, since every expert is scored for it.
 ROUTER_TOKENS = 16
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # columns with one value per token
+BEFORE_TRAINING = ", before the last training"
 SCALES_NAME = "activation_scales.json"
 
 
@@ -228,19 +229,39 @@ class DecompositionTrainer(HubPushes):
         return self.args.minimum_relative_norm * self.scales[layer].output_norm if layer in self.scales else 0.0
 
     def measure_experts(self) -> None:
-        """Measure on training data how often and how strongly each expert is active, for the layers' buffers.
+        """Measure on training data how often and how strongly each expert is active, and set buffers and directions.
 
         Several processes share the tokens, and have the statistics of all.
         """
 
-        def total(values: Tensor) -> Tensor:
-            return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+        def gather(values: Tensor) -> Tensor:
+            return self.accelerator.gather(values[None].to(self.args.device)).cpu()
 
         tokens = self._tokens_to_measure(self.args.statistics_tokens, STATISTICS_TOKENS)
         count = -(-tokens // (self._batch_tokens * self.args.world_size))
         batches = islice(self._training_batches(), count)
         bar = progress_bar(batches, desc="statistics", total=count, show=self.shows_progress)
-        measure_expert_statistics(self.capture, self.decomposition, bar, total)
+        uses = measure_expert_statistics(self.capture, self.decomposition, bar, gather)
+        directions, source = self.expert_directions()
+        if directions is not None:
+            maxima = {layer: use.maximum for layer, use in uses.items()}
+            self.decomposition.set_directions(maxima, directions, source)
+
+    def expert_directions(self) -> tuple[dict[int, Tensor] | None, str]:
+        """Return {layer: directions (N, O)} of the MxD layers and their origin; None if an MxD layer has none.
+
+        Here those that the decomposition had before the training.
+        """
+        model = self.decomposition
+        of_mxd = [layer for layer in model.config.layers if model.config.layer(layer).method == "mxd"]
+        if not of_mxd:
+            return {}, "decoder"
+        try:
+            source = model.direction_file.source
+        except (ValueError, OSError) as error:
+            logger.warning("the experts have no directions, and are saved without: %s", error)
+            return None, ""
+        return {layer: model.directions(layer).direction for layer in of_mxd}, _before_training(source)
 
     @property
     def shows_progress(self) -> bool:
@@ -375,6 +396,10 @@ class DecompositionTrainer(HubPushes):
         if not path.is_file():
             raise ValueError(f"{checkpoint} has no {SCALES_NAME}: it is no checkpoint of a decomposition's training")
         self.scales = {int(layer): ActivationScales(**value) for layer, value in json.loads(path.read_text()).items()}
+
+
+def _before_training(source: str) -> str:
+    return source if source.endswith(BEFORE_TRAINING) else source + BEFORE_TRAINING
 
 
 def _without_autocast(model: nn.Module) -> None:

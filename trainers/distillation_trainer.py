@@ -252,6 +252,15 @@ class DistillationTrainer(DecompositionTrainer):
         if not args.warm_start:
             init_decomposition(self.model, self.teacher, calibrations, args, self.shows_progress)
 
+    def expert_directions(self) -> tuple[dict[int, Tensor] | None, str]:
+        """Return the decoders of the auxiliary transcoders, those of the checkpoint that the training ended with."""
+        if not len(self.auxiliary):
+            return super().expert_directions()
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best is not None:
+            self.auxiliary.load(Path(best))
+        return self.auxiliary.decoders(), "auxiliary transcoder"
+
     def trained_modules(self, layer: int) -> dict[str, nn.Module]:
         """Return the layer itself and its auxiliary transcoder."""
         auxiliary = self.auxiliary.of_layer(layer)

@@ -1,6 +1,7 @@
 """Measure how faithful a decomposition is and how its experts are used, and plot both."""
 
 from .ablation import ablation_curve
+from .directions import DirectionFit, fit_directions
 from .domain_use import domain_use
 from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
 from .faithfulness import faithfulness, load_evaluation, save_evaluation
@@ -39,9 +40,10 @@ from .top_examples import TopExamples, top_examples
 from .untouched import UntouchedLosses
 
 __all__ = [
-    "ErrorSums", "ExpertRanks", "ExpertUse", "LogitSums", "PairedDifference", "Representation", "TopExamples",
-    "UntouchedLosses", "ablation_curve", "always_yes_f1", "count_expert_use", "decomposition_ranks", "domain_use",
-    "expert_ranks", "expert_representation", "explained_share", "faithfulness", "grouped_folds",
+    "DirectionFit", "ErrorSums", "ExpertRanks", "ExpertUse", "LogitSums", "PairedDifference", "Representation",
+    "TopExamples", "UntouchedLosses", "ablation_curve", "always_yes_f1", "count_expert_use", "decomposition_ranks",
+    "domain_use",
+    "expert_ranks", "expert_representation", "explained_share", "faithfulness", "fit_directions", "grouped_folds",
     "input_representation", "kl_divergence", "load_evaluation", "measure_expert_statistics",
     "neuron_representation", "next_token_loss", "normalised_entropy", "normalised_error", "output_representation",
     "plot_ablation", "plot_domain_use", "plot_expert_frequency", "plot_frontier", "plot_probing",

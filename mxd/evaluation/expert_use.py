@@ -30,12 +30,14 @@ class ExpertUse:
         tokens: T, number of tokens so far.
         counts: number of tokens on which each expert was active, (N) int64.
         sums: Σ_t a_t, (N) float64.
+        maximum: max_t a_t, (N) float32; 0 for an expert that was never active.
     """
 
     def __init__(self, num_experts: int):
         self.tokens = 0
         self.counts = torch.zeros(num_experts, dtype=torch.int64)
         self.sums = torch.zeros(num_experts, dtype=torch.float64)
+        self.maximum = torch.zeros(num_experts)
 
     def update(self, coefficients: ExpertCoefficients) -> None:
         """Add tokens: values and indices (..., K), as `SparseLayer.encode` returns them."""
@@ -44,14 +46,17 @@ class ExpertUse:
         self.tokens += values.shape[:-1].numel()
         self.counts += torch.bincount(indices[active], minlength=len(self.counts))
         self.sums += torch.bincount(indices[active], weights=values[active].double(), minlength=len(self.counts))
+        self.maximum.scatter_reduce_(0, indices[active], values[active].float(), "amax")
 
-    def add_processes(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-        """Add what the other processes counted, given a function that sums a tensor over all."""
-        counted = torch.cat([torch.tensor([self.tokens]), self.counts]).double()  # exact below 2^53
-        tokens, counts, self.sums = sum_over_processes(torch.cat([counted, self.sums])).split(
-            [1, len(self.counts), len(self.sums)]
+    def add_processes(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Add what the other processes counted; `gather` stacks a tensor (...) of each of P processes, (P, ...)."""
+        every = gather(torch.stack([self.counts.double(), self.sums, self.maximum.double()]))  # exact below 2^53
+        self.tokens = int(gather(torch.tensor(self.tokens)).sum())
+        self.counts, self.sums, self.maximum = (
+            every[:, 0].sum(0).long(),
+            every[:, 1].sum(0),
+            every[:, 2].amax(0).float(),
         )
-        self.tokens, self.counts = int(tokens), counts.long()
 
     @property
     def frequency(self) -> Tensor:
@@ -130,26 +135,30 @@ def measure_expert_statistics(
     model: nn.Module | Capture,
     decomposition: MxDModel,
     batches: Iterable[Mapping[str, Tensor]],
-    sum_over_processes: Callable[[Tensor], Tensor] | None = None,
-) -> None:
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> dict[int, ExpertUse]:
     """Write every expert's frequency and mean coefficient on training tokens into the buffers that evaluation reads.
 
-    For the arguments see `count_expert_use`; with `sum_over_processes` the statistics are those of the batches of all
-    processes. The buffers are `expert_frequency` and `expert_mean`.
+    For the arguments see `count_expert_use`; with `gather`, see `ExpertUse.add_processes`, the statistics are those of
+    the batches of all processes. The buffers are `expert_frequency` and `expert_mean`.
+
+    Returns:
+        {layer: use}.
 
     Raises:
         ValueError: there is no token to measure on; the buffers are left unchanged.
     """
     uses = count_expert_use(model, decomposition, batches)
-    if sum_over_processes is not None:
+    if gather is not None:
         for use in uses.values():
-            use.add_processes(sum_over_processes)
+            use.add_processes(gather)
     if not all(use.tokens for use in uses.values()):
         raise ValueError("no tokens to measure the experts on: batches is empty, or contains only padding")
     for layer, use in uses.items():
         module = decomposition.layer(layer)
         module.expert_frequency.copy_(use.frequency)
         module.expert_mean.copy_(use.mean)
+    return uses
 
 
 def expert_statistics(

@@ -32,6 +32,7 @@ def test_decompose_leaves_a_folder_that_loads(finished):
     names = {path.name for path in folder.iterdir() if path.suffix != ".py"}
     assert names == {
         "config.json",
+        "directions.safetensors",
         "evaluation.json",
         "figures",
         "model.safetensors",

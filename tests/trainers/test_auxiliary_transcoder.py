@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from trainer_cases import arguments, decomposition, rows
 
 from mxd.base.capture import capture_mlps
-from mxd.modeling_mxd import MxDModel
+from mxd.modeling_mxd import DIRECTIONS_NAME, MxDModel
 from mxd.trainers import DistillationTrainer, last_complete_checkpoint
 from mxd.trainers.auxiliary_transcoder import FILE_NAME
 
@@ -116,3 +117,42 @@ def test_a_checkpoint_without_it_is_not_resumed_from(tiny_llama, tmp_path):
     trainer = DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=rows())
     with pytest.raises(ValueError, match="was trained with auxiliary_weight 0"):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
+def test_its_decoder_is_kept_as_the_experts_directions(tiny_llama, tmp_path, layers):
+    model = decomposition(layers)
+    settings = arguments(tmp_path, auxiliary_weight=1.0, save_strategy="steps", save_steps=5)
+    trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=rows())
+    trainer.train()
+    assert not (tmp_path / "checkpoint-5" / DIRECTIONS_NAME).exists()
+    trainer.save_model(tmp_path / "final")
+    loaded = MxDModel.from_pretrained(tmp_path / "final")
+    for layer in layers:
+        direction, maximum = loaded.directions(layer)
+        assert torch.equal(direction, trainer.auxiliary.of_layer(layer).decoder)
+        assert torch.equal(maximum > 0, model.layer(layer).expert_frequency > 0)
+        assert (maximum >= model.layer(layer).expert_mean).all()
+    assert loaded.direction_file.source == "auxiliary transcoder"
+
+
+def test_they_are_those_of_the_best_checkpoint(tiny_llama, tmp_path):
+    data = rows()
+    settings = arguments(
+        tmp_path, learning_rate=0.1, auxiliary_weight=1.0, save_strategy="steps", save_steps=2, eval_strategy="steps",
+        eval_steps=2, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = DistillationTrainer(decomposition(), tiny_llama, settings, train_dataset=data, eval_dataset=data)
+    trainer.evaluate = lambda *_, **__: {"eval_loss": trainer.state.global_step}  # the first is the best
+    trainer.train()
+    kept = load_file(tmp_path / "checkpoint-2" / FILE_NAME)["1.decoder"]
+    assert torch.equal(trainer.model.directions(1).direction, kept)
+
+
+@pytest.mark.parametrize("method", ["mxd", "transcoder", "skip_transcoder"])
+def test_without_it_only_a_transcoder_has_directions(tiny_llama, tmp_path, method):
+    settings = arguments(tmp_path, auxiliary_weight=0.0)
+    trainer = DistillationTrainer(decomposition(method=method), tiny_llama, settings, train_dataset=rows())
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    assert (tmp_path / "final" / DIRECTIONS_NAME).exists() == (method != "mxd")
