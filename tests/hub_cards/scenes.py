@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from factories import random_mxd_model, with_directions, word_tokenizer
+from factories import random_mxd_model, word_tokenizer
 from huggingface_hub import constants
 from loopback_hub import HubServer
 
@@ -54,7 +54,7 @@ def save_tokenizer(folder):
 def save_decomposition(model, commit, folder):
     """Save a decomposition of two layers of the base model, as `decompose` leaves it."""
     base = {"base_model_name_or_path": BASE, "base_model_revision": commit}
-    decomposition = with_directions(random_mxd_model([0, 2], buffers=True, **base))
+    decomposition = random_mxd_model([0, 2], buffers=True, **base)
     record_base(decomposition, model)
     decomposition.save_pretrained(folder)
 

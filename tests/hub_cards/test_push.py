@@ -7,13 +7,15 @@ import re
 import pytest
 import torch
 import warm_process
+from factories import with_directions
 from faults import command
 from huggingface_hub import HfApi, ModelCard
+from transformers import AutoModel, AutoModelForCausalLM
 
 from mxd import demo
 from mxd.hub_cards import OLDEST_TRANSFORMERS, HubError, list_decompositions, push_decomposition, show_decomposition
 from mxd.jobs.decompositions import load_decomposition, made_how
-from mxd.modeling_mxd import MxDModel
+from mxd.modeling_mxd import DIRECTIONS_NAME, MxDModel
 from mxd.modeling_mxd.configuration_mxd import AUTO_MAP
 
 REPO = "user/mxd-tiny"
@@ -382,3 +384,27 @@ def test_options_of_the_commands(hub, folder):
     push_decomposition(folder, "user/a")
     assert "user/a" in command("search", "base", "--layer", "2", "--author", "user", "--limit", "1")[1]
     assert "none found" in command("search", "--layer", "1")[1]
+
+
+@pytest.mark.parametrize("door", [AutoModel, AutoModelForCausalLM])
+def test_directions_go_along_and_are_downloaded_when_asked_for(hub, folder, tmp_path, door):
+    with_directions(MxDModel.from_pretrained(folder)).save_pretrained(folder)
+    (folder / "experts.safetensors").write_bytes((folder / DIRECTIONS_NAME).read_bytes())
+    push_decomposition(folder, REPO)
+    assert_complete(hub, folder)
+    model = door.from_pretrained(REPO)
+    with_directions(MxDModel.from_pretrained(folder)).save_pretrained(tmp_path / "other")
+    push_decomposition(tmp_path / "other", REPO)
+    assert_complete(hub, tmp_path / "other")  # experts.safetensors of the earlier push is gone
+    assert not [path for method, path, _ in hub.requests if method == "GET" and DIRECTIONS_NAME in path]
+    found, expected = (
+        m.directions(2) for m in (getattr(model, "decomposition", model), MxDModel.from_pretrained(folder))
+    )
+    assert torch.equal(found.direction, expected.direction)  # of the commit that was loaded
+
+
+def test_directions_that_do_not_fit_are_not_pushed(hub, folder):
+    (folder / DIRECTIONS_NAME).write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"directions.safetensors of .* is refused"):
+        push_decomposition(folder, REPO)
+    assert REPO not in hub.repos
