@@ -55,6 +55,10 @@ def test_finetune_leaves_a_folder_that_loads(finetuned):
     model, info = MxDModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.layer(2).expert_frequency.any()
+    before = MxDModel.from_pretrained(source).directions(2)
+    assert torch.equal(model.directions(2).direction, before.direction)
+    assert not torch.equal(model.directions(2).maximum, before.maximum)  # measured anew
+    assert model.direction_file.source == "auxiliary transcoder, before the last training"
     door = AutoModelForCausalLM.from_pretrained(folder, base_model_name_or_path=str(demo.model_path()))
     assert door.decomposition.config.layers == [2]
     for words in ("before → after", "NMSE", "dead", "specialised", "rise of cross-entropy", "recovered", "KL"):
