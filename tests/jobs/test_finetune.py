@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from commands import interrupted, refused, run
 from transformers import AutoModelForCausalLM
 
