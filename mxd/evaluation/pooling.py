@@ -19,7 +19,7 @@ from mxd.base.masks import token_mask
 from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout, mlp_weights, mlp_widths
 from mxd.base.progress import progress_bar
 from mxd.data.packing import CausalCollator
-from mxd.modeling_mxd import ExpertCoefficients, MLPSite, SparseLayer
+from mxd.modeling_mxd import ExpertCoefficients, MLPSite, SparseLayer, TranscoderLayer
 
 from .metrics import squared_norm
 
@@ -40,10 +40,12 @@ class Representation:
         width: number of features.
         encode: function from x (tokens, I) and y (tokens, O), the MLP's input and output, to the features (tokens,
             width), or to the coefficients of the active features, which are all ≥ 0.
+        directions: what a feature adds to the MLP's output per unit, (width, O); None if it has no direction.
     """
 
     width: int
     encode: Callable[[Tensor, Tensor], Tensor | ExpertCoefficients]
+    directions: Tensor | None = None
 
 
 def input_representation(site: MLPSite) -> Representation:
@@ -77,12 +79,18 @@ def neuron_representation(site: MLPSite) -> Representation:
             raise ValueError(f"the weights of layer {site.layer} do not give its outputs: leave the neurons out")
         return z
 
-    return Representation(_widths(site)[1], encode)
+    return Representation(_widths(site)[1], encode, weights.decoder.T)
 
 
-def expert_representation(layer: SparseLayer) -> Representation:
-    """Represent a token by a, the coefficients of a decomposition's experts (a transcoder's latents)."""
-    return Representation(layer.config.num_experts, lambda x, y: layer.encode(x.to(layer.gate.weight.device)))
+def expert_representation(layer: SparseLayer, directions: Tensor | None = None) -> Representation:
+    """Represent a token by a, the coefficients of a decomposition's experts (a transcoder's latents).
+
+    The direction of a transcoder's latent is its decoder row; those of an MxD's experts are stored beside it.
+    """
+    if directions is None and isinstance(layer, TranscoderLayer):
+        directions = layer.decoder.detach()
+    how = layer.config.num_experts, lambda x, y: layer.encode(x.to(layer.gate.weight.device))
+    return Representation(*how, directions)
 
 
 def _widths(site: MLPSite) -> tuple[int, int, int]:
@@ -140,8 +148,7 @@ def pool_features(
         for chosen in batches:
             ids, mask = batch_for(model, collate([{"input_ids": texts[index]} for index in chosen]))
             x, y = capture_mlps(model, [layer], ids, mask, stack=stack, site=site)[layer]
-            if x.shape[:2] != ids.shape:
-                raise ValueError(f"layer {layer} has not one activation for each token: it runs several times a pass")
+            check_each_token(layer, x, ids)
             counted = token_mask(ids, mask, include_first).to(x.device)
             rows = counted.nonzero()[:, 0].cpu()  # the text of each token, in `chosen`
             for name, representation in representations.items():
@@ -151,6 +158,12 @@ def pool_features(
             bar.update(len(chosen))
     back = np.argsort(np.concatenate(batches))
     return {name: _stacked(parts.pop(name))[back] for name in representations}
+
+
+def check_each_token(layer: int, x: Tensor, input_ids: Tensor) -> None:
+    """Raise `ValueError` unless x (batch, tokens, I) has one activation of a layer for each token."""
+    if x.shape[:2] != input_ids.shape:
+        raise ValueError(f"layer {layer} has not one activation for each token: it runs several times a pass")
 
 
 def _batches(texts: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
