@@ -188,10 +188,10 @@ def steer_prompts(
         loss = torch.full((number,), torch.nan)
         if new_tokens > 0:
             size = max(1, batch_tokens // (ids.numel() + new_tokens * len(ids)))
-            plain = torch.cat([steering.likelihood(None, None, new_tokens, seed + one) for one in range(_BASELINES)])
+            nothing = torch.zeros(min(size, _BASELINES))
+            plain = steering.likelihood(nothing.long(), nothing, new_tokens, seed).mean()
             for part in torch.arange(number).split(size):
-                found = steering.likelihood(part, strengths[part], new_tokens, seed)
-                loss[part] = plain.mean() - found.view(len(part), -1).mean(1)
+                loss[part] = plain - steering.likelihood(part, strengths[part], new_tokens, seed)
     return Steered(strengths, reached, rise, loss)
 
 
@@ -232,12 +232,12 @@ class _Steering:
         kl = kl_divergence(self.untouched.expand_as(log_p), log_p).mean(1)
         return kl.cpu(), (log_p - self.untouched).mean(1).cpu()
 
-    def likelihood(self, numbers: Tensor | None, strengths: Tensor | None, new_tokens: int, seed: int) -> Tensor:
-        """Sample a continuation of every prompt, steered by each of B directions or not at all.
+    def likelihood(self, numbers: Tensor, strengths: Tensor, new_tokens: int, seed: int) -> Tensor:
+        """Sample a continuation of every prompt, steered by each of B directions.
 
-        Returns the mean log-likelihood of a token under the untouched model, (B · P).
+        Returns the mean log-likelihood of a token under the untouched model, (B).
         """
-        ids = self.prompts if numbers is None else self.prompts.repeat(len(numbers), 1)
+        ids = self.prompts.repeat(len(numbers), 1)
         sampling = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
         with torch.random.fork_rng(), self._added(numbers, strengths):
@@ -246,7 +246,8 @@ class _Steering:
             text = generate(ids, attention_mask=torch.ones_like(ids), **sampling, **length)
         logits = self.model(input_ids=text, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
         log_p = F.log_softmax(logits.float(), dim=-1)
-        return log_p.gather(-1, text[:, ids.shape[1] :, None])[..., 0].mean(1).cpu()
+        of_tokens = log_p.gather(-1, text[:, ids.shape[1] :, None])
+        return of_tokens.reshape(len(numbers), -1).mean(1).cpu()
 
     def _log_p(self, ids: Tensor) -> Tensor:
         """Return log-probabilities of the next token, (rows, vocabulary)."""
@@ -255,11 +256,8 @@ class _Steering:
         return F.log_softmax(logits[:, -1].float(), dim=-1)
 
     @contextmanager
-    def _added(self, numbers: Tensor | None, strengths: Tensor | None) -> Iterator[None]:
+    def _added(self, numbers: Tensor, strengths: Tensor) -> Iterator[None]:
         """Add strength times vector to the MLP's output; rows are the prompts of the first direction, and so on."""
-        if numbers is None or strengths is None:
-            yield
-            return
         inputs: list[Tensor] = []
         of_rows = numbers.repeat_interleave(len(self.prompts)).to(self.prompts.device)
         scale = strengths.repeat_interleave(len(self.prompts)).to(self.prompts.device)[:, None, None]

