@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from mxd.modeling_mxd import loading
-from mxd.modeling_mxd.loading import first_line, is_transient
+from mxd.modeling_mxd.loading import first_line, transient_cause
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _advice(error: Exception) -> str | None:
             return advice
     if isinstance(error, HfHubHTTPError | HFValidationError | LocalTokenNotFoundError):
         return _STATUS_ADVICE.get(status_of(error) or 0, first_line(error))
-    if is_transient(error) or isinstance(error, ConnectionError):
+    if transient_cause(error) or isinstance(error, ConnectionError):
         return f"the connection to {constants.ENDPOINT} failed ({first_line(error)}); run it again"
     return None
 

@@ -32,14 +32,18 @@ class LayerException:
     """Describe a class of transformer layers that the rules do not fit.
 
     Attributes:
-        slots: the chains of its MLPs, the main one first.
         reason: why the rules do not fit.
+        slots: the chains of its MLPs, the main one first.
         repeated: the model runs the same layer several times in one forward pass.
     """
 
-    slots: tuple[tuple[str, ...], ...]
     reason: str
+    slots: tuple[tuple[str, ...], ...]
     repeated: bool = False
+
+
+def _layer(reason: str, *chains: str, repeated: bool = False) -> LayerException:
+    return LayerException(reason, tuple(tuple(chain.split(",")) for chain in chains), repeated)
 
 
 _ADDS_RESIDUAL = "the block takes the residual and adds it itself"
@@ -47,51 +51,37 @@ _NORM_INSIDE = "the block holds residual or layer norm"
 _HALF_STEPS = "an MLP of half a step before the attention and one at the end, which is the main one"
 _TIED = "the block's weights are tied over layers; each layer's is replaced on its own"
 _SIDE_BY_SIDE = "experts and a shared MLP side by side, their outputs added"
-# Reasons for replacing a block's linears rather than the block.
-RESIDUAL_INSIDE = (_ADDS_RESIDUAL, _NORM_INSIDE)
+_GEMMA4 = "a dense MLP and, in some models, experts beside it that read another input"
+_ROUTER_STATE = "the block hands its router's state to the next layer's router: the router stays"
+_SEVERAL = "several MLPs one after another, each with a norm; the last is the main one"
+_BERT = "{0}intermediate.dense,{0}intermediate.intermediate_act_fn,{0}output.dense"
 
 LAYER_EXCEPTIONS: dict[str, LayerException] = {
-    "BloomBlock": LayerException((("mlp.dense_h_to_4h", "mlp.gelu_impl", "mlp.dense_4h_to_h"),), _ADDS_RESIDUAL),
-    "MptBlock": LayerException((("ffn.up_proj", "ffn.act", "ffn.down_proj"),), _ADDS_RESIDUAL),
-    "XLNetLayer": LayerException((("ff.layer_1", "ff.activation_function", "ff.layer_2"),), _NORM_INSIDE),
-    "ReformerLayer": LayerException(
-        (("feed_forward.dense.dense", "feed_forward.dense.act_fn", "feed_forward.output.dense"),), _NORM_INSIDE
+    "BloomBlock": _layer(_ADDS_RESIDUAL, "mlp.dense_h_to_4h,mlp.gelu_impl,mlp.dense_4h_to_h"),
+    "MptBlock": _layer(_ADDS_RESIDUAL, "ffn.up_proj,ffn.act,ffn.down_proj"),
+    "XLNetLayer": _layer(_NORM_INSIDE, "ff.layer_1,ff.activation_function,ff.layer_2"),
+    "ReformerLayer": _layer(
+        _NORM_INSIDE, "feed_forward.dense.dense,feed_forward.dense.act_fn,feed_forward.output.dense"
     ),
-    "CpmAntTransformerBlock": LayerException((("ffn.ffn",),), _NORM_INSIDE),
-    "GptOssDecoderLayer": LayerException(
-        (("mlp.experts",),), "the block also returns its router's scores: the router stays"
-    ),
-    "ZayaDecoderLayer": LayerException(
-        (("mlp.experts",),), "the block hands its router's state to the next layer's router: the router stays"
-    ),
-    "ZambaHybridLayer": LayerException((("shared_transf.feed_forward",),), _TIED),
-    "Zamba2HybridLayer": LayerException((("shared_transformer.feed_forward",),), _TIED),
-    "LongcatFlashDecoderLayer": LayerException(
-        (("mlp",), ("mlps.0",), ("mlps.1",)), "a mixture of experts and two dense MLPs a layer"
-    ),
-    "GraniteMoeHybridDecoderLayer": LayerException((("block_sparse_moe",), ("shared_mlp",)), _SIDE_BY_SIDE),
-    "GraniteMoeSharedDecoderLayer": LayerException((("block_sparse_moe",), ("shared_mlp",)), _SIDE_BY_SIDE),
-    "Gemma4TextDecoderLayer": LayerException(
-        (("mlp",), ("experts",)), "a dense MLP and, in some models, experts beside it that read another input"
-    ),
-    "FunnelLayer": LayerException((("ffn.linear_1", "ffn.activation_function", "ffn.linear_2"),), _NORM_INSIDE),
-    "MobileBertLayer": LayerException(
-        tuple(
-            (f"{p}intermediate.dense", f"{p}intermediate.intermediate_act_fn", f"{p}output.dense")
-            for p in ("", *(f"ffn.{i}." for i in range(8)))
-        ),
-        "several MLPs one after another, each with a norm; the last is the main one",
-    ),
-    "Wav2Vec2ConformerEncoderLayer": LayerException((("ffn2",), ("ffn1",)), _HALF_STEPS),
-    "Wav2Vec2BertEncoderLayer": LayerException((("ffn2",), ("ffn1",)), _HALF_STEPS),
-    "ParakeetEncoderBlock": LayerException((("feed_forward2",), ("feed_forward1",)), _HALF_STEPS),
-    "ConvNextV2Layer": LayerException(
-        (("pwconv1", "act", "grn", "pwconv2"),), "a norm over all positions inside: not a function of one position"
-    ),
-    "SqueezeBertModule": LayerException((), "its MLP is made of convolutions over channels in another dimension"),
-    "IBertLayer": LayerException((), "its integer linears pass a scaling factor along with every tensor"),
-    "AlbertLayer": LayerException(
-        (("ffn", "activation", "ffn_output"),), "one block is run for all layers: one decomposition for all", True
+    "CpmAntTransformerBlock": _layer(_NORM_INSIDE, "ffn.ffn"),
+    "FunnelLayer": _layer(_NORM_INSIDE, "ffn.linear_1,ffn.activation_function,ffn.linear_2"),
+    "GptOssDecoderLayer": _layer("the block also returns its router's scores: the router stays", "mlp.experts"),
+    "ZayaDecoderLayer": _layer(_ROUTER_STATE, "mlp.experts"),
+    "ZambaHybridLayer": _layer(_TIED, "shared_transf.feed_forward"),
+    "Zamba2HybridLayer": _layer(_TIED, "shared_transformer.feed_forward"),
+    "LongcatFlashDecoderLayer": _layer("a mixture of experts and two dense MLPs a layer", "mlp", "mlps.0", "mlps.1"),
+    "GraniteMoeHybridDecoderLayer": _layer(_SIDE_BY_SIDE, "block_sparse_moe", "shared_mlp"),
+    "GraniteMoeSharedDecoderLayer": _layer(_SIDE_BY_SIDE, "block_sparse_moe", "shared_mlp"),
+    "Gemma4TextDecoderLayer": _layer(_GEMMA4, "mlp", "experts"),
+    "MobileBertLayer": _layer(_SEVERAL, *(_BERT.format(inner) for inner in ("", *(f"ffn.{i}." for i in range(8))))),
+    "Wav2Vec2ConformerEncoderLayer": _layer(_HALF_STEPS, "ffn2", "ffn1"),
+    "Wav2Vec2BertEncoderLayer": _layer(_HALF_STEPS, "ffn2", "ffn1"),
+    "ParakeetEncoderBlock": _layer(_HALF_STEPS, "feed_forward2", "feed_forward1"),
+    "ConvNextV2Layer": _layer("a norm over all positions: not a function of one position", "pwconv1,act,grn,pwconv2"),
+    "SqueezeBertModule": _layer("its MLP is made of convolutions over channels in another dimension"),
+    "IBertLayer": _layer("its integer linears pass a scaling factor along with every tensor"),
+    "AlbertLayer": _layer(
+        "one block is run for all layers: one decomposition for all", "ffn,activation,ffn_output", repeated=True
     ),
 }
 

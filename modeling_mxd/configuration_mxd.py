@@ -266,9 +266,8 @@ class MxDConfig(PretrainedConfig):
         if not isinstance(self.site, str) or not _SITE.fullmatch(self.site):
             raise ValueError(f"site must be 'mlp', or dotted paths separated by commas, got {shorten(self.site)}")
         if self.stack is not None and not (isinstance(self.stack, str) and _STACK.fullmatch(self.stack)):
-            raise ValueError(
-                f"stack must be None, 'encoder', 'decoder' or the dotted path of a list, got {shorten(self.stack)}"
-            )
+            wanted = "None, 'encoder', 'decoder' or the dotted path of a list"
+            raise ValueError(f"stack must be {wanted}, got {shorten(self.stack)}")
         for name in ("base_model_name_or_path", "base_model_revision", "base_model_type", "base_hidden_act"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} must be text or None, got {shorten(getattr(self, name))}")
@@ -323,11 +322,8 @@ class MxDConfig(PretrainedConfig):
         if not layer_configs:
             raise ValueError("layer_configs is empty: name at least one layer")
         shared = vars(next(iter(layer_configs.values())))
-        changed = {
-            str(layer): {name: value for name, value in vars(config).items() if value != shared[name]}
-            for layer, config in layer_configs.items()
-        }
-        overrides = {layer: fields for layer, fields in changed.items() if fields}
+        own = {str(layer): vars(config).items() - shared.items() for layer, config in layer_configs.items()}
+        overrides = {layer: dict(sorted(fields)) for layer, fields in own.items() if fields}
         return cls(layers=list(layer_configs), layer_overrides=overrides, **shared, **kwargs)
 
     @property
@@ -353,15 +349,13 @@ class MxDConfig(PretrainedConfig):
 
     def check_memory(self, dtype: torch.dtype) -> None:
         """Raise a ValueError if this machine cannot hold the decomposition, before anything is allocated."""
-        needed, held = self.num_parameters * dtype.itemsize, machine_memory()
+        needed, held = self.num_parameters * dtype.itemsize / 2**30, machine_memory() / 2**30
         if needed > held:
             largest = max(self.layers, key=lambda layer: self.layer(layer).num_parameters)
-            c = self.layer(largest)
-            raise ValueError(
-                f"the decomposition needs {needed / 2**30:,.1f} GiB for its parameters, this machine has "
-                f"{held / 2**30:,.1f} GiB; reduce num_experts ({c.num_experts}), hidden_size ({c.hidden_size}) or "
-                f"intermediate_size ({c.intermediate_size}) of layer {largest}"
-            )
+            names = ("num_experts", "hidden_size", "intermediate_size")
+            sizes = ", ".join(f"{name} ({getattr(self.layer(largest), name)})" for name in names)
+            wrong = f"the decomposition needs {needed:,.1f} GiB for its parameters, this machine has {held:,.1f} GiB"
+            raise ValueError(f"{wrong}: reduce {sizes} of layer {largest}")
 
 
 def _check_format(version: Any, others: Mapping[str, Any]) -> None:

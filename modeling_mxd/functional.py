@@ -38,11 +38,9 @@ _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def operator(name: str, fake: Any, synchronises: bool = False) -> Any:
-    """Make a function an operator of torch's library. `fake` returns empty tensors like the operator's.
-
-    An operator that `synchronises` waits for the device, which a CUDA graph cannot do: compiled code is split there.
-    """
+    """Make a function an operator of torch's library. `fake` returns empty tensors like the operator's."""
     known = hasattr(torch.Tag, "cudagraph_unsafe")  # not in older torch
+    # A CUDA graph cannot wait for the device: compiled code is split there.
     tags: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if synchronises and known else {}
 
     def register(function: Any) -> Any:
@@ -71,11 +69,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of every row, in no particular order: (T, N) → values and columns (T, k).
-
-    On a CPU in two steps, since `topk` looks at every element one by one: the k largest are in the k blocks with the
-    largest maxima (with ties, some k largest are).
-    """
+    """Return the k largest of every row, in no particular order: (T, N) → values and columns (T, k)."""
+    # On a CPU in two steps, since `topk` looks at every element one by one: the k largest are in the k blocks with the
+    # largest maxima (with ties, some k largest are).
     tokens, columns = scores.shape
     blocks = columns // _BLOCK
     if scores.device.type != "cpu" or blocks < 8 * k or tokens < 8:
@@ -109,9 +105,10 @@ def candidates(scores: Tensor, k: int) -> Tensor:
     return columns
 
 
-def weighted_rows(indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """Return out[t] = Σ_k weights[t, k] · table[indices[t, k]]; (T, K), (T, K), (N, D) → (T, D)."""
-    return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
+@operator("expert_sum", lambda values, indices, table: values.new_empty(values.shape[0], table.shape[1]))
+def _expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """Return out[t] = Σ_k values[t, k] · table[indices[t, k]]; (T, K), (T, K), (N, D) → (T, D)."""
+    return F.embedding_bag(indices, table, mode="sum", per_sample_weights=values)
 
 
 @operator("row_products", lambda indices, rows, table: rows.new_empty(indices.shape))
@@ -170,17 +167,11 @@ def _topk_gate(
             values[part], indices[part] = largest_positive(scores, k)
         else:
             chosen = candidates(scores, min(k + EXTRA_CANDIDATES, experts))
-            values[part], indices[part] = rescore(x[part], weight, bias, chosen, k)
+            again = row_products(chosen, x[part], weight)  # in the precision of both
+            again = again if bias is None else again + bias[chosen]
+            values[part], at = again.relu_().topk(k, dim=-1, sorted=False)
+            indices[part] = chosen.gather(1, at)
     return values, indices
-
-
-def rescore(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return TopK(ReLU(·)) among a token's candidates, (T, more than K), in the precision of `x` and `weight`."""
-    scores = row_products(chosen, x, weight)
-    if bias is not None:
-        scores = scores + bias[chosen]
-    values, at = scores.relu_().topk(k, dim=-1, sorted=False)
-    return values, chosen.gather(1, at)
 
 
 def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -197,7 +188,7 @@ def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Ten
     grad = grad_values.where(values > 0, 0.0)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = weighted_rows(indices, grad, weight)
+        grad_x = _expert_sum(grad, indices, weight)
     if ctx.needs_input_grad[1]:
         grad_weight = scatter_rows(indices, grad, x, weight.shape[0])
     if ctx.has_bias and ctx.needs_input_grad[2]:
@@ -206,11 +197,6 @@ def gate_gradients(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[Ten
 
 
 _topk_gate.register_autograd(gate_gradients, setup_context=save_gate)
-
-
-@operator("expert_sum", lambda values, indices, table: values.new_empty(values.shape[0], table.shape[1]))
-def _expert_sum(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    return weighted_rows(indices, values, table)
 
 
 def _sum_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -241,9 +227,7 @@ def topk_gate(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[T
     candidates, whose pre-activations are computed again in the dtype of the weights.
 
     Args:
-        x: inputs, (..., I), of the dtype of `weight`.
-        weight: gate weight G, (N, I).
-        bias: gate bias g, (N), or None.
+        x, weight, bias: inputs (..., I), and the gate's G (N, I) and g (N) or None, of one dtype.
         k: experts kept per token.
 
     Returns:
@@ -310,18 +294,14 @@ _routed_gate.register_autograd(gate_gradients, setup_context=save_gate)
 def routed_gate(
     x: Tensor, weight: Tensor, bias: Tensor | None, opened: Tensor, group_size: int, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the coefficients of the K experts with the largest pre-activations in a token's open groups.
+    """Return as `topk_gate` the coefficients of the K experts with the largest pre-activations in open groups.
 
-    The products are in the dtype of `x` under autocast too, since rounding them and computing the selected ones again
-    would cost as much.
+    The products are in the dtype of `x` under autocast too: rounding them would cost as much as it saves.
 
     Args:
-        x, weight, bias, k: as for `functional.topk_gate`.
-        opened: groups that each token opens, each at most once, (..., M) int64.
+        x, weight, bias, k: as for `topk_gate`.
+        opened: groups that each token opens, each at most once, (..., M) int64; they have no gradient.
         group_size: experts in every group but the last.
-
-    Returns:
-        values (..., K) and indices (..., K) as `functional.topk_gate`, with its gradients; groups have none.
     """
     flat, groups = x.reshape(-1, x.shape[-1]), opened.reshape(-1, opened.shape[-1])
     values, indices = _routed_gate(flat, weight, bias, groups, group_size, k)

@@ -50,7 +50,7 @@ def with_retries(call: Callable[[], Result], what: Any) -> Result:
         try:
             return call()
         except Exception as error:
-            cause = _transient_cause(error)
+            cause = transient_cause(error)
             if cause is None:
                 raise
             if attempt == ATTEMPTS - 1:
@@ -60,12 +60,8 @@ def with_retries(call: Callable[[], Result], what: Any) -> Result:
     raise AssertionError("unreachable")
 
 
-def is_transient(error: BaseException) -> bool:
-    """Return whether the connection broke or the Hub was busy, so that trying again may help."""
-    return _transient_cause(error) is not None
-
-
-def _transient_cause(error: BaseException | None) -> BaseException | None:
+def transient_cause(error: BaseException | None) -> BaseException | None:
+    """Return why trying again may help: the connection broke, or the Hub was busy. None for other errors."""
     while error is not None:  # transformers hides it behind errors of its own
         status = getattr(getattr(error, "response", None), "status_code", None)
         # By name: the client's HTTP library is httpx up to huggingface_hub 1, and httpx2 from 2.
@@ -83,16 +79,12 @@ def first_line(error: BaseException) -> str:
 
 def file_if_any(name: Any, file: str, access: dict[str, Any]) -> str | None:
     """Return the path of a file of a folder or repo, downloaded if need be; None if it has no such file."""
-
-    def find() -> str | None:
-        try:
-            return cached_file(name, file, **access)
-        except OSError as error:
-            if is_transient(error):
-                raise
-            return None
-
-    return with_retries(find, name)
+    try:
+        return with_retries(partial(cached_file, name, file, **access), name)
+    except OSError as error:
+        if transient_cause(error):
+            raise
+        return None
 
 
 class ResolvedRepo(NamedTuple):

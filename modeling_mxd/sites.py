@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import LAYER_EXCEPTIONS, RESIDUAL_INSIDE, is_other_tower, layer_chains, resolve
+from .architectures import LAYER_EXCEPTIONS, is_other_tower, layer_chains, resolve
 
 MAIN = "mlp"
 """Name of a layer's main MLP, whatever the model calls it."""
@@ -33,8 +33,6 @@ class MLPSite:
         name: `"mlp"` for the layer's main MLP, else the paths that the caller gave.
         slots: dotted paths, from the model, of the modules that make up the MLP, in the order in which they run;
             empty if the layer has none.
-        kind: `"module"`; `"inline"` (the layer calls the linears itself); `"residual-inside"` (inline in a block that
-            also holds a residual or a norm); `"mixture-of-experts"`; `"none"`.
         reason: why there is none, or why the rules do not fit; empty for an ordinary MLP.
         repeated: the layer runs several times in one forward pass.
     """
@@ -45,7 +43,6 @@ class MLPSite:
     path: str
     name: str
     slots: tuple[str, ...]
-    kind: str
     reason: str = ""
     repeated: bool = False
 
@@ -57,6 +54,16 @@ class MLPSite:
             return tuple(self.model.get_submodule(slot) for slot in self.slots)
         except AttributeError as error:
             raise SurgeryError(f"layer {self.layer} was changed since its MLP was found: {error}") from None
+
+    @property
+    def kind(self) -> str:
+        """`"module"`, `"mixture-of-experts"`, `"none"`; `"inline"` if the layer calls the linears itself, and
+        `"residual-inside"` if a block does that also holds a residual or a norm."""
+        if len(self.slots) != 1:
+            return ("residual-inside" if "residual" in self.reason else "inline") if self.slots else "none"
+        names = {name.rpartition(".")[2] for name, _ in self.input_module.named_modules(prefix=self.slots[0])}
+        routed = names & {"experts", "router"} or "Experts" in type(self.input_module).__name__
+        return "mixture-of-experts" if routed else "module"
 
     @property
     def input_module(self) -> nn.Module:
@@ -81,10 +88,9 @@ class MLPSite:
 
 
 def find_stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """Return all lists of transformer layers as {stack: [(path of a layer, the layer), …]}.
+    """Return all lists of transformer layers as {stack: [(path of a layer, the layer), …]}, without lists in a layer.
 
-    Lists inside a layer of another list do not count; lists that differ only in a number (the stages of a Swin
-    transformer) are one stack, `encoder.layers.*.blocks`.
+    Lists that differ only in a number (the stages of a Swin transformer) are one stack, `encoder.layers.*.blocks`.
     """
     if not isinstance(model, PreTrainedModel):
         raise SurgeryError(f"{type(model).__name__} is not a transformers model itself: pass the model inside of it")
@@ -101,13 +107,10 @@ def find_stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
 
 
 def choose_stack(model: PreTrainedModel, stack: str | None, stacks: Mapping[str, Any]) -> str:
-    """Return the path of the stack that is meant.
+    """Return the path of the stack that is meant, or raise a SurgeryError that lists the model's `stacks`.
 
-    Args:
-        model: the model.
-        stack: a stack's path, `"encoder"` or `"decoder"`, or None for the language model's (of an encoder–decoder
-            model: the decoder's).
-        stacks: the stacks that the model has; a SurgeryError lists them if none or several are meant.
+    `stack` is a stack's path, `"encoder"` or `"decoder"`, or None for the language model's (of an encoder–decoder
+    model: the decoder's).
     """
     kind, found, names = type(model).__name__, list(stacks), ", ".join(stacks)
     if not stacks:
@@ -164,18 +167,14 @@ def _site(model: nn.Module, stack: str, index: int, path: str, layer: nn.Module,
         chain = tuple(_physical(layer, part.strip(), chains) for part in name.split(","))
         there = all(resolve(layer, part) is not None for part in chain)
         chains = [chain] if there else []
-    if not chains:
+    reason = exception.reason if exception is not None else ""
+    if not chains and not (reason and name == MAIN and not exception.slots):
         inside = ", ".join(f"{child} ({type(module).__name__})" for child, module in layer.named_children())
         what = "an MLP" if name == MAIN else name
         reason = f"{type(layer).__name__} has no module that is {what}, only {inside[:300] or 'nothing'}"
-        if exception is not None and not exception.slots and name == MAIN:
-            reason = exception.reason
-        return MLPSite(model, stack, index, path, name, (), "none", reason)
-    slots = tuple(f"{path}.{part}" if part else path for part in chains[0])
-    modules = [model.get_submodule(slot) for slot in slots]
-    repeated = exception is not None and exception.repeated
-    reason = exception.reason if exception is not None else ""
-    return MLPSite(model, stack, index, path, name, slots, _kind(slots[0], modules, reason), reason, repeated)
+    slots = tuple(f"{path}.{part}" if part else path for part in chains[0]) if chains else ()
+    repeated = bool(chains) and exception is not None and exception.repeated
+    return MLPSite(model, stack, index, path, name, slots, reason, repeated)
 
 
 def _physical(layer: nn.Module, path: str, chains: list[tuple[str, ...]]) -> str:
@@ -185,16 +184,8 @@ def _physical(layer: nn.Module, path: str, chains: list[tuple[str, ...]]) -> str
     return f"{chains[0][0]}.{rest}".rstrip(".") if renamed else path
 
 
-def _kind(slot: str, modules: list[nn.Module], reason: str) -> str:
-    if len(modules) > 1:
-        return "residual-inside" if reason in RESIDUAL_INSIDE else "inline"
-    names = {name.rpartition(".")[2] for name, _ in modules[0].named_modules(prefix=slot)}
-    routed = names & {"experts", "router"} or "Experts" in type(modules[0]).__name__
-    return "mixture-of-experts" if routed else "module"
-
-
 def site_of(sites: Mapping[int, MLPSite], layer: int) -> MLPSite:
-    """Return the MLP of one of the layers that `find_mlps` found, or raise a SurgeryError if it has none."""
+    """Return the MLP of a layer that `find_mlps` found, or raise a SurgeryError if it has none."""
     if layer not in sites:
         raise SurgeryError(f"layer {layer} is out of range: the model has layers 0 to {len(sites) - 1}")
     sites[layer].check_exists()
@@ -204,13 +195,3 @@ def site_of(sites: Mapping[int, MLPSite], layer: int) -> MLPSite:
 def find_mlp(model: nn.Module, layer: int, stack: str | None = None, site: str = MAIN) -> MLPSite:
     """Return the MLP of one layer, or raise a SurgeryError if it has none; see `find_mlps`."""
     return site_of(find_mlps(model, stack, site), layer)
-
-
-def find_all_mlps(model: nn.Module) -> list[MLPSite]:
-    """Return the MLPs of all stacks, also those beside a layer's main one, and a site for every layer without."""
-    found = []
-    for stack, layers in find_stacks(model).items():
-        for index, (path, layer) in enumerate(layers):
-            names = [MAIN, *(",".join(chain) for chain in layer_chains(layer)[1:])]
-            found += [_site(model, stack, index, path, layer, name) for name in names]
-    return found

@@ -8,7 +8,6 @@ called the way a replacement is. Unless both give equal outputs, to the last bit
 """
 
 import inspect
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,10 +28,7 @@ _VERIFIED: "WeakKeyDictionary[nn.Module, Widths]" = WeakKeyDictionary()
 
 
 class MLPReplacement(nn.Module):
-    """Call a layer where the model's callers pass more than the input, or expect more than the output.
-
-    `second` is None where callers expect the output alone, else `architectures.NOTHING` or `SECOND_INPUT`.
-    """
+    """Call a layer where callers pass more than the input, or expect a `second` output, of `SECOND_OUTPUT`."""
 
     def __init__(self, layer: nn.Module, second: str | None):
         super().__init__()
@@ -66,13 +62,7 @@ class _Original(MLPReplacement):
 
 
 class ReplacedMLP:
-    """A replacement that can be undone; made by `replace_mlp`.
-
-    Attributes:
-        site: where the MLP is.
-        original: the modules that were there, one per slot (a single one unless the MLP is inline).
-        replacement: the module that is there now, inside an `MLPReplacement` if the model's callers need one.
-    """
+    """A replacement that can be undone: at `site`, of the modules `original` (one per slot) by `replacement`."""
 
     def __init__(self, site: MLPSite, replacement: nn.Module):
         self.site = site
@@ -109,7 +99,7 @@ class ReplacedMLP:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Restore the original modules inside the block, and replace them again afterwards."""
+        """Restore the original modules inside the block."""
         self.restore()
         try:
             yield
@@ -172,13 +162,12 @@ def replace_mlps(
             raise SurgeryError(f"the MLP of layer {place.layer} is already replaced: restore it or unsplice() first")
     widths = verify_sites(model, list(sites.values()), example_inputs) if verify else {}
     for layer, module in modules.items():
-        have = widths.get(sites[layer].slots)
-        if have is None or not isinstance(module, SparseLayer):
-            continue
-        want = (module.config.hidden_size, module.config.output_size)
-        if have != want:
-            theirs, ours = (f"{inputs} to {outputs}" for inputs, outputs in (have, want))
-            raise SurgeryError(f"the MLP of layer {layer} maps {theirs} dimensions, the decomposition's layer {ours}")
+        if isinstance(module, SparseLayer) and (have := widths.get(sites[layer].slots)):
+            want = (module.config.hidden_size, module.config.output_size)
+            if have != want:
+                theirs, ours = (f"{inputs} to {outputs}" for inputs, outputs in (have, want))
+                wrong = f"the MLP of layer {layer} maps {theirs} dimensions, the decomposition's layer {ours}"
+                raise SurgeryError(wrong)
     for layer, module in modules.items():
         _move_to(sites[layer], model, module, cast)
     return [ReplacedMLP(sites[layer], module) for layer, module in modules.items()]
@@ -188,7 +177,7 @@ def replace_mlps(
 def spliced_mlps(
     model: nn.Module, modules: Mapping[int, nn.Module], cast: bool = True, **options: Any
 ) -> Iterator[list[ReplacedMLP]]:
-    """Replace the MLPs of several layers inside the block, as `replace_mlps`, and restore them afterwards."""
+    """Replace the MLPs of several layers inside the block, as `replace_mlps`."""
     with restored_afterwards(replace_mlps(model, modules, cast, **options)) as replaced:
         yield replaced
 
@@ -227,12 +216,9 @@ def as_replacement(site: MLPSite, layer: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping[str, Any] | None = None) -> Widths:
-    """Check that replacing MLPs is exact: run `example_inputs` (8 tokens) as the model is, and by `originals_routed`.
+    """Raise a SurgeryError unless the model's outputs on `example_inputs` (8 tokens) are equal by `originals_routed`.
 
     Sites that were verified before, and a model on the meta device, are not run. Returns the verified MLPs' widths.
-
-    Raises:
-        SurgeryError: the model's outputs differ, an MLP does not run, or the model cannot be run.
     """
     known = _VERIFIED.setdefault(model, {})
     new = [site for site in sites if site.slots not in known]
@@ -248,11 +234,9 @@ def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping
             silent = f"the MLP of layer {site.layer} of {site.stack} does not run on the example inputs"
             raise SurgeryError(f"{name}: {silent}: pass example_inputs= with which it does")
     if len(before) != len(after) or not all(map(_equal, before, after)):
-        slots = ", ".join(slot for site in new for slot in site.slots)
-        raise SurgeryError(
-            f"{name}: calling the MLPs of layers {[site.layer for site in new]} ({slots}) as a replacement would be "
-            "called changes the outputs, so they cannot be replaced: name other modules with site="
-        )
+        which = f"layers {[site.layer for site in new]} ({', '.join(slot for site in new for slot in site.slots)})"
+        wrong = f"calling the MLPs of {which} as a replacement would be called changes the outputs"
+        raise SurgeryError(f"{name}: {wrong}, so they cannot be replaced: name other modules with site=")
     known.update({site.slots: original.widths for site, original in zip(new, routed, strict=True) if original.widths})
     return known
 
@@ -272,22 +256,17 @@ def originals_routed(sites: list[MLPSite]) -> Iterator[list[_Original]]:
 
 def _run(model: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None) -> list[Tensor]:
     """Return copies of the tensors that a model returns, in eval mode and from a fixed seed (Reformer hashes)."""
-    device = torch.device(running_device(model))
-    gpus = [device.index or 0] if device.type == "cuda" else []
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
-    with torch.random.fork_rng(gpus):
-        torch.default_generator.manual_seed(0)
-        if gpus:
-            torch.cuda.default_generators[gpus[0]].manual_seed(0)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(0)
         try:
             return [tensor.clone() for tensor in tensors_in(model(**(example_inputs or _example_tokens(model))))]
         except Exception as error:
-            raise SurgeryError(
-                f"{type(model).__name__} cannot be run to verify surgery ({type(error).__name__}: {str(error)[:300]}): "
-                "pass example_inputs= with which it runs, or verify=False"
-            ) from error
+            reason, remedy = f"{type(error).__name__}: {str(error)[:300]}", "with which it runs, or verify=False"
+            wrong = f"{type(model).__name__} cannot be run to verify surgery ({reason})"
+            raise SurgeryError(f"{wrong}: pass example_inputs= {remedy}") from error
         finally:
             for module in training:
                 module.training = True
@@ -307,8 +286,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
-        values = value.values() if isinstance(value, Mapping) else value
-        yield from itertools.chain.from_iterable(map(tensors_in, values))
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -27,9 +27,9 @@ from mxd.modeling_mxd.loading import (
     check_language_config,
     check_language_model,
     first_line,
-    is_transient,
     recorded_model,
     resolve,
+    transient_cause,
     with_retries,
 )
 
@@ -172,7 +172,7 @@ def _load_tokenizer(name: str, source: str, how: dict[str, Any]) -> PreTrainedTo
         if len(tokenizer) > len(special) or tokenizer.get_vocab().keys() - special:
             return tokenizer
     except Exception as error:  # each class of tokenizer has its own
-        if is_transient(error):
+        if transient_cause(error):
             raise BaseModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
         if "instantiate the backend tokenizer" not in str(error):  # a list of ways to make one
             reason = first_line(error)

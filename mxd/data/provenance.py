@@ -2,17 +2,14 @@
 
 evaluation.json records how a decomposition was made: settings.training, and settings.finetuning, a list. Each of them
 holds `text` (dataset, config_name, split, streaming, heldout_dataset, heldout_split), `seed` and `sketch`, a
-fingerprint of the training documents. Recorded names may come from a stranger: they are compared as text, and no file
-of that name is opened.
+fingerprint of the training documents, by which a text is recognised under any name.
 """
 
-import fnmatch
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 
@@ -54,78 +51,25 @@ class TextOptions:
     chat: bool = False
 
 
-class TextPart(NamedTuple):
-    """A split of a local file, or of a configuration of a Hub dataset."""
-
-    name: str
-    config_name: str | None = None
-    split: str = "train"
-
-    def overlaps(self, recorded: "TextPart") -> bool:
-        """Return whether the two share documents, as far as names tell.
-
-        `train` and `train[:1%]` do; two slices count as disjoint; no configuration may be any configuration.
-        """
-        configs, splits = {self.config_name, recorded.config_name}, {self.split, recorded.split}
-        whole = {split.partition("[")[0] for split in splits}
-        return (
-            _covers(recorded.name, self.name)
-            and (len(configs) == 1 or None in configs)
-            and (len(splits) == 1 or (len(whole) == 1 and bool(whole & splits)))
-        )
-
-
-def _covers(recorded: str, name: str) -> bool:
-    """Return whether a recorded file, folder or glob is, or holds, a file."""
-    if recorded == name:
-        return True
-    if not os.path.isabs(name):  # noqa: PTH117
-        return False
-    path = os.path.abspath(os.path.expanduser(recorded))  # noqa: PTH100, PTH111, pathlib raises for strange names
-    return any(
-        file == path or file.startswith(os.path.join(path, "")) or fnmatch.fnmatch(file, path)  # noqa: PTH118
-        for file in {name, os.path.realpath(name)}
-    )
-
-
-def text_parts(dataset: Iterable[str], config_name: str | None, split: str | None) -> set[TextPart]:
-    """Return the parts of a dataset of this run: the files of folders and globs, or the Hub dataset."""
-    return {
-        TextPart(part, config_name, split or "train")
-        for name in dataset
-        for part in [str(file.absolute()) for file in local_files(name)] or [name]
-    }
-
-
-def heldout_parts(text: TextOptions) -> set[TextPart]:
-    """Return the parts of a held-out dataset or split; empty if held-out documents are split off the dataset."""
-    if text.heldout_dataset:
-        return text_parts(text.heldout_dataset, None, text.heldout_split)
-    return text_parts(text.dataset, text.config_name, text.heldout_split) if text.heldout_split else set()
-
-
-def recorded_parts(text: Mapping[str, Any]) -> set[TextPart]:
-    """Return the parts of a recorded training text, without looking for files."""
-    names, config, split = (text.get(key) for key in ("dataset", "config_name", "split"))
-    return {
-        TextPart(name, config if isinstance(config, str) else None, str(split or "train"))
-        for name in (names if isinstance(names, list) else [])
-        if isinstance(name, str)
-    }
-
-
-def common(parts: Iterable[TextPart], recorded: Iterable[TextPart]) -> list[str]:
-    """Return the names of the parts that overlap a recorded part, sorted."""
-    known = list(recorded)
-    return sorted({part.name for part in parts if any(part.overlaps(other) for other in known)})
-
-
 def check_apart(text: TextOptions) -> None:
-    """Raise `ValueError` if the held-out dataset or split of a run overlaps its training text."""
+    """Raise `ValueError` if the held-out dataset or split of a run overlaps its training text, as far as names tell.
+
+    `train` and `train[:1%]` overlap; two slices count as disjoint.
+    """
     if text.heldout_split and not text.heldout_dataset and not text.dataset:
         raise ValueError(f"the held-out split {text.heldout_split!r} is of no dataset: name one")
-    if again := common(text_parts(text.dataset, text.config_name, text.split), heldout_parts(text)):
-        raise ValueError(f"the held-out text is trained on: {again[0]}; name another dataset or split")
+    if not text.heldout_dataset and not text.heldout_split:
+        return
+    again = _sources(text.dataset) & _sources(text.heldout_dataset or text.dataset)
+    splits = {text.split, text.heldout_split or "train"}
+    whole = {split.partition("[")[0] for split in splits}
+    if again and (len(splits) == 1 or (len(whole) == 1 and whole & splits)):
+        raise ValueError(f"the held-out text is trained on: {min(again)}; name another dataset or split")
+
+
+def _sources(dataset: Iterable[str]) -> set[str]:
+    """Return the files of folders and globs, or the name of a Hub dataset."""
+    return {part for name in dataset for part in [str(file.resolve()) for file in local_files(name)] or [name]}
 
 
 def recorded_runs(settings: Any) -> dict[str, Any]:
@@ -257,14 +201,11 @@ def is_held_out(
 ) -> bool | None:
     """Return whether none of the documents was trained on, None if that is not known; warn if some were.
 
-    The recorded sketches tell, and the recorded names: a text of a name that was trained on is not held out, whatever
-    it holds now.
-
     Args:
         settings: what `recorded_runs` returns for the decomposition.
         text: the text of the documents.
         documents: the evaluated documents.
-        seed: see `seen_in_training`.
+        seed: with which they were split off as held-out documents; None if the whole dataset is evaluated.
         own_sketch: of the documents of this run, among which a held-out dataset or split of its own may be.
     """
     runs = [settings.get("training"), *settings.get("finetuning", [])]
@@ -276,40 +217,7 @@ def is_held_out(
     hashes = {key: [one[place] for one in found] for place, key in enumerate(keys)}
     split = str(split_seed(settings, seed)) if seed is not None and _is_split(vars(text)) else None
     apart = [_is_apart(one, hashes, sentences, complete, split) for one in sketches]
-    seen = seen_in_training(settings, text, seed)
-    if seen or False in apart:
-        what = ", ".join(seen) or "documents of this text"
-        logger.warning("this decomposition was trained on %s: the text is not held out", what)
+    if False in apart:
+        logger.warning("this decomposition was trained on documents of this text: it is not held out")
         return False
     return None if None in apart else True
-
-
-def seen_in_training(settings: Mapping[str, Any], text: TextOptions, seed: int | None = None) -> list[str]:
-    """Return the names of the evaluated parts of a text that a decomposition may have been trained on.
-
-    Args:
-        settings: what `recorded_runs` returns for the decomposition.
-        text: the text.
-        seed: None if the whole dataset is evaluated; else the seed with which held-out documents are split off. A
-            recorded run with the same text and seed held out the same ones.
-    """
-    heldout = set() if seed is None else heldout_parts(text)
-    evaluated = heldout or text_parts(text.dataset, text.config_name, text.split)
-    own_split = _split(vars(text), split_seed(settings, seed))
-    seen: set[str] = set()
-    for run in [settings.get("training"), *settings.get("finetuning", [])]:
-        recorded = run.get("text") if isinstance(run, dict) else None
-        if not isinstance(recorded, dict):
-            continue
-        same = _split(recorded, split_seed(settings, run.get("seed"))) == own_split
-        if seed is None or heldout or not _is_split(recorded) or not same:
-            seen.update(common(evaluated, recorded_parts(recorded)))
-    return sorted(seen)
-
-
-def _split(text: Mapping[str, Any], seed: Any) -> tuple[Any, ...]:
-    """Return the values that decide which documents are held out of a text."""
-    names = text.get("dataset")
-    paths = [os.path.abspath(name) for name in names if isinstance(name, str)] if isinstance(names, list) else None  # noqa: PTH100
-    others = [text.get(name) for name in ("config_name", "dataset_revision", "split")]
-    return paths, others, bool(text.get("streaming")), seed

@@ -18,7 +18,8 @@ from mxd.base.base_model import BaseModelError, model_source
 from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout, mlp_widths
 from mxd.base.weight_layout import SHARED_EXPERT_NAMES
 from mxd.hub_cards.card import layer_ranges
-from mxd.modeling_mxd import MLPSite, MxDConfig, SurgeryError, find_all_mlps, find_mlps
+from mxd.modeling_mxd import MLPSite, MxDConfig, SurgeryError, find_mlps, find_stacks
+from mxd.modeling_mxd.architectures import layer_chains
 from mxd.modeling_mxd.loading import first_line
 
 _MIXTURE_PARTS = ("experts", *SHARED_EXPERT_NAMES)
@@ -62,18 +63,25 @@ def load_skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
     return model
 
 
-def layer_groups(model: PreTrainedModel) -> list[LayerGroup]:
-    """Return every site that `--site` can name, of all stacks; those that are alike together, in order of occurrence.
+def find_all_mlps(model: PreTrainedModel) -> list[MLPSite]:
+    """Return every site that `--site` can name, of all stacks, and one without slots for a layer that has no MLP.
 
     The parts of a mixture of experts are sites of their own: `mlp.experts` and its shared experts.
     """
-    sites = find_all_mlps(model)
-    for stack in dict.fromkeys(site.stack for site in sites):
-        for part in _MIXTURE_PARTS:
+    found: list[MLPSite] = []
+    for stack, layers in find_stacks(model).items():
+        found += find_mlps(model, stack).values()
+        others = dict.fromkeys(",".join(chain) for _, layer in layers for chain in layer_chains(layer)[1:])
+        for name in (*others, *(f"mlp.{part}" for part in _MIXTURE_PARTS)):
             with suppress(SurgeryError):  # no layer of this stack has it
-                sites += [site for site in find_mlps(model, stack, f"mlp.{part}").values() if site.slots]
+                found += [site for site in find_mlps(model, stack, name).values() if site.slots]
+    return found
+
+
+def layer_groups(model: PreTrainedModel) -> list[LayerGroup]:
+    """Return every site that `find_all_mlps` finds; those that are alike together, in order of occurrence."""
     groups: dict[tuple[object, ...], LayerGroup] = {}
-    for site in sites:
+    for site in find_all_mlps(model):
         weights = (mlp_widths(site), mlp_hidden_act(site), str(mlp_layout(site) or "–")) if site.slots else ()
         slots = tuple(slot.removeprefix(site.path) for slot in site.slots)
         alike = (site.stack, site.name, site.kind, site.reason, slots, weights)

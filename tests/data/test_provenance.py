@@ -1,4 +1,4 @@
-"""Was a text trained on? By the names of files and Hub datasets, and by how a text was split."""
+"""Was a text trained on? By its content, whatever it is called."""
 
 from dataclasses import asdict
 
@@ -9,103 +9,46 @@ from text_cases import texts
 from mxd.data.documents import START_ROWS, split_documents
 from mxd.data.provenance import (
     SKETCH_SIZE,
-    TextPart,
-    common,
-    heldout_parts,
+    check_apart,
     is_held_out,
-    recorded_parts,
     recorded_runs,
-    seen_in_training,
     sketch,
-    text_parts,
 )
 from mxd.data.texts import TextOptions
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [
-        (TextPart("x"), TextPart("x"), True),
-        (TextPart("x"), TextPart("y"), False),
-        (TextPart("x", split="train"), TextPart("x", split="train[:1%]"), True),
-        (TextPart("x", split="train[1%:]"), TextPart("x", split="train[:1%]"), False),
-        (TextPart("x", split="train"), TextPart("x", split="test"), False),
-        (TextPart("x", "en"), TextPart("x", "fr"), False),
-        (TextPart("x", "en"), TextPart("x"), True),
-    ],
-)
-def test_overlap_of_parts(one, other, expected):
-    assert one.overlaps(other) is other.overlaps(one) is expected
-
-
-def test_folders_and_globs_are_their_files(tmp_path, monkeypatch):
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("words")
-    both = {TextPart(str(tmp_path / name)) for name in ("a.txt", "b.txt")}
-    assert text_parts([str(tmp_path)], None, None) == text_parts([f"{tmp_path}/*.txt"], None, None) == both
-    assert text_parts(["ann/plays"], "new", "test") == {TextPart("ann/plays", "new", "test")}
+@pytest.mark.parametrize("heldout", ["a.txt", "*.txt", ".", "link.txt"])
+@pytest.mark.parametrize("split", [None, "train", "train[:10%]"])
+def test_held_out_files_that_are_trained_on_are_refused(tmp_path, monkeypatch, heldout, split):
     monkeypatch.chdir(tmp_path)
-    one = text_parts(["a.txt"], None, None)
-    for recorded in ("a.txt", str(tmp_path / "a.txt"), str(tmp_path), f"{tmp_path}/*.txt", "*.txt", "/"):
-        assert common(one, recorded_parts({"dataset": [recorded]})) == [str(tmp_path / "a.txt")]
-    for recorded in ("b.txt", f"{tmp_path}/a", "*.csv", "~nobody/a.txt", "x" * 5000, "a/" + "b" * 300, 7, None):
-        assert common(one, recorded_parts({"dataset": [recorded]})) == []
-    assert common(one, recorded_parts({"dataset": "a.txt"})) == []
-
-
-def test_recorded_names_are_not_looked_up_on_disk(monkeypatch):
-    def look(source):
-        raise AssertionError(f"looked for {source}")
-
-    monkeypatch.setattr("mxd.data.provenance.local_files", look)
-    assert recorded_parts({"dataset": ["/", "/**"], "split": "test"}) == {
-        TextPart("/", None, "test"),
-        TextPart("/**", None, "test"),
-    }
-
-
-def test_slices_of_local_files(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("words")
-    text = TextOptions([str(path)], split="train[:90%]", heldout_split="train[90%:]")
-    parts = text_parts(text.dataset, None, text.split)
-    assert parts == {TextPart(str(path), None, "train[:90%]")}
-    assert common(parts, heldout_parts(text)) == []
-    assert common(parts, [TextPart(str(path))]) == [str(path)]
-
-
-def test_held_out_documents_of_a_finetuning_may_have_been_trained_on(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("words")
-    a, b = (str(tmp_path / name) for name in ("a.txt", "b.txt"))
-
-    def run(dataset, **changes):
-        return {"text": {**asdict(TextOptions(dataset)), **changes}, "seed": 3}
-
-    def seen(text, training, *finetunings):
-        return seen_in_training({"training": training, "finetuning": list(finetunings)}, text, 5)
-
-    assert seen(TextOptions([a, b]), run([a, b])) == []  # the same split
-    assert seen(TextOptions([b, a]), run([a, b])) == [a, b]  # another order, another split
-    assert seen(TextOptions([a, b], streaming=True), run([a, b])) == [a, b]
-    assert seen(TextOptions([a]), run([a, b])) == [a]
-    assert seen(TextOptions([a, b]), run([a, b]), run([b])) == [b]  # the fine-tuning split b alone
-    assert seen(TextOptions(["ann/plays"], heldout_dataset=[a]), run([a])) == [a]
-    assert seen(TextOptions(["ann/plays"]), run([a])) == []
-    assert seen(TextOptions([a]), run([a], heldout_dataset=[b])) == [a]  # nothing was held out of it
-    # Without a recorded seed of the training, each fine-tuning splits by its own.
-    assert seen_in_training({"finetuning": [run([a])]}, TextOptions([a]), 3) == []
-    assert seen_in_training({"finetuning": [run([a])]}, TextOptions([a]), 4) == [a]
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    for trained in ("a.txt", str(tmp_path / "a.txt"), "./a.txt"):
+        with pytest.raises(ValueError, match=r"the held-out text is trained on: .*a\.txt"):
+            check_apart(TextOptions([trained], heldout_dataset=[heldout], heldout_split=split))
+    check_apart(TextOptions(["a.txt"], heldout_dataset=["b.txt"], heldout_split=split))
 
 
-def test_a_whole_text_that_was_trained_on_is_seen_however_it_was_split(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("words")
-    text = TextOptions([str(path)])
-    settings = {"training": {"text": asdict(text), "seed": 0}}
-    assert seen_in_training(settings, text) == [str(path)]
-    assert seen_in_training(settings, text, seed=0) == []
-    assert seen_in_training(settings, TextOptions()) == []  # the held-out sample
+@pytest.mark.parametrize(
+    ("split", "heldout", "apart"),
+    [
+        ("train", "train", False), ("train", "train[:1%]", False), ("train[1%:]", "train", False),
+        ("train[1%:]", "train[:1%]", True), ("train", "test", True), ("train", "test[:1%]", True),
+    ],
+)  # fmt: skip
+def test_splits_of_one_dataset(split, heldout, apart):
+    for text in (
+        TextOptions(["ann/plays"], split=split, heldout_split=heldout),
+        TextOptions(["ann/plays"], split=split, heldout_dataset=["ann/plays"], heldout_split=heldout),
+    ):
+        if apart:
+            check_apart(text)
+        else:
+            with pytest.raises(ValueError, match="the held-out text is trained on: ann/plays"):
+                check_apart(text)
+    check_apart(TextOptions(["ann/plays"], heldout_dataset=["ann/poems"]))
+    check_apart(TextOptions(["ann/plays"]))
 
 
 def test_only_well_formed_records_are_read():
@@ -140,7 +83,7 @@ def test_documents_are_recognised_by_their_text(count, streamed, caplog):
     assert is_held_out(settings, OTHER, rows([*reversed(known)])) is False
     assert is_held_out(settings, OTHER, rows([*known[:30], *new]).to_iterable_dataset()) is False
     assert is_held_out(settings, OTHER, rows([f"\n{text} " for text in known])) is False
-    assert "was trained on documents of this text: the text is not held out" in caplog.text
+    assert "was trained on documents of this text: it is not held out" in caplog.text
 
 
 BOOK = [[f"In chapter {n} of the book, number {m} is told at length" for m in range(8)] for n in range(200)]
@@ -187,7 +130,7 @@ def test_documents_that_were_split_off_are_held_out(streamed):
     assert is_held_out(settings, text, heldout, seed=3) is True
     assert is_held_out(settings, OTHER, heldout) is (None if streamed else True)  # the start of a stream is compared
     assert is_held_out(settings, OTHER, documents) is False
-    assert is_held_out(settings, text, heldout) is False  # all that has this name
+    assert is_held_out(settings, text, train) is False
 
 
 def test_held_out_text_of_the_run_itself():

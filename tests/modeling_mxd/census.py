@@ -10,7 +10,8 @@ from tiny_models import GENERATE_FAILS, model_inputs, tiny_model
 from torch import nn
 
 from mxd.base.pretrained_weights import mlp_encoder_type, mlp_hidden_act, mlp_layout, mlp_widths, record_base
-from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, find_all_mlps, find_mlps
+from mxd.jobs.layers import find_all_mlps
+from mxd.modeling_mxd import MxDConfig, MxDLayerConfig, MxDModel, find_mlps
 from mxd.modeling_mxd.architectures import is_other_tower
 from mxd.modeling_mxd.sites import MAIN, MLPSite
 from mxd.modeling_mxd.surgery import originals_routed, tensors_in
@@ -139,10 +140,9 @@ def examine(model_type: str) -> list[Examined]:
     model = tiny_model(model_type)
     inputs = model_inputs(model, tokens=ONLY_TRAINING.get(model_type, 8))
     untouched, running = outputs_and_paths(model, inputs)
-    kinds = dict.fromkeys((site.stack, site.name) for site in find_all_mlps(model))
-    kinds |= dict.fromkeys(
-        (site.stack, f"{site.name}.experts") for site in find_all_mlps(model) if has_routed_experts(site)
-    )
+    whole = [site for site in find_all_mlps(model) if not site.name.startswith("mlp.")]
+    kinds = dict.fromkeys((site.stack, site.name) for site in whole)
+    kinds |= dict.fromkeys((site.stack, f"{site.name}.experts") for site in whole if has_routed_experts(site))
     examined = [row for stack, name in kinds for row in _examine_sites(model, inputs, stack, name, untouched, running)]
     generates = model.can_generate() and model_type not in GENERATE_FAILS
     if generates and model.main_input_name == "input_ids":

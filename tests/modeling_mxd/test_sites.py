@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mxd.base.capture import capture_mlps
 from mxd.base.pretrained_weights import mlp_hidden_act, mlp_weights, mlp_widths
+from mxd.jobs.layers import find_all_mlps
 from mxd.modeling_mxd import (
     MxDConfig,
     MxDModel,
     SurgeryError,
-    find_all_mlps,
     find_mlp,
     find_mlps,
     find_stacks,
@@ -78,7 +78,7 @@ def test_an_unknown_site_is_refused_with_those_that_there_are():
 
 def test_all_mlps_of_a_layer_are_listed():
     names = [site.name for site in find_all_mlps(tiny_model("longcat_flash")) if site.layer == 0]
-    assert names == ["mlp", "mlps.0", "mlps.1"]
+    assert names == ["mlp", "mlps.0", "mlps.1", "mlp.experts"]
 
 
 def test_layers_without_an_mlp_say_why():
