@@ -33,6 +33,11 @@ from .hub_cards import build_card as build_card
 from .hub_cards import list_decompositions as list_decompositions
 from .hub_cards import push_decomposition as push_decomposition
 from .hub_cards import show_decomposition as show_decomposition
+from .interchange import SAEView as SAEView
+from .interchange import export_transcoder as export_transcoder
+from .interchange import load_transcoder as load_transcoder
+from .interchange import mean_threshold as mean_threshold
+from .interchange import transcoder_decomposition as transcoder_decomposition
 from .jobs.decompose import decompose as decompose
 from .jobs.evaluate import evaluate as evaluate
 from .jobs.experts import read_experts as read_experts
