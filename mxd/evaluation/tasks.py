@@ -72,7 +72,7 @@ def score_tasks(
 
     def run() -> Mapping[str, Any]:
         found = simple_evaluate(harness, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
-        return found["results"]  # type: ignore[no-any-return]
+        return found["results"]
 
     untouched = run()
     with copy.deepcopy(decomposition).spliced(model):
