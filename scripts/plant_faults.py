@@ -53,8 +53,8 @@ FAULTS = [
         "gate-gradient-sign",
         "the gate's gradient of its input has the wrong sign",
         "modeling_mxd/functional.py",
-        "        grad_x = weighted_rows(indices, grad, weight)\n",
-        "        grad_x = -weighted_rows(indices, grad, weight)\n",
+        "        grad_x = _expert_sum(grad, indices, weight)\n",
+        "        grad_x = -_expert_sum(grad, indices, weight)\n",
         "tests/modeling_mxd/test_functional.py::test_topk_gate_passes_gradcheck",
     ),
     Fault(

@@ -178,7 +178,7 @@ def init_layer(
     layer.reset_parameters()
     scale = calibration.scales.input_scale if scale_activations else 1.0
     for name in ("gate", "encoder", "encoder_up"):
-        if isinstance(linear := getattr(layer, name, None), nn.Linear):
+        if (linear := getattr(layer, name, None)) is not None:  # an adapter's wrapper has the weight, too
             linear.weight.div_(scale)
     if scale_activations and layer.output_bias is not None:
         layer.output_bias.copy_(calibration.output_mean)

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ class Command(NamedTuple):
     options: type
     job: str | Callable[[Any], None]
     """Name of a function in `mxd.jobs` that returns results, or a function that shows them itself."""
-    show: Callable[[Any], None] = tables.print_evaluation
+    show: Callable[[Any], None] = partial(tables.print_evaluation, warn=False)
     saved: str = ""
 
     def run(self, options: Any) -> None:
@@ -110,7 +111,7 @@ COMMANDS = {
     "finetune": Command(
         classes.FinetuningOptions,
         "finetune:finetune",
-        lambda results: tables.print_evaluation(results, results["settings"]["finetuning"][-1]["before"]),
+        lambda results: tables.print_evaluation(results, results["settings"]["finetuning"][-1]["before"], warn=False),
         _TRAINED,
     ),
     "push": Command(classes.PushOptions, push),

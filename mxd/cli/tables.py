@@ -97,10 +97,11 @@ def _measured_on(results: dict[str, Any]) -> str:
     return (f"{tokens:,} tokens of " if isinstance(tokens, int) else "") + text
 
 
-def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = None) -> None:
+def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = None, warn: bool = True) -> None:
     """Print results of `mxd.evaluation.faithfulness`: a row for each layer, and the spliced model.
 
-    With `before`, an earlier evaluation on the same text, each figure is `before → after`.
+    With `before`, an earlier evaluation on the same text, each figure is `before → after`. Without `warn`, no line
+    warns of a low expert share, which the measurement logged.
     """
 
     def figures(shows: Iterable[Show], now: dict[str, Any], was: dict[str, Any] | None) -> list[str]:
@@ -116,7 +117,7 @@ def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = No
     change = "" if before is None else ": before → after"
     _print(
         _table(f"Layers, on {_measured_on(results)}{change}", ("layer", *columns), rows[:MAX_LAYERS], left=0),
-        *_weak({f"layer {layer}": row for layer, row in results["layers"].items()}),
+        *(_weak({f"layer {layer}": row for layer, row in results["layers"].items()}) if warn else ()),
         _table(f"The model with them spliced in{change}", ("", "entropies in\nnats per token"), model)
         if not missing
         else cell(f"No figures of its predictions: the model's checkpoint lacks {', '.join(missing)}"),
@@ -217,6 +218,7 @@ def print_domain_use(results: dict[str, Any]) -> None:
             rows.append((domain, row["tokens"], row["active_experts"], len(row["own_experts"]), first))
         own = f"experts with {100 * use['share']:.0f} % of their firings there"
         text = text_name(results["settings"]["dataset"])
+        text += ", which was trained on" if results["settings"].get("held_out") is False else ""
         title = f"Layer {layer}: {use['judged_experts']} of {use['experts']} experts judged, on {text}"
         _print(_table(title, ("domain", "tokens", "active experts", own, "most frequent of them"), rows))
 

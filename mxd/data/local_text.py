@@ -23,7 +23,7 @@ class LocalTextConfig(BuilderConfig):
 class LocalText(ArrowBasedBuilder):
     """Rows of strings, "text" and the columns of `keep`. A file is a shard of the stream."""
 
-    VERSION = "1.0.0"  # raise it when files are read differently, since the cache keeps what was read
+    VERSION = "1.1.0"  # raise it when files are read differently, since the cache keeps what was read
     BUILDER_CONFIG_CLASS = LocalTextConfig
 
     def _info(self) -> DatasetInfo:

@@ -123,8 +123,8 @@ def _with_text(
 def chat_document(chat: Any, templated: bool = False) -> Any:
     """Return a list of messages, or `templated` text, as a document that is a chat; any other value as it is."""
     if isinstance(chat, list) and all(isinstance(one, dict) and "role" in one for one in chat):
-        # Columns of structures have every key in every message.
-        messages = [{key: value for key, value in one.items() if value is not None} for one in chat]
+        # Columns of structures have every key in every message; in JSON their order differs between copies of a chat.
+        messages = [{key: one[key] for key in sorted(one) if one[key] is not None} for one in chat]
         # As it is written: the characters of control tokens may be no ASCII.
         return CHAT + json.dumps(messages, ensure_ascii=False) if messages else None
     return CHAT + json.dumps(chat) if templated and isinstance(chat, str) and not isinstance(chat, _Number) else chat
@@ -192,8 +192,12 @@ def _open(path: str) -> Any:
 
 def _open_text(path: str, newline: str | None = None) -> io.TextIOWrapper:
     stream = _open(path)
-    head = stream.peek(4)[:4]
-    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+    head = stream.peek(1024)[:1024]
+    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "")
+    zeros = [head[place::2].count(0) for place in (0, 1)]
+    if not encoding and min(zeros) == 0 and max(zeros) > max(1, len(head) / 32):  # of ASCII, or of letters and spaces
+        raise ValueError("it looks like UTF-16 without a byte order mark: save it as UTF-8, or with the mark")
+    encoding = encoding or "utf-8"
     return io.TextIOWrapper(stream, encoding=encoding, newline=newline)
 
 

@@ -3,16 +3,17 @@
 import logging
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from mxd.base.files import write_json
 from mxd.base.progress import progress_bar
 from mxd.data.documents import DataError
 from mxd.data.labelled_text import label_names, some
+from mxd.data.provenance import is_held_out
 from mxd.data.texts import TextOptions, evaluation_batches, load_one
 from mxd.evaluation import count_expert_use, domain_use, plot_domain_use
 
-from .decompositions import load_base_and_text, load_decomposition, results_folder
+from .decompositions import load_base_and_text, load_decomposition, made_how, results_folder
 from .options import EvaluationOptions
 from .run_folder import write_run
 
@@ -92,10 +93,12 @@ def measure_domain_use(options: EvaluationOptions, progress: bool = True) -> dic
         str(layer): domain_use({domain: use[layer] for domain, use in uses.items()})
         for layer in decomposition.config.layers
     }
+    whole = concatenate_datasets(list(documents.values()))
     results: dict[str, Any] = {
         "layers": layers,
         "settings": {
             **vars(options.text),
+            "held_out": is_held_out(made_how(options.decomposition), options.text, whole),
             "domain_column": column,
             "tokens_per_domain": options.tokens,
             "left_out": short,

@@ -79,7 +79,7 @@ class DatasetOptions:
 class StreamableOptions(DatasetOptions):
     """Text to read, all at once or while it downloads."""
 
-    streaming: bool = option(False, "Read a Hub dataset while it downloads.")
+    streaming: bool = option(False, "Read text as it is needed: a Hub dataset while it downloads, files uncopied.")
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ class RunOptions(StreamableOptions):
 
     heldout_dataset: list[str] = option(list, "Other text to evaluate on. [documents held out of the dataset]")
     heldout_split: str | None = option(None, "Split of the held-out dataset, else of the dataset.", flag=False)
-    tokens: int = option(1_000_000, "Training tokens: 500k, 10M, 1B.", TRAINING, count=True)
+    tokens: int = option(1_000_000, "Training tokens, in whole steps: 500k, 10M, 1B.", TRAINING, count=True)
     batch_tokens: int = option(2048, "Tokens of one optimiser step.", minimum=1)
     bf16: bool = option(False, "Multiply matrices in bfloat16; weights stay in float32.", trainer=True)
     evaluation_tokens: int = option(32768, "Held-out tokens to evaluate on.", count=True)

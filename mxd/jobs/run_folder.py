@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,12 @@ def write_run(folder: Path, command: str, options: Any) -> None:
 
 
 def _settled(options: Any) -> dict[str, Any]:
-    """Return the options that make a run, as plain values; local models by absolute paths."""
-    asked = values(options, lambda one: one.name not in ("overwrite", "resume"))
+    """Return the options that make a run, as plain values; local models by absolute paths, no default of None."""
+
+    def is_needed(one: Field[Any]) -> bool:
+        return one.name not in ("overwrite", "resume") and not (one.default is None is getattr(options, one.name))
+
+    asked = values(options, is_needed)
     for name in {"model", "decomposition"}.intersection(asked):
         asked[name] = resolve_name(asked[name])
     return dict(json.loads(json.dumps(asked)))

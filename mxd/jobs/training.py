@@ -1,6 +1,7 @@
 """Training as `decompose`, `finetune` and `frontier` do it: the trainer's arguments, the run, and its results."""
 
 import json
+import logging
 import platform
 import time
 from dataclasses import fields
@@ -19,7 +20,9 @@ from mxd.trainers.decomposition_arguments import DecompositionArguments
 from mxd.trainers.decomposition_trainer import DecompositionTrainer, DivergenceError
 
 from .options import RunOptions, values
-from .run_folder import Interrupted, TrainingFailed, check_one_process, finish
+from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, check_one_process, finish
+
+logger = logging.getLogger(__name__)
 
 Arguments = TypeVar("Arguments", bound=DecompositionArguments)
 LOG_NAME = "training_log.json"
@@ -52,6 +55,9 @@ def make_arguments(kind: type[Arguments], options: RunOptions, folder: Path, **c
             raise ValueError(f"training: {name} is no argument of the trainer; {hint}")
     rows = rows_per_step(options)
     steps = max(1, options.tokens // (rows * options.context_length))
+    trained = steps * rows * options.context_length
+    if abs(trained - options.tokens) > options.tokens / 100 and "max_steps" not in {**options.training, **changes}:
+        logger.warning("a training takes whole steps: %s tokens, not %s", f"{trained:,}", f"{options.tokens:,}")
     defaults = {
         "output_dir": str(folder),
         "per_device_train_batch_size": rows,
@@ -75,13 +81,19 @@ def run_training(
         How it was trained, for evaluation.json; without "seconds" if it was resumed.
 
     Raises:
-        Interrupted: Ctrl-C; a checkpoint was saved.
+        Interrupted: Ctrl-C; a checkpoint was saved, or there was nothing to keep yet.
         TrainingFailed: anything else was raised once there was a checkpoint; one was saved then.
         DivergenceError: the loss or a weight is not finite; nothing was saved, and no checkpoint was removed.
     """
     folder, started, arguments = Path(options.output), time.monotonic(), trainer.args
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        if checkpoint is not None or any(folder.glob("checkpoint-*")):
+            raise
+        for name in (START_NAME, RUN_NAME):
+            (folder / name).unlink(missing_ok=True)
+        raise Interrupted("interrupted before the first checkpoint: nothing is kept") from None
     except Exception as error:
         if isinstance(error, DivergenceError) or not trainer.saved_step:
             raise

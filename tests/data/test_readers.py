@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from mxd.data import local_text
 from mxd.data.documents import DataError, load_text
 from mxd.data.labelled_text import load_labelled_text
+from mxd.data.readers import CHAT
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -209,6 +210,34 @@ def test_encodings_are_alike_in_all_formats(tmp_path, ending, encoding):
     data = content.encode(encoding)
     (tmp_path / f"a.{ending}").write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
     assert read(str(tmp_path / f"a.{ending}")) == [{"text": text}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("words", ["It was the best of times", "Это было лучшее из времён", "x"])
+@pytest.mark.parametrize("ending", ["txt", "md", "jsonl", "csv", "tsv", "txt.gz"])
+def test_utf_16_without_a_mark_is_named(tmp_path, ending, words, encoding):
+    path, quoted = tmp_path / f"a.{ending}", json.dumps({"text": words}, ensure_ascii=False)
+    content = (quoted if ending == "jsonl" else f"text\n{words}\n").encode(encoding)
+    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    with pytest.raises(DataError, match=rf"{path}.*UTF-16 without a byte order mark: save it as UTF-8"):
+        read(str(path))
+
+
+@pytest.mark.parametrize("text", ["a\0bc", "words " * 40 + "\0", "ab\0" * 9])
+def test_zeros_in_other_text_are_kept(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert read(str(tmp_path / "a.txt")) == [{"text": text}]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_copies_of_a_chat_are_one_document_whatever_the_order_of_keys(tmp_path, ending):
+    one = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
+    other = [dict(reversed(message.items())) for message in one]
+    write(tmp_path / f"a.{ending}", [{"messages": one}])
+    write(tmp_path / f"b.{ending}", [{"messages": other}])
+    first, second = read(str(tmp_path))
+    assert first == second and first["text"].startswith(CHAT)
+    assert json.loads(first["text"].removeprefix(CHAT)) == one
 
 
 @streamed

@@ -7,6 +7,7 @@ import pytest
 import torch
 from evaluation_cases import approximate, batches, exact
 
+from mxd.cli.jobs import COMMANDS
 from mxd.cli.tables import print_evaluation, print_frontier
 from mxd.evaluation import faithfulness, recovered_share, save_evaluation
 from mxd.evaluation.metrics import weak_experts
@@ -41,6 +42,14 @@ def test_every_place_warns_alike(tmp_path, capsys, share, weak):
     MxDConfig(layers=[0, 1], num_experts=8, num_experts_per_tok=2).save_pretrained(tmp_path)
     save_evaluation(found, tmp_path)
     assert (f"**Warning**: {WARNING}" in build_card(tmp_path).text) == weak
+
+
+@pytest.mark.parametrize("command", ["decompose", "evaluate", "finetune"])
+def test_what_a_measurement_logged_is_not_printed_again(capsys, command):
+    found = results(0.1)
+    COMMANDS[command].show({**found, "settings": {"finetuning": [{"before": found}]}})
+    shown = capsys.readouterr().out
+    assert "NMSE" in shown and WARNING not in " ".join(shown.split())
 
 
 def test_a_measurement_logs_it(tiny_llama, caplog):

@@ -5,7 +5,8 @@ import pytest
 from commands import refused, run
 from datasets import ClassLabel, Dataset, Features, Value
 
-from mxd.data.texts import TextOptions
+from mxd.data.provenance import sketch
+from mxd.data.texts import TextOptions, load_one
 from mxd.jobs.domain_use import documents_by_domain
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom. "
@@ -24,6 +25,10 @@ def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path, caplo
     folder = shutil.copytree(finished[0], tmp_path / "copy")
     short = tmp_path / "short.jsonl"
     short.write_text(labelled.read_text() + json.dumps({"text": "too short", "kind": "note"}) + "\n")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    text = TextOptions([str(labelled)])
+    evaluation["settings"]["training"]["sketch"] = sketch(text, load_one(text), 0)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     how = ("--dataset", short, "--by", "kind", "--tokens", "1024")
     code, output, error = run("evaluate", folder, *how)
     assert code == 0, error
@@ -35,6 +40,8 @@ def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path, caplo
     assert list(layer["domains"]) == ["code", "prose"] and layer["experts"] == 64
     for row in layer["domains"].values():
         assert 0 < row["tokens"] <= 1024 and 0 < row["active_experts"] <= 64
+    assert results["settings"]["held_out"] is False and "was trained on documents of this text" in caplog.text
+    assert "which was trained on" in " ".join(output.split())
     assert results["settings"]["domain_column"] == "kind" and results["settings"]["left_out"] == ["note"]
     assert "domain 'note' is left out: the text is too short" in caplog.text and "asked for" not in caplog.text
     assert "few tokens of 'code' (1,024), 'prose' (1,024): chance assigns experts" in caplog.text

@@ -26,7 +26,10 @@ from mxd.jobs.run_folder import (
     check_one_process,
     check_output,
     prepare_output,
+    write_run,
 )
+from mxd.jobs.training import make_arguments
+from mxd.trainers import DistillationArguments
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
 TRAINING = {"disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
@@ -73,6 +76,38 @@ def test_a_failure_before_the_first_step_is_raised_as_it_is(tmp_path, monkeypatc
     with pytest.raises(KeyError):
         decompose(options(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {RUN_NAME, START_NAME}
+
+
+@pytest.mark.parametrize("others", [(), ("notes",)], ids=["new", "beside others"])
+def test_an_interrupt_before_the_first_checkpoint_keeps_nothing_and_blocks_nothing(tmp_path, monkeypatch, others):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "out"
+    monkeypatch.setattr(DistillationTrainer, "calibrate", interrupt)
+    for _ in range(2):
+        with pytest.raises(Interrupted, match="interrupted before the first checkpoint: nothing is kept"):
+            decompose(options(folder))
+        assert list(folder.iterdir()) == []
+    for name in others:
+        (folder / name).touch()
+        with pytest.raises(ValueError, match="is not empty"):
+            decompose(options(folder))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "trained"),
+    [(30_000, "28,672"), (8_000, "6,144"), (1000, "2,048"), (1_000_000, None), (20_480, None)],
+)
+def test_tokens_that_are_no_whole_steps_are_named(tmp_path, caplog, tokens, trained):
+    asked = options(tmp_path, tokens=tokens, batch_tokens=2048, training={})
+    made = make_arguments(DistillationArguments, asked, tmp_path)
+    said = "" if trained is None else f"a training takes whole steps: {trained} tokens, not {tokens:,}"
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+    assert made.max_steps == max(1, tokens // 2048)
+    caplog.clear()
+    make_arguments(DistillationArguments, options(tmp_path, tokens=tokens, training={"max_steps": 3}), tmp_path)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
@@ -237,6 +272,12 @@ def test_what_is_refused_overwrites_nothing(halved, changes, message):
     assert contents(halved) == before
 
 
+def test_a_value_of_null_is_written_where_it_is_not_the_default(tmp_path):
+    write_run(tmp_path, "finetune", FinetuningOptions(decomposition="ann/d", learning_rate=None))
+    asked = yaml.safe_load((tmp_path / RUN_NAME).read_text())
+    assert asked["learning_rate"] is None and "dataset_config" not in asked
+
+
 def test_results_elsewhere_replace_no_other_model_s(halved, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds another model"):
@@ -254,6 +295,7 @@ def test_a_step_takes_whole_rows(tmp_path):
     asked = yaml.safe_load((tmp_path / "made" / RUN_NAME).read_text())
     assert (asked["batch_tokens"], asked["learning_rate"], asked["num_experts"]) == (1000, 0.01, 16)
     assert {"tokens", "model", "dataset", "training", "gate_init"} <= asked.keys() and "overwrite" not in asked
+    assert None not in asked.values() and "heldout_split" not in asked  # null, as by default
 
 
 def test_resumed_equals_uninterrupted(halved, tmp_path):

@@ -46,6 +46,21 @@ def model(**changes):
     return mxd_model(**{"num_experts": 64, **GLU, **changes})
 
 
+@pytest.mark.parametrize("gate_init", ["data", "random"])
+@pytest.mark.parametrize("modules", [["gate"], ["gate", "encoder"], ["encoder_up"]])
+def test_a_layer_with_an_adapter_is_initialised_alike(calibrations, gate_init, modules):
+    torch.manual_seed(0)
+    plain = model().layer(1)
+    wrapped = copy.deepcopy(plain)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=modules), wrapped)
+    for layer in (plain, wrapped):
+        torch.manual_seed(1)
+        init_layer(layer, calibrations[1], gate_init)
+    for name in ("gate", "encoder", "encoder_up"):
+        assert torch.equal(getattr(plain, name).weight, getattr(wrapped, name).weight), name
+    assert torch.equal(plain.gate.bias, wrapped.gate.bias)
+
+
 def test_calibration_leaves_out_first_positions_and_padding(tiny_llama):
     ids = torch.randint(0, 64, (2, 6))
     padding = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
