@@ -16,6 +16,7 @@ from .evaluation import UntouchedLosses as UntouchedLosses
 from .evaluation import ablation_curve as ablation_curve
 from .evaluation import coherence_score as coherence_score
 from .evaluation import collect_contexts as collect_contexts
+from .evaluation import collect_experts as collect_experts
 from .evaluation import detection_score as detection_score
 from .evaluation import domain_use as domain_use
 from .evaluation import expert_ranks as expert_ranks
@@ -23,12 +24,13 @@ from .evaluation import faithfulness as faithfulness
 from .evaluation import fit_directions as fit_directions
 from .evaluation import fuzzing_score as fuzzing_score
 from .evaluation import grouped_folds as grouped_folds
+from .evaluation import load_collection as load_collection
 from .evaluation import load_evaluation as load_evaluation
 from .evaluation import measure_expert_statistics as measure_expert_statistics
 from .evaluation import pool_features as pool_features
 from .evaluation import probe_features as probe_features
+from .evaluation import save_collection as save_collection
 from .evaluation import steering_score as steering_score
-from .evaluation import top_examples as top_examples
 from .hub_cards import build_card as build_card
 from .hub_cards import list_decompositions as list_decompositions
 from .hub_cards import push_decomposition as push_decomposition

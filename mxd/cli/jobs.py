@@ -42,7 +42,7 @@ class Command(NamedTuple):
 
             typer.echo(json_text(results))
             return
-        by = getattr(options, "by", None) is not None
+        by = isinstance(options, classes.EvaluationOptions) and options.by is not None
         (tables.print_domain_use if by else self.show)(results)
         typer.echo(f"\nSaved in {folder}: {'domain_use.json, figures/' if by else self.saved}")
         if isinstance(options, classes.DecompositionOptions):
@@ -102,7 +102,7 @@ COMMANDS = {
     "decompose": Command(classes.DecompositionOptions, "decompose:decompose", saved=_TRAINED),
     "evaluate": Command(classes.EvaluationOptions, "evaluate:evaluate", saved="evaluation.json"),
     "experts": Command(
-        classes.ExpertsOptions, "experts:read_experts", tables.print_experts, "experts.json, experts.html"
+        classes.ExpertsOptions, "experts:read_experts", tables.print_experts, "experts.safetensors, experts.html"
     ),
     "probe": Command(classes.ProbingOptions, "probe:probe", tables.print_probing, "probing.json, probing.png"),
     "frontier": Command(

@@ -225,7 +225,7 @@ def print_domain_use(results: dict[str, Any]) -> None:
 
 def print_experts(results: dict[str, Any], shown: int = 3) -> None:
     """Print results of `mxd experts`: the strongest `shown` examples of each expert."""
-    from mxd.jobs.experts import NOT_ACTIVE, percent
+    from mxd.jobs.expert_page import NOT_ACTIVE, percent
 
     text = text_name(results["settings"]["dataset"])
     for layer, experts in results["layers"].items():
@@ -239,7 +239,7 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
                 head = ("", "")
             if not found["examples"]:
                 rows.append((*head, "–", NOT_ACTIVE))
-        columns = ("expert", "% of training\ntokens", "a", "text")
+        columns = ("expert", "% of\ntokens", "a", "text")
         table = _table(f"Layer {layer}: where experts are most active in {text}", columns, rows, left=0)
         table.columns[-1].justify = "left"
         _print(table)

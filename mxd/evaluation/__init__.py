@@ -1,6 +1,8 @@
 """Measure how faithful a decomposition is and how its experts are used, and plot both."""
 
 from .ablation import ablation_curve
+from .collection import Collection, ExpertCollection, collect_experts
+from .collection_file import load_collection, save_collection
 from .directions import DirectionFit, fit_directions
 from .domain_use import domain_use
 from .expert_use import ExpertUse, count_expert_use, measure_expert_statistics
@@ -39,18 +41,17 @@ from .pooling import (
 from .probing import always_yes_f1, grouped_folds, probe_features
 from .rank import ExpertRanks, decomposition_ranks, expert_ranks
 from .steering_score import random_directions, steer_prompts, steering_score
-from .top_examples import TopExamples, top_examples
 from .untouched import UntouchedLosses
 
 __all__ = [
-    "DirectionFit", "ErrorSums", "ExpertRanks", "ExpertUse", "FeatureContexts", "LogitSums", "PairedDifference",
-    "Representation", "TopExamples", "UntouchedLosses", "ablation_curve", "always_yes_f1", "coherence_score",
-    "collect_contexts", "count_expert_use", "decomposition_ranks", "detection_score", "domain_use", "expert_ranks",
-    "expert_representation", "explained_share", "faithfulness", "fit_directions", "fuzzing_score", "grouped_folds",
-    "input_representation", "keyword_explainer", "keyword_judge", "kl_divergence", "load_evaluation",
-    "measure_expert_statistics", "most_active", "neuron_representation", "next_token_loss", "normalised_entropy",
-    "normalised_error", "output_representation", "plot_ablation", "plot_domain_use", "plot_expert_frequency",
-    "plot_frontier", "plot_probing", "plot_singular_values", "plot_training_loss", "pool_features", "probe_features",
-    "random_directions", "recovered_share", "save_evaluation", "steer_prompts", "steering_score", "top_examples",
-    "weak_experts",
+    "Collection", "DirectionFit", "ErrorSums", "ExpertCollection", "ExpertRanks", "ExpertUse", "FeatureContexts",
+    "LogitSums", "PairedDifference", "Representation", "UntouchedLosses", "ablation_curve", "always_yes_f1",
+    "coherence_score", "collect_contexts", "collect_experts", "count_expert_use", "decomposition_ranks",
+    "detection_score", "domain_use", "expert_ranks", "expert_representation", "explained_share", "faithfulness",
+    "fit_directions", "fuzzing_score", "grouped_folds", "input_representation", "keyword_explainer", "keyword_judge",
+    "kl_divergence", "load_collection", "load_evaluation", "measure_expert_statistics", "most_active",
+    "neuron_representation", "next_token_loss", "normalised_entropy", "normalised_error", "output_representation",
+    "plot_ablation", "plot_domain_use", "plot_expert_frequency", "plot_frontier", "plot_probing",
+    "plot_singular_values", "plot_training_loss", "pool_features", "probe_features", "random_directions",
+    "recovered_share", "save_collection", "save_evaluation", "steer_prompts", "steering_score", "weak_experts",
 ]  # fmt: skip

@@ -167,6 +167,12 @@ def warn_of_weak_experts(evaluation: Mapping[str, Any]) -> str:
 
 def recorded_evaluation(name: str) -> dict[str, Any]:
     """Return a decomposition's evaluation.json, which may be a stranger's; empty if there is none."""
+    path = source_file(name, EVALUATION_NAME)
+    return {} if path is None else read_json(path)
+
+
+def source_file(name: str, file: str) -> Path | None:
+    """Return the path of a file of a decomposition, downloaded if need be; None if there is none."""
     source, how = _source(name)
-    path = file_if_any(source, EVALUATION_NAME, how)
-    return {} if path is None else read_json(Path(path))
+    path = file_if_any(source, file, how)
+    return None if path is None else Path(path)

@@ -1,17 +1,21 @@
-"""`mxd experts`: the places in a text where experts are most active."""
+"""`mxd experts`: what each expert is active on, and what it does."""
 
-import html
+import logging
 import random
-from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mxd.base.files import replace_text, write_json
+from mxd.base.files import replace_text
 from mxd.base.progress import progress_bar
 from mxd.data.provenance import recorded_runs
 from mxd.data.texts import document_batches, evaluation_settings
-from mxd.evaluation.top_examples import TopExamples, top_examples
+from mxd.evaluation.collection import TOP, Collection, Context, ExpertCollection, collect_experts
+from mxd.evaluation.collection_file import EXPERTS_NAME, load_collection, save_collection
+from mxd.evaluation.contexts import INCOMPLETE, in_context
+from mxd.modeling_mxd import MxDModel
 
 from .decompositions import (
     load_base_and_text,
@@ -19,147 +23,207 @@ from .decompositions import (
     read_text,
     recorded_evaluation,
     results_folder,
+    source_file,
     warn_of_weak_experts,
 )
-from .options import ExpertsOptions, text_name
+from .domain_use import documents_by_domain
+from .expert_page import PAGE_NAME, expert_page
+from .options import ExpertsOptions
 from .run_folder import write_run
 
-EXPERTS_NAME, PAGE_NAME = "experts.json", "experts.html"
-AROUND = 12
-"""Tokens of context on each side of an example."""
-CANDIDATES = 8
-"""Rows kept for each example that is shown, of which the near-duplicates are left out."""
-MAX_BYTES = 4
-"""Bytes of a character in UTF-8, each of which may be a token."""
-_INCOMPLETE = "\ufffd"
-NOT_ACTIVE = "not active in this text"
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-    "td{vertical-align:top;padding:.1em .6em .1em 0}td:first-child{text-align:right;color:#666}mark{background:#fd6}"
-)
+logger = logging.getLogger(__name__)
+
+QUANTILES = 5
+"""Contexts shown of an expert's sample, evenly spaced from its largest coefficients to its smallest."""
+_TEXT_OPTIONS = (
+    "dataset", "dataset_config", "dataset_revision", "split", "text_column", "chat", "context_length", "dtype", "by",
+    "tokens",
+)  # fmt: skip
 
 
 def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, Any]:
-    """Find where experts are most active in a text; write experts.json, and experts.html to read.
+    """Collect all experts of a decomposition on a text, and describe some; write experts.safetensors and experts.html.
 
-    Without named experts, a random sample of the active ones is shown. Each example is the strongest position of a row,
-    without the row's first; examples are of distinct documents (if the text has as many), and no two share half of
-    their context. Without a dataset, the text is that of the training, see `read_text`.
+    An experts.safetensors that is there already is used, if it was read of the text that is asked for, or none is.
+    Without named experts, a random sample of the active ones is described. Without a dataset, the text is that of the
+    training, see `read_text`.
 
     Returns:
-        {"layers": {"15": {"1234": {"frequency": share of training tokens on which the expert is active, None if it was
-        not measured, "examples": [{"coefficient", "before", "token", "after"}]}}}, "settings", "warning": of a low
-        expert share, or empty}; the strongest example first.
+        {"layers": {"15": {"1234": what `describe_expert` returns}}}, "settings", "warning": of a low expert share, or
+        empty}.
 
     Raises:
         ValueError: there is no such decomposition, layer or expert, or the text cannot be read.
     """
     folder = results_folder(options.decomposition, options.output)
-    decomposition = load_decomposition(options.decomposition, None if options.layer is None else [options.layer])
-    for layer in decomposition.config.layers:
+    decomposition = load_decomposition(options.decomposition)
+    layers = decomposition.config.layers if options.layer is None else [options.layer]
+    if unknown := [layer for layer in layers if layer not in decomposition.config.layers]:
+        has = ", ".join(map(str, decomposition.config.layers))
+        raise ValueError(f"layer {unknown[0]} is not in the decomposition, which has {has}")
+    for layer in layers:
         count = decomposition.config.layer(layer).num_experts
         if unknown := [expert for expert in options.experts or [] if not 0 <= expert < count]:
             raise ValueError(f"layer {layer} has no expert {unknown[0]}: they are 0 to {count - 1}")
     evaluation = recorded_evaluation(options.decomposition)
-    model, tokenizer, (documents, text, _) = load_base_and_text(
+    collection = None if options.overwrite else recorded_collection(options, folder, decomposition)
+    model, tokenizer, documents = load_base_and_text(
         decomposition,
         options.dtype,
         options.context_length,
-        lambda: read_text(options.text, options.decomposition, recorded_runs(evaluation.get("settings"))),
+        lambda: None if collection is not None else _documents(options, evaluation),
     )
-    batches, origins = document_batches(documents, tokenizer, options.context_length, options.tokens)
-    rows = [ids[mask > 0].tolist() for batch in batches for ids, mask in zip(*batch.values(), strict=True)]
-    bar = progress_bar(batches, desc="experts", show=progress)
-    found = top_examples(model, decomposition, bar, CANDIDATES * options.examples)
-    results: dict[str, Any] = {"layers": {}}
-    for layer in decomposition.config.layers:
-        top, chosen = found[layer], options.experts
+    if documents is not None:
+        collection = _collect(options, model, tokenizer, decomposition, documents, progress)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_collection(collection, folder / EXPERTS_NAME)
+    assert collection is not None
+    if len(collection.ids) and int(collection.ids.max()) >= model.get_input_embeddings().weight.shape[0]:
+        raise ValueError(f"{EXPERTS_NAME} is of a model with another vocabulary: --overwrite makes it anew")
+    results: dict[str, Any] = {"layers": {}, "settings": {**collection.settings, "seed": options.seed}}
+    for layer in layers:
+        chosen = options.experts
         if chosen is None:
-            active = (top.values[:, 0] > 0).nonzero().squeeze(1).tolist()
+            active = (collection.layers[layer].maximum > 0).nonzero().squeeze(1).tolist()
             chosen = sorted(random.Random(options.seed).sample(active, min(options.sample, len(active))))
-        frequency = decomposition.layer(layer).expert_frequency
         results["layers"][str(layer)] = {
-            str(expert): {
-                "frequency": float(frequency[expert]) if frequency.any() else None,
-                "examples": _examples(top, expert, rows, origins, tokenizer, options.examples),
-            }
-            for expert in chosen
+            str(expert): describe_expert(collection, layer, expert, tokenizer, options.examples) for expert in chosen
         }
-    settings = evaluation_settings(text, options.dtype)
-    results["settings"] = {**settings, "tokens": sum(map(len, rows)), "seed": options.seed}
     results["warning"] = warn_of_weak_experts(evaluation)
     if folder is not None:
         write_run(folder, "experts", options)
-        write_json(folder / EXPERTS_NAME, results)
-        replace_text(folder / PAGE_NAME, page(results))
+        replace_text(folder / PAGE_NAME, expert_page(results))
     return results
 
 
-def _examples(
-    top: TopExamples,
-    expert: int,
-    rows: list[list[int]],
-    origins: list[int],
+def recorded_collection(options: Any, folder: Path | None, decomposition: MxDModel) -> Collection | None:
+    """Return the collection beside a decomposition or in the output folder, if it is of the text that is asked for.
+
+    A file that is not fit to be read, or is of another decomposition, is left out with a warning.
+    """
+    own = None if folder is None else folder / EXPERTS_NAME
+    path = own if own is not None and own.is_file() else source_file(options.decomposition, EXPERTS_NAME)
+    if path is None:
+        return None
+    try:
+        collection = load_collection(path)
+        for layer in decomposition.config.layers:
+            count = decomposition.config.layer(layer).num_experts
+            if layer not in collection.layers or len(collection.layers[layer].frequency) != count:
+                raise ValueError(f"{path.name} is not of layer {layer} with {count} experts")
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
+    settings = collection.settings
+    kinds = {"asked": dict, "tokens": int, "dataset": list}
+    if not all(isinstance(settings.get(name), kind) for name, kind in kinds.items()):
+        return None
+    if any(settings["asked"].get(name) != value for name, value in _asked(options).items()):
+        return None
+    layers = [collection.layers[layer] for layer in decomposition.config.layers]
+    enough = all(layer.top_values.shape[1] >= getattr(options, "examples", 0) for layer in layers)
+    return collection if enough else None
+
+
+def _asked(options: Any) -> dict[str, Any]:
+    """Return what is asked of the text: the options that are not their defaults."""
+    default = type(options)(decomposition=options.decomposition)
+    asked = {name: getattr(options, name, None) for name in _TEXT_OPTIONS}
+    return {name: value for name, value in asked.items() if value != getattr(default, name, None)}
+
+
+def _documents(options: ExpertsOptions, evaluation: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return {domain: documents}, with the one name "" without domains, and the text that they are of."""
+    if options.by is not None:
+        return dict(documents_by_domain(options.text, options.by)), options.text
+    documents, text, _ = read_text(options.text, options.decomposition, recorded_runs(evaluation.get("settings")))
+    return {"": documents}, text
+
+
+def _collect(
+    options: ExpertsOptions,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    count: int,
+    decomposition: MxDModel,
+    documents: tuple[dict[str, Any], Any],
+    progress: bool,
+) -> Collection:
+    """Read the text, equal parts of each domain, and collect."""
+    batches: list[Any] = []
+    origins: list[int] = []
+    domains: dict[str, range] = {}
+    by_domain, text = documents
+    for domain, part in by_domain.items():
+        tokens = -(-options.tokens // len(by_domain))
+        found, of_rows = document_batches(part, tokenizer, options.context_length, tokens)
+        domains[domain] = range(len(origins), len(origins) + len(of_rows))
+        batches, origins = batches + found, origins + of_rows
+    settings = {
+        **evaluation_settings(text, options.dtype),
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
+        "domain_column": options.by,
+        "asked": _asked(options),
+    }
+    return collect_experts(
+        model,
+        decomposition,
+        progress_bar(batches, desc="experts", show=progress),
+        documents=origins,
+        domains=domains if options.by is not None else None,
+        top=max(TOP, options.examples),
+        settings=settings,
+    )
+
+
+def describe_expert(
+    collection: Collection, layer: int, expert: int, tokenizer: PreTrainedTokenizerBase, examples: int = TOP
+) -> dict[str, Any]:
+    """Describe an expert by its collection.
+
+    Returns:
+        {"frequency": share of tokens on which it is active, "maximum", "examples": [{"coefficient", "before", "token",
+        "after"}], the largest coefficient first, "quantiles": the same of tokens at evenly spaced quantiles of its
+        coefficients, "promoted", "suppressed": [[token, effect on its logit]], "nearest": {"direction", "modulation",
+        "co-firing": [[expert, similarity]]}, "domains": {domain: share of the expert's firings, if all domains had the
+        same number of tokens}}. Lists are empty if there is nothing to say.
+    """
+    found = collection.layers[layer]
+    frequencies = found.domain_counts[expert].double() / found.domain_tokens.clamp_min(1)
+    shares = (frequencies / frequencies.sum().clamp_min(1e-300)).tolist()
+    return {
+        "frequency": float(found.frequency[expert]),
+        "maximum": float(found.maximum[expert]),
+        "examples": _shown(collection, collection.top(layer, expert, examples), tokenizer),
+        "quantiles": _shown(collection, collection.quantiles(layer, expert, QUANTILES), tokenizer),
+        "promoted": _tokens(found, "promoted", expert, tokenizer),
+        "suppressed": _tokens(found, "suppressed", expert, tokenizer),
+        "nearest": {
+            name.removeprefix("similar_").replace("_", "-"): pairs
+            for name in ("similar_direction", "similar_modulation", "co_firing")
+            if (pairs := [[int(other), value] for other, value in _pairs(found, name, expert) if other >= 0])
+        },
+        "domains": dict(zip(collection.domains, shares, strict=True)),
+    }
+
+
+def _shown(
+    collection: Collection, contexts: Sequence[Context], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Return the strongest examples of an expert, without near-duplicates; of distinct documents, if enough."""
-    per_document = -(-count // len(set(origins)))
-    seen: list[set[tuple[int, ...]]] = []
-    taken: Counter[int] = Counter()
-    examples: list[dict[str, Any]] = []
-    for value, row, position in zip(
-        *(part[expert].tolist() for part in (top.values, top.rows, top.positions)), strict=True
-    ):
-        if value <= 0 or len(examples) == count:
-            break
-        window = rows[row][max(0, position - AROUND) : position + 1 + AROUND]
-        sequences = {tuple(window[begin : begin + 4]) for begin in range(max(1, len(window) - 3))}
-        again = any(2 * len(sequences & other) >= min(len(sequences), len(other)) for other in seen)
-        context = _in_context(tokenizer, rows[row], position)
-        cut = _INCOMPLETE in context["token"] and not context["token"].strip(_INCOMPLETE)  # the row ends inside it
-        if not again and not cut and taken[origins[row]] < per_document:
-            seen.append(sequences)
-            taken[origins[row]] += 1
-            examples.append({"coefficient": value, **context})
-    return examples
+    """Return contexts as text, without those whose row ends inside the character of the token."""
+    shown: list[dict[str, Any]] = []
+    for one in contexts:
+        text = in_context(tokenizer, collection.row(one.row), one.position)
+        if text["token"].strip(INCOMPLETE) or INCOMPLETE not in text["token"]:
+            shown.append({"coefficient": one.coefficient, **text})
+    return shown
 
 
-def _in_context(tokenizer: PreTrainedTokenizerBase, row: list[int], position: int) -> dict[str, str]:
-    """Return a token and the text around it. A token inside a character is shown with the rest of the character."""
-    first, last = max(0, position - AROUND), min(len(row), position + 1 + AROUND)
-    upto = {stop: str(tokenizer.decode(row[first:stop])) if stop > first else "" for stop in range(first, last + 1)}
-    whole = upto[last]  # decoded together: a token alone loses the space before it
-    ends = [stop for stop, text in upto.items() if whole.startswith(text) and not text.endswith(_INCOMPLETE)]
-    start = max((stop for stop in ends if position - MAX_BYTES < stop <= position), default=None)
-    end = min((stop for stop in ends if position < stop < position + 1 + MAX_BYTES), default=None)
-    if start is None or end is None:
-        before, token = upto[position], str(tokenizer.decode([row[position]]))
-        after = str(tokenizer.decode(row[position + 1 : last])) if position + 1 < last else ""
-    else:
-        before, token, after = upto[start], whole[len(upto[start]) : len(upto[end])], whole[len(upto[end]) :]
-    return {"before": before.strip(_INCOMPLETE), "token": token, "after": after.strip(_INCOMPLETE)}
+def _pairs(found: ExpertCollection, name: str, expert: int) -> list[tuple[int, float]]:
+    ids, values = getattr(found, f"{name}_ids"), getattr(found, f"{name}_values")
+    return [] if ids is None else list(zip(ids[expert].tolist(), values[expert].tolist(), strict=True))
 
 
-def page(results: dict[str, Any]) -> str:
-    """Return the results of `read_experts` as an HTML page of one file."""
-    lines = [f'<!doctype html><meta charset="utf-8"><title>Experts</title><style>{_STYLE}</style>']
-    read = f"{results['settings']['tokens']:,} tokens of {text_name(results['settings']['dataset'])}"
-    lines.append(f"<p>Text: {html.escape(read)}</p><p>{html.escape(results.get('warning', ''))}</p>")
-    for layer, experts in results["layers"].items():
-        lines.append(f"<h1>Layer {html.escape(layer)}</h1>")
-        for expert, found in experts.items():
-            often = f"active on {percent(found['frequency'])} % of the training tokens"
-            lines.append(f"<h2>Expert {html.escape(expert)}</h2><p>{often}</p>")
-            rows = [
-                f"<tr><td>{example['coefficient']:.3g}</td><td>{html.escape(example['before'])}"
-                f"<mark>{html.escape(example['token'])}</mark>{html.escape(example['after'])}</td></tr>"
-                for example in found["examples"]
-            ]
-            lines.append(f"<table>{''.join(rows)}</table>" if rows else f"<p>{NOT_ACTIVE}</p>")
-    return "\n".join([*lines, ""])
-
-
-def percent(frequency: float | None) -> str:
-    """Return a share as a percentage with two decimals; a dash for None."""
-    return "–" if frequency is None else f"{100 * frequency:.2f}"
+def _tokens(found: ExpertCollection, name: str, expert: int, tokenizer: PreTrainedTokenizerBase) -> list[list[Any]]:
+    known = len(tokenizer)  # a model may have further logits, which mean nothing
+    return [[str(tokenizer.decode([token])), value] for token, value in _pairs(found, name, expert) if token < known]

@@ -243,16 +243,21 @@ class EvaluationOptions(MeasuringOptions):
 
 @dataclass(kw_only=True)
 class ExpertsOptions(MeasuringOptions):
-    """Show where in a text experts are most active, on screen and as a page, experts.html."""
+    """Collect on a text what all experts are active on and do; show some on screen and as a page, experts.html.
+
+    A file experts.safetensors in the folder is read instead, if it is of the same text, or no text is named.
+    """
 
     yaml_only = ("streaming", "context_length", "dataset_config", "split", "dtype")
 
-    tokens: int = option(128_000, "Tokens to search.", DATA, count=True)
+    tokens: int = option(128_000, "Tokens to read; with --by, equal parts of each value.", DATA, count=True)
+    by: str | None = option(None, "Also count by the values of this column.", MEASURE)
     experts: list[int] | None = option(None, "Experts to show: 12,99. [a random sample]", MEASURE)
     layer: int | None = option(None, "Layer to show. [all]", MEASURE, minimum=0)
     sample: int = option(20, "Size of the random sample of each layer.", flag=False, minimum=1)
     examples: int = option(10, "Examples of each expert.", minimum=1)
     seed: int = option(0, "Seed of the sample.", flag=False)
+    overwrite: bool = option(False, "Read the text again, whatever the folder holds.", OUTPUT)
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from mxd import ExpertsOptions, read_experts
 from mxd.cli.tables import print_experts
 from mxd.data.labelled_text import LabelledDocuments, cut_texts
 from mxd.data.texts import document_batches, evaluation_batches
-from mxd.evaluation import TopExamples
-from mxd.jobs.experts import _examples, _in_context, page
+from mxd.evaluation import load_collection, save_collection
+from mxd.evaluation.contexts import distinct_places, in_context
+from mxd.evaluation.streamed_tables import make_places
+from mxd.jobs.expert_page import expert_page
 
 
 def test_a_random_sample_is_shown_and_written(finished, tmp_path):
@@ -26,15 +29,67 @@ def test_a_random_sample_is_shown_and_written(finished, tmp_path):
     assert code == 0, error
     assert "where experts are most active" in output and "experts.html" in output
     assert "experts: 100%" in error
-    results = json.loads((folder / "experts.json").read_text())
-    (experts,) = results["layers"].values()
-    assert len(experts) == 5 and results["settings"]["tokens"] <= 4096
-    for expert, found in experts.items():
-        assert re.search(rf"│ +{expert} │", output) and 1 <= len(found["examples"]) <= 3
-        values = [example["coefficient"] for example in found["examples"]]
-        assert values == sorted(values, reverse=True) and values[-1] > 0
+    collection = load_collection(folder / "experts.safetensors")
+    found = collection.layers[2]
+    assert len(found.frequency) == 64 and collection.settings["tokens"] <= 4096
     shown = (folder / "experts.html").read_text()
-    assert shown.count("<h2>") == 5 and "<mark>" in shown
+    assert shown.count("<h2 ") == 5 and "<mark>" in shown and "evenly spaced" in shown
+    named = [int(expert) for expert in re.findall(r"<h2 id=.2-(\d+)", shown)]
+    assert (found.maximum[named] > 0).all()
+    for expert in named:
+        assert re.search(rf"│ +{expert} │", output)
+
+
+def no_pass(*_, **__):
+    raise AssertionError("the text is read again")
+
+
+def test_a_recorded_collection_is_read_again_if_it_fits(finished, tmp_path, monkeypatch, caplog):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    asked = {"decomposition": str(folder), "tokens": 2048, "examples": 3}
+    first = read_experts(ExpertsOptions(**asked, experts=[3, 5]))
+    written = (folder / "experts.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("mxd.jobs.experts.collect_experts", no_pass)
+        again = read_experts(ExpertsOptions(**asked, experts=[5, 9]))
+        assert again["layers"]["2"]["5"] == first["layers"]["2"]["5"]
+        read_experts(ExpertsOptions(decomposition=str(folder), experts=[5]))  # no text is asked for
+        beside = read_experts(ExpertsOptions(**asked, experts=[5], output="-"))
+        assert beside["layers"]["2"]["5"] == first["layers"]["2"]["5"]
+        for other in ({"tokens": 1024}, {"examples": 17}, {"context_length": 64}, {"overwrite": True}):
+            with pytest.raises(AssertionError, match="read again"):
+                read_experts(ExpertsOptions(**{**asked, **other}))
+    assert (folder / "experts.safetensors").read_bytes() == written
+    (folder / "experts.safetensors").write_bytes(written[:-5])
+    read_experts(ExpertsOptions(**asked, experts=[5]))
+    assert "experts.safetensors is refused" in caplog.text
+    assert load_collection(folder / "experts.safetensors").settings["tokens"] == first["settings"]["tokens"]
+
+
+def test_a_collection_of_another_decomposition_or_model_is_not_read(finished, tmp_path, caplog):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    asked = {"decomposition": str(folder), "tokens": 1024, "experts": [5]}
+    read_experts(ExpertsOptions(**asked))
+    path = folder / "experts.safetensors"
+    collection = load_collection(path)
+    save_collection(replace(collection, layers={3: collection.layers[2]}), path)
+    read_experts(ExpertsOptions(**asked))
+    assert "is not of layer 2 with 64 experts" in caplog.text
+    save_collection(replace(collection, ids=collection.ids + 10**6), path)
+    with pytest.raises(ValueError, match="another vocabulary: --overwrite"):
+        read_experts(ExpertsOptions(**asked))
+
+
+def test_experts_by_domain(finished, tmp_path):
+    path = tmp_path / "kinds.jsonl"
+    kinds = {"war": "The army and the navy of the war. ", "money": "The treasury spent dollars on roads. "}
+    rows = [{"text": text * 40, "kind": kind} for kind, text in kinds.items() for _ in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = read_experts(
+        ExpertsOptions(decomposition=str(finished[0]), dataset=[str(path)], by="kind", tokens=2048, output="-")
+    )
+    for found in results["layers"]["2"].values():
+        assert list(found["domains"]) == ["money", "war"] and sum(found["domains"].values()) == pytest.approx(1)
 
 
 def test_named_experts_of_some_text_in_another_folder(finished, tmp_path):
@@ -46,7 +101,7 @@ def test_named_experts_of_some_text_in_another_folder(finished, tmp_path):
     )
     (experts,) = results["layers"].values()
     assert list(experts) == ["3", "7"]
-    assert not (finished[0] / "experts.json").exists() and (tmp_path / "results" / "experts.html").is_file()
+    assert not (finished[0] / "experts.safetensors").exists() and (tmp_path / "results" / "experts.html").is_file()
     examples = [example for found in experts.values() for example in found["examples"]]
     assert examples
     for example in examples:
@@ -57,9 +112,9 @@ def test_named_experts_of_some_text_in_another_folder(finished, tmp_path):
 def test_what_strangers_wrote_is_no_markup():
     example = {"coefficient": 1.0, "before": "<script>", "token": "&", "after": "</td>"}
     settings = {"tokens": 9, "dataset": ["<i>.txt"]}
-    shown = page({"layers": {"<b>": {"1": {"frequency": 0.5, "examples": [example]}}}, "settings": settings})
+    shown = expert_page({"layers": {"<b>": {"1": {"frequency": 0.5, "examples": [example]}}}, "settings": settings})
     assert "9 tokens of &lt;i&gt;.txt" in shown
-    weak = page({"layers": {}, "settings": settings, "warning": "the dense part does the work in <b>"})
+    weak = expert_page({"layers": {}, "settings": settings, "warning": "the dense part does the work in <b>"})
     assert "the dense part does the work in &lt;b&gt;" in weak
     assert (
         "<script>" not in shown and "&lt;script&gt;" in shown and "<mark>&amp;</mark>" in shown and "<b>" not in shown
@@ -75,7 +130,7 @@ def test_an_expert_that_is_not_active_is_said_to_be_none(capsys):
     assert "a [b] c" in shown
     rows = [row for row in shown.splitlines() if "not active in this text" in row]
     assert len(rows) == 1 and "99" in rows[0]
-    assert page(results).count("not active in this text") == 1
+    assert expert_page(results).count("not active in this text") == 1
 
 
 def test_experts_of_a_low_share_come_with_a_warning(finished, tmp_path, caplog):
@@ -105,21 +160,20 @@ def test_what_is_not_there(finished, monkeypatch, capsys):
 def test_a_token_inside_a_character_is_shown_with_all_of_it(text, bos):
     tokenizer = byte_tokenizer(["hello"], bos_token="<s>")
     row = [tokenizer.bos_token_id] * bos + tokenizer(text, add_special_tokens=False)["input_ids"]
-    shown = [_in_context(tokenizer, row, position) for position in range(bos, len(row))]
+    shown = [in_context(tokenizer, row, position) for position in range(bos, len(row))]
     assert not any("\ufffd" in part for example in shown for part in example.values())
     assert {example["token"] for example in shown} == set(text)
-    cut = [_in_context(tokenizer, row[: 2 + bos], position) for position in range(bos, 2 + bos)]
+    cut = [in_context(tokenizer, row[: 2 + bos], position) for position in range(bos, 2 + bos)]
     assert not any("\ufffd" in example[part] for example in cut for part in ("before", "after"))
 
 
 def examples_of(rows, origins, count):
-    """The examples of an expert that is most active on the first of these rows, and so on, at position 3."""
-    table = TopExamples(
-        torch.arange(len(rows), 0, -1)[None].float(),
-        torch.arange(len(rows))[None],
-        torch.full((1, len(rows)), 3),
-    )
-    return _examples(table, 0, rows, origins, word_tokenizer(64), count)
+    """The coefficients of the contexts of an expert that is most active on the first of these rows, and so on."""
+    values = torch.arange(len(rows), 0, -1)[None].float()
+    places = make_places(torch.arange(len(rows)), torch.tensor(3))[None]
+    values, places = distinct_places(values, places, dict(enumerate(rows)), dict(enumerate(origins)), count)
+    assert ((values > 0) == (places >= 0)).all()
+    return values[values > 0].tolist()
 
 
 def test_no_two_examples_share_their_context():
@@ -127,7 +181,7 @@ def test_no_two_examples_share_their_context():
     shifted = [50, 51, *one[:-2]]
     nearly = [one[0], 55, *one[2:]]
     found = examples_of([one, one, shifted, nearly, two], [0, 1, 2, 3, 4], 5)
-    assert [example["coefficient"] for example in found] == [5, 1]
+    assert found == [5, 1]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +194,7 @@ def test_no_two_examples_share_their_context():
 )
 def test_examples_are_of_distinct_documents(origins, expected):
     rows = torch.randperm(60).view(6, 10).tolist()
-    assert [example["coefficient"] for example in examples_of(rows, origins, 3)] == expected
+    assert examples_of(rows, origins, 3) == expected
 
 
 def test_examples_of_documents(finished, tmp_path):
@@ -194,7 +248,7 @@ def test_the_text_of_the_training_is_read(copy, book, caplog, command):
     assert "book" in " ".join(output.split()) and "sample of mxd" not in output
     assert "small text" not in caplog.text
     if command == "experts":
-        assert json.loads((copy / "experts.json").read_text())["settings"]["dataset"] == [str(book)]
+        assert load_collection(copy / "experts.safetensors").settings["dataset"] == [str(book)]
         assert "book.jsonl" in (copy / "experts.html").read_text()
     else:
         evaluated = json.loads((copy / "evaluation.json").read_text())["settings"]["evaluation"]
