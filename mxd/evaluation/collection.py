@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mxd.base.forward import evaluating, right_padded
-from mxd.modeling_mxd import MxDLayer, MxDModel
+from mxd.modeling_mxd import MxDLayer, MxDModel, SparseLayer
 
 from .contexts import distinct, distinct_places
 from .expert_use import captured_activations
@@ -175,7 +175,7 @@ class Collection:
 class _LayerPass:
     """The tables of one layer during the pass."""
 
-    def __init__(self, layer: nn.Module, top: int, sample: int, domains: int):
+    def __init__(self, layer: SparseLayer, top: int, sample: int, domains: int):
         experts, device = layer.config.num_experts, layer.expert_table.device
         self.experts, self.tokens, self.wanted = experts, 0, top
         self.counts, self.histogram, self.domain_counts = (
@@ -329,12 +329,13 @@ def collect_experts(
 @torch.no_grad()
 def expert_effects(
     model: nn.Module, decomposition: MxDModel, layer: int, direction: Tensor | None, example: Tensor
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Return the fields of `ExpertCollection` that come from weights alone: logit effects and nearest experts.
 
     `direction` is (N, O), or None; a transcoder's directions are then its rows. `example` are token ids (1, tokens).
     """
-    module, fields = decomposition.layer(layer), {}
+    module = decomposition.layer(layer)
+    fields: dict[str, Any] = {}
     if isinstance(module, MxDLayer):
         found = nearest_rows(module.modulation - module.modulation.mean(0))
         fields = dict(zip(("similar_modulation_ids", "similar_modulation_values"), found, strict=True))

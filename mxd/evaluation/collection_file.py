@@ -127,7 +127,8 @@ def _layer(tensors: dict[str, Tensor], prefix: str, domains: int, lengths: Tenso
         if name.endswith("_ids"):
             promoted = name in ("promoted_ids", "suppressed_ids")
             _in_range(f"{prefix}{name}", tensor, 0 if promoted else -1, 2**31 if promoted else sizes["N"])
-    return ExpertCollection(**{**found, "tokens": int(found["tokens"])})
+    every: dict[str, Any] = {**found, "tokens": int(found["tokens"])}
+    return ExpertCollection(**every)
 
 
 def _check_places(found: Mapping[str, Tensor], prefix: str, lengths: Tensor) -> None:

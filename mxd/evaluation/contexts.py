@@ -39,7 +39,7 @@ def distinct(
         if taken[documents[row]] == per_document:
             continue
         window = rows[row][max(0, position - AROUND) : position + 1 + AROUND]
-        sequences = set(zip(window, window[1:], window[2:], window[3:], strict=False)) or {tuple(window)}
+        sequences = {tuple(window[begin : begin + 4]) for begin in range(max(1, len(window) - 3))}
         if not any(2 * len(sequences & other) >= min(len(sequences), len(other)) for other in seen):
             seen.append(sequences)
             taken[documents[row]] += 1

@@ -62,7 +62,7 @@ def find_unembedding(model: Any, example: Tensor, stack: str | None = None) -> U
     Raises:
         ValueError: there is no unembedding, or no such norm.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     name = type(model).__name__
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
