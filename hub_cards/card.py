@@ -205,7 +205,7 @@ def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             format_number(evaluation.get("kl"), ".4f"),
             format_percent(evaluation.get("top1_agreement")),
         ],
-        "missing": ", ".join(strings_in(get_nested(settings, "random_weights"))[:3]),
+        "unpredicted": one_line(get_nested(settings, "no_predictions")),
         "tokens": format_number(get_nested(settings, "tokens"), ",.0f"),
         "dtype": get_nested(settings, "dtype"),
         "text": _evaluated_on(settings),

@@ -225,9 +225,9 @@ def verify_sites(model: nn.Module, sites: list[MLPSite], example_inputs: Mapping
     loaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # when it runs, by accelerate
     if not new or (not loaded and any(parameter.is_meta for parameter in model.parameters())):
         return known
-    before = _run(model, example_inputs)
+    before = run_once(model, example_inputs)
     with originals_routed(new) as routed:
-        after = _run(model, example_inputs)
+        after = run_once(model, example_inputs)
     name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', None)!r})"
     for site, original in zip(new, routed, strict=True):
         if original.widths is None:
@@ -254,7 +254,7 @@ def originals_routed(sites: list[MLPSite]) -> Iterator[list[_Original]]:
             site.put(modules)
 
 
-def _run(model: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None) -> list[Tensor]:
+def run_once(model: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None) -> list[Tensor]:
     """Return copies of the tensors that a model returns, in eval mode and from a fixed seed (Reformer hashes)."""
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -262,7 +262,7 @@ def _run(model: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None) ->
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
         try:
-            return [tensor.clone() for tensor in tensors_in(model(**(example_inputs or _example_tokens(model))))]
+            return [tensor.clone() for tensor in tensors_in(model(**(example_inputs or example_tokens(model))))]
         except Exception as error:
             reason, remedy = f"{type(error).__name__}: {str(error)[:300]}", "with which it runs, or verify=False"
             wrong = f"{type(model).__name__} cannot be run to verify surgery ({reason})"
@@ -272,7 +272,8 @@ def _run(model: PreTrainedModel, example_inputs: Mapping[str, Tensor] | None) ->
                 module.training = True
 
 
-def _example_tokens(model: PreTrainedModel) -> dict[str, Any]:
+def example_tokens(model: PreTrainedModel) -> dict[str, Any]:
+    """Return `TOKENS` token ids as inputs of a model."""
     accepted = inspect.signature(model.forward).parameters
     vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None) or 32
     # In the middle of the vocabulary: special tokens, which may be placeholders of images, are at its ends.

@@ -33,7 +33,7 @@ from mxd.modeling_mxd.loading import (
     with_retries,
 )
 
-from .forward import lacks_weights
+from .forward import sees_later_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -144,21 +144,25 @@ def load_base_model(
     with _base_model_errors(name, pickles):
         load = partial(AutoModelForCausalLM.from_pretrained, source, output_loading_info=True, **how, **weights)
         model, info = with_retries(load, name)
-    _keep_missing(name, model, sorted(info["missing_keys"]))
+    _judge_predictions(name, model.eval(), sorted(info["missing_keys"]))
     commit = _loaded_commit(source, revision)
     model.config._commit_hash = commit  # transformers 5 does not keep it; it is never saved
-    return model.eval(), tokenizer, commit
+    return model, tokenizer, commit
 
 
-def _keep_missing(name: str, model: PreTrainedModel, missing: list[str]) -> None:
-    """Keep the names of the weights that a checkpoint lacks, or refuse it if the layers would be random."""
+def _judge_predictions(name: str, model: PreTrainedModel, missing: list[str]) -> None:
+    """Keep in the model why its predictions mean nothing, or refuse a checkpoint whose layers would be random."""
     trunk = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and not is_other_tower(key)]
     if trunk:
         lacks = f"the checkpoint of {name!r} lacks {len(trunk)} weights of the layers and embeddings"
         raise BaseModelError(f"{lacks}, which would be random: {', '.join(trunk[:3])}: name a complete checkpoint")
+    reason = "the base model sees the tokens that come after the one it predicts" if sees_later_tokens(model) else ""
     if missing:
-        logger.warning("%s: figures that need its predictions are left out", lacks_weights(name, missing))
-    vars(model)["_random_weights"] = missing
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        reason = f"the checkpoint of the base model lacks weights ({', '.join(missing[:3])}{more}), which are random"
+    if reason:
+        logger.warning("%s: %s: figures that need its predictions are left out", name, reason)
+    vars(model)["_no_predictions"] = reason
 
 
 def _load_tokenizer(name: str, source: str, how: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from mxd.modeling_mxd import MxDConfig, spliced_mlps
-from mxd.modeling_mxd.surgery import running_device
+from mxd.modeling_mxd import MxDConfig, SurgeryError, spliced_mlps
+from mxd.modeling_mxd.surgery import example_tokens, run_once, running_device
 
 from .allocation import freed_memory_kept
 from .capture import capture_mlps
@@ -69,21 +70,30 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def lacks_weights(name: str, missing: list[str]) -> str:
-    """Say which weights are random because the checkpoint lacks them."""
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    return f"the checkpoint of {name} lacks weights ({', '.join(missing[:3])}{more}), which are random"
-
-
-def random_weights(model: nn.Module) -> list[str]:
-    """Return the names of weights of the head that `load_base_model` did not find: its predictions mean nothing."""
-    return getattr(model, "_random_weights", [])
+def no_predictions(model: nn.Module) -> str:
+    """Return why a model's predictions mean nothing, as `load_base_model` found; empty if they do."""
+    return getattr(model, "_no_predictions", "")
 
 
 def check_predictions(model: nn.Module, what: str) -> None:
-    """Raise `ValueError` if a model's predictions are those of random weights, which `what` would rest on."""
-    if missing := random_weights(model):
-        raise ValueError(f"{what} needs the model's predictions, but {lacks_weights('the base model', missing)}")
+    """Raise `ValueError` if a model's predictions, which `what` would rest on, mean nothing."""
+    if reason := no_predictions(model):
+        raise ValueError(f"{what} needs the model's predictions, but {reason}")
+
+
+@torch.no_grad()
+def sees_later_tokens(model: PreTrainedModel) -> bool:
+    """Return whether predictions change with a later token, as an encoder's do; False if 8 tokens do not run."""
+    inputs = example_tokens(model)
+    ids = inputs["input_ids"]
+    last = torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1
+    try:
+        one, other = (run_once(model, {**inputs, "input_ids": ids.where(~last, ids - step)})[0] for step in (0, 1))
+    except SurgeryError:
+        return False
+    # Beside rounding: experts compute a token together with others.
+    tolerance = min(0.02, 100 * torch.finfo(one.dtype).eps)
+    return bool((one - other)[:, :-1].abs().max() > tolerance * one.abs().max())
 
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -112,15 +112,15 @@ def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = No
         (layer, *figures([_LAYER[column] for column in columns], row, before and before["layers"][layer]))
         for layer, row in results["layers"].items()
     ]
-    missing = results.get("settings", {}).get("random_weights")
+    unpredicted = results.get("settings", {}).get("no_predictions")
     model = zip(_MODEL, figures(_MODEL.values(), results, before), strict=True)
     change = "" if before is None else ": before → after"
     _print(
         _table(f"Layers, on {_measured_on(results)}{change}", ("layer", *columns), rows[:MAX_LAYERS], left=0),
         *(_weak({f"layer {layer}": row for layer, row in results["layers"].items()}) if warn else ()),
         _table(f"The model with them spliced in{change}", ("", "entropies in\nnats per token"), model)
-        if not missing
-        else cell(f"No figures of its predictions: the model's checkpoint lacks {', '.join(missing)}"),
+        if not unpredicted
+        else cell(f"No figures of its predictions: {unpredicted}"),
     )
     if "ablation" in results:
         _print(_ablation_table(results["ablation"]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mxd.base.files import write_json
-from mxd.base.forward import batch_for, capture_with_logits, next_token_logits, random_weights, zero_ablated
+from mxd.base.forward import batch_for, capture_with_logits, next_token_logits, no_predictions, zero_ablated
 from mxd.base.masks import next_token_mask, token_mask
 from mxd.base.progress import progress_bar
 from mxd.modeling_mxd import MxDModel, SparseLayer
@@ -85,8 +85,8 @@ class ModelEvaluation:
         layers: Mapping[int, LayerEvaluation],
         known: UntouchedLosses | None,
     ):
-        self.random = random_weights(model)
-        known = None if self.random else known
+        self.unpredicted = no_predictions(model)
+        known = None if self.unpredicted else known
         self.model, self.decomposition, self.layers, self.known = model, decomposition, layers, known
         self.known_ablated = None if known is None else known.zero_ablated(decomposition.config)
         self.untouched, self.spliced, self.ablated = LogitSums(), LogitSums(), LogitSums()
@@ -105,7 +105,7 @@ class ModelEvaluation:
             self.layers[layer].update(x, y, mask, without_first)
         del captured
         self.batches += 1
-        if self.random:
+        if self.unpredicted:
             return
         if self.known is None:
             untouched = self.untouched.update(logits, ids, mask)
@@ -146,7 +146,7 @@ class ModelEvaluation:
                 "rows": self.rows,
                 "positions": _POSITIONS,
                 "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-                **({"random_weights": self.random} if self.random else {}),
+                **({"no_predictions": self.unpredicted} if self.unpredicted else {}),
             },
         }
 
@@ -166,7 +166,7 @@ def faithfulness(
 
     Metrics are over all unpadded positions, including the first (BOS); NMSE and FVU are given without it too. Layer
     metrics use the untouched model's activations; see `ErrorSums`, `LogitSums` and `ExpertUse`. NaN: not defined, as
-    all that rests on predictions is if `load_base_model` found weights of the head missing (settings.random_weights).
+    all that rests on predictions is if `load_base_model` found that they mean nothing (settings.no_predictions).
 
         rise               CE_spliced − CE_untouched with its 95 % `rise_interval`, see `PairedDifference`
         recovered          (CE_zero − CE_spliced) / (CE_zero − CE_untouched)

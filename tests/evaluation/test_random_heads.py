@@ -1,5 +1,6 @@
 """A checkpoint without a head: its layers are measured, and nothing that rests on random predictions."""
 
+import copy
 import json
 import math
 
@@ -8,6 +9,7 @@ import torch
 from commands import refused
 from factories import byte_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -18,11 +20,12 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     RobertaConfig,
+    XLNetConfig,
 )
 
 from mxd import DecompositionOptions, FrontierOptions, decompose, measure_frontier
 from mxd.base.base_model import BaseModelError, load_base_model
-from mxd.base.forward import random_weights
+from mxd.base.forward import no_predictions, sees_later_tokens
 from mxd.cli.tables import print_evaluation, print_frontier
 from mxd.hub_cards import build_card
 from mxd.jobs.evaluate import evaluate
@@ -61,8 +64,7 @@ def text(tmp_path):
 @pytest.mark.parametrize(("config", "missing"), HEADLESS.values(), ids=HEADLESS)
 def test_missing_heads_are_named(tmp_path, config, missing, caplog):
     model, _, _ = load_base_model(save(tmp_path / "base", config))
-    assert random_weights(model) and any(key.startswith(missing) for key in random_weights(model))
-    assert "lacks" in caplog.text and random_weights(model)[0] in caplog.text
+    assert f"lacks weights ({missing}" in no_predictions(model) and no_predictions(model) in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -75,8 +77,44 @@ def test_missing_heads_are_named(tmp_path, config, missing, caplog):
     ],
 )
 def test_a_whole_checkpoint_lacks_nothing(tmp_path, config, auto, caplog):
-    assert random_weights(load_base_model(save(tmp_path / "base", config, auto))[0]) == []
+    assert no_predictions(load_base_model(save(tmp_path / "base", config, auto))[0]) == ""
     assert "lacks" not in caplog.text
+
+
+BIDIRECTIONAL = {name: HEADLESS[name][0] for name in ("bert", "roberta", "electra")} | {
+    "xlnet": XLNetConfig(vocab_size=400, d_model=16, n_layer=2, n_head=2, d_inner=24),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in BIDIRECTIONAL), *((name, "bfloat16") for name in ("bert", "roberta", "electra"))],
+)
+def test_models_that_see_later_tokens_predict_no_next_one(tmp_path, name, dtype, caplog):
+    config = copy.deepcopy(BIDIRECTIONAL[name])
+    config.initializer_range = 0.5  # with weights near zero, rounding to bfloat16 hides other tokens
+    model, _, _ = load_base_model(save(tmp_path / "base", config, AutoModelForCausalLM), dtype=dtype)
+    assert "sees the tokens that come after the one it predicts" in no_predictions(model)
+    assert no_predictions(model) in caplog.text and not model.training
+
+
+CAUSAL = ("gpt2", "llama", "mistral", "mixtral", "gpt_neox", "mamba", "bloom", "olmoe", "gpt_oss", "qwen3_moe")
+
+
+@pytest.mark.parametrize("model_type", CAUSAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_models_do_not_see_later_tokens(model_type, dtype):
+    assert not sees_later_tokens(tiny_model(model_type).to(dtype))
+
+
+def test_a_masked_language_model_gets_no_cross_entropy(tmp_path, text):
+    base = save(tmp_path / "base", HEADLESS["bert"][0], AutoModelForCausalLM)
+    results = decompose(DecompositionOptions(model=base, output=str(tmp_path / "out"), **RUN, **text))
+    check_no_predictions(results)
+    assert "sees the tokens" in results["settings"]["no_predictions"]
+    assert (
+        "sees the tokens that come after the one it predicts: there are no figures" in build_card(tmp_path / "out").text
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +142,7 @@ def test_the_layers_alone_are_measured(tmp_path, text, capsys, monkeypatch):
     base, out = save(tmp_path / "base", config), str(tmp_path / "out")
     results = decompose(DecompositionOptions(model=base, output=out, **RUN, **text))
     check_no_predictions(results)
-    assert results["settings"]["random_weights"][0].startswith(missing.partition(".")[0])
+    assert f"lacks weights ({missing}" in results["settings"]["no_predictions"]
     capsys.readouterr()
     print_evaluation(results)
     shown = capsys.readouterr().out
