@@ -73,6 +73,26 @@ def test_the_rows_of_recipe_tables_are_those_of_the_results(page):
         assert cells == {column: COLUMNS[column](measured) for column in cells}, (title, name)
 
 
+def test_the_rows_of_massive_tokens_are_those_of_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "massive-tokens.json").read_text())
+    page = (ROOT / "docs" / "recipe.md").read_text().partition("\n## Massive tokens\n")[2].partition("\n## ")[0]
+    rows = []
+    for name, measured in results.items():
+        ((layer, metrics),) = measured["layers"].items()
+        assert name.startswith(f"layer {layer}, ")
+        massive = measured["massive_outputs"]
+        cells = [
+            name.removeprefix("layer "),
+            f"{100 * massive['share']:.2g} %, {massive['factor']:.0f} ×" if massive else "none",
+            f"{measured['cross_entropy']['rise']:+.3f} ± {half_width(measured['cross_entropy']):.3f}",
+            f"{measured['kl']:.3f}",
+            f"{metrics['nmse']:.3f}",
+            f"{100 * metrics['expert_share']:.0f} %",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    assert [line for line in page.splitlines() if re.match(r"\| \d", line)] == rows
+
+
 def test_the_size_of_a_repo_is_that_of_the_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "sharing.json").read_text())
     page = (ROOT / "docs" / "sharing.md").read_text()
