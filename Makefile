@@ -3,9 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Processes in which `make test` runs tests, with one thread each: one more than cores, since some wait for the test Hub.
 WORKERS ?= 3
+# The rooms as they are installed, for tools that read sources.
+TREE = rm -rf build/tree && mkdir -p build/tree && cp -rs $(CURDIR)/mxd build/tree/mxd \
+	&& ln -s $(CURDIR)/modeling_mxd $(CURDIR)/hub_cards $(CURDIR)/trainers build/tree/mxd/
 PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test tasks coverage oldest quality format clean
+.PHONY: demo test tasks coverage oldest quality docs format clean
 
 demo: .venv/installed  ## decompose the embedded model with the embedded text (4 to 5 minutes on 2 cores)
 	$(BIN)/mxd decompose --output demo-output --overwrite
@@ -26,9 +29,12 @@ oldest: .venv-oldest/installed  ## the trainers and the commands with the oldest
 quality: .venv/installed-dev  ## linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/tree && mkdir -p build/tree && cp -rs $(CURDIR)/mxd build/tree/mxd
-	ln -s $(CURDIR)/modeling_mxd $(CURDIR)/hub_cards $(CURDIR)/trainers build/tree/mxd/
+	$(TREE)
 	$(BIN)/mypy
+
+docs: .venv/installed-dev  ## the documentation site, in build/site; a broken link or a missing docstring is an error
+	$(TREE)
+	$(BIN)/python scripts/build_docs.py
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .

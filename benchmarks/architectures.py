@@ -1,4 +1,4 @@
-"""Examine surgery on every architecture that transformers ships, and write the table of docs/architectures.md.
+"""Examine surgery on every architecture that transformers ships; the docs site shows the results.
 
     python benchmarks/architectures.py [TYPE ...]
 
@@ -26,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "modeling_mxd"))
 
-from census import Examined, examine  # noqa: E402
-from pages import write_between  # noqa: E402
+from census import examine  # noqa: E402
+from pages import architectures_table  # noqa: E402
 from tiny_models import CAUSAL_TYPES, OTHER_TYPES, UNBUILDABLE, VARIANTS  # noqa: E402
 
 from mxd.modeling_mxd import find_mlps  # noqa: E402
@@ -35,8 +35,6 @@ from mxd.modeling_mxd.loading import first_line  # noqa: E402
 from mxd.modeling_mxd.surgery import _VERIFIED, verify_sites  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
-TABLE = ROOT / "docs" / "architectures.md"
-MARK = "benchmarks/architectures.py"
 TOKENS = 8  # of a verification
 
 
@@ -91,60 +89,11 @@ def measure_times(hidden_size: int = 512) -> dict[str, float]:
     }
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Return the Markdown table: a line for every kind of MLP in every stack of every type."""
-    lines = [
-        "| type | stack | site | layers | kind | modules | weights | activation | works |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for model_type, result in results.items():
-        if not result["mlps"]:
-            lines.append(f"| {_cell(model_type)} | | | | | | | | no: {_cell(result['error'] or 'no MLP runs')} |")
-        for row in result["mlps"]:
-            mlp = Examined(**row)
-            works = "yes" if mlp.slots else f"no: {mlp.reason}"
-            works += f" ({mlp.reason})" if mlp.slots and mlp.reason else ""
-            cells = (
-                mlp.stack,
-                mlp.site,
-                _ranges(mlp.layers),
-                mlp.kind,
-                mlp.slots,
-                mlp.layout,
-                mlp.hidden_act or "",
-                works,
-            )
-            lines.append(f"| {_cell(model_type)} | {' | '.join(_cell(cell) for cell in cells)} |")
-    lines += [
-        f"| {_cell(model_type)} | | | | | | | | not built: {_cell(why)} |" for model_type, why in UNBUILDABLE.items()
-    ]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
-
-
-def _ranges(layers: list[int]) -> str:
-    consecutive = len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if consecutive else ", ".join(map(str, layers))
-
-
-def summary(results: dict[str, dict[str, Any]], times: dict[str, float]) -> str:
-    """Return counts and times, for above the table."""
-
-    def working(types: Any) -> str:
-        return f"{sum(results[name]['works'] for name in types)} of {len(list(types))}"
-
+def count(results: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
+    """Return {kind: [types that work, types that were examined]}."""
     others = [name for name in OTHER_TYPES if name not in CAUSAL_TYPES]  # those of both are built as causal ones
-    return (
-        f"transformers {transformers.__version__}: {working(CAUSAL_TYPES)} causal language models, "
-        f"{working(others)} other types and {working(VARIANTS)} variants work; {len(UNBUILDABLE)} causal types "
-        f"are not built.\n\nFinding the MLPs of a 32-layer model takes {times['find_mlps_milliseconds']:.1f} ms. "
-        f"Verifying a splice takes "
-        f"{times['verification_of_last_layer_in_forward_passes']:.2f} forward passes of {TOKENS} tokens for the last "
-        f"layer, {times['verification_of_all_layers_in_forward_passes']:.2f} for all 32."
-    )
+    kinds = {"causal language models": CAUSAL_TYPES, "other types": others, "variants": list(VARIANTS)}
+    return {kind: [sum(results[name]["works"] for name in types), len(types)] for kind, types in kinds.items()}
 
 
 def main() -> None:
@@ -156,13 +105,16 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     results = examine_all(chosen or [*CAUSAL_TYPES, *OTHER_TYPES, *VARIANTS])
     if chosen:
-        sys.stdout.write(table(results) + "\n")
+        sys.stdout.write(architectures_table(results) + "\n")
         return
-    times = measure_times()
-    RESULTS.write_text(
-        json.dumps({"transformers": transformers.__version__, **times, "types": results}, indent=1) + "\n"
-    )
-    write_between(TABLE, MARK, f"{summary(results, times)}\n\n{table(results)}\n")
+    found = {
+        "transformers": transformers.__version__,
+        **measure_times(),
+        "counts": count(results),
+        "not_built": UNBUILDABLE,
+        "types": results,
+    }
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

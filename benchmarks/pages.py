@@ -1,7 +1,12 @@
 """Name the machine of a measurement, and put tables into pages."""
 
+import json
 import platform
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +19,78 @@ def machine(threads: int, device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else processor
     versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
     return f"{name}, {threads} thread{'s' if threads != 1 else ''}, {versions}"
+
+
+RESULTS = Path(__file__).parent / "results"
+TABLE = re.compile(r"<!-- table: (.*?) -->")
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """Return {name: function that makes the table in Markdown} of all tables that are made from results files."""
+    import probing
+    import recipe
+    import routing
+    import speed
+
+    def of(file: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+        return lambda: make(json.loads((RESULTS / file).read_text(encoding="utf-8")))
+
+    made = {
+        f"recipe, {title}": partial(recipe.table, title) for title in json.loads(recipe.RESULTS.read_text())["tables"]
+    }
+    return made | {
+        "architectures": of("architectures.json", architectures_page),
+        "massive tokens": of("massive-tokens.json", recipe.massive_tokens),
+        "probing": of("probing.json", probing.table),
+        "probing by problem": of("probing.json", probing.table_by_problem),
+        "routing": of("routing.json", routing.table),
+        "speed": of("speed.json", speed.page),
+    }
+
+
+def architectures_table(types: dict[str, dict[str, Any]]) -> str:
+    """Return a row for every kind of MLP in every stack of every model type."""
+
+    def row(*cells: str) -> str:
+        return "| " + " | ".join(re.sub(r"([|*_])", r"\\\1", cell) for cell in cells) + " |"
+
+    lines = ["| type | stack | site | layers | kind | works |", "|---|---|---|---|---|---|"]
+    for model_type, result in types.items():
+        if not result["mlps"]:
+            lines.append(row(model_type, "", "", "", "", f"no: {result['error'] or 'no MLP runs'}"))
+        for mlp in result["mlps"]:
+            works = "yes" if mlp["slots"] else f"no: {mlp['reason']}"
+            works += f" ({mlp['reason']})" if mlp["slots"] and mlp["reason"] else ""
+            lines.append(row(model_type, mlp["stack"], mlp["site"], _ranges(mlp["layers"]), mlp["kind"], works))
+    return "\n".join(lines)
+
+
+def _ranges(layers: list[int]) -> str:
+    consecutive = len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}-{layers[-1]}" if consecutive else ", ".join(map(str, layers))
+
+
+def architectures_page(measured: dict[str, Any]) -> str:
+    """Return the counts, the times and the table of all architectures."""
+    counts = "\n".join(f"| {kind} | {works} of {of} |" for kind, (works, of) in measured["counts"].items())
+    passes = {name: measured[f"verification_of_{name}_in_forward_passes"] for name in ("last_layer", "all_layers")}
+    not_built = "; ".join(f"{name} ({why})" for name, why in measured["not_built"].items())
+    return (
+        f"| transformers {measured['transformers']} | work |\n|---|---|\n{counts}\n\nNot built: {not_built}.\n\n"
+        f"Finding the MLPs of a 32-layer model takes {measured['find_mlps_milliseconds']:.1f} ms. Verifying a splice "
+        f"takes {passes['last_layer']:.2f} forward passes of 8 tokens for the last layer and "
+        f"{passes['all_layers']:.2f} for all 32.\n\n{architectures_table(measured['types'])}\n"
+    )
+
+
+def fill(page: str) -> str:
+    """Return a page with a table in place of every `<!-- table: NAME -->`.
+
+    Raises:
+        KeyError: no table has that name.
+    """
+    made = tables() if TABLE.search(page) else {}
+    return TABLE.sub(lambda found: made[found[1]](), page)
 
 
 def between_marks(mark: str, text: str) -> str:

@@ -6,8 +6,7 @@ Eight labelled problems (`benchmarks/probing_problems.py`) of chunks of 128 toke
 a class and divided by document. One pass of the model over all texts feeds every representation; the protocols are
 those of `mxd.evaluation.probing`, with features as they are and standardised. Pooled features and figures that are in
 the work folder are not computed again. The decompositions are of one layer; differences are to the first. Writes
-benchmarks/results/probing.json and the table in docs/probing.md. With one decomposition of SmolLM2-135M this takes 10
-minutes of one core.
+benchmarks/results/probing.json. With one decomposition of SmolLM2-135M this takes 10 minutes of one core.
 """
 
 import argparse
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages import write_between
 from probing_problems import problems
 from scipy.sparse import load_npz, save_npz
 from transformers import PreTrainedTokenizerBase
@@ -35,8 +33,8 @@ from mxd.jobs.probe import common_layer, describe, make_representations, named
 from mxd.modeling_mxd import MxDModel, find_mlp
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "benchmarks/results/probing.json", ROOT / "docs/probing.md"
-MARK = "benchmarks/probing.py"
+RESULTS = ROOT / "benchmarks" / "results" / "probing.json"
+SHOWN = ("MLP neurons", "transcoder", "skip transcoder", "MxD")  # in the table by problem
 CONTEXT = 128
 WAYS = {"published": False, "standardised": True}
 """Scaling of features → whether they are standardised."""
@@ -152,46 +150,44 @@ def difference(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Return the results as a Markdown table."""
+    """Return the means over problems as a Markdown table."""
     found, reference = results["representations"], results["reference"]
-    names = list(next(iter(found.values())))
-    head = ["", *names, "mean F1", f"to {reference}", "best test F1", "standardised", *(f"k = {k}" for k in SPARSITIES)]
+    problems_of = list(next(iter(found.values())))
+    head = ["", "mean F1", f"to {reference}", "best test F1", *(f"k = {k}" for k in SPARSITIES)]
+    chance = np.mean([np.mean([*of_classes.values()]) for of_classes in results["always_yes_f1"].values()])
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    chance = [float(np.mean([*of_classes.values()])) for of_classes in results["always_yes_f1"].values()]
-    cells = [
-        *(f"{each:.3f}" for each in chance),
-        f"{np.mean(chance):.3f}",
-        "–",
-        "–",
-        "–",
-        *("0.500" for _ in SPARSITIES),
-    ]
-    lines.append("| " + " | ".join(["(always yes)", *cells]) + " |")
-    for name, problems_of in found.items():
-        figures = [problems_of[problem]["published"] for problem in names]
-        mean, error = mean_f1(problems_of)
-        apart, apart_error = difference(problems_of, found[reference])
+    lines.append(f"| (always yes) | {chance:.3f} | – | – |" + " 0.500 |" * len(SPARSITIES))
+    for name, figures_of in found.items():
+        figures = [figures_of[problem]["published"] for problem in problems_of]
+        mean, error = mean_f1(figures_of)
+        apart, apart_error = difference(figures_of, found[reference])
         cells = [
             name,
-            *(f"{each['f1']:.3f}" for each in figures),
             f"**{mean:.3f}** ± {error:.3f}",
             "–" if name == reference else f"{apart:+.3f} ± {apart_error:.3f}",
             f"{np.mean([each['best_test_f1'] for each in figures]):.3f}",
-            f"{mean_f1(problems_of, 'standardised')[0]:.3f}",
             *(f"{np.mean([each['k_sparse'][str(k)] for each in figures]):.3f}" for k in SPARSITIES),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     counts, settings = results["problems"], results["settings"]
-    classes = sum(map(len, counts.values()))
     texts = sum(count["texts"] for of_problem in counts.values() for count in of_problem.values())
     lines += [
         "",
-        f"{len(names)} problems, {classes} classes, {texts:,} texts of at most {CONTEXT} tokens, layer "
-        f"{settings['layer']}, {settings['pooling']} pooling, {FOLDS} folds by document. Columns of problems: F1 of "
-        "the best single feature, chosen on training texts, mean over classes and folds; ±: one standard error over "
-        f"folds, of differences to {reference} paired by fold. Last columns: accuracy of k-sparse probes on balanced "
+        f"{len(counts)} problems, {sum(map(len, counts.values()))} classes, {texts:,} texts of at most {CONTEXT} "
+        f"tokens, layer {settings['layer']}, {settings['pooling']} pooling, {FOLDS} folds by document. ±: one standard "
+        f"error over folds, of differences to {reference} paired by fold. k: accuracy of k-sparse probes on balanced "
         "texts.",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def table_by_problem(results: Mapping[str, Any]) -> str:
+    """Return the F1 of the best single feature as a Markdown table, a row for each problem."""
+    lines = ["| | (always yes) | " + " | ".join(SHOWN) + " |", "|" + "---|" * (len(SHOWN) + 2)]
+    for problem, of_classes in results["always_yes_f1"].items():
+        found = [results["representations"][name][problem]["published"]["f1"] for name in SHOWN]
+        cells = [f"{each:.3f}" for each in (np.mean([*of_classes.values()]), *found)]
+        lines.append(f"| {problem} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -234,7 +230,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and write results and table."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
@@ -245,12 +241,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/probing"))
-    parser.add_argument("--results", type=Path, help="write the results there, and leave page and figure alone")
+    parser.add_argument("--results", type=Path, help="write the results there instead")
     options = parser.parse_args()
     results = measure(options)
     (options.results or RESULTS).write_text(json.dumps(results, indent=1) + "\n")
-    if options.results is None:
-        write_between(PAGE, MARK, "\n" + table(results))
 
 
 if __name__ == "__main__":

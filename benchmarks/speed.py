@@ -7,8 +7,8 @@ as memory allows, and take a step each in turn, so that other load on the machin
 medians over the turns. Weights and inputs are random; `benchmarks/routing.py` measures what routing costs in accuracy.
 `--beside` names the Python of an environment with other libraries (pip install eai-sparsify sae-lens).
 
-Cases of the same commit in the work folder are not run again. Writes benchmarks/results/speed.json and the tables in
-docs/speed.md, both of which keep the results of other machines, and docs/speed.png. Takes about 45 minutes on 2 cores.
+Cases of the same commit in the work folder are not run again. Writes benchmarks/results/speed.json, which
+keeps the results of other machines, and docs/results/speed.png. Takes about 45 minutes on 2 cores.
 """
 
 import argparse
@@ -21,13 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from contestants import BESIDE, CONTESTANTS, OF_ONE_MODE
-from pages import machine, write_between
+from pages import machine
 from tqdm.auto import tqdm
 
 from mxd.base.base_model import bfloat16_is_emulated
@@ -36,8 +35,7 @@ from mxd.trainers.parameter_budget import num_experts_matching_transcoder
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
-PAGE, FIGURE = HERE.parent / "docs" / "speed.md", HERE.parent / "docs" / "speed.png"
-MARK = "benchmarks/speed.py"
+FIGURE = HERE.parent / "docs" / "results" / "speed.png"
 
 # name: I = O, H, GLU, tokens of a step
 SHAPES = {
@@ -214,14 +212,11 @@ def table(results: dict[str, Any]) -> str:
         if " experts" in case:
             continue
         job, rows = measured["job"], measured["contestants"]
-        training = job["mode"] == "train"
-        what = "Training step" if training else "Forward"
+        what = "Training step" if job["mode"] == "train" else "Forward"
         sizes = f"I = O = {job['I']:,}, H = {job['H']:,}, N = {job['N']:,}, K = {job['K']}, {job['tokens']:,} tokens"
         sizes += f"; commit {measured.get('commit', 'before they were noted')}"
         lines += [f"**{what}, {case.rpartition(',')[0]} shapes** ({sizes})", ""]
-        head = ["", "ms", "tokens/s", "against dense", "share of limit", "peak MB", "tensors MB"]
-        if training:
-            head[5:5] = ["with optimiser", "with rows too"]
+        head = ["", "ms", "tokens/s", "against dense", "share of limit", "peak MB"]
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, row in rows.items():
             beside = row.get("beside") or rows
@@ -237,13 +232,8 @@ def table(results: dict[str, Any]) -> str:
                 f"{job['tokens'] / row['seconds']:,.0f}",
                 f"{dense / row['seconds']:.2f} ×" if dense else "",
                 f"{100 * limit / row['seconds']:.0f} %" if limit and exact else "",
-                *(f"{row[name] / 1e6:,.0f}" if name in row else "" for name in ("peak_bytes", "tensor_bytes")),
+                f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
             ]
-            if training:
-                parts = [bare[part] for part in ("optimiser", "chosen rows") if part in bare] if limit and exact else []
-                more = list(accumulate(parts))
-                shares = [f"{100 * (limit + seconds) / row['seconds']:.0f} %" for seconds in more]
-                cells[5:5] = [*shares, "", ""][:2]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     for mode, title in (("forward", "Forward"), ("train", "Training step")):
@@ -252,12 +242,13 @@ def table(results: dict[str, Any]) -> str:
         if not experts:
             continue
         lines += [f"**{title} in ms by number of experts, GPT-2 shapes**", ""]
-        lines.append("| N | " + " | ".join(f"{n:,}" for n in experts) + f" | exponent from {FITTED_FROM:,} |")
-        lines.append("|" + "---|" * (len(experts) + 2))
-        for name, curve in curves.items():
-            cells = [f"{curve[n]:,.1f}" if n in curve else "" for n in experts]
-            fitted = exponent(curve)
-            lines.append(f"| {name} | " + " | ".join(cells) + (f" | {fitted:.2f} |" if fitted else " | |"))
+        lines += ["| N | " + " | ".join(curves) + " |", "|" + "---|" * (len(curves) + 1)]
+        for n in experts:
+            cells = [f"{curve[n]:,.1f}" if n in curve else "" for curve in curves.values()]
+            lines.append(f"| {n:,} | " + " | ".join(cells) + " |")
+        slopes = [exponent(curve) for curve in curves.values()]
+        cells = ["" if slope is None else f"{slope:.2f}" for slope in slopes]
+        lines.append(f"| exponent from {FITTED_FROM:,} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -267,7 +258,7 @@ def page(machines: dict[str, Any]) -> str:
     (first, results), *others = reversed(machines.items())
     text = f"{first}.\n\n{table(results)}"
     for name, older in others:
-        text += f"\n<details><summary>{name}</summary>\n\n{table(older)}\n</details>\n"
+        text += f'\n<details markdown="1"><summary>{name}</summary>\n\n{table(older)}\n</details>\n'
     return text
 
 
@@ -333,7 +324,6 @@ def main() -> None:
     machines = {name: older for name, older in machines.items() if name != here} | {here: results}
     RESULTS.write_text(json.dumps(machines, indent=1) + "\n")
     draw(results)
-    write_between(PAGE, MARK, page(machines))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from mxd.hub_cards import OLDEST_TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-FINETUNING = (ROOT / "docs" / "finetuning.md").read_text()
+FINETUNING = (ROOT / "docs" / "how-to" / "finetune.md").read_text()
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "recipe.json").read_text())["tables"]
 HELD_OUT, PYTHON = "K = 32, one pass", "Another kind of text than that of the training, Python sources"
 HEADLINE = {

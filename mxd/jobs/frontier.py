@@ -2,7 +2,7 @@
 
 The base model runs once and is recorded. Every point, a method at a K, trains on the recording and is measured on the
 same held-out rows, one point after another. Finished points are kept, so the same command continues an interrupted
-run. docs/frontier.md describes the output folder.
+run. docs/how-to/compare.md describes the output folder.
 """
 
 import json
