@@ -296,10 +296,12 @@ class SAEView(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.layer.expert_table.dtype
 
     def _scaled(self, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ ROOMS = {
     "evaluation": ("Evaluation", "Measure faithfulness, and how experts are used."),
     "trainers": ("Trainers", "Train decompositions, by distillation or end to end."),
     "jobs": ("Commands", "Run what the commands run. [Commands](../cli.md) lists the fields of the options."),
+    "interchange": ("Other libraries", "Exchange transcoders with SAELens, circuit-tracer and sparsify."),
     "hub_cards": ("Hub", "Share decompositions and find others'."),
 }
 
