@@ -19,7 +19,7 @@ import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from pages import machine, write_between
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxd.base.base_model import load_base_model
+from mxd.base.capture import capture_mlps
+from mxd.base.forward import right_padded
+from mxd.base.progress import progress_bar
 from mxd.data.documents import load_text
 from mxd.data.texts import document_batches
 from mxd.evaluation import (
@@ -35,6 +38,7 @@ from mxd.evaluation import (
     collect_contexts,
     detection_score,
     expert_representation,
+    fit_directions,
     fuzzing_score,
     keyword_explainer,
     keyword_judge,
@@ -52,7 +56,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks/results/meaning.json", ROOT / "docs/meaning.md"
 STEERING, MEANING = "benchmarks/meaning.py, steering", "benchmarks/meaning.py, contexts"
 NEURONS, COEFFICIENT = "MLP neurons", ", by coefficient"
-CONTEXT, PROMPTS, PROMPT_TOKENS, CONTEXTS = 64, 10, 12, 20
+CONTEXT, PROMPTS, PROMPT_TOKENS, NEW_TOKENS, CONTEXTS = 64, 10, 6, 8, 20
 Cached = Callable[[str, Callable[[], Any]], Any]
 
 
@@ -69,58 +73,81 @@ def cached(folder: Path) -> Cached:
     return keep
 
 
-def read_contexts(
+class Reading(NamedTuple):
+    """What one pass over the text gives."""
+
+    contexts: dict[str, FeatureContexts]
+    """of random live features of every method"""
+    directions: dict[str, torch.Tensor]
+    """(N, O) of every decomposition"""
+    source: str
+    """where the directions of MxDs come from"""
+    prompts: torch.Tensor
+    """(PROMPTS, PROMPT_TOKENS)"""
+
+
+def read_text(
     options: argparse.Namespace,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     decompositions: dict[str, MxDModel],
-) -> tuple[dict[str, FeatureContexts], torch.Tensor]:
-    """Return the contexts of random live features of every method, and prompts (PROMPTS, PROMPT_TOKENS)."""
+) -> Reading:
+    """Read the text once, with the activations in memory; fit directions on it for an MxD that has none."""
     files = sorted(map(str, options.corpus.glob("*.parquet")))
     batches, documents = document_batches(load_text(files), tokenizer, CONTEXT, options.tokens)
-    where = next(iter(decompositions.values())).config.where
-    active = next(iter(decompositions.values())).config.layer(options.layer).num_experts_per_tok
-    found = {name: expert_representation(each.eval().layer(options.layer)) for name, each in decompositions.items()}
-    found[NEURONS] = most_active(neuron_representation(find_mlp(model, options.layer, **where)), active)
+    config = next(iter(decompositions.values())).config
+    layer, active = options.layer, config.layer(options.layer).num_experts_per_tok
+    activations = {
+        id(batch): capture_mlps(model, [layer], *right_padded(batch, model.device), **config.where)
+        for batch in progress_bar(batches, desc="read", show=True)
+    }
+    directions, source = {}, "trained"
+    for name, decomposition in decompositions.items():
+        try:
+            directions[name] = decomposition.directions(layer).direction
+        except ValueError:  # the folder has no file of them
+            source = fit_directions(lambda batch: activations[id(batch)], decomposition, batches)
+            directions[name] = decomposition.directions(layer).direction
+    found = {name: expert_representation(each.eval().layer(layer)) for name, each in decompositions.items()}
+    found[NEURONS] = most_active(neuron_representation(find_mlp(model, layer, **config.where)), active)
     rng = np.random.default_rng(options.seed)
     candidates = {
         name: rng.permutation(each.width)[: options.candidates * options.features].tolist()
         for name, each in found.items()
     }
-    read = collect_contexts(model, options.layer, batches, found, candidates, documents=documents, **where)
+    how = {"documents": documents}
+    read = collect_contexts(lambda batch: activations[id(batch)], layer, batches, found, candidates, **how)
     live = {name: contexts.live(CONTEXTS, options.features) for name, contexts in read.items()}
-    if few := [name for name, contexts in live.items() if len(contexts.features) < options.features]:
-        print("fewer live features than asked for:", {name: len(live[name].features) for name in few})  # noqa: T201
+    print("features:", {name: len(contexts.features) for name, contexts in live.items()})  # noqa: T201
     rows = [row for row in next(iter(live.values())).rows if len(row) >= PROMPT_TOKENS]
     chosen = rng.choice(len(rows), PROMPTS, replace=False)
-    return live, torch.tensor([rows[row][:PROMPT_TOKENS] for row in chosen])
+    prompts = torch.tensor([rows[row][:PROMPT_TOKENS] for row in chosen])
+    return Reading(live, directions, source, prompts)
 
 
 def steer_all(
     options: argparse.Namespace,
     model: PreTrainedModel,
     decompositions: dict[str, MxDModel],
-    live: dict[str, FeatureContexts],
-    prompts: torch.Tensor,
+    reading: Reading,
     keep: Cached,
 ) -> dict[str, Any]:
     """Return the steering scores of every method; of an MxD, by direction and by coefficient."""
-    first = next(iter(decompositions.values())).config
-    how = {"progress": True, **first.where}
-    random = random_directions(options.controls, first.layer(options.layer).output_size)
-    controls = keep("controls", lambda: steer_prompts(model, options.layer, random, prompts, **how))
-    site = find_mlp(model, options.layer, **first.where)
-    ways: dict[str, tuple[str, Any]] = {NEURONS: (NEURONS, neuron_representation(site).directions)}
-    for name, decomposition in decompositions.items():
-        ways[name] = (name, decomposition.directions(options.layer).direction)
-        layer = decomposition.layer(options.layer)
-        if isinstance(layer, MxDLayer):
-            ways[name + COEFFICIENT] = (name, by_coefficient(layer))
+    where, layer = next(iter(decompositions.values())).config.where, options.layer
+    how = {"new_tokens": NEW_TOKENS, "progress": True, **where}
+    width = next(iter(reading.directions.values())).shape[1]
+    random = random_directions(options.controls, width)
+    controls = keep("controls", lambda: steer_prompts(model, layer, random, reading.prompts, **how))
+    ways: dict[str, tuple[str, Any]] = {name: (name, found) for name, found in reading.directions.items()}
+    ways[NEURONS] = (NEURONS, neuron_representation(find_mlp(model, layer, **where)).directions)
+    for name, module in ((name, each.layer(layer)) for name, each in decompositions.items()):
+        if isinstance(module, MxDLayer):
+            ways[name + COEFFICIENT] = (name, by_coefficient(module))
     return {
         way: keep(
             f"steering {way}",
             lambda name=name, directions=directions: steering_score(
-                model, options.layer, live[name], directions, prompts, controls, **how
+                model, layer, reading.contexts[name], directions, reading.prompts, controls, **how
             ),
         )
         for way, (name, directions) in ways.items()
@@ -224,6 +251,7 @@ def meaning_table(results: dict[str, Any]) -> str:
             shown(found[score][name], digits) if score in found else "–" for score, name, digits in columns.values()
         ]
         lines.append("| " + " | ".join([method, *cells]) + " |")
+    counts = ", ".join(f"{count} of {name}" for name, count in results["settings"]["features"].items())
     of_others = {
         name: np.mean([found[name]["control"]["mean"] for found in results["meaning"].values()])
         for name in next(iter(results["meaning"].values()))
@@ -231,7 +259,7 @@ def meaning_table(results: dict[str, Any]) -> str:
     }
     lines += [
         "",
-        f"{results['settings']['features']} features of each, {results['settings']['tokens']:,} tokens. With another "
+        f"Features: {counts}, in {results['settings']['tokens']:,} tokens. With another "
         "feature's explanation, mean over methods: "
         + ", ".join(f"{name} {value:.2f}" for name, value in of_others.items())
         + ". In brackets: 95 % interval over features.",
@@ -247,12 +275,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, _ = load_base_model(options.model)
     options.work.mkdir(parents=True, exist_ok=True)
     keep = cached(options.work)
-    live, prompts = keep("contexts", lambda: read_contexts(options, model, tokenizer, decompositions))
-    if options.only_contexts:
-        raise SystemExit
-    meaning = judge_all(live, tokenizer, keep)
+    reading = keep("reading", lambda: read_text(options, model, tokenizer, decompositions))
     with torch.no_grad():
-        steering = steer_all(options, model, decompositions, live, prompts, keep)
+        steering = steer_all(options, model, decompositions, reading, keep)
+    live = reading.contexts
+    meaning = judge_all(live, tokenizer, keep)
     return {
         "steering": steering,
         "meaning": meaning,
@@ -260,11 +287,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             **describe(decompositions, options.layer),
             "base_model": Path(options.model).name,
             "layer": options.layer,
-            "features": options.features,
+            "directions": reading.source,
+            "features": {name: len(contexts.features) for name, contexts in live.items()},
             "tokens": sum(map(len, next(iter(live.values())).rows)),
             "context_length": CONTEXT,
             "prompts": PROMPTS,
             "prompt_tokens": PROMPT_TOKENS,
+            "new_tokens": NEW_TOKENS,
             "controls": options.controls,
             "seed": options.seed,
             "machine": machine(torch.get_num_threads(), "cpu"),
@@ -280,14 +309,13 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--layer", type=int, help="[the only one that all decompositions have]")
-    parser.add_argument("--tokens", type=int, default=131_072, help="to read contexts in")
+    parser.add_argument("--tokens", type=int, default=65_536, help="to read contexts in")
     parser.add_argument("--features", type=int, default=100, help="of each method")
     parser.add_argument("--candidates", type=int, default=5, help="features to read, for each one to score")
     parser.add_argument("--controls", type=int, default=100, help="random directions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/meaning"))
     parser.add_argument("--results", type=Path, help="write the results there, and leave the page alone")
-    parser.add_argument("--only-contexts", action="store_true", help="stop when the contexts are read")
     options = parser.parse_args()
     results = measure(options)
     (options.results or RESULTS).write_text(json.dumps(results, indent=1) + "\n")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from mxd.base.capture import capture_mlps
-from mxd.base.forward import batch_for, evaluating
+from mxd.base.capture import Capture, capture_mlps
+from mxd.base.forward import batch_for, evaluating, right_padded
 from mxd.base.masks import token_mask
 from mxd.modeling_mxd import ExpertCoefficients
 
@@ -80,7 +80,8 @@ class FeatureContexts:
         rows, positions, values = self.places[index]
         order = np.argsort(-values, kind="stable").tolist()
         most = len(self.rows) if count is None else count
-        distinct, found = _Distinct(), []
+        distinct = _Distinct()
+        found: list[int] = []
         for keys in (self.documents, range(len(self.rows))):
             taken = {keys[int(rows[place])] for place in found}
             for place in order:
@@ -176,7 +177,7 @@ class _Distinct:
 
 @torch.no_grad()
 def collect_contexts(
-    model: nn.Module,
+    model: nn.Module | Capture,
     layer: int,
     batches: Iterable[Mapping[str, Tensor]],
     representations: Mapping[str, Representation],
@@ -190,7 +191,7 @@ def collect_contexts(
     """Collect where features fire, for all representations in one pass of the model, up to the layer.
 
     Args:
-        model: the base model, untouched.
+        model: the base model, untouched; or a function from a batch to the MLPs' inputs and outputs.
         layer: index of the layer of the MLP.
         batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
         representations: by name; make dense ones sparse by `most_active`.
@@ -210,10 +211,13 @@ def collect_contexts(
     places = {name: _places(features[name], representations[name].width, name) for name in features}
     rows: list[list[int]] = []
     parts: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in features}
-    with evaluating(model):
+    with evaluating(*([model] if isinstance(model, nn.Module) else [])):
         for batch in batches:
-            ids, mask = batch_for(model, batch)
-            x, y = capture_mlps(model, [layer], ids, mask, stack=stack, site=site)[layer]
+            if isinstance(model, nn.Module):
+                ids, mask = batch_for(model, batch)
+                x, y = capture_mlps(model, [layer], ids, mask, stack=stack, site=site)[layer]
+            else:
+                (ids, mask), (x, y) = right_padded(batch, torch.device("cpu")), model(batch)[layer]
             check_each_token(layer, x, ids)
             counted = token_mask(ids, mask, include_first).to(x.device)
             row, position = (part.cpu() for part in counted.nonzero(as_tuple=True))

@@ -210,12 +210,12 @@ class _Steering:
 
     def __init__(self, model: nn.Module, mlp: MLPSite, push: Push, prompts: Tensor):
         self.model, self.mlp, self.push, self.prompts = model, mlp, push, prompts
-        self.untouched = self._log_p(prompts)  # (P, vocabulary)
+        self.untouched = self._log_p(prompts)[:, 0]  # (P, vocabulary)
 
     def first_strengths(self, numbers: Tensor, size: int) -> Tensor:
         """Return the strength with which each vector is half as long as the MLP's output, (D)."""
-        where = {"stack": self.mlp.stack, "site": self.mlp.name}
-        x, y = capture_mlps(self.model, [self.mlp.layer], self.prompts, **where)[self.mlp.layer]
+        mlp = self.mlp
+        x, y = capture_mlps(self.model, [mlp.layer], self.prompts, stack=mlp.stack, site=mlp.name)[mlp.layer]
         lengths = []
         for part in numbers.split(size):
             vectors = self.push(x.repeat(len(part), 1, 1), part.repeat_interleave(len(x)).to(x.device))
@@ -244,16 +244,15 @@ class _Steering:
             torch.manual_seed(seed)
             generate: Any = self.model.generate
             text = generate(ids, attention_mask=torch.ones_like(ids), **sampling, **length)
-        logits = self.model(input_ids=text, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
-        log_p = F.log_softmax(logits.float(), dim=-1)
+        log_p = self._log_p(text, new_tokens + 1)[:, :-1]
         of_tokens = log_p.gather(-1, text[:, ids.shape[1] :, None])
         return of_tokens.reshape(len(numbers), -1).mean(1).cpu()
 
-    def _log_p(self, ids: Tensor) -> Tensor:
-        """Return log-probabilities of the next token, (rows, vocabulary)."""
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        logits = self.model(input_ids=ids, use_cache=False, **last).logits
-        return F.log_softmax(logits[:, -1].float(), dim=-1)
+    def _log_p(self, ids: Tensor, last: int = 1) -> Tensor:
+        """Return log-probabilities of the token after each of the last positions, (rows, last, vocabulary)."""
+        keep = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        logits = self.model(input_ids=ids, use_cache=False, **keep).logits[:, -last:]
+        return F.log_softmax(logits.float(), dim=-1)
 
     @contextmanager
     def _added(self, numbers: Tensor, strengths: Tensor) -> Iterator[None]:
