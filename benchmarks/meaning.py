@@ -110,9 +110,10 @@ def read_text(
             directions[name] = decomposition.directions(layer).direction
     found = {name: expert_representation(each.eval().layer(layer)) for name, each in decompositions.items()}
     found[NEURONS] = most_active(neuron_representation(find_mlp(model, layer, **config.where)), active)
-    rng = np.random.default_rng(options.seed)
-    candidates = {
-        name: rng.permutation(each.width)[: options.candidates * options.features].tolist()
+    candidates = {  # the same for a method, whichever others there are
+        name: np.random.default_rng(options.seed)
+        .permutation(each.width)[: options.candidates * options.features]
+        .tolist()
         for name, each in found.items()
     }
     how = {"documents": documents}
@@ -120,7 +121,7 @@ def read_text(
     live = {name: contexts.live(CONTEXTS, options.features) for name, contexts in read.items()}
     print("features:", {name: len(contexts.features) for name, contexts in live.items()})  # noqa: T201
     rows = [row for row in next(iter(live.values())).rows if len(row) >= PROMPT_TOKENS]
-    chosen = rng.choice(len(rows), PROMPTS, replace=False)
+    chosen = np.random.default_rng(options.seed).choice(len(rows), PROMPTS, replace=False)
     prompts = torch.tensor([rows[row][:PROMPT_TOKENS] for row in chosen])
     return Reading(live, directions, source, prompts)
 

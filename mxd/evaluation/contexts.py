@@ -16,8 +16,8 @@ INCOMPLETE = "\ufffd"
 
 def distinct(
     places: Iterable[tuple[int, int]],
-    rows: Mapping[int, Sequence[int]],
-    documents: Mapping[int, int],
+    rows: Mapping[int, Sequence[int]] | Sequence[Sequence[int]],
+    documents: Mapping[int, int] | Sequence[int],
     count: int,
     per_document: int = 1,
 ) -> Iterator[int]:

@@ -4,7 +4,6 @@ A feature is an expert of an MxD, a latent of a transcoder, or a neuron. It fire
 positive and, of a dense representation made sparse by `most_active`, among the K largest.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -20,18 +19,16 @@ from mxd.base.forward import batch_for, evaluating, right_padded
 from mxd.base.masks import token_mask
 from mxd.modeling_mxd import ExpertCoefficients
 
+from .contexts import AROUND, INCOMPLETE, distinct
 from .pooling import Representation, check_each_token
 
-AROUND = 16
-"""Tokens of a context on each side of its own position."""
 MARKS = "<<", ">>"
 """Put around the tokens on which a feature fires, as in Delphi."""
-_INCOMPLETE = "\ufffd"
 _MARKED_FROM = 0.3  # of the largest value in the context, as in Delphi
 
 
 class Context(NamedTuple):
-    """A place in a text: a row and a position in it."""
+    """A place in a text: a row, and a position in it."""
 
     row: int
     position: int
@@ -71,28 +68,33 @@ class FeatureContexts:
         begin = max(0 if self.include_first else 1, context.position - AROUND)
         return begin, min(len(self.rows[context.row]), context.position + AROUND + 1)
 
-    def top(self, index: int, count: int | None = None) -> list[Context]:
-        """Return the contexts in which feature `index` (0 to F − 1) is most active, the strongest first.
+    def top(self, index: int, count: int) -> list[Context]:
+        """Return at most `count` contexts in which feature `index` (0 to F − 1) is most active, the strongest first.
 
-        Each is the strongest position of its document; if that leaves fewer than `count`, of its row. No two share half
-        of their 4-grams. Without `count`, all of them.
+        Each is the strongest position of its row. They are `distinct`, and of distinct documents if that leaves enough.
         """
+        order = self._strongest(index)
+        found = self._distinct(order, count, per_document=1)
+        if len(found) == count:
+            return found
+        return sorted(self._distinct(found + order, count, per_document=count), key=order.index)
+
+    def spread(self, index: int, count: int, apart: list[Context]) -> list[Context]:
+        """Return at most `count` contexts evenly spaced over the values of a feature, none like those of `apart`."""
+        rows = {context.row for context in apart}
+        order = [context for context in self._strongest(index) if context.row not in rows]
+        even = [order[place] for place in np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
+        return self._distinct(apart + even + order, len(apart) + count, per_document=len(self.rows))[len(apart) :]
+
+    def _strongest(self, index: int) -> list[Context]:
+        """Return the strongest position of every row in which a feature is active, the strongest row first."""
         rows, positions, values = self.places[index]
-        order = np.argsort(-values, kind="stable").tolist()
-        most = len(self.rows) if count is None else count
-        distinct = _Distinct()
-        found: list[int] = []
-        for keys in (self.documents, range(len(self.rows))):
-            taken = {keys[int(rows[place])] for place in found}
-            for place in order:
-                if len(found) == most:
-                    break
-                key, context = keys[int(rows[place])], Context(int(rows[place]), int(positions[place]))
-                if key not in taken and distinct.add(self._ids(context)):
-                    taken.add(key)
-                    found.append(place)
-        found.sort(key=lambda place: -values[place])
-        return [Context(int(rows[place]), int(positions[place])) for place in found]
+        order = np.argsort(-values, kind="stable")
+        _, first = np.unique(rows[order], return_index=True)
+        return [Context(int(rows[place]), int(positions[place])) for place in order[np.sort(first)]]
+
+    def _distinct(self, places: list[Context], count: int, per_document: int) -> list[Context]:
+        return [places[place] for place in distinct(places, self.rows, self.documents, count, per_document)]
 
     def _ids(self, context: Context) -> list[int]:
         begin, end = self.window(context)
@@ -141,7 +143,7 @@ class FeatureContexts:
         parts, done, start = [], "", 0
         for flag, group in groupby(range(len(ids)), inside.__contains__):
             stop = list(group)[-1] + 1
-            while start < stop < len(ids) and _decode(tokenizer, ids[:stop]).endswith(_INCOMPLETE):
+            while start < stop < len(ids) and _decode(tokenizer, ids[:stop]).endswith(INCOMPLETE):
                 stop += 1 if flag else -1
             if stop <= start:
                 continue
@@ -154,25 +156,6 @@ class FeatureContexts:
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-class _Distinct:
-    """Token sequences of which no two share half of their 4-grams."""
-
-    def __init__(self) -> None:
-        self._sizes: list[int] = []
-        self._owners: dict[tuple[int, ...], list[int]] = {}
-
-    def add(self, ids: list[int]) -> bool:
-        """Add a sequence, and return True, unless it repeats one that is there."""
-        grams = {tuple(ids[start : start + 4]) for start in range(max(1, len(ids) - 3))}
-        shared = Counter(owner for gram in grams for owner in self._owners.get(gram, ()))
-        if any(2 * count >= min(len(grams), self._sizes[owner]) for owner, count in shared.items()):
-            return False
-        for gram in grams:
-            self._owners.setdefault(gram, []).append(len(self._sizes))
-        self._sizes.append(len(grams))
-        return True
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def coherence_score(
     """
     rng, found = np.random.default_rng(seed), []
     for index, feature in enumerate(contexts.features):
-        top = _enough(contexts, index, examples)[:examples]
+        top = _enough(contexts, index, contexts.top(index, examples), examples)
         pools = top, contexts.random_contexts(examples, rng)
         cosine, control = (_mean_cosine(embed([contexts.text(tokenizer, one) for one in pool])) for pool in pools)
         tokens = Counter(contexts.rows[context.row][context.position] for context in top)
@@ -122,11 +122,9 @@ def _judged(
     rng = np.random.default_rng(seed)
     explanations, texts = [], []
     for index in range(len(contexts.features)):
-        top = _enough(contexts, index, explained + tested)
-        examples = [contexts.text(tokenizer, one, contexts.marked(index, one)) for one in top[:explained]]
-        explanations.append(explain(examples))
-        rest = top[explained:]
-        active = [rest[place] for place in np.linspace(0, len(rest) - 1, tested).round().astype(int)]
+        top = _enough(contexts, index, contexts.top(index, explained), explained)
+        active = _enough(contexts, index, contexts.spread(index, tested, apart=top), tested)
+        explanations.append(explain([contexts.text(tokenizer, one, contexts.marked(index, one)) for one in top]))
         texts.append(_test_texts(contexts, tokenizer, index, active, marks, rng))
     found: list[dict[str, Any]] = []
     for index, feature in enumerate(contexts.features):
@@ -178,12 +176,11 @@ def _accuracy(judge: Judge, explanation: str, yes: list[str], no: list[str], rng
     return float(right[actual[order]].mean() + right[~actual[order]].mean()) / 2
 
 
-def _enough(contexts: FeatureContexts, index: int, count: int) -> list[Context]:
-    found = contexts.top(index)
+def _enough(contexts: FeatureContexts, index: int, found: list[Context], count: int) -> list[Context]:
     if len(found) < count:
         raise ValueError(
-            f"feature {contexts.features[index]} has {len(found)} distinct contexts, and {count} are needed: leave it "
-            "out (FeatureContexts.live), or give more text"
+            f"feature {contexts.features[index]} has {len(found)} more distinct contexts, and {count} are needed: "
+            "leave it out (FeatureContexts.live), or give more text"
         )
     return found
 

@@ -113,22 +113,24 @@ def test_top_contexts_are_of_distinct_documents_and_do_not_repeat_each_other():
     texts[3] = [*texts[0][:30], 900, 901]  # nearly the first row again
     places = {(0, 5): 9.0, (0, 9): 8.0, (1, 4): 7.0, (3, 5): 6.0, (2, 30): 5.0, (4, 2): 1.0}
     alone = made(texts, places)
-    assert alone.top(0) == [(0, 5), (1, 4), (2, 30), (4, 2)]
+    assert alone.top(0, 9) == [(0, 5), (1, 4), (2, 30), (4, 2)]
     assert alone.top(0, 2) == [(0, 5), (1, 4)]
     grouped = made(texts, places, documents=[0, 0, 1, 2, 2])
     assert grouped.top(0, 3) == [(0, 5), (2, 30), (4, 2)]  # of three documents
     assert grouped.top(0, 4) == [(0, 5), (1, 4), (2, 30), (4, 2)]  # of rows, where documents do not suffice
+    assert alone.spread(0, 2, apart=alone.top(0, 1)) == [(1, 4), (4, 2)]  # the ends of the other three
+    assert alone.spread(0, 9, apart=alone.top(0, 1)) == [(1, 4), (2, 30), (4, 2)]  # not row 3, which repeats row 0
     assert alone.live(4).features == [7] and alone.live(5).features == []
 
 
 def test_windows_leave_the_first_position_out_and_keep_inside_the_row():
     found = made([[0, *range(10, 60)]], {(0, 20): 4.0, (0, 30): 1.0, (0, 31): 1.2, (0, 45): 9.0})
-    assert found.window(Context(0, 20)) == (4, 37) and found.window(Context(0, 3)) == (1, 20)
-    assert found.window(Context(0, 49)) == (33, 51)
+    assert found.window(Context(0, 20)) == (8, 33) and found.window(Context(0, 3)) == (1, 16)
+    assert found.window(Context(0, 49)) == (37, 51)
     assert found.firing(0, Context(0, 20)) == pytest.approx({20: 4.0, 30: 1.0, 31: 1.2})
     assert found.marked(0, Context(0, 20)) == {20, 31}  # 0.3 of 4 is 1.2, in float32 a little less
     first = made([[0, *range(10, 60)]], {(0, 0): 1.0}, include_first=True)
-    assert first.window(Context(0, 3)) == (0, 20)
+    assert first.window(Context(0, 3)) == (0, 16)
 
 
 def test_random_contexts_are_of_distinct_rows_without_the_feature():

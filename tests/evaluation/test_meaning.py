@@ -20,7 +20,7 @@ def planted(rows=150, tokens=12, words=tuple(WORDS), silent=()):
     places = []
     for word in words:
         found = [(row, ids.index(word)) for row, ids in enumerate(texts) if word in ids and word not in silent]
-        row, position = (np.array(part, dtype=int) for part in zip(*found, strict=True)) if found else ([], [])
+        row, position = np.array(found, dtype=int).reshape(-1, 2).T
         places.append((row, position, rng.random(len(row)) + 0.5))
     return FeatureContexts([WORDS[word] for word in words], texts, list(range(rows)), places)
 
@@ -98,7 +98,7 @@ def test_what_explainer_and_judge_read():
 
 
 def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(ValueError, match=r"feature 6 has 0 distinct contexts, and 4 are needed.*live"):
+    with pytest.raises(ValueError, match=r"feature 6 has 0 more distinct contexts, and 4 are needed.*live"):
         coherence_score(planted(silent=(41,)), TOKENIZER, embed, examples=4)
     with pytest.raises(ValueError, match="one answer for each of the 20 texts"):
         detection_score(planted(), TOKENIZER, lambda examples: "", lambda explanation, texts: [True])
