@@ -40,7 +40,8 @@ class FinetuningTrainer(DecompositionTrainer):
         **kwargs: As for `transformers.Trainer`.
 
     Raises:
-        ValueError: No decomposition is spliced into the model, or weights of its head are random.
+        ValueError: No decomposition is spliced into the model, an adapter wraps one of its layers, or the model's
+            predictions mean nothing.
     """
 
     args: FinetuningArguments
@@ -54,6 +55,12 @@ class FinetuningTrainer(DecompositionTrainer):
                 "AutoModelForCausalLM, or use make_spliced"
             )
         check_predictions(model, "fine-tuning")
+        try:
+            with model.untouched():
+                pass
+        except ValueError as error:  # the SurgeryError of a class that may be a copy
+            adapter = "an adapter on the modulation, which wraps its layer, trains with transformers' own Trainer"
+            raise ValueError(f"the untouched model cannot be compared with ({error}): {adapter}") from error
         trained = {parameter: parameter.requires_grad for parameter in decomposition.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(trained.get(parameter, False))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from factories import GLU, random_mxd_model
+from peft import LoraConfig, get_peft_model
 from trainer_cases import ARGUMENTS, rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -45,6 +46,20 @@ def test_losses_by_hand():
     assert kl.item() == pytest.approx(2 * (0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)))
     loss = FinetuningTrainer.cross_entropy_loss(logits, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx(-math.log(0.8) - math.log(0.2))
+
+
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+def test_an_adapter_that_wraps_a_layer_is_refused_and_one_inside_trains(tiny_llama, tmp_path, loss):
+    model = spliced(tiny_llama)
+    inside = {"target_modules": ["gate", "decoder"]}
+    model.add_adapter(LoraConfig(r=2, **inside))
+    trainer = FinetuningTrainer(model, arguments(tmp_path, loss=loss), train_dataset=rows())
+    trained = {id(one) for group in trainer.create_optimizer().param_groups for one in group["params"]}
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert len(adapters) == 8 and {id(parameter) for parameter in adapters} == trained
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["mlp.modulation"]))
+    with pytest.raises(ValueError, match=r"an adapter on the modulation, which wraps its layer, trains with"):
+        FinetuningTrainer(model, arguments(tmp_path, loss=loss), train_dataset=rows())
 
 
 @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
