@@ -8,6 +8,7 @@ from mxd.hub_cards import OLDEST_TRANSFORMERS
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FINETUNING = (ROOT / "docs" / "how-to" / "finetune.md").read_text()
+PEFT = (ROOT / "docs" / "how-to" / "peft.md").read_text()
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "recipe.json").read_text())["tables"]
 HELD_OUT, PYTHON = "K = 32, one pass", "Another kind of text than that of the training, Python sources"
 HEADLINE = {
@@ -28,7 +29,7 @@ def test_it_is_short_and_begins_with_code():
 
 
 def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
-    from mxd import DecompositionOptions, decompose
+    from mxd import DecompositionOptions, MxDModel, decompose
 
     monkeypatch.chdir(tmp_path)
     decompose(
@@ -48,11 +49,15 @@ def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
     before, after = capsys.readouterr().out.strip().split("\n")[0], names["steered"]
     assert before.startswith("The state of the Union") and after.startswith("The state of the Union")
     assert before != after
-    finetuning, adapter = snippets(FINETUNING)
+    (finetuning,) = snippets(FINETUNING)
     exec(finetuning.replace("max_steps=100", "max_steps=2"), names)
     assert Path("finetuned/model.safetensors").is_file()
-    exec(adapter, names)
-    assert Path("adapter/adapter_model.safetensors").is_file()
+    adapter, merge = snippets(PEFT)
+    exec(adapter.replace("max_steps=100", "max_steps=2"), names)
+    untrained = MxDModel.from_pretrained("demo-output").layer(2)
+    exec(merge, names)
+    merged = MxDModel.from_pretrained("merged").layer(2)
+    assert not merged.gate.weight.equal(untrained.gate.weight) and merged.modulation.equal(untrained.modulation)
 
 
 def test_the_headline_is_in_the_results():
