@@ -3,6 +3,7 @@ import json
 import pytest
 from tiny_models import tiny_config
 from transformers import LlamaConfig
+from transformers.models.granitemoe import modeling_granitemoe
 from typer.testing import CliRunner
 
 from mxd.base.base_model import BaseModelError
@@ -59,11 +60,17 @@ def test_what_is_no_model_is_refused(tmp_path):
             load_skeleton(name)
 
 
+# transformers 5.6 keeps this mixture's experts in two linears of the MLP itself, so there is no module to name.
+GRANITE = pytest.param(
+    "granitemoe", "", marks=pytest.mark.skipif(not hasattr(modeling_granitemoe, "GraniteMoeExperts"), reason="inline")
+)
+
+
 @pytest.mark.parametrize(
     ("name", "shared"),
     [
         ("olmoe", ""), ("mixtral", ""), ("qwen3_moe", ""), ("phimoe", ""), ("jamba", ""), ("dbrx", ""),
-        ("gpt_oss", ""), ("granitemoe", ""), ("deepseek_v2", "shared_experts"), ("deepseek_v3", "shared_experts"),
+        ("gpt_oss", ""), GRANITE, ("deepseek_v2", "shared_experts"), ("deepseek_v3", "shared_experts"),
         ("qwen2_moe", "shared_expert"), ("llama4_text", "shared_expert"), ("hunyuan_v1_moe", "shared_mlp"),
     ],
 )  # fmt: skip
