@@ -8,14 +8,14 @@ from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .modeling_mxd import MxDForCausalLM, MxDModel, MxDOutput
 from .sites import MLPSite, SurgeryError, find_mlp, find_mlps, find_stacks, site_of
 from .spliced_language_model import SplicedLanguageModel, make_spliced
-from .steering import DIRECTIONS_NAME, ExpertDirections
+from .steering import DIRECTIONS_NAME, ExpertDirections, Steering, SteeringChange
 from .surgery import MLPReplacement, ReplacedMLP, replace_mlp, replace_mlps, spliced_mlps, verify_sites
 
 __all__ = [
     "DIRECTIONS_NAME", "ExpertCoefficients", "ExpertDirections", "ExpertIntervention", "MLPReplacement", "MLPSite",
-    "MxDConfig", "MxDForCausalLM",
-    "MxDLayer", "MxDLayerConfig", "MxDModel", "MxDOutput", "ReplacedMLP", "SparseLayer", "SplicedLanguageModel",
-    "SurgeryError", "TranscoderLayer", "find_mlp", "find_mlps", "find_stacks", "make_layer",
+    "MxDConfig", "MxDForCausalLM", "MxDLayer", "MxDLayerConfig", "MxDModel", "MxDOutput", "ReplacedMLP", "SparseLayer",
+    "SplicedLanguageModel", "Steering", "SteeringChange", "SurgeryError", "TranscoderLayer", "find_mlp", "find_mlps",
+    "find_stacks", "make_layer",
     "make_spliced", "replace_mlp", "replace_mlps", "site_of", "spliced_mlps", "verify_sites",
 ]  # fmt: skip
 

@@ -28,6 +28,7 @@ from .functional import expert_sum, routed_gate, topk_gate
 from .interventions import ExpertCoefficients, ExpertIntervention
 
 CoefficientHook = Callable[["SparseLayer", Tensor, ExpertCoefficients], ExpertCoefficients | None]
+OutputHook = Callable[["SparseLayer", Tensor, Tensor], Tensor]
 
 
 class SparseLayer(nn.Module):
@@ -55,6 +56,7 @@ class SparseLayer(nn.Module):
         self.register_buffer("expert_frequency", torch.zeros(config.num_experts))
         self.register_buffer("expert_mean", torch.zeros(config.num_experts))
         self._coefficient_hooks: OrderedDict[int, CoefficientHook] = OrderedDict()
+        self._output_hooks: OrderedDict[int, OutputHook] = OrderedDict()
 
     expert_frequency: Tensor
     expert_mean: Tensor
@@ -125,7 +127,10 @@ class SparseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., O) for x (..., I), with registered interventions applied to the coefficients."""
-        return self.decode(self.coefficients(x), x)
+        y = self.decode(self.coefficients(x), x)
+        for hook in tuple(self._output_hooks.values()):
+            y = hook(self, x, y)
+        return y
 
     def register_coefficient_hook(self, hook: CoefficientHook) -> RemovableHandle:
         """Call `hook(layer, x, coefficients)` in every forward; what it returns, unless None, replaces them.
@@ -134,6 +139,12 @@ class SparseLayer(nn.Module):
         """
         handle = RemovableHandle(self._coefficient_hooks)
         self._coefficient_hooks[handle.id] = hook
+        return handle
+
+    def register_output_hook(self, hook: OutputHook) -> RemovableHandle:
+        """Return `hook(layer, x, y)` in place of y in every forward; compiled code sees it, unlike PyTorch's hooks."""
+        handle = RemovableHandle(self._output_hooks)
+        self._output_hooks[handle.id] = hook
         return handle
 
     def intervene(self, **changes: Any) -> RemovableHandle:

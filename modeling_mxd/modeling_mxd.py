@@ -37,7 +37,17 @@ from .loading import (
 )
 from .sites import SurgeryError
 from .spliced_language_model import make_spliced
-from .steering import DIRECTIONS_NAME, MISSING, DirectionFile, ExpertDirections, direction_shapes, read_directions
+from .steering import (
+    DIRECTIONS_NAME,
+    MISSING,
+    DirectionFile,
+    ExpertDirections,
+    Steering,
+    SteeringHandle,
+    direction_shapes,
+    read_directions,
+    steer,
+)
 from .surgery import ReplacedMLP, replace_mlps, restored_afterwards
 
 logger = logging.get_logger(__name__)
@@ -201,6 +211,26 @@ class MxDModel(PreTrainedModel):
         with restored_afterwards(self.splice(model, cast, **options)) as replaced:
             yield replaced
 
+    def steer(self, model: nn.Module, steering: Any) -> SteeringHandle:
+        """Steer a model into which this decomposition is spliced, until the handle is removed.
+
+            with mxd.spliced(model), mxd.steer(model, [{"layer": 15, "expert": 812, "strength": 3}]):
+                model.generate(...)
+
+        Args:
+            model: the model whose `forward` or `generate` is called.
+            steering: a `Steering`, one change or several (a `SteeringChange`, or a dictionary with its fields), or the
+                path of a JSON file.
+
+        Returns:
+            A handle: use it in a `with` statement, or call `remove()`.
+
+        Raises:
+            ValueError: no such layer or expert, there are no directions, or a value has no meaning.
+            SurgeryError: the decomposition is not in the model.
+        """
+        return steer(self, model, steering)
+
     def check_base(self, model: nn.Module) -> None:
         """Raise a SurgeryError if a model's type or activations are not the base's; warn about another commit."""
         config: Any = getattr(model, "config", None)
@@ -240,7 +270,8 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         """Load base model and decomposition, and splice.
 
         The base is the one that the config names, at its commit; `base_model_name_or_path=` and `base_model_revision=`
-        name another. `layers=[8]` splices some of several layers. All other arguments (dtype, device_map,
+        name another. `layers=[8]` splices some of several layers. `steering=` steers the model, see `MxDModel.steer`;
+        a path is of this machine or, if there is no such file, of the repo. All other arguments (dtype, device_map,
         quantization_config, attn_implementation …) are the base's, and the decomposition follows its dtype and device.
         No remote code of the base is run and no pickle is read: load a base that needs them yourself, and use
         `MxDModel.spliced`.
@@ -258,7 +289,7 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         own = {key: kwargs.pop(key) for key in OWN if key in kwargs}
         other_base = [kwargs.pop(f"base_model_{key}", None) for key in ("name_or_path", "revision")]
         adapter, adapter_name = kwargs.pop("adapter_kwargs", None) or {}, kwargs.pop("adapter_name", None)
-        with_info = kwargs.pop("output_loading_info", False)
+        with_info, steering = kwargs.pop("output_loading_info", False), kwargs.pop("steering", None)
         for key in ("trust_remote_code", "code_revision", "_commit_hash", "_from_auto", "use_safetensors"):
             kwargs.pop(key, None)
         repo = resolve(pretrained_model_name_or_path, {**access, **own})
@@ -270,6 +301,8 @@ class MxDForCausalLM(PreTrainedModel, GenerationMixin):
         load = partial(super(MxDModel, MxDModel).from_pretrained, None, output_loading_info=True)
         mxd, info = load_decomposition(load, repo, config, files, dtype=language_model.dtype)
         model = make_spliced(language_model, mxd.eval(), repo.name)
+        if steering is not None:
+            mxd.steer(model, Steering.of(steering, repo))
         if path := adapter.pop("_adapter_model_path", None):
             model.load_adapter(path, adapter_name=adapter_name, adapter_kwargs={**access, **adapter})
         return (model, info) if with_info else model

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .loading import BY_LAYER
 from .sites import SurgeryError
+from .steering import SteeringHandle
 from .surgery import ReplacedMLP
 
 
@@ -46,6 +47,15 @@ class SplicedLanguageModel:
         """The `MxDModel` whose layers replace the MLPs."""
         return self._splice.decomposition
 
+    def steer(self, steering: Any) -> SteeringHandle:
+        """Steer by experts, until the handle is removed: see `MxDModel.steer`."""
+        return self.decomposition.steer(self, steering)
+
+    def unsteer(self) -> None:
+        """End all steering, also that of `from_pretrained(..., steering=...)`."""
+        for handle in [*vars(self)["_steering"].handles] if "_steering" in vars(self) else ():
+            handle.remove()
+
     def unsplice(self) -> PreTrainedModel:
         """Restore the base's own MLPs, in place, and return the base model with its class, name and trainable weights.
 
@@ -54,6 +64,7 @@ class SplicedLanguageModel:
         assert isinstance(self, PreTrainedModel)
         with self.untouched():  # raises, if it must, before anything is undone for good
             pass
+        self.unsteer()
         splice = self.__dict__.pop("_splice")
         for replaced in reversed(splice.replaced):
             replaced.restore()

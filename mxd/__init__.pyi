@@ -59,6 +59,8 @@ from .modeling_mxd import MxDForCausalLM as MxDForCausalLM
 from .modeling_mxd import MxDLayer as MxDLayer
 from .modeling_mxd import MxDLayerConfig as MxDLayerConfig
 from .modeling_mxd import MxDModel as MxDModel
+from .modeling_mxd import Steering as Steering
+from .modeling_mxd import SteeringChange as SteeringChange
 from .modeling_mxd import SurgeryError as SurgeryError
 from .modeling_mxd import TranscoderLayer as TranscoderLayer
 from .modeling_mxd import find_mlp as find_mlp
