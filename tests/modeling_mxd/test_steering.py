@@ -419,7 +419,7 @@ def test_what_has_no_meaning_is_refused(tmp_path, change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Steering([{**CHANGE, **change}])
     (tmp_path / "one.json").write_text(json.dumps({"format_version": 1, "changes": [{**CHANGE, **change}]}))
-    with pytest.raises(ValueError, match="one.json"):
+    with pytest.raises(ValueError, match=r"one\.json"):
         Steering.from_json(tmp_path / "one.json")
 
 
@@ -436,7 +436,7 @@ def test_what_has_no_meaning_is_refused(tmp_path, change):
 )
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "one.json").write_text(content)
-    with pytest.raises(ValueError, match="one.json"):
+    with pytest.raises(ValueError, match=r"one\.json"):
         Steering.of(tmp_path / "one.json")
 
 
@@ -487,7 +487,7 @@ def test_a_file_loads_with_the_model_and_after_it(repo, spliced_repo, tmp_path, 
         assert torch.equal(logits(model), logits(plain))
     model.unsteer()
     assert torch.equal(logits(model), logits(plain))
-    with pytest.raises(ValueError, match="there is no steering other.json here, nor in"):
+    with pytest.raises(ValueError, match=r"there is no steering other\.json here, nor in"):
         AutoModelForCausalLM.from_pretrained(spliced_repo, steering="other.json")
 
 
