@@ -44,7 +44,9 @@ def logits(model, ids=IDS, **inputs):
 def outputs(model, layer=0):
     """Collect what the layer returns, (rows, tokens, O), in every forward pass."""
     seen = []
-    model.decomposition.layer(layer).register_forward_hook(lambda _, args, y: seen.append((args[0], y.detach())))
+    model.decomposition.layer(layer).register_forward_hook(
+        lambda _, args, y: seen.append((args[0], y.detach().clone()))
+    )
     return seen
 
 
@@ -207,8 +209,7 @@ def test_a_pass_outside_of_generate():
     for positions, first, second in (("prompt", 6, 0), ("generated", 0, 4), ([5, 7], 1, 1)):
         with model.steer({**CHANGE, "positions": positions}):
             assert moved(model, lambda: logits(model, IDS[:, :6]))[0].sum() == first
-            cache.crop(6)
-            later = moved(model, lambda: logits(model, IDS[:, 6:], past_key_values=cache))
+            later = moved(model, lambda: logits(model, IDS[:, 6:], past_key_values=copy.deepcopy(cache)))
             assert later[-1].sum() == second
 
 
