@@ -35,10 +35,13 @@ class Context(NamedTuple):
 
 
 def most_active(representation: Representation, count: int) -> Representation:
-    """Keep, of a dense representation, the `count` largest positive values of each token (Paulo et al., 2410.13928)."""
+    """Keep, of a dense representation, the `count` largest positive values of each token, as Delphi does of neurons."""
 
     def encode(x: Tensor, y: Tensor) -> ExpertCoefficients:
-        values, indices = torch.as_tensor(representation.encode(x, y)).topk(count, dim=-1)
+        encoded = representation.encode(x, y)
+        if not isinstance(encoded, Tensor):
+            return encoded
+        values, indices = encoded.topk(min(count, representation.width), dim=-1)
         return ExpertCoefficients(values.relu(), indices)
 
     return Representation(representation.width, encode, representation.directions)

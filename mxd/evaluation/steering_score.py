@@ -92,7 +92,16 @@ def steering_score(
     features = torch.tensor(contexts.features)
     targets = [_targets(contexts, index, examples) for index in range(len(features))]
     push = _push(directions)
-    steered = steer_prompts(model, layer, lambda x, numbers: push(x, features[numbers]), prompts, len(features), **how)
+
+    def push_feature(x: Tensor, numbers: Tensor) -> Tensor:
+        return push(x, features.to(numbers.device)[numbers])
+
+    steered = steer_prompts(model, layer, push_feature, prompts, len(features), **how)
+    return _report(contexts, targets, steered, controls)
+
+
+def _report(contexts: FeatureContexts, targets: list[Tensor], steered: Steered, controls: Steered) -> dict[str, Any]:
+    """Return the scores of F features whose directions are those of `steered`, given the targets of each."""
     rises, of_controls = (
         torch.stack([found.rise[:, ids].mean(1) for ids in targets], dim=1) for found in (steered, controls)
     )  # (F, F) and (D, F): a row for each direction, a column for each feature's targets
@@ -200,7 +209,8 @@ def _next_strengths(strengths: Tensor, reached: Tensor, kl: float, low: Tensor, 
     over = ~(reached < kl)  # NaN is too much
     high[active] = torch.where(over, strengths.minimum(high[active]), high[active])
     low[active] = torch.where(over, low[active], strengths.maximum(low[active]))
-    guess = strengths * (kl / reached).sqrt().nan_to_num(0.0).clamp(1 / _STEP, _STEP)
+    ratio = kl / reached.clamp_min(torch.finfo(reached.dtype).tiny)  # rounding makes a KL of 0 negative, too
+    guess = strengths * ratio.sqrt().nan_to_num(0.0).clamp(1 / _STEP, _STEP)
     inside = (guess > low[active]) & (guess < high[active])
     return torch.where(inside, guess, (low[active] * high[active]).sqrt())
 
@@ -238,7 +248,9 @@ class _Steering:
         Returns the mean log-likelihood of a token under the untouched model, (B).
         """
         ids = self.prompts.repeat(len(numbers), 1)
-        sampling = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        # Whatever the model's own generation config says.
+        sampling = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+                    "repetition_penalty": 1.0}  # fmt: skip
         length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
         with torch.random.fork_rng(), self._added(numbers, strengths):
             torch.manual_seed(seed)
@@ -300,4 +312,4 @@ def _targets(contexts: FeatureContexts, index: int, examples: int) -> Tensor:
 
 def _below(values: Tensor, reference: Tensor) -> Tensor:
     """Return 1 where a value is below its reference, 0.5 where they are equal, else 0."""
-    return (values < reference).float() + 0.5 * (values == reference).float()
+    return (values < reference).double() + 0.5 * (values == reference).double()

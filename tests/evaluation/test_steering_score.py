@@ -11,7 +11,7 @@ from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
 from mxd.evaluation import random_directions, steer_prompts, steering_score
-from mxd.evaluation.steering_score import wilson_interval
+from mxd.evaluation.steering_score import _next_strengths, wilson_interval
 
 FAST = {"new_tokens": 0, "batch_tokens": 64}
 
@@ -134,8 +134,11 @@ def test_batches_change_nothing_and_seeds_repeat(tiny_llama):
     one, other = (steer_prompts(tiny_llama, 1, directions, ids, new_tokens=0, batch_tokens=n) for n in (1, 500))
     for mine, others in zip(one[:3], other[:3], strict=True):
         torch.testing.assert_close(mine, others, atol=1e-4, rtol=1e-3)
+    tiny_llama.generation_config.top_k, tiny_llama.generation_config.repetition_penalty = 1, 9.0
     again = [steer_prompts(tiny_llama, 1, directions, ids, new_tokens=3, seed=4).loss for _ in range(2)]
     assert torch.equal(*again)
+    plain = make_tiny_llama()
+    assert torch.equal(again[0], steer_prompts(plain, 1, directions, ids, new_tokens=3, seed=4).loss)
 
 
 def test_what_cannot_steer_is_refused(tiny_llama):
@@ -153,6 +156,16 @@ def test_what_cannot_steer_is_refused(tiny_llama):
     t5.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="encoder–decoder"):
         steer_prompts(t5, 1, directions, prompts(), **FAST)
+
+
+def test_the_search_goes_the_right_way_from_any_kl():
+    reached = torch.tensor([0.0, -1e-9, 0.125, 2.0, math.inf, math.nan])
+    low, high, one = torch.zeros(6), torch.full((6,), torch.inf), torch.ones(6)
+    found = _next_strengths(one, reached, 0.5, low, high, torch.arange(6))
+    assert found.tolist() == pytest.approx([4, 4, 2, 0.5, 0.25, 0.25])
+    assert low.tolist() == [1, 1, 1, 0, 0, 0] and high.tolist() == [math.inf] * 3 + [1] * 3
+    low[:], high[:] = 0.25, 1.5625  # a step outside of the bracket becomes the geometric mean
+    assert _next_strengths(one, reached, 0.5, low, high, torch.arange(6))[0] == pytest.approx(1.25)
 
 
 def test_wilsons_interval():
