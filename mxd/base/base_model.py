@@ -165,6 +165,15 @@ def _judge_predictions(name: str, model: PreTrainedModel, missing: list[str]) ->
     vars(model)["_no_predictions"] = reason
 
 
+def load_tokenizer(name: str, revision: str | None = None, pickles: bool = True) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a language model without the model; see `load_base_model`."""
+    source = model_source(name)
+    if not pickles:
+        with _base_model_errors(name, pickles):
+            source = recorded_model(source, revision, {})
+    return _load_tokenizer(name, source, {"revision": revision, "trust_remote_code": False})
+
+
 def _load_tokenizer(name: str, source: str, how: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, or raise `BaseModelError`: without its files, transformers may make an empty one."""
     reason = "no file of a vocabulary"

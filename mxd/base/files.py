@@ -13,6 +13,12 @@ def json_text(value: Any) -> str:
     return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
+def json_line(value: Any) -> bytes:
+    """Return `value` as JSON without spaces, for files that only programs read; see `json_text`."""
+    text = json.dumps(_finite(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, creating missing folders.
 

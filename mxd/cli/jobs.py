@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import typer
 
 from mxd.jobs import options as classes
+from mxd.jobs.use_options import ExploreOptions
 
 from . import tables
 
@@ -91,6 +93,20 @@ def layers(options: classes.LayersOptions) -> None:
     tables.print_layers(type(model).__name__, layer_groups(model))
 
 
+def explore(options: ExploreOptions) -> None:
+    """Serve or export a page on experts."""
+    from mxd.jobs.explore import explore
+
+    _quiet()
+    made = explore(options)
+    if isinstance(made, str):
+        typer.echo(f"Exported to {made}")
+        return
+    typer.echo(f"Open {made.url} in a browser. Ctrl-C ends it.")
+    with made, suppress(KeyboardInterrupt):
+        made.serve_forever()
+
+
 def _quiet() -> None:
     """Turn off warnings of transformers: the commands have their own."""
     from transformers.utils import logging as transformers_logging
@@ -114,6 +130,7 @@ COMMANDS = {
         lambda results: tables.print_evaluation(results, results["settings"]["finetuning"][-1]["before"], warn=False),
         _TRAINED,
     ),
+    "explore": Command(ExploreOptions, explore),
     "push": Command(classes.PushOptions, push),
     "search": Command(classes.SearchOptions, search),
     "show": Command(classes.ShowOptions, show),

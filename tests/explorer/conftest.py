@@ -1,0 +1,93 @@
+"""A decomposition of a tiny model, whose vocabulary is hostile, with its experts collected on a text of such words."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from browser import EXECUTABLE, Browser
+from factories import make_tiny_llama, random_mxd_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mxd.base.pretrained_weights import record_base
+from mxd.evaluation.collection import collect_experts
+from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
+from mxd.jobs.explore import explore
+from mxd.jobs.use_options import ExploreOptions
+
+HOSTILE = ["<img", "src=x", "onerror=window.hacked=1>", "<script>window.hacked=1</script>", "</mark></button>",
+           "javascript:window.hacked=1", "&lt;b&gt;", "國家", "\u202eright-to-left", "__proto__", "constructor"]  # fmt: skip
+LAYERS = [0, 2]
+
+
+def hostile_tokenizer():
+    words = ["<s>", "</s>", *HOSTILE, *(f"word{number}" for number in range(64 - 2 - len(HOSTILE)))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="word0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The decomposition's folder, and what it was made of."""
+    torch.manual_seed(0)
+    base_folder, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("explored") / "<b>demo"
+    base, tokenizer = make_tiny_llama(), hostile_tokenizer()
+    base.save_pretrained(base_folder)
+    tokenizer.save_pretrained(base_folder)
+    decomposition = random_mxd_model(LAYERS, buffers=True, base_model_name_or_path=str(base_folder))
+    record_base(decomposition, base)
+    layers = {layer: decomposition.config.layer(layer) for layer in LAYERS}
+    directions = {layer: torch.randn(one.num_experts, one.output_size) for layer, one in layers.items()}
+    decomposition.set_directions({layer: torch.ones(one.num_experts) for layer, one in layers.items()}, directions, "test")
+    decomposition.save_pretrained(folder)
+    rows = torch.randint(2, 64, (40, 24))
+    domains = {"<i>plays": range(20), "speeches": range(20, 40)}
+    collection = collect_experts(
+        base, decomposition, [{"input_ids": rows}], domains=domains, directions=directions,
+        settings={"dataset": ["/home/somebody/<u>.parquet"], "tokens": rows.numel()},
+    )  # fmt: skip
+    save_collection(collection, folder / EXPERTS_NAME)
+    return SimpleNamespace(folder=folder, base=base_folder, collection=collection, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def served(made):
+    """The address of the explorer of the decomposition."""
+    server = explore(ExploreOptions(decomposition=str(made.folder), port=0))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    if EXECUTABLE is None:
+        pytest.skip("there is no Chromium on this machine")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """Headless Chromium, in whose console nothing may be reported."""
+    chromium.size(1200)
+    chromium.errors.clear()
+    chromium.requests.clear()
+    yield chromium
+    assert not chromium.errors
+
+
+@pytest.fixture
+def screenshots():
+    """Folder for the screenshots of the docs, or None: `MXD_SCREENSHOTS=docs pytest tests/explorer`."""
+    folder = os.environ.get("MXD_SCREENSHOTS")
+    return Path(folder) if folder else None
