@@ -47,10 +47,14 @@ class ExplorerServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, data: Callable[[str], Any], calls: Mapping[str, Call], port: int = 0):
-        super().__init__((ADDRESS, port), _Handler)
-        self.calls = calls
-        self._reading, self.calling = threading.Lock(), threading.Lock()
+        self.calls, self.calling, self._reading = calls, threading.Lock(), threading.Lock()
         self._encoded = lru_cache(64)(lambda path: None if (value := data(path)) is None else json_line(value))
+        super().__init__((ADDRESS, port), _Handler)
+
+    def server_close(self) -> None:
+        """Close the server after a call that is running."""
+        with self.calling:
+            super().server_close()
 
     @property
     def url(self) -> str:

@@ -2,7 +2,7 @@
 
     index.json            the decomposition, its layers, and how the text was read
     15/experts.json       a column for each property that experts of layer 15 are sorted and found by
-    15/chunk-3.json       the pages of the experts from 3 * chunk on
+    15/3.json             the pages of the experts from 3 * chunk on
     15/words.json         of each word the experts in whose contexts it is; only exported, to search without the model
     rows/3.json           the tokens of the text's rows from 3 * chunk on
 """
@@ -26,7 +26,7 @@ QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)
 PER_QUANTILE = 2
 CHUNK = 128
 """Experts, or rows, of a file of an exported site."""
-_WORD = re.compile(r"[^\W_]+")
+_WORD, _NUMBER = re.compile(r"[^\W_]+"), re.compile(r"[0-9]{1,9}")
 _NEIGHBOURS = {
     "similar_direction": "nearest directions (cosine)",
     "similar_modulation": "nearest modulations (cosine)",
@@ -61,27 +61,27 @@ class ExplorerSite:
         yield "index.json"
         for layer, experts in self.collection.layers.items():
             yield from (f"{layer}/experts.json", f"{layer}/words.json")
-            yield from (f"{layer}/chunk-{number}.json" for number in range(-(-len(experts.frequency) // self.chunk)))
+            yield from (f"{layer}/{number}.json" for number in range(-(-len(experts.frequency) // self.chunk)))
         yield from (f"rows/{number}.json" for number in range(-(-len(self.collection.documents) // self.chunk)))
 
     def value(self, path: str) -> Any:
         """Return the content of a file, or None if there is no such file."""
         if path == "index.json":
             return self._index()
-        match = re.fullmatch(r"(rows|\d{1,9})/(experts|words|(?:chunk-)?(\d{1,9}))\.json", path)
-        if match is None:
+        folder, _, name = path.removesuffix(".json").partition("/")
+        if not path.endswith(".json") or not (folder == "rows" or _NUMBER.fullmatch(folder)):
             return None
-        first = int(match[3] or 0) * self.chunk
-        if match[1] == "rows":
-            rows = range(first, min(first + self.chunk, len(self.collection.documents)))
+        first = int(name) * self.chunk if _NUMBER.fullmatch(name) else None
+        if folder == "rows":
+            count = len(self.collection.documents)
+            rows = range(0) if first is None else range(first, min(first + self.chunk, count))
             return [self.pieces.of(self.collection.row(row)) for row in rows] or None
-        layer = self.collection.layers.get(int(match[1]))
+        layer = self.collection.layers.get(int(folder))
         if layer is None:
             return None
-        if match[2] == "experts":
-            return self._columns(layer)
-        if match[2] == "words":
-            return self._words(layer)
+        if first is None:
+            make = {"experts": self._columns, "words": self._words}.get(name)
+            return make and make(layer)
         experts = range(first, min(first + self.chunk, len(layer.frequency)))
         return [self._page(layer, expert) for expert in experts] or None
 

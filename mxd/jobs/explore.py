@@ -28,9 +28,11 @@ def explore(options: ExploreOptions, progress: bool = True) -> ExplorerServer | 
         site = explorer_site(options.decomposition, api=True)
         playground = Playground(options.decomposition, site)
         try:
-            return ExplorerServer(site.value, playground.calls, options.port)
-        except OSError as error:
+            server = ExplorerServer(site.value, playground.calls, options.port)
+        except (OSError, OverflowError) as error:
             raise ValueError(f"port {options.port} is not free: choose another with --port ({error})") from error
+        playground.load()
+        return server
     site = explorer_site(options.decomposition, chunk=CHUNK)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.export or f"{temporary}/site")

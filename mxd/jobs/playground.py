@@ -28,18 +28,21 @@ class Playground:
     """
 
     def __init__(self, name: str, site: ExplorerSite):
-        self.site = site
+        self.name, self.site = name, site
         self._loaded: Future[tuple[Any, Any, Any]] = Future()
-        threading.Thread(target=self._load, args=[name], daemon=True).start()
+
+    def load(self) -> None:
+        """Begin to load the models; questions wait for them."""
+        threading.Thread(target=self._load).start()
 
     @property
     def calls(self) -> dict[str, Call]:
         """The server's calls, by name."""
         return {"inspect": self.inspect, "steer": self.steer}
 
-    def _load(self, name: str) -> None:
+    def _load(self) -> None:
         try:
-            decomposition = load_decomposition(name)
+            decomposition = load_decomposition(self.name)
             model, tokenizer, _ = load_base_and_text(decomposition, "float32", 2, lambda: None)
             self._loaded.set_result((decomposition, model, tokenizer))
         except Exception as error:  # told to each question

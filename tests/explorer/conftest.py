@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from browser import EXECUTABLE, Browser
+from explorer_cases import hostile_tokenizer
 from factories import make_tiny_llama, random_mxd_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from mxd.base.pretrained_weights import record_base
 from mxd.evaluation.collection import collect_experts
@@ -19,17 +18,7 @@ from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
 from mxd.jobs.explore import explore
 from mxd.jobs.use_options import ExploreOptions
 
-HOSTILE = ["<img", "src=x", "onerror=window.hacked=1>", "<script>window.hacked=1</script>", "</mark></button>",
-           "javascript:window.hacked=1", "&lt;b&gt;", "國家", "\u202eright-to-left", "__proto__", "constructor"]  # fmt: skip
 LAYERS = [0, 2]
-
-
-def hostile_tokenizer():
-    words = ["<s>", "</s>", *HOSTILE, *(f"word{number}" for number in range(64 - 2 - len(HOSTILE)))]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="word0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="session")

@@ -188,7 +188,7 @@ function scatter(canvas, experts, chosenNow, open) {
 async function showExpert(layer, expert) {
   const { experts: count } = site.layers.find((one) => one.layer === layer);
   if (expert >= count) throw new Error(`Layer ${layer} has no expert ${expert}: they are 0 to ${count - 1}.`);
-  const found = (await load(`${layer}/chunk-${Math.floor(expert / site.chunk)}.json`))[expert % site.chunk];
+  const found = (await load(`${layer}/${Math.floor(expert / site.chunk)}.json`))[expert % site.chunk];
   const step = (to, label) => (to < 0 || to >= count ? null : make("a", { href: `#/${layer}/${to}` }, label));
   const often = found.frequency ? `Active on ${percent(found.frequency)} of the tokens (1 in ${number(1 / found.frequency, 2)}), at most ${number(found.maximum)}.` : "Not active in this text.";
   const groups = found.contexts.flatMap(({ name, contexts }) => [make("h3", {}, name), ...contexts.map((one) => contextOf(one))]);
