@@ -10,7 +10,7 @@ from mxd.explorer.publish import export_site, push_space
 from mxd.explorer.server import ExplorerServer
 from mxd.explorer.site import CHUNK, ExplorerSite
 from mxd.hub_cards.reading import read_config
-from mxd.hub_cards.safe_text import is_hub_id, one_line, strings_in, without_folders
+from mxd.hub_cards.safe_text import HUB_ID, is_hub_id, one_line, strings_in, without_folders
 
 from .decompositions import recorded_evaluation, source_file, warn_of_weak_experts
 from .options import text_name
@@ -33,6 +33,8 @@ def explore(options: ExploreOptions, progress: bool = True) -> ExplorerServer | 
             raise ValueError(f"port {options.port} is not free: choose another with --port ({error})") from error
         playground.load()
         return server
+    if options.space is not None and ("/" not in options.space or not HUB_ID.fullmatch(options.space)):
+        raise ValueError(f"{options.space!r} is no name of a Space: write user/name")
     site = explorer_site(options.decomposition, chunk=CHUNK)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.export or f"{temporary}/site")

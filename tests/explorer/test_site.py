@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from commands import run
 from explorer_cases import hostile_tokenizer
 from factories import byte_tokenizer, word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
 from mxd.explorer.pieces import TokenPieces
+from mxd.explorer.server import ExplorerServer
 from mxd.explorer.site import ExplorerSite
 from mxd.jobs.explore import explore, explorer_site
 from mxd.jobs.use_options import ExploreOptions
@@ -160,3 +162,13 @@ def test_export_overwrites_nothing(made, tmp_path):
 def test_a_port_that_is_taken_is_named(made, served):
     with pytest.raises(ValueError, match="--port"):
         explore(ExploreOptions(decomposition=str(made.folder), port=served.server_port))
+
+
+def test_the_command_serves_until_it_is_interrupted(made, monkeypatch):
+    def interrupt(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExplorerServer, "serve_forever", interrupt)
+    code, output, error = run("explore", made.folder, "--port", "0")
+    assert code == 0 and not error.strip().startswith("error")
+    assert "Open http://127.0.0.1:" in output and "Ctrl-C" in output

@@ -28,6 +28,7 @@ class Repo:
     private: bool = False
     gated: bool = False
     likes: int = 0
+    sdk: str | None = None  # of a Space
     commits: list[dict[str, Any]] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)  # branch → sha
     tags: dict[str, str] = field(default_factory=dict)
@@ -210,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def route(self, method, path):
         for verb, pattern, action in _ROUTES:
-            match = re.fullmatch(pattern, path)
+            match = re.fullmatch(pattern, re.sub("^/api/spaces/", "/api/models/", path))  # one list holds both
             if match and verb == method:
                 return getattr(self, action)(**match.groupdict())
         return error(404, "EntryNotFound", f"no such endpoint: {method} {path}")
@@ -247,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise error(409, "Conflict", "You already created this model repo", url=url, name=name, id=name)
         files = {".gitattributes": b"*.safetensors filter=lfs\n"}
         private = bool(asked.get("private")) or asked.get("visibility") == "private"
-        self.server_state.create(name, files, private=private)
+        self.server_state.create(name, files, private=private, sdk=asked.get("sdk"))
         return Reply(200, {"url": url, "name": name, "id": name})
 
     def validate_yaml(self):
