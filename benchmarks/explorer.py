@@ -111,10 +111,14 @@ def measure(folder: Path, layer: int, profile: Path, repeats: int) -> dict[str, 
     results["first page, the first time"] = seconds(lambda: browser.open(server.url))
     pages = [seconds(lambda: browser.open(server.url)) for _ in range(repeats)]
     results["first page"] = statistics.median(pages)
-    experts = [seconds(lambda expert=expert: browser.go(f"{layer}/{expert}")) for expert in range(0, 100 * repeats, 100)]
+    experts = [
+        seconds(lambda expert=expert: browser.go(f"{layer}/{expert}")) for expert in range(0, 100 * repeats, 100)
+    ]
     results["expert"] = statistics.median(experts)
     results["search, with loading and the first pass"] = seconds(lambda: browser.go(f"{layer}/search/first"))
-    times = [seconds(lambda n=n: browser.go(f"{layer}/search/{n} {TEXTS[n % 3]}".replace("\n", " "))) for n in range(repeats)]
+    times = [
+        seconds(lambda n=n: browser.go(f"{layer}/search/{n} {TEXTS[n % 3]}".replace("\n", " "))) for n in range(repeats)
+    ]
     results["search"] = statistics.median(times)
     assert not browser.errors, browser.errors
     browser.close()

@@ -1,15 +1,16 @@
 """The explorer's data: what the page reads of a collection of experts, as JSON values by path.
 
-    index.json            the decomposition, its layers, and how the text was read
-    15/experts.json       a column for each property that experts of layer 15 are sorted and found by
-    15/3.json             the pages of the experts from 3 * chunk on
-    15/words.json         of each word the experts in whose contexts it is; only exported, to search without the model
-    rows/3.json           the tokens of the text's rows from 3 * chunk on
+index.json            the decomposition, its layers, and how the text was read
+15/experts.json       a column for each property that experts of layer 15 are sorted and found by
+15/3.json             the pages of the experts from 3 * chunk on
+15/words.json         of each word the experts in whose contexts it is; only exported, to search without the model
+rows/3.json           the tokens of the text's rows from 3 * chunk on
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mxd.evaluation.collection import HISTOGRAM_EDGES, Collection, ExpertCollection
 
-from .pieces import INCOMPLETE, TokenPieces
+from .pieces import TokenPieces
 
 AROUND = 12
 """Tokens of context on each side."""
@@ -55,6 +56,7 @@ class ExplorerSite:
     ):
         self.collection, self.about, self.api, self.chunk = collection, about, api, chunk
         self.pieces = TokenPieces(tokenizer)
+        self._row = lru_cache(2**16)(lambda row: self.pieces.of(collection.row(row)))
 
     def paths(self) -> Iterator[str]:
         """Yield the path of every file."""
@@ -75,7 +77,7 @@ class ExplorerSite:
         if folder == "rows":
             count = len(self.collection.documents)
             rows = range(0) if first is None else range(first, min(first + self.chunk, count))
-            return [self.pieces.of(self.collection.row(row)) for row in rows] or None
+            return list(map(self._row, rows)) or None
         layer = self.collection.layers.get(int(folder))
         if layer is None:
             return None
@@ -150,15 +152,19 @@ class ExplorerSite:
         found = []
         for value, row, position in zip(values, rows, positions, strict=True):
             if value > 0 and row >= 0:
-                ids = self.collection.row(row)
-                start = max(0, position - AROUND)
-                pieces = self.pieces.of(ids[start : position + 1 + AROUND])
-                here = position - start
+                pieces, here = self._row(row), position
                 while here and not pieces[here]:  # inside a character
                     here -= 1
-                before, after = ("".join(part).strip(INCOMPLETE) for part in (pieces[:here], pieces[here + 1 :]))
-                place = {"value": float(f"{value:.3g}"), "row": row, "position": position}
-                found.append({**place, "before": before, "token": pieces[here], "after": after})
+                found.append(
+                    {
+                        "value": float(f"{value:.3g}"),
+                        "row": row,
+                        "position": here,
+                        "before": "".join(pieces[max(0, here - AROUND) : here]),
+                        "token": pieces[here],
+                        "after": "".join(pieces[here + 1 : here + 1 + AROUND]),
+                    }
+                )
         return found
 
     def _words(self, layer: ExpertCollection) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ def explore(options: ExploreOptions, progress: bool = True) -> ExplorerServer | 
     """Return the explorer's server, for `serve_forever`, or export the explorer and return the folder or address.
 
     Raises:
-        ValueError: there is no such decomposition, its experts have not been collected, or the output cannot be written.
+        ValueError: there is no such decomposition, its experts are not collected, or the output cannot be written.
     """
     if options.export is None and options.space is None:
         site = explorer_site(options.decomposition, api=True)
@@ -47,7 +47,7 @@ def explore(options: ExploreOptions, progress: bool = True) -> ExplorerServer | 
 
 
 def explorer_site(name: str, api: bool = False, chunk: int = 1) -> ExplorerSite:
-    """Read what the explorer shows of a decomposition; its weights are not loaded. For the arguments see `ExplorerSite`.
+    """Read what the explorer shows of a decomposition, without its weights. Arguments are those of `ExplorerSite`.
 
     Raises:
         ValueError: there is no such decomposition, or its experts have not been collected.
@@ -61,7 +61,9 @@ def explorer_site(name: str, api: bool = False, chunk: int = 1) -> ExplorerSite:
     collection = load_collection(experts)
     for layer, one in collection.layers.items():
         if layer not in config.layers or len(one.frequency) != config.layer(layer).num_experts:
-            raise ValueError(f"{EXPERTS_NAME} of {name} is of another decomposition: `mxd experts FOLDER` makes it anew")
+            raise ValueError(
+                f"{EXPERTS_NAME} of {name} is of another decomposition: `mxd experts FOLDER` makes it anew"
+            )
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"config.json of {name} names no base model (base_model_name_or_path)")
@@ -70,7 +72,9 @@ def explorer_site(name: str, api: bool = False, chunk: int = 1) -> ExplorerSite:
     tokens = max(one.tokens for one in collection.layers.values())
     about = {
         "name": one_line(Path(name).resolve().name if Path(name).is_dir() else name),
-        "about": one_line(f"{', '.join(methods)} of {without_folders(base, 'model')}; {tokens:,} tokens of {text_name(texts)}"),
+        "about": one_line(
+            f"{', '.join(methods)} of {without_folders(base, 'model')}; {tokens:,} tokens of {text_name(texts)}"
+        ),
         "warning": warn_of_weak_experts(recorded_evaluation(name)),
     }
     tokenizer = load_tokenizer(base, config.base_model_revision, pickles=False)

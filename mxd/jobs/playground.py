@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from mxd.data.tokens import token_ids, without_bos
-from mxd.evaluation.collection import Collection
 from mxd.evaluation.expert_use import captured_activations
 from mxd.explorer.server import Call
 from mxd.explorer.site import ExplorerSite
 from mxd.hub_cards.safe_text import finite_number
+from mxd.modeling_mxd import ExpertCoefficients
 
 from .decompositions import load_base_and_text, load_decomposition
 
-MAX_TEXT, MAX_TOKENS, MAX_NEW_TOKENS = 4000, 256, 200
+MAX_TEXT, MAX_TOKENS, MAX_NEW_TOKENS, MAX_EXPERTS = 4000, 256, 200, 2000
 
 
 class Playground:
@@ -50,41 +50,49 @@ class Playground:
 
     @torch.no_grad()
     def inspect(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """Return {"tokens": text of each token, "experts": those active on them, the most unusual first}."""
+        """Return {"tokens": text of each token, "experts": those active on them, the most unusual first}.
+
+        `unusual` is -log2 of the share of the collection's tokens on which the
+        expert's coefficient is as large; `share` is its part of the layer's output, by projection on the sum.
+        """
         decomposition, model, tokenizer = self._loaded.result()
         number, text = self._layer(question), _text(question, "text")
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         ids = start + without_bos(tokenizer, token_ids(tokenizer, [text])[0])[:MAX_TOKENS]
         captured, _ = captured_activations(model, decomposition, {"input_ids": torch.tensor([ids])})
-        x, y = captured[number]
-        layer, collection = decomposition.layer(number), self.site.collection.layers[number]
-        values, experts = (part[0].cpu() for part in layer.encode(x))
+        x, layer, collection = captured[number][0][0], decomposition.layer(number), self.site.collection.layers[number]
+        coefficients = layer.encode(x)
+        shares = output_shares(layer, x, coefficients).cpu()
+        values, experts = (part.cpu() for part in coefficients)
         unusual = -(collection.at_least(experts, values).clamp_min(0.5) / collection.tokens).log2()
         relative = values / collection.maximum[experts]
+        unusual[: len(start)] = -1  # BOS
+        order = unusual.masked_fill(values <= 0, -1).flatten().argsort(descending=True)[:MAX_EXPERTS].tolist()
+        columns = [part.flatten().tolist() for part in (experts, unusual, relative, shares)]
         found = [
-            {"expert": e, "position": p, "relative": r, "unusual": u, "share": 0.0}
-            for p, line in enumerate(zip(experts.tolist(), relative.tolist(), unusual.tolist(), values.tolist()))
-            for e, r, u, v in zip(*line) if v > 0 and p >= len(start)
+            {
+                "position": place // values.shape[1],
+                **dict(zip(("expert", "unusual", "relative", "share"), (part[place] for part in columns), strict=True)),
+            }
+            for place in order
         ]
-        found.sort(key=lambda one: -one["unusual"])
-        return {"tokens": self.site.pieces.of(ids), "experts": found}
+        return {"tokens": self.site.pieces.of(ids), "experts": [one for one in found if one["unusual"] >= 0]}
 
+    @torch.no_grad()
     def steer(self, question: Mapping[str, Any]) -> dict[str, str]:
-        """Return {"untouched", "steered"}: continuations of a prompt, each the most likely one."""
-        from mxd.modeling_mxd.steering import Steering, SteeringChange
+        """Return {"untouched", "steered"}: the most likely continuations of a prompt."""
         decomposition, model, tokenizer = self._loaded.result()
-        layer, prompt = self._layer(question), _text(question, "prompt")
-        expert, strength = _number(question, "expert"), float(_number(question, "strength"))
-        how = {"max_new_tokens": min(max(1, int(_number(question, "tokens"))), MAX_NEW_TOKENS), "do_sample": False}
-        change = SteeringChange(layer, int(expert), strength, by=str(question.get("by")))
+        prompt, tokens = _text(question, "prompt"), int(_number(question, "tokens"))
+        change = {"layer": self._layer(question), "expert": int(_number(question, "expert"))}
+        change |= {"strength": _number(question, "strength"), "by": str(question.get("by"))}
+        how = {"max_new_tokens": min(max(1, tokens), MAX_NEW_TOKENS), "do_sample": False}
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            untouched = model.generate(**inputs, **how)
-            with decomposition.spliced(model), decomposition.steer(model, Steering([change])):
-                steered = model.generate(**inputs, **how)
+        untouched = model.generate(**inputs, **how)
+        with decomposition.spliced(model), decomposition.steer(model, change):
+            steered = model.generate(**inputs, **how)
         start = inputs["input_ids"].shape[1]
-        texts = (tokenizer.decode(one[0, start:], skip_special_tokens=True) for one in (untouched, steered))
-        return dict(zip(("untouched", "steered"), texts, strict=True))
+        texts = [tokenizer.decode(one[0, start:], skip_special_tokens=True) for one in (untouched, steered)]
+        return {"untouched": texts[0], "steered": texts[1]}
 
     def _layer(self, question: Mapping[str, Any]) -> int:
         layer = question.get("layer")
@@ -105,3 +113,13 @@ def _number(question: Mapping[str, Any], name: str) -> float:
     if value is None:
         raise ValueError(f"{name} must be a number")
     return value
+
+
+def output_shares(layer: Any, x: torch.Tensor, coefficients: ExpertCoefficients) -> torch.Tensor:
+    """Return each expert's part of the sum of the active experts' outputs, by projection, (T, K); sums are 1."""
+    values, indices = coefficients
+    rows = layer.expert_table[indices]  # (T, K, O)
+    summed = torch.einsum("tk,tko->to", values, rows)
+    scale = layer.decoder(layer.hidden(x)) if layer.config.method == "mxd" else torch.ones_like(summed)
+    parts = values * torch.einsum("tko,to->tk", rows, summed * scale**2)
+    return parts / parts.sum(-1, keepdim=True)

@@ -1,7 +1,6 @@
 """A decomposition of a tiny model, whose vocabulary is hostile, with its experts collected on a text of such words."""
 
 import os
-import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +32,9 @@ def made(tmp_path_factory):
     record_base(decomposition, base)
     layers = {layer: decomposition.config.layer(layer) for layer in LAYERS}
     directions = {layer: torch.randn(one.num_experts, one.output_size) for layer, one in layers.items()}
-    decomposition.set_directions({layer: torch.ones(one.num_experts) for layer, one in layers.items()}, directions, "test")
+    decomposition.set_directions(
+        {layer: torch.ones(one.num_experts) for layer, one in layers.items()}, directions, "test"
+    )
     decomposition.save_pretrained(folder)
     rows = torch.randint(2, 64, (40, 24))
     domains = {"<i>plays": range(20), "speeches": range(20, 40)}

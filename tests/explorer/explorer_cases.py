@@ -4,7 +4,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 HOSTILE = ["<img", "src=x", "onerror=window.hacked=1>", "<script>window.hacked=1</script>", "</mark></button>",
-           "javascript:window.hacked=1", "&lt;b&gt;", "國家", "\u202eright-to-left", "__proto__", "constructor"]  # fmt: skip
+           "javascript:window.hacked=1", "&lt;b&gt;", "國家",
+           "\u202eright-to-left", "__proto__", "constructor"]  # fmt: skip
 
 
 def hostile_tokenizer():

@@ -77,7 +77,8 @@ def test_other_files_are_not_there(server, path):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost@evil", "[::1", "", None, "localhost:x"]
+    "host",
+    ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost@evil", "[::1", "", None, "localhost:x"],
 )
 @pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/data/index.json"), ("POST", "/api/echo")])
 def test_another_host_is_refused(server, host, method, path):

@@ -26,7 +26,9 @@ def sentencepiece_tokenizer():
     model = models.BPE({word: n for n, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
@@ -72,7 +74,9 @@ def test_files_hold_every_expert_and_row(made, chunk):
     site = ExplorerSite(made.collection, made.tokenizer, ABOUT, chunk=chunk)
     values = all_paths(site)
     assert all(value is not None for value in values.values())
-    experts = [page for path, value in values.items() if path.startswith("2/") and path[2].isdecimal() for page in value]
+    experts = [
+        page for path, value in values.items() if path.startswith("2/") and path[2].isdecimal() for page in value
+    ]
     assert len(experts) == 24 and len(values["2/experts.json"]["frequency"]) == 24
     rows = [row for path, value in values.items() if path.startswith("rows/") for row in value]
     assert len(rows) == len(made.collection.documents)
@@ -86,7 +90,8 @@ def test_files_hold_every_expert_and_row(made, chunk):
 
 @pytest.mark.parametrize(
     "path", ["", "/", "index", "../index.json", "2/24.json", "rows/999.json", "1/experts.json", "2/x.json",
-             "99999999999999999999/experts.json", "2/-1.json", "rows/words.json", "rows/-1.json", "2/1.json\n", "rows/1.json/", "2/１.json", "2/1/1.json"]
+             "99999999999999999999/experts.json", "2/-1.json", "rows/words.json",
+             "rows/-1.json", "2/1.json\n", "rows/1.json/", "2/１.json", "2/1/1.json"]
 )  # fmt: skip
 def test_other_paths_are_none(made, path):
     assert ExplorerSite(made.collection, made.tokenizer, ABOUT).value(path) is None
@@ -110,8 +115,14 @@ def changed(collection, **changes):
 def test_collections_with_nothing_in_them(made):
     layer = made.collection.layers[2]
     optional = {one.name: None for one in fields(layer) if one.default is None}
-    empty = {name: torch.zeros_like(getattr(layer, name)) for name in ("frequency", "maximum", "top_values", "sample_values", "histogram")}
-    nowhere = {name: torch.full_like(getattr(layer, name), -1) for name in ("top_rows", "top_positions", "sample_rows", "co_firing_ids")}
+    empty = {
+        name: torch.zeros_like(getattr(layer, name))
+        for name in ("frequency", "maximum", "top_values", "sample_values", "histogram")
+    }
+    nowhere = {
+        name: torch.full_like(getattr(layer, name), -1)
+        for name in ("top_rows", "top_positions", "sample_rows", "co_firing_ids")
+    }
     no_domains = {"domain_counts": layer.domain_counts[:, :0], "domain_tokens": layer.domain_tokens[:0]}
     for changes in (optional, empty | nowhere, empty | nowhere | optional | no_domains):
         collection = changed(made.collection, **changes)
@@ -140,10 +151,29 @@ def test_what_is_not_there(made, tmp_path):
     with pytest.raises(ValueError, match=r"has no experts.safetensors: `mxd experts FOLDER` makes it"):
         explorer_site(str(tmp_path))
     layers = made.collection.layers
-    small = {one.name: getattr(layers[2], one.name)[:9] for one in fields(layers[2]) if one.name not in ("tokens", "domain_tokens")}
+    small = {
+        one.name: getattr(layers[2], one.name)[:9]
+        for one in fields(layers[2])
+        if one.name not in ("tokens", "domain_tokens")
+    }
     for collection in (
         replace(made.collection, layers={1: layers[2]}),
-        replace(made.collection, layers={2: replace(layers[2], **{**small, **{n: small[n].clamp(max=8) for n in small if n.endswith(("direction_ids", "modulation_ids", "firing_ids"))}})}),
+        replace(
+            made.collection,
+            layers={
+                2: replace(
+                    layers[2],
+                    **{
+                        **small,
+                        **{
+                            n: small[n].clamp(max=8)
+                            for n in small
+                            if n.endswith(("direction_ids", "modulation_ids", "firing_ids"))
+                        },
+                    },
+                )
+            },
+        ),
     ):
         save_collection(collection, tmp_path / EXPERTS_NAME)
         with pytest.raises(ValueError, match="of another decomposition"):
