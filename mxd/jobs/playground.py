@@ -83,7 +83,7 @@ class Playground:
         """Return {"untouched", "steered"}: the most likely continuations of a prompt."""
         decomposition, model, tokenizer = self._loaded.result()
         prompt, tokens = _text(question, "prompt"), int(_number(question, "tokens"))
-        change = {"layer": self._layer(question), "expert": int(_number(question, "expert"))}
+        change: dict[str, Any] = {"layer": self._layer(question), "expert": int(_number(question, "expert"))}
         change |= {"strength": _number(question, "strength"), "by": str(question.get("by"))}
         how = {"max_new_tokens": min(max(1, tokens), MAX_NEW_TOKENS), "do_sample": False}
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
