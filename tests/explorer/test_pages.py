@@ -9,7 +9,6 @@ import pytest
 
 from mxd.jobs.explore import explore
 from mxd.jobs.use_options import ExploreOptions
-from mxd.modeling_mxd import MxDModel
 
 PAGES = ["0", "2", "2/3", "2/23", "0/search/word3 <img", "2/search/" + quote("國家 word5")]
 NAMED = {"button", "link", "searchbox", "textbox", "combobox", "checkbox", "spinbutton", "image", "region"}
@@ -151,7 +150,6 @@ def test_search_by_keyboard(browser, served):
     browser.until("location.hash === '#/0/17'")
 
 
-@pytest.mark.skipif(not hasattr(MxDModel, "steer"), reason="needs MxDModel.steer")
 @pytest.mark.parametrize("by", ["direction", "add", "ablate"])
 def test_steering(browser, served, by):
     browser.open(served.url)
