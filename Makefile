@@ -8,7 +8,7 @@ TREE = rm -rf build/tree && mkdir -p build/tree && cp -rs $(CURDIR)/mxd build/tr
 	&& ln -s $(CURDIR)/modeling_mxd $(CURDIR)/hub_cards $(CURDIR)/trainers build/tree/mxd/
 PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test tasks coverage oldest quality docs format clean
+.PHONY: demo test tasks coverage oldest quality docs dist format clean
 
 demo: .venv/installed  ## decompose the embedded model with the embedded text (4 to 5 minutes on 2 cores)
 	$(BIN)/mxd decompose --output demo-output --overwrite
@@ -36,12 +36,17 @@ docs: .venv/installed-dev  ## the documentation site, in build/site; a broken li
 	$(TREE)
 	$(BIN)/python scripts/build_docs.py
 
+dist: $(BIN)/python  ## wheel and source distribution in dist/, checked; TAG=v1.2.3 checks their version too
+	$(BIN)/pip install --quiet build twine
+	rm -rf dist && $(BIN)/python -m build && $(BIN)/twine check --strict dist/*
+	test -z "$(TAG)" || test -f dist/mxd-$(TAG:v%=%)-py3-none-any.whl
+
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage
+	rm -rf .venv .venv-oldest demo-output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

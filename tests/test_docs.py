@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ from mxd.cli.values import option_name
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-GENERATED = ("../reference/cli.md", "../reference/python/", "cli.md", "python/")  # by scripts/build_docs.py
 FOREIGN_NAMES = {"ref_model"}  # an argument of TRL's DPOTrainer
 ROOMS = {"modeling_mxd", "hub_cards", "trainers", "mxd", "benchmarks", "tests", "notebooks", "scripts", "docs"}
 
@@ -28,12 +28,23 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT / "docs").with_suffix(""))
 
 
+@cache
+def made_pages() -> set[str]:
+    """Return the pages that scripts/build_docs.py makes."""
+    return {"changelog.md", "reference/cli.md"} | {f"reference/python/{name}" for name in python_pages()}
+
+
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r'"([\w./-]+\.md)"', (ROOT / "zensical.toml").read_text()))
     written = {str(page.relative_to(ROOT / "docs")) for page in PAGES}
     assert written <= listed, "name new pages in zensical.toml"
-    made = {"changelog.md", "reference/cli.md"} | {f"reference/python/{name}" for name in python_pages()}
-    assert listed - written == made
+    assert listed - written == made_pages()
+
+
+def test_the_version_is_the_same_everywhere():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1] == version
 
 
 def test_tables_of_pages_are_made_from_results():
@@ -95,11 +106,11 @@ def options_in(text: str) -> set[str]:
 def test_commands_have_the_options_that_a_page_names(page):
     known = commands()
     text = re.sub(r"^    lm_eval .*$|`--model_args`", "", page.read_text(), flags=re.MULTILINE)  # another's options
-    lines = re.findall(r"^    mxd ([a-z-]+)((?:[^\n]*\\\n)*[^\n]*)", text, flags=re.MULTILINE)
-    for command, arguments in lines + re.findall(r"`mxd ([a-z-]+)([^`]*)`", text):
+    lines = re.findall(r"^    mxd ([a-z][a-z-]*)((?:[^\n]*\\\n)*[^\n]*)", text, flags=re.MULTILINE)
+    for command, arguments in lines + re.findall(r"`mxd ([a-z][a-z-]*)([^`]*)`", text):
         assert options_in(arguments.partition(" #")[0]) <= known[command], command
     benchmarks = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
-    everywhere = set().union(*known.values()) | set(re.findall(r'"(--[a-z-]+)"', benchmarks))
+    everywhere = {"--version", "--debug"}.union(*known.values()) | set(re.findall(r'"(--[a-z-]+)"', benchmarks))
     assert {option for option in options_in(text) if option.startswith("--")} <= everywhere
 
 
@@ -110,8 +121,8 @@ def test_files_and_links_of_a_page_exist(page):
         if name.split("/")[0] in ROOMS:
             assert (ROOT / name).exists(), name
     for name, anchor in re.findall(r"\]\(([\w./-]+\.(?:md|png|svg))(?:#([\w-]+))?\)", text):
-        linked = page.parent / name
-        if name.startswith(GENERATED):
+        linked = (page.parent / name).resolve()
+        if str(linked.relative_to(ROOT / "docs")) in made_pages():
             continue
         assert linked.is_file(), name
         if anchor:

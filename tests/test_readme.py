@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FINETUNING = (ROOT / "docs" / "how-to" / "finetune.md").read_text()
 PEFT = (ROOT / "docs" / "how-to" / "peft.md").read_text()
+QUICKSTART = (ROOT / "docs" / "start" / "quickstart.md").read_text()
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "recipe.json").read_text())["tables"]
 HELD_OUT, PYTHON = "K = 32, one pass", "Another kind of text than that of the training, Python sources"
 HEADLINE = {
@@ -49,6 +50,9 @@ def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
     before, after = capsys.readouterr().out.strip().split("\n")[0], names["steered"]
     assert before.startswith("The state of the Union") and after.startswith("The state of the Union")
     assert before != after
+    (ablating,) = snippets(QUICKSTART)
+    exec(ablating, names)
+    assert float(capsys.readouterr().out.rpartition(" ")[2]) > 0
     (finetuning,) = snippets(FINETUNING)
     exec(finetuning.replace("max_steps=100", "max_steps=2"), names)
     assert Path("finetuned/model.safetensors").is_file()
