@@ -257,7 +257,7 @@ def test_what_is_no_text_is_named_with_its_place(tmp_path, ending, streaming):
 @streamed
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_labels_are_text(tmp_path, ending, streaming):
-    labels = ["NA", "None", "null", "nan", "007", "7", "1e3", "True", "-"]
+    labels = ["NA", "None", "null", "nan", "007", "7", "1", "1.0", "1e3", "True", "-"]
     path = write(tmp_path / f"a.{ending}", [{"text": "x", "kind": label} for label in labels])
     assert [row["kind"] for row in read(path, streaming, keep=["kind"])] == labels
     assert load_labelled_text(path, label_column="kind").labels.tolist() == labels
