@@ -168,7 +168,8 @@ def _site(model: nn.Module, stack: str, index: int, path: str, layer: nn.Module,
         there = all(resolve(layer, part) is not None for part in chain)
         chains = [chain] if there else []
     reason = exception.reason if exception is not None else ""
-    if not chains and not (reason and name == MAIN and not exception.slots):
+    says_why = exception is not None and not exception.slots and name == MAIN
+    if not chains and not says_why:
         inside = ", ".join(f"{child} ({type(module).__name__})" for child, module in layer.named_children())
         what = "an MLP" if name == MAIN else name
         reason = f"{type(layer).__name__} has no module that is {what}, only {inside[:300] or 'nothing'}"
