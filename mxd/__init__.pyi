@@ -52,6 +52,8 @@ from .jobs.options import FinetuningOptions as FinetuningOptions
 from .jobs.options import FrontierOptions as FrontierOptions
 from .jobs.options import ProbingOptions as ProbingOptions
 from .jobs.probe import probe as probe
+from .jobs.steer import steer as steer
+from .jobs.use_options import SteeringOptions as SteeringOptions
 from .modeling_mxd import ExpertCoefficients as ExpertCoefficients
 from .modeling_mxd import ExpertIntervention as ExpertIntervention
 from .modeling_mxd import MxDConfig as MxDConfig

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import typer
 
 from mxd.jobs import options as classes
-from mxd.jobs.use_options import ExploreOptions
+from mxd.jobs import use_options
 
 from . import tables
 
@@ -93,7 +93,7 @@ def layers(options: classes.LayersOptions) -> None:
     tables.print_layers(type(model).__name__, layer_groups(model))
 
 
-def explore(options: ExploreOptions) -> None:
+def explore(options: use_options.ExploreOptions) -> None:
     """Serve or export a page on experts."""
     from mxd.jobs.explore import explore
 
@@ -105,6 +105,16 @@ def explore(options: ExploreOptions) -> None:
     typer.echo(f"Open {made.url} in a browser. Ctrl-C ends it.")
     with made, suppress(KeyboardInterrupt):
         made.serve_forever()
+
+
+def steer(options: use_options.SteeringOptions) -> None:
+    """Show the untouched and the steered text."""
+    from mxd.jobs.steer import steer as continued
+
+    _quiet()
+    tables.print_steered(continued(options))
+    if options.save is not None:
+        typer.echo(f"Saved in {options.save}; in Python: model.steer({options.save!r})")
 
 
 def _quiet() -> None:
@@ -120,6 +130,7 @@ COMMANDS = {
     "experts": Command(
         classes.ExpertsOptions, "experts:read_experts", tables.print_experts, "experts.safetensors, experts.html"
     ),
+    "steer": Command(use_options.SteeringOptions, steer),
     "probe": Command(classes.ProbingOptions, "probe:probe", tables.print_probing, "probing.json, probing.png"),
     "frontier": Command(
         classes.FrontierOptions, "frontier:measure_frontier", tables.print_frontier, "frontier.json, points/"
@@ -130,7 +141,7 @@ COMMANDS = {
         lambda results: tables.print_evaluation(results, results["settings"]["finetuning"][-1]["before"], warn=False),
         _TRAINED,
     ),
-    "explore": Command(ExploreOptions, explore),
+    "explore": Command(use_options.ExploreOptions, explore),
     "push": Command(classes.PushOptions, push),
     "search": Command(classes.SearchOptions, search),
     "show": Command(classes.ShowOptions, show),

@@ -245,6 +245,18 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
         _print(table)
 
 
+def print_steered(results: dict[str, Any]) -> None:
+    """Print the texts of `mxd steer` side by side, each after the prompt."""
+    texts = [
+        Text.assemble((visible(results["prompt"]), "bold"), visible(results[name])) for name in ("untouched", "steered")
+    ]
+    table = _table("", ("untouched", "steered"), [texts], left=2, show_lines=True)
+    for column in table.columns:
+        column.ratio = 1
+    table.title, table.expand = None, True
+    _print(table)
+
+
 def print_layers(model: str, groups: Iterable[Any]) -> None:
     """Print the sites of a model, `mxd.jobs.layers.LayerGroup`: a table for each stack, and the reasons below it."""
     for stack in dict.fromkeys(group.site.stack for group in groups):

@@ -205,7 +205,8 @@ def test_other_models(kind, positions):
 
 def test_a_pass_outside_of_generate():
     model = spliced()
-    cache = model(IDS[:, :6]).past_key_values
+    with torch.no_grad():
+        cache = model(IDS[:, :6]).past_key_values
     for positions, first, second in (("prompt", 6, 0), ("generated", 0, 4), ([5, 7], 1, 1)):
         with model.steer({**CHANGE, "positions": positions}):
             assert moved(model, lambda: logits(model, IDS[:, :6]))[0].sum() == first
