@@ -4,6 +4,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 
 from mxd import modeling_mxd
 from mxd.base.files import json_text
-from mxd.modeling_mxd import DIRECTIONS_NAME, MxDConfig
+from mxd.modeling_mxd import DIRECTIONS_NAME, MxDConfig, Steering
 from mxd.modeling_mxd.configuration_mxd import AUTO_MAP, DEMO_MODEL, shorten
 from mxd.modeling_mxd.loading import ResolvedRepo, recorded_model
 from mxd.modeling_mxd.steering import read_directions
@@ -223,6 +224,10 @@ def _files_of(folder: Path, base: HubRepo) -> Files:
     """Return the files of a decomposition's folder, and the code that loads it."""
     found = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()})
     files: Files = {path.relative_to(folder).as_posix(): path for path in found}
+    for path in folder.glob("*.json"):
+        with suppress(ValueError):  # most are no steering
+            Steering.from_json(path)
+            files[path.name] = path
     if (tokenizer := folder / "tokenizer_config.json").is_file():
         files[tokenizer.name] = _with_known_class(tokenizer)
     # Push the code of this version, not that of the version that wrote the folder, nor what its config names.

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from mxd import demo
 from mxd.hub_cards import OLDEST_TRANSFORMERS, HubError, list_decompositions, push_decomposition, show_decomposition
 from mxd.jobs.decompositions import load_decomposition, made_how
-from mxd.modeling_mxd import DIRECTIONS_NAME, MxDModel
+from mxd.modeling_mxd import DIRECTIONS_NAME, MxDModel, Steering
 from mxd.modeling_mxd.configuration_mxd import AUTO_MAP
 
 REPO = "user/mxd-tiny"
@@ -401,6 +401,20 @@ def test_directions_go_along_and_are_downloaded_when_asked_for(hub, folder, tmp_
         m.directions(2) for m in (getattr(model, "decomposition", model), MxDModel.from_pretrained(folder))
     )
     assert torch.equal(found.direction, expected.direction)  # of the commit that was loaded
+
+
+def test_a_steering_goes_along_and_loads_with_the_model(hub, folder):
+    with_directions(MxDModel.from_pretrained(folder)).save_pretrained(folder)
+    Steering([{"layer": 0, "expert": 3, "strength": 50.0}]).to_json(folder / "formal.json")
+    (folder / "notes.json").write_text('{"changes": []}')
+    push_decomposition(folder, REPO)
+    assert "formal.json" in hub.files(REPO) and "notes.json" not in hub.files(REPO)
+    ids, plain = torch.arange(2, 12)[None], AutoModelForCausalLM.from_pretrained(REPO)
+    steered = AutoModelForCausalLM.from_pretrained(REPO, steering="formal.json", trust_remote_code=True)
+    with torch.no_grad(), plain.steer(folder / "formal.json"):
+        assert torch.equal(steered(ids).logits, plain(ids).logits)
+    steered.unsteer()
+    assert torch.equal(steered(ids).logits, plain(ids).logits)
 
 
 def test_directions_that_do_not_fit_are_not_pushed(hub, folder):
