@@ -3,12 +3,12 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_mxd import MxDConfig, MxDLayerConfig
-from .interventions import ExpertCoefficients, ExpertIntervention
+from .interventions import ExpertCoefficients, ExpertIntervention, Steering, SteeringChange
 from .layers import MxDLayer, SparseLayer, TranscoderLayer, make_layer
 from .modeling_mxd import MxDForCausalLM, MxDModel, MxDOutput
 from .sites import MLPSite, SurgeryError, find_mlp, find_mlps, find_stacks, site_of
 from .spliced_language_model import SplicedLanguageModel, make_spliced
-from .steering import DIRECTIONS_NAME, ExpertDirections, Steering, SteeringChange
+from .steering import DIRECTIONS_NAME, ExpertDirections
 from .surgery import MLPReplacement, ReplacedMLP, replace_mlp, replace_mlps, spliced_mlps, verify_sites
 
 __all__ = [

@@ -1,11 +1,21 @@
-"""Sparse expert coefficients, and changes to them: the supported way to steer, ablate and read experts."""
+"""Sparse expert coefficients, changes to them, and the description of a steering."""
 
+import json
+import math
 import operator
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .configuration_mxd import read_json, shorten
+from .loading import ResolvedRepo, file_if_any
+
+WAYS = ("direction", "add", "set", "scale", "ablate")
 
 
 class ExpertCoefficients(NamedTuple):
@@ -75,3 +85,122 @@ def _whole(expert: Any) -> Any:
         return expert if isinstance(expert, bool) else operator.index(expert)
     except (TypeError, ValueError):
         return expert
+
+
+@dataclass
+class SteeringChange:
+    """A change by one expert of one layer.
+
+    Attributes:
+        layer, expert: the expert.
+        strength: s, in units of the expert's own maximum; for scale a factor. Ignored by ablate.
+        by: "direction", or by coefficient: "add", "set", "scale", "ablate".
+        positions: "all"; "prompt", or "generated" (tokens that `generate` added; outside of it, tokens that are read
+            after a cache); [from, to) among a row's tokens without padding, `to` may be None; or a mask (rows, tokens)
+            of the prompt, as a tensor or nested lists.
+        rows: rows of the batch; None for all. Beams and returned sequences belong to the row that they come from.
+        when: {"layer", "expert", "above"}: only at positions where another expert, of this layer or an earlier one, has
+            a coefficient greater than `above` (0 if it is left out) times its maximum.
+    """
+
+    layer: int
+    expert: int
+    strength: float = 1.0
+    by: str = "direction"
+    positions: Any = "all"
+    rows: list[int] | None = None
+    when: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.positions, Tensor):
+            self.positions = self.positions.bool().tolist()
+        for name, valid, expected in (
+            ("layer", _is_index(self.layer), "a whole number from 0"),
+            ("expert", _is_index(self.expert), "a whole number from 0"),
+            ("strength", _is_number(self.strength), "a finite number"),
+            ("by", self.by in WAYS, f"one of {', '.join(WAYS)}"),
+            (
+                "positions",
+                _are_positions(self.positions),
+                "all, prompt, generated, [from, to] or a mask (rows, tokens)",
+            ),
+            ("rows", self.rows is None or _is_list(self.rows, _is_index), "a list of row numbers"),
+            ("when", self.when is None or _is_condition(self.when), "{layer, expert, above}"),
+        ):
+            if not valid:
+                raise ValueError(
+                    f"{name} of a steering's change must be {expected}, got {shorten(getattr(self, name))}"
+                )
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_list(value: Any, valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(valid, value))
+
+
+def _is_mask(value: Any) -> bool:
+    rows = _is_list(value, lambda row: _is_list(row, lambda chosen: chosen in (0, 1)))
+    return rows and len({len(row) for row in value}) == 1
+
+
+def _are_positions(value: Any) -> bool:
+    if isinstance(value, list | tuple) and len(value) == 2 and _is_index(value[0]):
+        return value[1] is None or _is_index(value[1])
+    return value in ("all", "prompt", "generated") if isinstance(value, str) else _is_mask(value)
+
+
+def _is_condition(value: Any) -> bool:
+    known = isinstance(value, Mapping) and {"layer", "expert"} <= value.keys() <= {"layer", "expert", "above"}
+    return known and _is_index(value["layer"]) and _is_index(value["expert"]) and _is_number(value.get("above", 0))
+
+
+class Steering(list[SteeringChange]):
+    """Changes, made in this order: each a `SteeringChange`, or a mapping with its fields."""
+
+    def __init__(self, changes: Iterable[SteeringChange | Mapping[str, Any]] = ()):
+        names = [one.name for one in fields(SteeringChange)]
+        for change in changes:
+            if not isinstance(change, SteeringChange):
+                if not isinstance(change, Mapping) or not {"layer", "expert"} <= change.keys() <= set(names):
+                    raise ValueError(f"a steering's change has layer and expert, and may have {', '.join(names[2:])}; "
+                                     f"got {shorten(change)}")  # fmt: skip
+                change = SteeringChange(**change)  # noqa: PLW2901
+            self.append(change)
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file."""
+        content = {"format_version": 1, "changes": [asdict(change) for change in self]}
+        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> "Steering":
+        """Read what `to_json` wrote, or raise a ValueError."""
+        values = read_json(path)
+        version, changes = values.get("format_version"), values.get("changes")
+        if values.keys() != {"format_version", "changes"} or version != 1 or not isinstance(changes, list):
+            raise ValueError(f"{path} is no steering that this version reads: it has format_version 1, and changes")
+        try:
+            return cls(changes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def of(cls, given: Any, repo: ResolvedRepo | None = None) -> "Steering":
+        """Return a steering, given as one, as one or several changes, or as a JSON file here or in a repo."""
+        if isinstance(given, str | os.PathLike):
+            path = os.fspath(given)
+            if repo is not None and not Path(path).is_file():
+                path = file_if_any(repo.name, path, repo.access) or path
+            if not Path(path).is_file():
+                raise ValueError(
+                    f"there is no steering {path} here" + ("" if repo is None else f", nor in {repo.name}")
+                )
+            return cls.from_json(path)
+        return cls([given] if isinstance(given, SteeringChange | Mapping) else given)

@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, Model
 from .architectures import configured_activations
 from .configuration_mxd import MxDConfig
 from .functional import topk_gate  # noqa: F401
-from .interventions import ExpertCoefficients  # noqa: F401
+from .interventions import Steering
 from .layers import SparseLayer, make_layer
 from .loading import (
     ACCESS,
@@ -42,7 +42,6 @@ from .steering import (
     MISSING,
     DirectionFile,
     ExpertDirections,
-    Steering,
     SteeringHandle,
     direction_shapes,
     read_directions,

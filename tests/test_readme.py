@@ -46,7 +46,7 @@ def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
     exec(loading.replace('"user/mxd-gpt2-l8"', base), names)
     assert names["model"].decomposition.config.layers == [2]
     capsys.readouterr()
-    exec(reading, names)
+    exec(reading.replace('"strength": 9', '"strength": 300'), names)  # it is hardly trained
     before, after = capsys.readouterr().out.strip().split("\n")[0], names["steered"]
     assert before.startswith("The state of the Union") and after.startswith("The state of the Union")
     assert before != after
