@@ -63,3 +63,10 @@ def test_what_is_not_finite_is_a_dash(with_interval, capsys):
     print_evaluation(diverged)
     print_evaluation(diverged, with_interval)
     assert "± 0.0012 → –" in capsys.readouterr().out
+
+
+def test_scores_of_tasks_stand_side_by_side(with_interval, capsys):
+    score = {"untouched": 0.5, "untouched_stderr": 0.0123, "spliced": 0.25, "spliced_stderr": None}
+    print_evaluation({**with_interval, "tasks": {"my_task": {"acc": score}}})
+    row = next(line for line in capsys.readouterr().out.splitlines() if "my_task" in line)
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["my_task", "acc", "0.5000 ± 0.0123", "0.2500"]
