@@ -18,6 +18,7 @@ import json
 import pickle
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,8 +78,8 @@ class Reading(NamedTuple):
     contexts: dict[str, FeatureContexts]
     """of random live features of every method"""
     directions: dict[str, torch.Tensor]
-    """(N, O) of every decomposition"""
-    source: str
+    """(N, O) of every method"""
+    sources: dict[str, str]
     """where the directions of MxDs come from"""
     prompts: torch.Tensor
     """(PROMPTS, PROMPT_TOKENS)"""
@@ -99,14 +100,17 @@ def read_text(
         id(batch): capture_mlps(model, [layer], *right_padded(batch, model.device), **config.where)
         for batch in progress_bar(batches, desc="read", show=True)
     }
-    directions, source = {}, "trained"
+    found, sources = {}, {}
     for name, decomposition in decompositions.items():
-        try:
-            directions[name] = decomposition.directions(layer).direction
-        except ValueError:  # the folder has no file of them
-            source = fit_directions(lambda batch: activations[id(batch)], decomposition, batches)
-            directions[name] = decomposition.directions(layer).direction
-    found = {name: expert_representation(each.eval().layer(layer)) for name, each in decompositions.items()}
+        found[name] = expert_representation(decomposition.eval().layer(layer))
+        if found[name].directions is None:
+            try:
+                direction = decomposition.directions(layer).direction
+            except ValueError:  # the folder has no file of them
+                fit_directions(lambda batch: activations[id(batch)], decomposition, batches)
+                direction = decomposition.directions(layer).direction
+            found[name] = replace(found[name], directions=direction)
+            sources[name] = decomposition.direction_file.source
     found[NEURONS] = most_active(neuron_representation(find_mlp(model, layer, **config.where)), active)
     candidates = {  # the same for a method, whichever others there are
         name: np.random.default_rng(options.seed)
@@ -121,7 +125,8 @@ def read_text(
     rows = [row for row in next(iter(live.values())).rows if len(row) >= PROMPT_TOKENS]
     chosen = np.random.default_rng(options.seed).choice(len(rows), PROMPTS, replace=False)
     prompts = torch.tensor([rows[row][:PROMPT_TOKENS] for row in chosen])
-    return Reading(live, directions, source, prompts)
+    directions = {name: each.directions for name, each in found.items() if each.directions is not None}
+    return Reading(live, directions, sources, prompts)
 
 
 def steer_all(
@@ -138,7 +143,6 @@ def steer_all(
     random = random_directions(options.controls, width)
     controls = keep("controls", lambda: steer_prompts(model, layer, random, reading.prompts, **how))
     ways: dict[str, tuple[str, Any]] = {name: (name, found) for name, found in reading.directions.items()}
-    ways[NEURONS] = (NEURONS, neuron_representation(find_mlp(model, layer, **where)).directions)
     for name, module in ((name, each.layer(layer)) for name, each in decompositions.items()):
         if isinstance(module, MxDLayer):
             ways[name + COEFFICIENT] = (name, by_coefficient(module))
@@ -286,7 +290,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             **describe(decompositions, options.layer),
             "base_model": Path(options.model).name,
             "layer": options.layer,
-            "directions": reading.source,
+            "directions": reading.sources,
             "features": {name: len(contexts.features) for name, contexts in live.items()},
             "tokens": sum(map(len, next(iter(live.values())).rows)),
             "context_length": CONTEXT,
