@@ -126,10 +126,11 @@ class MxDModel(PreTrainedModel):
             separate_layers(index)
             single.unlink(missing_ok=True)
         if is_main_process:
-            self._save_directions(Path(save_directory) / DIRECTIONS_NAME)
+            self.save_directions(save_directory)
 
-    def _save_directions(self, path: Path) -> None:
-        # Those that are in memory or on this machine; others in the folder belong to other weights.
+    def save_directions(self, save_directory: Any) -> None:
+        """Save the directions that are in memory or on this machine; others in the folder belong to other weights."""
+        path = Path(save_directory) / DIRECTIONS_NAME
         if self._directions is None and self._repo is not None:
             local = {**self._repo.access, "local_files_only": True}
             with suppress(ValueError):

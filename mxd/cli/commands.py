@@ -47,7 +47,8 @@ def make_command(options: type, job: Job) -> Callable[..., None]:
     for number, one in enumerate(positional):
         argument = typer.Argument(metavar=one.metadata["argument"], help=one.metadata["help"], show_default=False)
         # A shell makes several arguments of `--dataset *.parquet`.
-        name, kind = ("arguments", list[str]) if "dataset" in known else (one.name, str)
+        several = list[str] if one.metadata["argument"].endswith("...") else str
+        name, kind = ("arguments", list[str]) if "dataset" in known else (one.name, several)
         parameters.insert(number, _parameter(name, kind | None, argument))
     command.__doc__ = options.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -131,6 +131,9 @@ COMMANDS = {
         classes.ExpertsOptions, "experts:read_experts", tables.print_experts, "experts.safetensors, experts.html"
     ),
     "steer": Command(use_options.SteeringOptions, steer),
+    "inspect": Command(
+        use_options.InspectOptions, "inspect_text:inspect_text", tables.print_inspection, "inspect.html"
+    ),
     "probe": Command(classes.ProbingOptions, "probe:probe", tables.print_probing, "probing.json, probing.png"),
     "frontier": Command(
         classes.FrontierOptions, "frontier:measure_frontier", tables.print_frontier, "frontier.json, points/"

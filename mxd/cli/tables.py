@@ -257,6 +257,39 @@ def print_steered(results: dict[str, Any]) -> None:
     _print(table)
 
 
+def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
+    """Print results of `mxd inspect`: the most unusual `shown` experts of each token, and what the first experts do."""
+    from mxd.jobs.expert_page import measures
+
+    for text in results["texts"]:
+        for layer, row in text["layers"].items():
+            rows = [
+                (token["token"], "\n".join(f"{one['expert']}: {measures(one)}" for one in token["experts"][:shown]))
+                for token in row["tokens"]
+            ]
+            table = Table(title=cell(f"Layer {layer}: rarity, strength of its maximum, share of the output"))
+            table.add_column("token")
+            table.add_column("expert", no_wrap=True)
+            for token, experts in rows:
+                table.add_row(cell(token), visible(experts))
+            _print(table)
+    for layer, experts in results["experts"].items():
+        rows = []
+        for expert, found in experts.items():
+            promoted = " ".join(token.strip() for token, _ in found["promoted"][:6])
+            contexts = [
+                f"{one['before'][-25:]}[{one['token']}]{one['after'][:15]}" for one in found["examples"][:shown]
+            ]
+            rows.append(
+                (expert, f"{found['score']:.1f}", found["texts"], promoted or "–", Text(visible(" | ".join(contexts))))
+            )
+        columns = ("expert", "bits", "texts", "promotes", "strongest contexts")
+        table = _table(f"Layer {layer}: experts that are unusual on the text, or on all texts", columns, rows, left=0)
+        for column in table.columns[-2:]:
+            column.justify = "left"
+        _print(table)
+
+
 def print_layers(model: str, groups: Iterable[Any]) -> None:
     """Print the sites of a model, `mxd.jobs.layers.LayerGroup`: a table for each stack, and the reasons below it."""
     for stack in dict.fromkeys(group.site.stack for group in groups):

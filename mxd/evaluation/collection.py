@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from mxd.base.forward import evaluating, right_padded
-from mxd.modeling_mxd import MxDLayer, MxDModel, SparseLayer
+from mxd.modeling_mxd import ExpertCoefficients, MxDLayer, MxDModel, SparseLayer
 
 from .contexts import distinct, distinct_places
+from .directions import DirectionFit, set_fitted_directions
 from .expert_use import captured_activations
 from .logit_effects import find_unembedding, nearest_rows
 from .streamed_tables import LargestEntries, TokenSample, hashed, make_places, split_places, strongest_of_rows
@@ -263,6 +264,7 @@ def collect_experts(
     documents: Sequence[int] | None = None,
     domains: Mapping[str, Iterable[int]] | None = None,
     directions: Mapping[int, Tensor] | None = None,
+    fit: bool = False,
     include_first: bool = False,
     top: int = TOP,
     sample: int = SAMPLE,
@@ -276,8 +278,9 @@ def collect_experts(
         batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
         documents: for every row a number that the rows of its document share; None: each row is a document.
         domains: {domain: the numbers of its rows}.
-        directions: {layer: (N, O)}, what each expert adds to the MLP's output per unit of its coefficient. The rows of
-            a transcoder's decoder if the layer is not named.
+        directions: {layer: (N, O)}, what each expert adds to the MLP's output per unit of its coefficient. A
+            transcoder's are the rows of its decoder, if the layer is not named.
+        fit: fit the directions in the same pass instead, and set them, see `fit_directions`.
         include_first: whether contexts, sample, histogram and maximum include each row's first position. It is an
             attention sink in many models, on which a few experts are most active whatever the text is.
         top, sample: M and R, entries of each expert.
@@ -293,6 +296,7 @@ def collect_experts(
     config, names = decomposition.config, list(domains or {})
     passes = {layer: _LayerPass(decomposition.layer(layer), top, sample, len(names)) for layer in config.layers}
     domain_of = {row: number for number, name in enumerate(names) for row in (domains or {})[name]}
+    fits = {layer: DirectionFit(one.experts) for layer, one in passes.items()} if fit else {}
     kept, example = _Rows(), None
     with evaluating(model, decomposition):
         for batch in batches:
@@ -300,12 +304,14 @@ def collect_experts(
             example = ids[:1, :8] if example is None else example
             captured, masks = captured_activations(model, decomposition, batch)
             of_batch = torch.tensor([domain_of.get(kept.count + row, -1) for row in range(len(ids))])
-            for layer, (x, _) in captured.items():
+            for layer, (x, y) in captured.items():
                 if x.shape[1] != ids.shape[1] or len(x) % len(ids):
                     raise ValueError(f"layer {layer} does not run on the {ids.shape[1]} tokens of a row")
                 module = decomposition.layer(layer)
                 run, position = masks[layer].nonzero(as_tuple=True)
                 values, indices = module.encode(x[run, position].to(module.gate.weight.device))
+                if fit:
+                    fits[layer].update(ExpertCoefficients(values, indices), x[run, position], y[run, position])
                 row, position = run.to(values.device) % len(ids), position.to(values.device)  # a layer may run again
                 places = make_places(row + kept.count, position)
                 domain = of_batch.to(row.device)[row] if names else None
@@ -315,6 +321,9 @@ def collect_experts(
         if example is None:
             raise ValueError("no tokens to collect experts on: batches is empty")
         kept.prune(passes.values(), finished=True)
+        if fit:
+            set_fitted_directions(decomposition, fits)
+            directions = {layer: decomposition.directions(layer).direction for layer in config.layers}
         of_row = {row: row if documents is None else documents[row] for row in kept.rows}
         layers = {
             layer: ExpertCollection(

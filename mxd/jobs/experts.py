@@ -4,8 +4,9 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxd.base.files import replace_text
@@ -15,6 +16,8 @@ from mxd.data.texts import document_batches, evaluation_settings
 from mxd.evaluation.collection import TOP, Collection, Context, ExpertCollection, collect_experts
 from mxd.evaluation.collection_file import EXPERTS_NAME, load_collection, save_collection
 from mxd.evaluation.contexts import INCOMPLETE, in_context
+from mxd.evaluation.inspection import last_token_outputs
+from mxd.evaluation.logit_effects import find_unembedding
 from mxd.modeling_mxd import MxDModel
 
 from .decompositions import (
@@ -35,22 +38,34 @@ logger = logging.getLogger(__name__)
 
 QUANTILES = 5
 """Contexts shown of an expert's sample, evenly spaced from its largest coefficients to its smallest."""
+AT_TOKENS, TOKENS_THERE = 3, 5
+"""Contexts at which the effects of what an MxD's expert adds are shown, and tokens of each."""
 _TEXT_OPTIONS = (
     "dataset", "dataset_config", "dataset_revision", "split", "text_column", "chat", "context_length", "dtype", "by",
     "tokens",
 )  # fmt: skip
 
 
-def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, Any]:
-    """Collect all experts of a decomposition on a text, and describe some; write experts.safetensors and experts.html.
+class Opened(NamedTuple):
+    """A decomposition with its base model and its collection."""
 
-    An experts.safetensors that is there already is used, if it was read of the text that is asked for, or none is.
-    Without named experts, a random sample of the active ones is described. Without a dataset, the text is that of the
-    training, see `read_text`.
+    collection: Collection
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decomposition: MxDModel
+    layers: list[int]
+    """the layers that were asked for"""
+    folder: Path | None
+    """folder for results; None to print them"""
+    evaluation: Mapping[str, Any]
+    """evaluation.json of the decomposition"""
 
-    Returns:
-        {"layers": {"15": {"1234": what `describe_expert` returns}}}, "settings", "warning": of a low expert share, or
-        empty}.
+
+def open_experts(options: ExpertsOptions, progress: bool = True) -> Opened:
+    """Load a decomposition, its base model, and what was collected of its experts, or else collect it.
+
+    An experts.safetensors that is there already is read if it is of the text that is asked for, or none is. A new one
+    is written into the output folder; so is directions.safetensors if the decomposition has none.
 
     Raises:
         ValueError: there is no such decomposition, layer or expert, or the text cannot be read.
@@ -78,22 +93,40 @@ def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, An
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             save_collection(collection, folder / EXPERTS_NAME)
+            decomposition.save_directions(folder)
     assert collection is not None
     if len(collection.ids) and int(collection.ids.max()) >= model.get_input_embeddings().weight.shape[0]:
         raise ValueError(f"{EXPERTS_NAME} is of a model with another vocabulary: --overwrite makes it anew")
-    results: dict[str, Any] = {"layers": {}, "settings": {**collection.settings, "seed": options.seed}}
-    for layer in layers:
+    return Opened(collection, model, tokenizer, decomposition, layers, folder, evaluation)
+
+
+def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, Any]:
+    """Collect all experts of a decomposition on a text, and describe some; write experts.safetensors and experts.html.
+
+    See `open_experts`. Without named experts, a random sample of the active ones is described. Without a dataset, the
+    text is that of the training, see `read_text`.
+
+    Returns:
+        {"layers": {"15": {"1234": what `describe_expert` returns}}}, "settings", "warning": of a low expert share, or
+        empty}.
+
+    Raises:
+        ValueError: there is no such decomposition, layer or expert, or the text cannot be read.
+    """
+    opened = open_experts(options, progress)
+    results: dict[str, Any] = {"layers": {}, "settings": {**opened.collection.settings, "seed": options.seed}}
+    for layer in opened.layers:
         chosen = options.experts
         if chosen is None:
-            active = (collection.layers[layer].maximum > 0).nonzero().squeeze(1).tolist()
+            active = (opened.collection.layers[layer].maximum > 0).nonzero().squeeze(1).tolist()
             chosen = sorted(random.Random(options.seed).sample(active, min(options.sample, len(active))))
         results["layers"][str(layer)] = {
-            str(expert): describe_expert(collection, layer, expert, tokenizer, options.examples) for expert in chosen
+            str(expert): describe_expert(opened, layer, expert, options.examples) for expert in chosen
         }
-    results["warning"] = warn_of_weak_experts(evaluation)
-    if folder is not None:
-        write_run(folder, "experts", options)
-        replace_text(folder / PAGE_NAME, expert_page(results))
+    results["warning"] = warn_of_weak_experts(opened.evaluation)
+    if opened.folder is not None:
+        write_run(opened.folder, "experts", options)
+        replace_text(opened.folder / PAGE_NAME, expert_page(results))
     return results
 
 
@@ -165,36 +198,47 @@ def _collect(
         "domain_column": options.by,
         "asked": _asked(options),
     }
+    try:
+        directions = {layer: decomposition.directions(layer).direction for layer in decomposition.config.layers}
+    except ValueError as error:
+        logger.warning("%s: they are fitted on this text", error)
+        directions = None
     return collect_experts(
         model,
         decomposition,
         progress_bar(batches, desc="experts", show=progress),
         documents=origins,
         domains=domains if options.by is not None else None,
+        directions=directions,
+        fit=directions is None,
         top=max(TOP, options.examples),
         settings=settings,
     )
 
 
-def describe_expert(
-    collection: Collection, layer: int, expert: int, tokenizer: PreTrainedTokenizerBase, examples: int = TOP
-) -> dict[str, Any]:
-    """Describe an expert by its collection.
+def describe_expert(opened: Opened, layer: int, expert: int, examples: int = TOP) -> dict[str, Any]:
+    """Describe an expert by its collection, and by what it adds at the tokens of its strongest contexts.
 
     Returns:
         {"frequency": share of tokens on which it is active, "maximum", "examples": [{"coefficient", "before", "token",
-        "after"}], the largest coefficient first, "quantiles": the same of tokens at evenly spaced quantiles of its
+        "after"}], the largest coefficient first, the first `AT_TOKENS` of an MxD with "promoted": [[token, effect of
+        what it adds there]], "quantiles": the same of tokens at evenly spaced quantiles of its
         coefficients, "promoted", "suppressed": [[token, effect on its logit]], "nearest": {"direction", "modulation",
         "co-firing": [[expert, similarity]]}, "domains": {domain: share of the expert's firings, if all domains had the
         same number of tokens}}. Lists are empty if there is nothing to say.
     """
+    collection, tokenizer = opened.collection, opened.tokenizer
     found = collection.layers[layer]
+    contexts = collection.top(layer, expert, examples)
+    shown = _shown(collection, contexts, tokenizer)
+    for example, promoted in zip(shown, _promoted_there(opened, layer, expert, contexts[:AT_TOKENS]), strict=False):
+        example["promoted"] = promoted
     frequencies = found.domain_counts[expert].double() / found.domain_tokens.clamp_min(1)
     shares = (frequencies / frequencies.sum().clamp_min(1e-300)).tolist()
     return {
         "frequency": float(found.frequency[expert]),
         "maximum": float(found.maximum[expert]),
-        "examples": _shown(collection, collection.top(layer, expert, examples), tokenizer),
+        "examples": shown,
         "quantiles": _shown(collection, collection.quantiles(layer, expert, QUANTILES), tokenizer),
         "promoted": _tokens(found, "promoted", expert, tokenizer),
         "suppressed": _tokens(found, "suppressed", expert, tokenizer),
@@ -205,6 +249,21 @@ def describe_expert(
         },
         "domains": dict(zip(collection.domains, shares, strict=True)),
     }
+
+
+def _promoted_there(opened: Opened, layer: int, expert: int, contexts: Sequence[Context]) -> list[list[list[Any]]]:
+    """Return the tokens that an MxD's expert promotes at its contexts, by a_n c_n * (Dᵀz)."""
+    if not contexts or opened.decomposition.config.layer(layer).method != "mxd":
+        return []
+    rows = [opened.collection.row(one.row)[: one.position + 1] for one in contexts]
+    try:
+        unembedding = find_unembedding(opened.model, torch.tensor(rows[:1]), opened.decomposition.config.stack)
+    except ValueError:  # `collect_experts` has warned of it
+        return []
+    outputs = last_token_outputs(opened.model, opened.decomposition, layer, [(expert, row) for row in rows])
+    found = unembedding.largest(outputs, TOKENS_THERE)
+    pairs = zip(found["promoted_ids"].tolist(), found["promoted_values"].tolist(), strict=True)
+    return [_named(opened.tokenizer, list(zip(*pair, strict=True))) for pair in pairs]
 
 
 def _shown(
@@ -225,5 +284,9 @@ def _pairs(found: ExpertCollection, name: str, expert: int) -> list[tuple[int, f
 
 
 def _tokens(found: ExpertCollection, name: str, expert: int, tokenizer: PreTrainedTokenizerBase) -> list[list[Any]]:
+    return _named(tokenizer, _pairs(found, name, expert))
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[int, float]]) -> list[list[Any]]:
     known = len(tokenizer)  # a model may have further logits, which mean nothing
-    return [[str(tokenizer.decode([token])), value] for token, value in _pairs(found, name, expert) if token < known]
+    return [[str(tokenizer.decode([token])), value] for token, value in pairs if token < known]

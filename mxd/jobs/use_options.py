@@ -1,5 +1,6 @@
 """Options of the commands that use a decomposition's experts; see `options`."""
 
+# ruff: noqa: RUF009
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,3 +42,20 @@ class ExploreOptions:
     port: int = option(7860, "Port on 127.0.0.1; 0 takes one that is free.", minimum=0)
     export: str | None = option(None, "Instead: write the page into this new folder, for any static host.", OUTPUT)
     space: str | None = option(None, "Instead: push the page as a static Space, user/name, with its texts.", OUTPUT)
+
+
+@dataclass(kw_only=True)
+class InspectOptions:
+    """Show which experts are active on the tokens of a text, the most unusual first, and what these experts do.
+
+    Of several texts: the experts that they have in common. What is unusual is known from `mxd experts`, which is run
+    first if the decomposition has no experts.safetensors.
+    """
+
+    decomposition: str = option(..., "Folder or Hub id (user/repo[@revision]) of a decomposition.", argument="FOLDER")
+    texts: list[str] = option(..., "Text to inspect, or several.", argument="TEXT...")
+    layer: int | None = option(None, "Layer to inspect. [all]", MEASURE, minimum=0)
+    top: int = option(5, "Experts to describe, of each layer.", MEASURE, minimum=1)
+    examples: int = option(3, "Contexts of each of them.", MEASURE, minimum=1)
+    dtype: str = option("float32", "Dtype of the base model: float32, bfloat16 or float16.")
+    output: str | None = option(None, "Folder for inspect.html; - prints JSON. [the decomposition's]", OUTPUT)

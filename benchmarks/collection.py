@@ -1,0 +1,159 @@
+"""Measure the pass of `mxd experts`: its time beside the base model's forward pass alone, its memory, and its file.
+
+    python benchmarks/collection.py MODEL TEXT
+
+MODEL is a folder with a language model, TEXT a file to read. The decomposition has `--experts` experts in one layer,
+K = 32, random weights and directions. Two parts, of which only the first runs the model:
+
+- `pass`: on `--tokens` tokens, each batch is first given to the model alone, logits included, then to the pass.
+- `tables`: the tables of one layer are filled with random coefficients of `--table-tokens` tokens, a batch at a time,
+  some experts far more often than others, as in a long text; then finished and saved.
+
+Writes benchmarks/results/collection.json and the table of docs/experts.md.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pages
+import torch
+
+HERE = Path(__file__).resolve().parent
+RESULTS, PAGE = HERE / "results" / "collection.json", HERE.parent / "docs" / "experts.md"
+BATCH, ROW, K = 16, 128, 32
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_tables(experts: int, tokens: int, vocabulary: int, width: int) -> dict[str, Any]:
+    """Fill the tables of one layer as a long text would, and save them."""
+    from mxd.evaluation.collection import SAMPLE, TOP, ExpertCollection, _compact, _LayerPass, _Rows
+    from mxd.evaluation.collection_file import save_collection
+    from mxd.evaluation.logit_effects import Unembedding, nearest_rows
+    from mxd.evaluation.streamed_tables import make_places
+    from mxd.modeling_mxd import MxDLayerConfig, make_layer
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_experts": experts, "num_experts_per_tok": K}
+    layer = make_layer(MxDLayerConfig(**sizes))
+    directions = torch.randn(experts, width)
+    unembedding = Unembedding(torch.ones(width), False, torch.randn(vocabulary, width))
+    before = peak_bytes()
+    one, kept, seconds = _LayerPass(layer, TOP, SAMPLE, 0), _Rows(), 0.0
+    for _ in range(0, tokens, BATCH * ROW):
+        ids = torch.randint(0, vocabulary, (BATCH, ROW))
+        indices = (torch.rand(BATCH * ROW, K).square() * experts).long()
+        values = torch.empty(BATCH * ROW, K).exponential_()
+        started = time.perf_counter()
+        row = torch.arange(BATCH).repeat_interleave(ROW) + kept.count
+        position = torch.arange(ROW).repeat(BATCH)
+        one.update(values, indices, make_places(row, position), position > 0, None)
+        kept.add(ids, None)
+        kept.prune([one])
+        seconds += time.perf_counter() - started
+    started = time.perf_counter()
+    kept.prune([one], finished=True)
+    documents = {row: row for row in kept.rows}
+    fields = one.finish(kept.rows, documents)
+    for name in ("similar_direction", "similar_modulation"):
+        fields |= zip((f"{name}_ids", f"{name}_values"), nearest_rows(directions), strict=True)
+    fields |= unembedding.largest(directions)
+    collection = _compact({0: ExpertCollection(**fields)}, kept.rows, documents, [], {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "experts.safetensors")
+        save_collection(collection, path)
+        size = path.stat().st_size
+    finish = time.perf_counter() - started
+    rows = len(collection.documents)
+    return {
+        "tokens": tokens, "experts": experts, "update_seconds": seconds, "finish_seconds": finish, "rows": rows,
+        "file_bytes": size, "memory_bytes": peak_bytes() - before,
+    }  # fmt: skip
+
+
+def measure_pass(model_name: str, text: str, layer: int, experts: int, tokens: int) -> dict[str, Any]:
+    """Time the pass and the model alone, batch by batch."""
+    from mxd.base.base_model import load_base_model
+    from mxd.data.documents import load_text
+    from mxd.data.texts import document_batches
+    from mxd.evaluation import collect_experts
+    from mxd.jobs.decompose import layer_config
+    from mxd.jobs.options import DecompositionOptions
+    from mxd.modeling_mxd import MxDConfig, MxDModel, find_mlps
+
+    model, tokenizer, _ = load_base_model(model_name)
+    batches, documents = document_batches(load_text(text), tokenizer, ROW, tokens)
+    config = layer_config(find_mlps(model)[layer], DecompositionOptions(num_experts=experts, num_experts_per_tok=K))
+    decomposition = MxDModel(MxDConfig.from_layer_configs({layer: config}))
+    torch.nn.init.normal_(decomposition.layer(layer).gate.weight)
+    directions = {layer: torch.randn(experts, config.output_size)}
+    alone: list[float] = []
+
+    def timed() -> Iterator[dict[str, torch.Tensor]]:
+        for batch in batches:
+            started = time.perf_counter()
+            with torch.no_grad():
+                model(**batch, use_cache=False)
+            alone.append(time.perf_counter() - started)
+            yield batch
+
+    with torch.no_grad():
+        model(**batches[0], use_cache=False)
+    before, started = peak_bytes(), time.perf_counter()
+    collect_experts(model, decomposition, timed(), documents=documents, directions=directions)
+    whole = time.perf_counter() - started - sum(alone)
+    counted = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    return {
+        "layer": layer, "layers_of_the_model": model.config.num_hidden_layers, "tokens": counted, "experts": experts,
+        "alone_seconds": sum(alone), "pass_seconds": whole, "memory_bytes": peak_bytes() - before,
+    }  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the table of docs/experts.md."""
+    tables, rows = results["tables"], []
+    for one in results["pass"]:
+        name = f"the pass, layer {one['layer']} of {one['layers_of_the_model']}, {one['tokens']:,} tokens"
+        ratio = one["pass_seconds"] / one["alone_seconds"]
+        rows.append((name, f"{ratio:.2f} × the model alone", f"{one['memory_bytes'] / 1e6:,.0f} MB", "–"))
+    seconds = f"{tables['update_seconds']:.0f} s, and {tables['finish_seconds']:.0f} s at the end"
+    name = f"the tables alone, {tables['tokens']:,} random tokens"
+    rows.append((name, seconds, f"{tables['memory_bytes'] / 1e6:,.0f} MB", f"{tables['file_bytes'] / 1e6:.1f} MB"))
+    lines = ["| | time | memory above the model | file |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def main() -> None:
+    """Measure, and write results and table."""
+    from mxd.base.files import write_json
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("--layers", type=int, nargs="+", default=[15, 29])
+    parser.add_argument("--experts", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--table-tokens", type=int, default=1_000_000)
+    parser.add_argument("--threads", type=int, default=2)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    torch.manual_seed(0)
+    results = {"tables": measure_tables(asked.experts, asked.table_tokens, 49_152, 576)}
+    results["pass"] = [
+        measure_pass(asked.model, asked.text, layer, asked.experts, asked.tokens) for layer in asked.layers
+    ]
+    results["settings"] = {"model": Path(asked.model).name, "machine": pages.machine(asked.threads, "cpu")}
+    write_json(RESULTS, results)
+    if PAGE.is_file():
+        pages.write_between(PAGE, "collection", table(results))
+
+
+if __name__ == "__main__":
+    main()
