@@ -45,6 +45,7 @@ from .jobs.evaluate import evaluate as evaluate
 from .jobs.experts import read_experts as read_experts
 from .jobs.finetune import finetune as finetune
 from .jobs.frontier import measure_frontier as measure_frontier
+from .jobs.inspect_text import inspect_text as inspect_text
 from .jobs.options import DecompositionOptions as DecompositionOptions
 from .jobs.options import EvaluationOptions as EvaluationOptions
 from .jobs.options import ExpertsOptions as ExpertsOptions
@@ -53,6 +54,7 @@ from .jobs.options import FrontierOptions as FrontierOptions
 from .jobs.options import ProbingOptions as ProbingOptions
 from .jobs.probe import probe as probe
 from .jobs.steer import steer as steer
+from .jobs.use_options import InspectOptions as InspectOptions
 from .jobs.use_options import SteeringOptions as SteeringOptions
 from .modeling_mxd import ExpertCoefficients as ExpertCoefficients
 from .modeling_mxd import ExpertIntervention as ExpertIntervention

@@ -274,17 +274,17 @@ def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
                 table.add_row(cell(token), visible(experts))
             _print(table)
     for layer, experts in results["experts"].items():
-        rows = []
+        lines: list[tuple[Any, ...]] = []
         for expert, found in experts.items():
             promoted = " ".join(token.strip() for token, _ in found["promoted"][:6])
             contexts = [
                 f"{one['before'][-25:]}[{one['token']}]{one['after'][:15]}" for one in found["examples"][:shown]
             ]
-            rows.append(
+            lines.append(
                 (expert, f"{found['score']:.1f}", found["texts"], promoted or "–", Text(visible(" | ".join(contexts))))
             )
         columns = ("expert", "bits", "texts", "promotes", "strongest contexts")
-        table = _table(f"Layer {layer}: experts that are unusual on the text, or on all texts", columns, rows, left=0)
+        table = _table(f"Layer {layer}: experts that are unusual on the text, or on all texts", columns, lines, left=0)
         for column in table.columns[-2:]:
             column.justify = "left"
         _print(table)

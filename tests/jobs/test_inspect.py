@@ -9,10 +9,10 @@ from evaluation_cases import decomposition
 from factories import byte_tokenizer
 from reference import dense_coefficients
 
-from mxd import ExpertsOptions, collect_experts, load_collection
+from mxd import ExpertsOptions, InspectOptions, collect_experts, inspect_text, load_collection
 from mxd.base.capture import capture_mlps
 from mxd.evaluation.inspection import inspect_tokens, last_token_outputs
-from mxd.jobs.inspect_text import InspectOptions, inspect_text, token_texts
+from mxd.jobs.inspect_text import token_texts
 
 
 @pytest.mark.parametrize(
