@@ -43,6 +43,7 @@ from .interchange import transcoder_decomposition as transcoder_decomposition
 from .jobs.decompose import decompose as decompose
 from .jobs.evaluate import evaluate as evaluate
 from .jobs.experts import read_experts as read_experts
+from .jobs.explore import explore as explore
 from .jobs.finetune import finetune as finetune
 from .jobs.frontier import measure_frontier as measure_frontier
 from .jobs.inspect_text import inspect_text as inspect_text
@@ -54,6 +55,7 @@ from .jobs.options import FrontierOptions as FrontierOptions
 from .jobs.options import ProbingOptions as ProbingOptions
 from .jobs.probe import probe as probe
 from .jobs.steer import steer as steer
+from .jobs.use_options import ExploreOptions as ExploreOptions
 from .jobs.use_options import InspectOptions as InspectOptions
 from .jobs.use_options import SteeringOptions as SteeringOptions
 from .modeling_mxd import ExpertCoefficients as ExpertCoefficients

@@ -1,21 +1,16 @@
 """A decomposition of a tiny model, whose vocabulary is hostile, with its experts collected on a text of such words."""
 
-import os
-import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from browser import EXECUTABLE, Browser
-from explorer_cases import hostile_tokenizer
+from explorer_cases import hostile_tokenizer, serving
 from factories import make_tiny_llama, random_mxd_model
 
 from mxd.base.pretrained_weights import record_base
 from mxd.evaluation.collection import collect_experts
 from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
-from mxd.jobs.explore import explore
-from mxd.jobs.use_options import ExploreOptions
 
 LAYERS = [0, 2]
 
@@ -48,13 +43,9 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(made):
-    """The address of the explorer of the decomposition."""
-    server = explore(ExploreOptions(decomposition=str(made.folder), port=0))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    """The server of the explorer of the decomposition."""
+    with serving(made.folder) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +65,3 @@ def browser(chromium):
     chromium.requests.clear()
     yield chromium
     assert not chromium.errors
-
-
-@pytest.fixture
-def screenshots():
-    """Folder for the screenshots of the docs, or None: `MXD_SCREENSHOTS=docs pytest tests/explorer`."""
-    folder = os.environ.get("MXD_SCREENSHOTS")
-    return Path(folder) if folder else None

@@ -1,11 +1,17 @@
-"""The explorer's pages in headless Chromium. `MXD_SCREENSHOTS=docs pytest tests/explorer` makes the docs' pictures."""
+"""The explorer's pages in headless Chromium.
+
+`MXD_SCREENSHOTS=FOLDER pytest tests/explorer -k screenshots` makes the docs' pictures of a decomposition in a folder.
+"""
 
 import functools
 import http.server
+import os
 import threading
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from explorer_cases import serving
 
 from mxd.jobs.explore import explore
 from mxd.jobs.use_options import ExploreOptions
@@ -196,3 +202,20 @@ def test_a_page_that_is_not_there_says_so(browser, served, page):
     browser.open(served.url)
     browser.go(page)
     assert "cannot be shown" in browser.text("main") and browser.run("document.querySelector('[role=alert]').innerText")
+
+
+@pytest.mark.skipif("MXD_SCREENSHOTS" not in os.environ, reason="MXD_SCREENSHOTS names no decomposition")
+def test_screenshots_of_the_docs(browser):
+    folder = Path(__file__).parents[2] / "docs" / "how-to"
+    with serving(os.environ["MXD_SCREENSHOTS"]) as server:
+        browser.size(1200, 760)
+        browser.open(server.url)
+        browser.screenshot(folder / "explore-list.png")
+        browser.press("/")
+        browser.type("the President of the United States")
+        browser.press("Enter")
+        browser.until("document.querySelector('.piece')")
+        browser.run("document.querySelector('tbody a').click()")
+        browser.until("document.querySelector('.context')")
+        browser.size(400, 760)
+        browser.screenshot(folder / "explore-expert.png")
