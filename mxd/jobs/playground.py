@@ -13,6 +13,7 @@ from mxd.explorer.server import Call
 from mxd.explorer.site import ExplorerSite
 from mxd.hub_cards.safe_text import finite_number
 from mxd.modeling_mxd import ExpertCoefficients
+from mxd.modeling_mxd.configuration_mxd import shorten
 
 from .decompositions import load_base_and_text, load_decomposition
 
@@ -96,9 +97,9 @@ class Playground:
 
     def _layer(self, question: Mapping[str, Any]) -> int:
         layer = question.get("layer")
-        if layer not in self.site.collection.layers:
-            raise ValueError(f"there is no layer {layer!r} here")
-        return int(layer)
+        if not isinstance(layer, int) or layer not in self.site.collection.layers:
+            raise ValueError(f"there is no layer {shorten(layer)} here")
+        return layer
 
 
 def _text(question: Mapping[str, Any], name: str) -> str:

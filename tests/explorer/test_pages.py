@@ -171,6 +171,24 @@ def test_steering(browser, served, by):
     assert (untouched != steered) or by != "direction"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer": 1}, {"layer": [2]}, {"layer": "2"}, {"expert": 24}, {"expert": -1}, {"expert": "3"}, {"expert": None},
+        {"strength": float("inf")}, {"strength": True}, {"by": "nonsense"}, {"by": None}, {"prompt": ""}, {"prompt": 3},
+        {"prompt": "word3 " * 1000}, {"tokens": None},
+    ],
+)  # fmt: skip
+def test_questions_that_make_no_sense_are_refused(served, changes):
+    question = {"layer": 2, "expert": 3, "strength": 1, "by": "direction", "prompt": "word3", "tokens": 2}
+    assert served.calls["steer"](question).keys() == {"untouched", "steered"}
+    with pytest.raises(ValueError):
+        served.calls["steer"](question | changes)
+    if changes.keys() & {"layer", "prompt"}:
+        with pytest.raises(ValueError):
+            served.calls["inspect"]({"layer": changes.get("layer", 2), "text": changes.get("prompt", "word3")})
+
+
 def test_an_error_of_steering_is_shown(browser, served):
     browser.open(served.url)
     browser.go("2/3")

@@ -9,6 +9,7 @@ from scenes import connected
 
 from mxd.explorer.publish import push_space
 from mxd.hub_cards.hub import HubError
+from mxd.jobs.explore import explorer_site
 
 
 @pytest.fixture
@@ -37,6 +38,18 @@ def test_the_command_pushes_a_space(hub, made):
     assert card["title"] == "<b>demo" and "models" not in card
     index = json.loads(files["data/index.json"])
     assert index["api"] is False and str(made.folder.parent) not in json.dumps(index)
+
+
+def test_a_repo_on_the_hub_is_explored(hub, made):
+    files = {path.name: path.read_bytes() for path in made.folder.iterdir()}
+    hub.create("user/demo", files)
+    site = explorer_site("user/demo@main")
+    assert site.about["name"] == "user/demo@main" and site.value("2/3.json")
+    hub.create("user/bare", {name: data for name, data in files.items() if name != "experts.safetensors"})
+    with pytest.raises(ValueError, match=r"user/bare has no experts\.safetensors: `mxd experts FOLDER`"):
+        explorer_site("user/bare")
+    with pytest.raises(ValueError, match="neither a folder"):
+        explorer_site("user/nowhere")
 
 
 def test_another_push_replaces_the_data(hub, site):
