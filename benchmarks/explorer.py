@@ -140,6 +140,7 @@ def main() -> None:
         results: dict[str, Any] = {"experts": EXPERTS, "rows": ROWS, "threads": torch.get_num_threads()}
         results["collection_bytes"] = (folder / EXPERTS_NAME).stat().st_size
         results["seconds"] = measure(folder, layer, Path(temporary) / "profile", options.repeats)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         export = ExploreOptions(decomposition=str(folder), export=str(site))
         results["seconds"]["export"] = seconds(lambda: explore(export, progress=False))
         files = [path for path in site.rglob("*") if path.is_file()]

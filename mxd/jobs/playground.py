@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from mxd.data.tokens import token_ids, without_bos
-from mxd.evaluation.expert_use import captured_activations
+from mxd.evaluation.inspection import inspect_tokens
 from mxd.explorer.server import Call
 from mxd.explorer.site import ExplorerSite
 from mxd.hub_cards.safe_text import finite_number
-from mxd.modeling_mxd import ExpertCoefficients
 from mxd.modeling_mxd.configuration_mxd import shorten
 
 from .decompositions import load_base_and_text, load_decomposition
@@ -49,35 +48,25 @@ class Playground:
         except Exception as error:  # told to each question
             self._loaded.set_exception(error)
 
-    @torch.no_grad()
     def inspect(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """Return {"tokens": text of each token, "experts": those active on them, the most unusual first}.
-
-        `unusual` is -log2 of the share of the collection's tokens on which the
-        expert's coefficient is as large; `share` is its part of the layer's output, by projection on the sum.
-        """
+        """Return {"tokens": text of each token, "experts": those active on them, the most unusual first}."""
         decomposition, model, tokenizer = self._loaded.result()
-        number, text = self._layer(question), _text(question, "text")
+        layer, text = self._layer(question), _text(question, "text")
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         ids = start + without_bos(tokenizer, token_ids(tokenizer, [text])[0])[:MAX_TOKENS]
-        captured, _ = captured_activations(model, decomposition, {"input_ids": torch.tensor([ids])})
-        x, layer, collection = captured[number][0][0], decomposition.layer(number), self.site.collection.layers[number]
-        coefficients = layer.encode(x)
-        shares = output_shares(layer, x, coefficients).cpu()
-        values, experts = (part.cpu() for part in coefficients)
-        unusual = -(collection.at_least(experts, values).clamp_min(0.5) / collection.tokens).log2()
-        relative = values / collection.maximum[experts]
-        unusual[: len(start)] = -1  # BOS
-        order = unusual.masked_fill(values <= 0, -1).flatten().argsort(descending=True)[:MAX_EXPERTS].tolist()
-        columns = [part.flatten().tolist() for part in (experts, unusual, relative, shares)]
-        found = [
-            {
-                "position": place // values.shape[1],
-                **dict(zip(("expert", "unusual", "relative", "share"), (part[place] for part in columns), strict=True)),
-            }
-            for place in order
-        ]
-        return {"tokens": self.site.pieces.of(ids), "experts": [one for one in found if one["unusual"] >= 0]}
+        collection = self.site.collection.layers[layer]
+        found = inspect_tokens(model, decomposition, ids, {layer: collection})[layer]
+        active = found.coefficients > 0
+        active[: len(start)] = False
+        position, slot = active.nonzero(as_tuple=True)
+        order = found.rarity[position, slot].argsort(descending=True, stable=True)[:MAX_EXPERTS]
+        position, slot = position[order], slot[order]
+        experts, values, shares, rarity = (part[position, slot] for part in found)
+        relative = values / collection.maximum[experts].clamp_min(1e-30)
+        columns = (part.tolist() for part in (position, experts, relative, shares, rarity))
+        names = ("position", "expert", "relative", "share", "unusual")
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return {"tokens": self.site.pieces.of(ids), "experts": rows}
 
     @torch.no_grad()
     def steer(self, question: Mapping[str, Any]) -> dict[str, str]:
@@ -114,13 +103,3 @@ def _number(question: Mapping[str, Any], name: str) -> float:
     if value is None:
         raise ValueError(f"{name} must be a number")
     return value
-
-
-def output_shares(layer: Any, x: torch.Tensor, coefficients: ExpertCoefficients) -> torch.Tensor:
-    """Return each expert's part of the sum of the active experts' outputs, by projection, (T, K); sums are 1."""
-    values, indices = coefficients
-    rows = layer.expert_table[indices]  # (T, K, O)
-    summed = torch.einsum("tk,tko->to", values, rows)
-    scale = layer.decoder(layer.hidden(x)) if layer.config.method == "mxd" else torch.ones_like(summed)
-    parts = values * torch.einsum("tko,to->tk", rows, summed * scale**2)
-    return parts / parts.sum(-1, keepdim=True)

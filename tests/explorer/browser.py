@@ -2,11 +2,14 @@
 
 import base64
 import fcntl
+import io
 import json
 import os
 import shutil
 import subprocess
 import time
+
+from PIL import Image
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -129,4 +132,5 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, path):
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
+        picture = Image.open(io.BytesIO(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])))
+        picture.convert("RGB").quantize(64).save(path, optimize=True)
