@@ -85,10 +85,7 @@ def push_decomposition(
         HubError: the Hub refuses; the repo is as it was before.
     """
     folder, api = Path(folder), HfApi(token=token)
-    config = read_config(folder / "config.json", folder)
-    check_weights(folder, config)
-    if (folder / DIRECTIONS_NAME).is_file():
-        read_directions(ResolvedRepo(str(folder), {}, ""), config)  # raises
+    config = _checked_config(folder)
     base = _look_up_base(config, base_model, token)
     if base.gated and not private:
         logger.warning("the base model %s is gated: does its licence allow sharing? (else: --private)", base.repo_id)
@@ -105,6 +102,15 @@ def push_decomposition(
     where = (api, repo_id, revision or "main", create_pr)
     folders = {name.split("/")[0] for name in also or {}}
     return _Commit(*where, message or "Upload decomposition", folder, base, card, files, tokenizer, folders).push()
+
+
+def _checked_config(folder: Path) -> MxDConfig:
+    """Return the config of a folder, or raise a ValueError if its weights or directions do not fit."""
+    config = read_config(folder / "config.json", folder)
+    check_weights(folder, config)
+    if (folder / DIRECTIONS_NAME).is_file():
+        read_directions(ResolvedRepo(str(folder), {}, ""), config)
+    return config
 
 
 def check_base_id(name: str | None, commit: str | None = None) -> None:

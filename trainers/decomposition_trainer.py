@@ -26,6 +26,7 @@ from mxd.base.forward import padding_last
 from mxd.base.masks import token_mask
 from mxd.base.progress import progress_bar
 from mxd.data.packing import CausalCollator
+from mxd.evaluation.directions import carried_directions
 from mxd.evaluation.expert_use import measure_expert_statistics
 from mxd.modeling_mxd import MxDModel
 
@@ -33,7 +34,7 @@ from .callbacks import InterruptCallback, TokenProgressCallback
 from .checkpoints import last_complete_checkpoint, write_decomposition
 from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
-from .initialization import ActivationScales, Calibration, calibrate, parameter_scales
+from .initialization import ActivationScales, Calibration, calibrate, parameter_group, parameter_scales
 from .router import router_loss
 from .stream_start import stream_start
 
@@ -51,7 +52,6 @@ CALIBRATION_TOKENS, STATISTICS_TOKENS = 32768, 65536
 # A router learns from one token in so many, since every expert is scored for it.
 ROUTER_TOKENS = 16
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # columns with one value per token
-BEFORE_TRAINING = ", before the last training"
 SCALES_NAME = "activation_scales.json"
 
 
@@ -248,20 +248,8 @@ class DecompositionTrainer(HubPushes):
             self.decomposition.set_directions(maxima, directions, source)
 
     def expert_directions(self) -> tuple[dict[int, Tensor] | None, str]:
-        """Return {layer: directions (N, O)} of the MxD layers and their origin; None if an MxD layer has none.
-
-        Here those that the decomposition had before the training.
-        """
-        model = self.decomposition
-        of_mxd = [layer for layer in model.config.layers if model.config.layer(layer).method == "mxd"]
-        if not of_mxd:
-            return {}, "decoder"
-        try:
-            source = model.direction_file.source
-        except (ValueError, OSError) as error:
-            logger.warning("the experts have no directions, and are saved without: %s", error)
-            return None, ""
-        return {layer: model.directions(layer).direction for layer in of_mxd}, _before_training(source)
+        """Return {layer: directions (N, O)} of the MxD layers and their origin; None if an MxD layer has none."""
+        return carried_directions(self.decomposition)
 
     @property
     def shows_progress(self) -> bool:
@@ -309,7 +297,7 @@ class DecompositionTrainer(HubPushes):
                         if parameter.requires_grad:
                             factor = self.args.learning_rate_factor(prefix + name)
                             groups.setdefault((scales[name], factor), []).append(parameter)
-            built = [_parameter_group(parameters, *key, kwargs) for key, parameters in groups.items() if parameters]
+            built = [parameter_group(parameters, *key, kwargs) for key, parameters in groups.items() if parameters]
             self.optimizer = optimizer_class(built, **kwargs)
         return self.optimizer
 
@@ -398,10 +386,6 @@ class DecompositionTrainer(HubPushes):
         self.scales = {int(layer): ActivationScales(**value) for layer, value in json.loads(path.read_text()).items()}
 
 
-def _before_training(source: str) -> str:
-    return source if source.endswith(BEFORE_TRAINING) else source + BEFORE_TRAINING
-
-
 def _without_autocast(model: nn.Module) -> None:
     """Remove the autocast that accelerate left on a model's forward; another training puts it back."""
     attributes = vars(model)
@@ -411,13 +395,3 @@ def _without_autocast(model: nn.Module) -> None:
     if original == MethodType(type(model).forward, model):
         del attributes["forward"]
     attributes["_is_accelerate_prepared"] = False
-
-
-def _parameter_group(
-    parameters: list[nn.Parameter], scale: float, factor: float, kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    decay = kwargs["weight_decay"] / scale  # it is multiplied by the rate
-    group = {"params": parameters, "lr": kwargs["lr"] * scale * factor, "weight_decay": decay}
-    if "eps" in kwargs:
-        group["eps"] = kwargs["eps"] / scale
-    return group

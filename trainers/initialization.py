@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -288,3 +289,14 @@ def init_decomposition(
             init_from_pretrained(layer, site, decoder=args.decoder_init == "pretrained")
         if args.modulation_init == "unit":
             init_modulation_at_unit(layer, calibration)
+
+
+def parameter_group(
+    parameters: list[nn.Parameter], scale: float, factor: float, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a group of an optimizer for parameters of this scale, whose rate is multiplied by it and by `factor`."""
+    decay = kwargs["weight_decay"] / scale  # it is multiplied by the rate
+    group = {"params": parameters, "lr": kwargs["lr"] * scale * factor, "weight_decay": decay}
+    if "eps" in kwargs:
+        group["eps"] = kwargs["eps"] / scale
+    return group

@@ -8,6 +8,7 @@ m_n is the largest coefficient of expert n, so that the ridge r counts as r toke
 and adds nothing: an expert that is active on a few tokens only gets a small direction, one that never is gets 0.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -20,6 +21,9 @@ from mxd.modeling_mxd import ExpertCoefficients, MxDModel
 
 from .expert_use import captured_activations
 
+logger = logging.getLogger(__name__)
+
+BEFORE_TRAINING = ", before the last training"
 RIDGE = 1.0
 STEPS = 60
 TOLERANCE = 1e-3
@@ -161,3 +165,19 @@ def set_fitted_directions(decomposition: MxDModel, fits: Mapping[int, DirectionF
     maxima = {layer: maximum for layer, (_, maximum) in solved.items()}
     decomposition.set_directions(maxima, {layer: solved[layer][0] for layer in of_mxd}, source)
     return source
+
+
+def carried_directions(decomposition: MxDModel) -> tuple[dict[int, Tensor] | None, str]:
+    """Return {layer: directions (N, O)} that the MxD layers had before a training, and their origin.
+
+    The directions are None, with a warning, if an MxD layer had none.
+    """
+    of_mxd = [layer for layer in decomposition.config.layers if decomposition.config.layer(layer).method == "mxd"]
+    if not of_mxd:
+        return {}, "decoder"
+    try:
+        source = decomposition.direction_file.source.removesuffix(BEFORE_TRAINING) + BEFORE_TRAINING
+    except (ValueError, OSError) as error:
+        logger.warning("the experts have no directions, and are saved without: %s", error)
+        return None, ""
+    return {layer: decomposition.directions(layer).direction for layer in of_mxd}, source

@@ -11,7 +11,7 @@ from mxd.data.documents import DataError
 from mxd.data.labelled_text import label_names, some
 from mxd.data.provenance import is_held_out
 from mxd.data.texts import TextOptions, evaluation_batches, load_one
-from mxd.evaluation import count_expert_use, domain_use, plot_domain_use
+from mxd.evaluation import ExpertUse, count_expert_use, domain_use, plot_domain_use
 
 from .decompositions import load_base_and_text, load_decomposition, made_how, results_folder
 from .options import EvaluationOptions
@@ -83,12 +83,7 @@ def measure_domain_use(options: EvaluationOptions, progress: bool = True) -> dic
         domain: count_expert_use(model, decomposition, progress_bar(of_domain, desc=domain, show=progress))
         for domain, of_domain in batches.items()
     }
-    tokens = {domain: next(iter(use.values())).tokens for domain, use in uses.items()}
-    if few := [f"{domain!r} ({count:,})" for domain, count in tokens.items() if count < FEW_TOKENS]:
-        logger.warning(
-            "few tokens of %s: chance assigns experts to such a domain; give each at least %s, with --tokens and text",
-            ", ".join(few), f"{FEW_TOKENS:,}",
-        )  # fmt: skip
+    _warn_of_few_tokens(uses)
     layers = {
         str(layer): domain_use({domain: use[layer] for domain, use in uses.items()})
         for layer in decomposition.config.layers
@@ -112,3 +107,12 @@ def measure_domain_use(options: EvaluationOptions, progress: bool = True) -> dic
         figure.parent.mkdir(exist_ok=True)
         plot_domain_use({f"layer {layer}": use for layer, use in layers.items()}, figure)
     return results
+
+
+def _warn_of_few_tokens(uses: dict[str, dict[int, ExpertUse]]) -> None:
+    tokens = {domain: next(iter(use.values())).tokens for domain, use in uses.items()}
+    if few := [f"{domain!r} ({count:,})" for domain, count in tokens.items() if count < FEW_TOKENS]:
+        logger.warning(
+            "few tokens of %s: chance assigns experts to such a domain; give each at least %s, with --tokens and text",
+            ", ".join(few), f"{FEW_TOKENS:,}",
+        )  # fmt: skip

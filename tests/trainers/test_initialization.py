@@ -12,13 +12,13 @@ from peft.utils import ModulesToSaveWrapper
 from mxd.base.capture import capture_mlps
 from mxd.modeling_mxd import find_mlp, make_layer
 from mxd.modeling_mxd.configuration_mxd import MxDLayerConfig
-from mxd.trainers.decomposition_trainer import _parameter_group
 from mxd.trainers.initialization import (
     ActivationScales,
     calibrate,
     init_decomposition,
     init_from_pretrained,
     init_layer,
+    parameter_group,
     parameter_scales,
 )
 
@@ -286,7 +286,7 @@ def test_scaled_learning_rates_equal_training_on_scaled_activations(method, deca
     x, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 5, dtype=torch.float64)
     x_raw, y_raw = x * scales.input_scale, y * scales.output_scale + mean
     groups = [
-        _parameter_group([parameter], factors[name], 1.0, {"lr": 1e-2, "eps": 1e-8, "weight_decay": decay})
+        parameter_group([parameter], factors[name], 1.0, {"lr": 1e-2, "eps": 1e-8, "weight_decay": decay})
         for name, parameter in raw.named_parameters()
     ]
     for layer, optimizer, inputs, targets, unit in (
