@@ -27,6 +27,7 @@ TABLE = re.compile(r"<!-- table: (.*?) -->")
 
 def tables() -> dict[str, Callable[[], str]]:
     """Return {name: function that makes the table in Markdown} of all tables that are made from results files."""
+    import collection
     import meaning
     import probing
     import recipe
@@ -41,6 +42,7 @@ def tables() -> dict[str, Callable[[], str]]:
     }
     return made | {
         "architectures": of("architectures.json", architectures_page),
+        "collection": of("collection.json", collection.table),
         "massive tokens": of("massive-tokens.json", recipe.massive_tokens),
         "meaning, contexts": of("meaning.json", meaning.meaning_table),
         "meaning, steering": of("meaning.json", meaning.steering_table),
