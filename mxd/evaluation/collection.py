@@ -176,8 +176,9 @@ class Collection:
 class _LayerPass:
     """The tables of one layer during the pass."""
 
-    def __init__(self, layer: SparseLayer, top: int, sample: int, domains: int):
+    def __init__(self, layer: SparseLayer, top: int, sample: int, domains: int, fit: bool = False):
         experts, device = layer.config.num_experts, layer.expert_table.device
+        self.layer, self.fit = layer, DirectionFit(experts) if fit else None
         self.experts, self.tokens, self.wanted = experts, 0, top
         self.counts, self.histogram, self.domain_counts = (
             torch.zeros(experts, size, dtype=torch.int64, device=device)
@@ -188,6 +189,15 @@ class _LayerPass:
         self.top = LargestEntries(experts, top * CANDIDATES, torch.float32, device)
         self.sample = LargestEntries(experts, sample, torch.int64, device)
         self.together = TokenSample(CO_FIRING_PAIRS // layer.config.num_experts_per_tok)
+
+    def read(self, x: Tensor, y: Tensor, places: Tensor, inside: Tensor, domains: Tensor | None) -> None:
+        """Add tokens: x (T, I) and y (T, O), and what `update` takes."""
+        device = self.layer.gate.weight.device
+        values, indices = self.layer.encode(x.to(device))
+        if self.fit is not None:
+            self.fit.update(ExpertCoefficients(values, indices), x, y)
+        here = None if domains is None else domains.to(device)
+        self.update(values, indices, places.to(device), inside.to(device), here)
 
     def update(self, values: Tensor, indices: Tensor, places: Tensor, inside: Tensor, domains: Tensor | None) -> None:
         """Add coefficients (T, K), the places of their tokens (T), whether contexts may show them, and domains (T)."""
@@ -273,16 +283,14 @@ def collect_experts(
     """Collect the experts of all layers, on the untouched model's activations.
 
     Args:
-        model: the base model.
-        decomposition: the decomposition of the model.
+        model, decomposition: the base model and its decomposition.
         batches: `input_ids` (batch, tokens) and, if there is padding, `attention_mask`.
         documents: for every row a number that the rows of its document share; None: each row is a document.
         domains: {domain: the numbers of its rows}.
         directions: {layer: (N, O)}, what each expert adds to the MLP's output per unit of its coefficient. A
             transcoder's are the rows of its decoder, if the layer is not named.
         fit: fit the directions in the same pass instead, and set them, see `fit_directions`.
-        include_first: whether contexts, sample, histogram and maximum include each row's first position. It is an
-            attention sink in many models, on which a few experts are most active whatever the text is.
+        include_first: whether contexts, sample, histogram and maximum include each row's first position, often a sink.
         top, sample: M and R, entries of each expert.
         settings: what to record of the text.
 
@@ -293,11 +301,9 @@ def collect_experts(
     Raises:
         ValueError: there are no tokens, or the layer's positions are not those of the tokens.
     """
-    config, names = decomposition.config, list(domains or {})
-    passes = {layer: _LayerPass(decomposition.layer(layer), top, sample, len(names)) for layer in config.layers}
+    config, names, kept, example = decomposition.config, list(domains or {}), _Rows(), None
+    passes = {layer: _LayerPass(decomposition.layer(layer), top, sample, len(names), fit) for layer in config.layers}
     domain_of = {row: number for number, name in enumerate(names) for row in (domains or {})[name]}
-    fits = {layer: DirectionFit(one.experts) for layer, one in passes.items()} if fit else {}
-    kept, example = _Rows(), None
     with evaluating(model, decomposition):
         for batch in batches:
             ids, padding = right_padded(batch, torch.device("cpu"))
@@ -307,32 +313,40 @@ def collect_experts(
             for layer, (x, y) in captured.items():
                 if x.shape[1] != ids.shape[1] or len(x) % len(ids):
                     raise ValueError(f"layer {layer} does not run on the {ids.shape[1]} tokens of a row")
-                module = decomposition.layer(layer)
                 run, position = masks[layer].nonzero(as_tuple=True)
-                values, indices = module.encode(x[run, position].to(module.gate.weight.device))
-                if fit:
-                    fits[layer].update(ExpertCoefficients(values, indices), x[run, position], y[run, position])
-                row, position = run.to(values.device) % len(ids), position.to(values.device)  # a layer may run again
-                places = make_places(row + kept.count, position)
+                row = run % len(ids)  # a layer may run on them again
+                places, inside = make_places(row + kept.count, position), (position > 0) | include_first
                 domain = of_batch.to(row.device)[row] if names else None
-                passes[layer].update(values, indices, places, (position > 0) | include_first, domain)
+                passes[layer].read(x[run, position], y[run, position], places, inside, domain)
             kept.add(ids, padding)
             kept.prune(passes.values())
         if example is None:
             raise ValueError("no tokens to collect experts on: batches is empty")
         kept.prune(passes.values(), finished=True)
-        if fit:
-            set_fitted_directions(decomposition, fits)
-            directions = {layer: decomposition.directions(layer).direction for layer in config.layers}
         of_row = {row: row if documents is None else documents[row] for row in kept.rows}
-        layers = {
-            layer: ExpertCollection(
-                **one.finish(kept.rows, of_row),
-                **expert_effects(model, decomposition, layer, (directions or {}).get(layer), example),
-            )
-            for layer, one in passes.items()
-        }
-    return _compact(layers, kept.rows, of_row, names, dict(settings or {}))
+        found = _finish(model, decomposition, passes, kept.rows, of_row, directions or {}, example)
+    return _compact(found, kept.rows, of_row, names, dict(settings or {}))
+
+
+def _finish(
+    model: nn.Module,
+    decomposition: MxDModel,
+    passes: Mapping[int, _LayerPass],
+    rows: Mapping[int, list[int]],
+    of_row: Mapping[int, int],
+    directions: Mapping[int, Tensor],
+    example: Tensor,
+) -> dict[int, ExpertCollection]:
+    """Return the collection of every layer, with directions that are fitted now or given."""
+    if fits := {layer: one.fit for layer, one in passes.items() if one.fit is not None}:
+        set_fitted_directions(decomposition, fits)
+        directions = {layer: decomposition.directions(layer).direction for layer in fits}
+    return {
+        layer: ExpertCollection(
+            **one.finish(rows, of_row), **expert_effects(model, decomposition, layer, directions.get(layer), example)
+        )
+        for layer, one in passes.items()
+    }
 
 
 @torch.no_grad()
