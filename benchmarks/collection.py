@@ -140,9 +140,7 @@ def table(results: dict[str, Any]) -> str:
     tables, rows = results["tables"], []
     for one in results["pass"]:
         name = f"the pass, layer {one['layer']} of {one['layers_of_the_model']}"
-        rows.append(
-            (name, f"{at_length(one, tables):.2f} × the model alone", "–", "–"
-        )
+        rows.append((name, f"{at_length(one, tables):.2f} × the model alone", "–", "–"))
     seconds = f"{tables['update_seconds']:.0f} s, and {tables['finish_seconds']:.0f} s at the end"
     name = f"the tables alone, {tables['tokens']:,} random tokens"
     rows.append((name, seconds, f"{tables['memory_bytes'] / 1e6:,.0f} MB", f"{tables['file_bytes'] / 1e6:.1f} MB"))
