@@ -1,7 +1,6 @@
 """Sparse expert coefficients, changes to them, and the description of a steering."""
 
 import json
-import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 from .configuration_mxd import read_json, shorten
 from .loading import ResolvedRepo, file_if_any
 
+_LARGEST = 1e30
 WAYS = ("direction", "add", "set", "scale", "ablate")
 
 
@@ -122,7 +122,7 @@ class SteeringChange:
             (
                 "positions",
                 _are_positions(self.positions),
-                "all, prompt, generated, [from, to] or a mask (rows, tokens)",
+                "all, prompt, generated, [from, to] with from < to, or a mask (rows, tokens)",
             ),
             ("rows", self.rows is None or _is_list(self.rows, _is_index), "a list of row numbers"),
             ("when", self.when is None or _is_condition(self.when), "{layer, expert, above}"),
@@ -138,7 +138,7 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < _LARGEST  # also of an integer that is no float
 
 
 def _is_list(value: Any, valid: Callable[[Any], bool]) -> bool:
@@ -152,7 +152,7 @@ def _is_mask(value: Any) -> bool:
 
 def _are_positions(value: Any) -> bool:
     if isinstance(value, list | tuple) and len(value) == 2 and _is_index(value[0]):
-        return value[1] is None or _is_index(value[1])
+        return value[1] is None or (_is_index(value[1]) and value[1] > value[0])
     return value in ("all", "prompt", "generated") if isinstance(value, str) else _is_mask(value)
 
 
@@ -184,7 +184,8 @@ class Steering(list[SteeringChange]):
         """Read what `to_json` wrote, or raise a ValueError."""
         values = read_json(path)
         version, changes = values.get("format_version"), values.get("changes")
-        if values.keys() != {"format_version", "changes"} or version != 1 or not isinstance(changes, list):
+        known = values.keys() == {"format_version", "changes"} and isinstance(changes, list)
+        if not known or (type(version), version) != (int, 1):
             raise ValueError(f"{path} is no steering that this version reads: it has format_version 1, and changes")
         try:
             return cls(changes)
@@ -203,4 +204,7 @@ class Steering(list[SteeringChange]):
                     f"there is no steering {path} here" + ("" if repo is None else f", nor in {repo.name}")
                 )
             return cls.from_json(path)
-        return cls([given] if isinstance(given, SteeringChange | Mapping) else given)
+        given = [given] if isinstance(given, SteeringChange | Mapping) else given
+        if not isinstance(given, Iterable):
+            raise ValueError(f"a steering is changes, or a path of a JSON file; got {shorten(given)}")
+        return cls(given)

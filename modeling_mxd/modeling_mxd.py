@@ -43,6 +43,7 @@ from .steering import (
     DirectionFile,
     ExpertDirections,
     SteeringHandle,
+    check_directions,
     direction_shapes,
     read_directions,
     steer,
@@ -188,6 +189,7 @@ class MxDModel(PreTrainedModel):
             if name not in given or list(given[name].shape) != shape:
                 raise ValueError(f"{name} must be given, with the shape {shape}")
             tensors[name] = given[name].detach().float().cpu().contiguous().clone()
+        check_directions(tensors)
         self._directions = DirectionFile(tensors, source)
 
     def forward(self, hidden_states: Tensor, layer: int | None = None) -> MxDOutput:

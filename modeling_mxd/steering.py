@@ -56,11 +56,17 @@ def read_directions(repo: ResolvedRepo, config: MxDConfig) -> DirectionFile:
         with safe_open(path, framework="pt") as file:
             ours = [key for key in file.keys() if layer_of(key) in config.layers]  # noqa: SIM118
             tensors, metadata = {key: file.get_tensor(key).float() for key in ours}, file.metadata() or {}
-        if wrong := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{wrong[0]} has values that are not finite")
+        check_directions(tensors)
     except ValueError as error:
         raise ValueError(f"{DIRECTIONS_NAME} of {repo.name} is refused: {error}") from None
     return DirectionFile(tensors, metadata.get("source", ""))
+
+
+def check_directions(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names a tensor with values that are not finite, or a maximum below 0."""
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all() or (key.endswith("maximum") and (tensor < 0).any()):
+            raise ValueError(f"{key} has values that are not finite, or negative")
 
 
 def direction_shapes(config: MxDConfig) -> dict[str, list[int]]:
@@ -147,7 +153,9 @@ class _Tracked:
         tracker, given = self.tracker, {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.name == "forward":
             tracker.current = tracker.read(given)
-            return self.call(*args, **kwargs)
+            output = self.call(*args, **kwargs)
+            tracker.current = None  # positions are those of one pass
+            return output
         inputs = [given.get(name) for name in ("inputs_embeds", "inputs", "input_ids")]
         shapes = [one.shape for one in inputs if isinstance(one, Tensor) and one.ndim > 1]
         before, tracker.prompt = tracker.prompt, ((*shapes[0][:2],) if shapes else (1, 1))  # (1, 1): BOS
@@ -265,7 +273,10 @@ def _amount(decomposition: Any, change: SteeringChange) -> Tensor | ExpertInterv
         )
     if change.by != "direction":
         return ExpertIntervention(**{change.by: {change.expert: change.strength * unit}})
-    return change.strength * unit * direction[change.expert]
+    vector = (change.strength * unit * direction[change.expert]).to(decomposition.dtype)
+    if not vector.isfinite().all():
+        raise ValueError(f"strength {change.strength:g} of expert {change.expert} overflows {decomposition.dtype}")
+    return vector
 
 
 def _least(decomposition: Any, change: SteeringChange) -> float:

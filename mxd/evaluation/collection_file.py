@@ -89,12 +89,19 @@ def _json(header: Mapping[str, str], name: str, kind: type) -> Any:
 
 
 def _checked(tensors: dict[str, Tensor], settings: dict[str, Any], domains: list[Any]) -> Collection:
-    if not all(isinstance(name, str) for name in domains):
-        raise ValueError("domains must be names")
+    if not all(isinstance(name, str) for name in domains) or len(set(domains)) < len(domains):
+        raise ValueError("domains must be different names")
     rows = [_typed(tensors, f"rows.{name}", 1, False) for name in ("ids", "offsets", "documents")]
     ids, offsets, documents = rows
+    inside = ((offsets >= 0) & (offsets <= len(ids))).all()
     lengths = offsets.diff()
-    if len(offsets) != len(documents) + 1 or offsets[0] != 0 or offsets[-1] != len(ids) or (lengths < 0).any():
+    if (
+        len(offsets) != len(documents) + 1
+        or not inside
+        or offsets[0] != 0
+        or offsets[-1] != len(ids)
+        or (lengths < 0).any()
+    ):
         raise ValueError("rows.offsets do not divide rows.ids")
     _in_range("rows.ids", ids, 0, 2**31)
     layers: dict[int, ExpertCollection] = {}
@@ -117,11 +124,14 @@ def _layer(tensors: dict[str, Tensor], prefix: str, domains: int, lengths: Tenso
         tensor = _typed(tensors, name, len(axes), floating)
         for axis, size in zip(axes, tensor.shape, strict=True):
             expected = sizes[axis] = size if sizes[axis] is None else sizes[axis]
-            if axis == "P" and size < PROMOTED:  # a small vocabulary
-                continue
+            if axis == "P" and 0 < size < PROMOTED:  # a small vocabulary
+                expected = size
             if size != expected:
                 raise ValueError(f"{name} has {size} entries where {expected} were expected")
+            if size == 0 and axis != "D":
+                raise ValueError(f"{name} is empty")
         found[each.name] = tensor
+    _check_pairs(found, prefix)
     _check_places(found, prefix, lengths)
     for name, tensor in found.items():
         if name.endswith("_ids"):
@@ -129,6 +139,17 @@ def _layer(tensors: dict[str, Tensor], prefix: str, domains: int, lengths: Tenso
             _in_range(f"{prefix}{name}", tensor, 0 if promoted else -1, 2**31 if promoted else sizes["N"])
     every: dict[str, Any] = {**found, "tokens": int(found["tokens"])}
     return ExpertCollection(**every)
+
+
+def _check_pairs(found: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise a ValueError if ids have no values, or a count is below 0."""
+    for name, tensor in found.items():
+        kind, _, part = name.rpartition("_")
+        other = found.get(f"{kind}_{'values' if part == 'ids' else 'ids'}") if part in ("ids", "values") else tensor
+        if kind not in ("top", "sample") and (other is None or other.shape != tensor.shape):
+            raise ValueError(f"{prefix}{name} needs ids and values of one shape")
+        if part in ("tokens", "counts", "frequency", "maximum", "histogram") and (tensor < 0).any():
+            raise ValueError(f"{prefix}{name} has numbers below 0")
 
 
 def _check_places(found: Mapping[str, Tensor], prefix: str, lengths: Tensor) -> None:

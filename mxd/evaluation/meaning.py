@@ -89,7 +89,8 @@ def detection_score(
 
     Returns:
         `features`: for each feature its index, `explanation`, `balanced_accuracy`, and `control`, with the explanation
-        of the next feature. `balanced_accuracy` and `control`: mean and interval. 0.5 is chance.
+        of the next feature (its own, if there is one). `balanced_accuracy` and `control`: mean and interval; 0.5 is
+        chance.
 
     Raises:
         ValueError: a feature has fewer than `explained` + `tested` contexts, or the judge gives not one answer a text.

@@ -107,7 +107,8 @@ def _report(contexts: FeatureContexts, targets: list[Tensor], steered: Steered, 
     )  # (F, F) and (D, F): a row for each direction, a column for each feature's targets
     own = rises.diagonal()
     random = _below(of_controls, own).mean(0)
-    among = (_below(rises, own[:, None]).sum(1) - 0.5) / max(len(own) - 1, 1)  # without itself, which counts as a tie
+    # Without itself, which counts as a tie; not a number for a single feature.
+    among = (_below(rises, own[:, None]).sum(1) - 0.5) / (len(own) - 1)
     largest = torch.tensor([float(values.max()) for _, _, values in contexts.places])
     columns = {
         "strength": steered.strengths, "strength_of_maximum": steered.strengths / largest, "kl": steered.kl,

@@ -72,11 +72,13 @@ class Playground:
     def steer(self, question: Mapping[str, Any]) -> dict[str, str]:
         """Return {"untouched", "steered"}: the most likely continuations of a prompt."""
         decomposition, model, tokenizer = self._loaded.result()
-        prompt, tokens = _text(question, "prompt"), int(_number(question, "tokens"))
-        change: dict[str, Any] = {"layer": self._layer(question), "expert": int(_number(question, "expert"))}
+        prompt, tokens = _text(question, "prompt"), _whole(question, "tokens")
+        change: dict[str, Any] = {"layer": self._layer(question), "expert": _whole(question, "expert")}
         change |= {"strength": _number(question, "strength"), "by": str(question.get("by"))}
         how = {"max_new_tokens": min(max(1, tokens), MAX_NEW_TOKENS), "do_sample": False}
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        if inputs["input_ids"].shape[1] > MAX_TOKENS:
+            raise ValueError(f"the prompt has over {MAX_TOKENS} tokens: shorten it")
         untouched = model.generate(**inputs, **how)
         with decomposition.spliced(model), decomposition.steer(model, change):
             steered = model.generate(**inputs, **how)
@@ -86,16 +88,25 @@ class Playground:
 
     def _layer(self, question: Mapping[str, Any]) -> int:
         layer = question.get("layer")
-        if not isinstance(layer, int) or layer not in self.site.collection.layers:
+        if type(layer) is not int or layer not in self.site.collection.layers:
             raise ValueError(f"there is no layer {shorten(layer)} here")
         return layer
 
 
 def _text(question: Mapping[str, Any], name: str) -> str:
     text = question.get(name)
+    if isinstance(text, str):
+        text = text.encode(errors="replace").decode()  # JSON may hold half of a character
     if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
         raise ValueError(f"{name} must be a text of at most {MAX_TEXT} characters")
     return text
+
+
+def _whole(question: Mapping[str, Any], name: str) -> int:
+    value = question.get(name)
+    if type(value) is not int:
+        raise ValueError(f"{name} must be a whole number")
+    return value
 
 
 def _number(question: Mapping[str, Any], name: str) -> float:

@@ -497,3 +497,39 @@ def test_a_file_loads_with_the_model_and_after_it(repo, spliced_repo, tmp_path, 
 def spliced_repo(repo):
     with_directions(MxDModel.from_pretrained(repo)).save_pretrained(repo)
     return repo
+
+
+@pytest.mark.parametrize("positions", [[5, 2], [1, 1]])
+def test_a_range_that_holds_nothing_is_refused(positions):
+    with pytest.raises(ValueError, match="from < to"):
+        SteeringChange(1, 0, positions=positions)
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_what_is_no_steering_is_refused(given):
+    with pytest.raises(ValueError, match="a steering is changes"):
+        Steering.of(given)
+
+
+@pytest.mark.parametrize("strength", [1e308, 10**400, float("nan")])
+def test_a_strength_that_no_output_can_take_is_refused(strength):
+    with pytest.raises(ValueError, match="finite number"):
+        SteeringChange(1, 0, strength)
+
+
+def test_positions_of_one_pass_are_not_used_for_another():
+    model = spliced()
+    with torch.no_grad(), model.steer({"layer": 0, "expert": 3, "strength": 5.0, "positions": [0, 2]}):
+        model(input_ids=IDS)
+        with pytest.raises(ValueError, match="forward pass of the whole model"):
+            model.model(input_ids=IDS)
+
+
+@pytest.mark.parametrize(("value", "name"), [(float("nan"), "maximum"), (-1.0, "maximum"), (float("inf"), "direction")])
+def test_directions_with_values_that_mean_nothing_are_refused(value, name):
+    model = random_mxd_model((0,))
+    layer = model.config.layer(0)
+    maxima, directions = {0: torch.ones(layer.num_experts)}, {0: torch.ones(layer.num_experts, layer.output_size)}
+    (maxima if name == "maximum" else directions)[0].view(-1)[1] = value
+    with pytest.raises(ValueError, match=f"layers.0.{name}"):
+        model.set_directions(maxima, directions, "")
