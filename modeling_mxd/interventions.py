@@ -183,7 +183,8 @@ class Steering(list[SteeringChange]):
     def from_json(cls, path: str | os.PathLike[str]) -> "Steering":
         """Read what `to_json` wrote, or raise a ValueError."""
         values = read_json(path)
-        version, changes = values.get("format_version"), values.get("changes")
+        version: Any = values.get("format_version")
+        changes: Any = values.get("changes")
         known = values.keys() == {"format_version", "changes"} and isinstance(changes, list)
         if not known or (type(version), version) != (int, 1):
             raise ValueError(f"{path} is no steering that this version reads: it has format_version 1, and changes")

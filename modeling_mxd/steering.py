@@ -117,6 +117,9 @@ class _Tracker:
         ids = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
         if ids is None or ids.ndim < 2:
             return None
+        mask: Any
+        positions: Any
+        cache: Any
         mask, positions, cache = (given.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
         (rows, tokens), device = ids.shape[:2], ids.device
         masked = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= tokens

@@ -28,7 +28,7 @@ def steer(options: SteeringOptions) -> dict[str, Any]:
     inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():
         raise ValueError("the prompt has no tokens: write one")
-    how = {"max_new_tokens": options.new_tokens, "do_sample": options.temperature > 0}
+    how: dict[str, Any] = {"max_new_tokens": options.new_tokens, "do_sample": options.temperature > 0}
     if options.temperature > 0:
         how["temperature"] = options.temperature
 
