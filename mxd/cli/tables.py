@@ -239,6 +239,9 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
                 head = ("", "")
             if not found["examples"]:
                 rows.append((*head, "–", NOT_ACTIVE))
+            if found.get("promoted"):
+                tokens = " ".join(token.strip() for token, _ in found["promoted"][:6])
+                rows.append(("", "", "", Text.assemble("promotes: ", cell(tokens))))
         columns = ("expert", "% of\ntokens", "a", "text")
         table = _table(f"Layer {layer}: where experts are most active in {text}", columns, rows, left=0)
         table.columns[-1].justify = "left"
@@ -267,7 +270,9 @@ def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
                 (token["token"], "\n".join(f"{one['expert']}: {measures(one)}" for one in token["experts"][:shown]))
                 for token in row["tokens"]
             ]
-            table = Table(title=cell(f"Layer {layer}: rarity, strength of its maximum, share of the output"))
+            table = Table(
+                title=cell(f"Layer {layer}: experts of each token (bits of rarity, of its maximum, of the output)")
+            )
             table.add_column("token")
             table.add_column("expert", no_wrap=True)
             for token, experts in rows:
@@ -284,7 +289,7 @@ def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
                 (expert, f"{found['score']:.1f}", found["texts"], promoted or "–", Text(visible(" | ".join(contexts))))
             )
         columns = ("expert", "bits", "texts", "promotes", "strongest contexts")
-        table = _table(f"Layer {layer}: experts that are unusual on the text, or on all texts", columns, lines, left=0)
+        table = _table(f"Layer {layer}: the most unusual experts of the text", columns, lines, left=0)
         for column in table.columns[-2:]:
             column.justify = "left"
         _print(table)

@@ -200,8 +200,8 @@ def _collect(
     }
     try:
         directions = {layer: decomposition.directions(layer).direction for layer in decomposition.config.layers}
-    except ValueError as error:
-        logger.warning("%s: they are fitted on this text", error)
+    except ValueError:
+        logger.warning("there are no directions of the experts: they are fitted on the tokens of this text")
         directions = None
     return collect_experts(
         model,

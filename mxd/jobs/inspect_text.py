@@ -105,4 +105,4 @@ def _tokens(opened: Opened, layer: int, tokens: list[str], found: Inspection) ->
             if value > 0
         ]
         rows.append({"token": token, "experts": sorted(experts, key=lambda one: -one["rarity"])})
-    return rows
+    return rows if opened.tokenizer.bos_token_id is None else rows[1:]  # BOS is no part of the text

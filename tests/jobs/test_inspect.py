@@ -108,7 +108,7 @@ def test_without_a_collection_one_is_made(finished, tmp_path, monkeypatch, caplo
     monkeypatch.setattr("mxd.jobs.inspect_text.ExpertsOptions", partial(ExpertsOptions, tokens=1024))
     code, output, error = run("inspect", folder, "a word", "--output", "-")
     assert code == 0, error
-    assert json.loads(output)["experts"]["2"] and "they are fitted on this text" in caplog.text
+    assert json.loads(output)["experts"]["2"] and "they are fitted on the tokens of this text" in caplog.text
     code, output, error = run("inspect", folder, "a word")
     assert code == 0 and load_collection(folder / "experts.safetensors").layers[2].promoted_ids is not None
     assert (folder / "directions.safetensors").is_file()
