@@ -96,7 +96,10 @@ class ResolvedRepo(NamedTuple):
     config_file: str
     """path of its config.json"""
 
-    def __reduce__(self) -> Any:  # models keep it: a token is not pickled with them
+    def __repr__(self) -> str:  # models keep it: a token is neither shown nor pickled with them
+        return f"{type(self).__name__}({self.name!r})"
+
+    def __reduce__(self) -> Any:
         access = {name: value for name, value in self.access.items() if name != "token"}
         return ResolvedRepo, (self.name, access, self.config_file)
 

@@ -73,7 +73,7 @@ def load_collection(path: str | Path) -> Collection:
             header = file.metadata() or {}
             if header.get("format_version") != FORMAT_VERSION:
                 version = shorten(header.get("format_version"))
-                raise ValueError(f"its format_version is {version}, this version of mxd reads {FORMAT_VERSION!r}")
+                raise ValueError(f"its format_version is {version}, this version reads {FORMAT_VERSION!r}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
         return _checked(tensors, _json(header, "settings", dict), _json(header, "domains", list))
     except (ValueError, SafetensorError, RecursionError) as error:
