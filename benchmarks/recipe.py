@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from mxd.evaluation.paired import half_width
 from mxd.evaluation.plots import COLOURS
 
 HERE = Path(__file__).parent
@@ -52,7 +53,7 @@ def massive_tokens(results: dict[str, Any]) -> str:
         cells = (
             name.removeprefix("layer "),
             f"{100 * massive['share']:.2g} %, {massive['factor']:.0f} ×" if massive else "none",
-            f"{rise['rise']:+.3f} ± {(rise['rise_interval'][1] - rise['rise_interval'][0]) / 2:.3f}",
+            f"{rise['rise']:+.3f} ± {half_width(rise['rise_interval']):.3f}",
             f"{measured['kl']:.3f}",
             f"{metrics['nmse']:.3f}",
             f"{100 * metrics['expert_share']:.0f} %",

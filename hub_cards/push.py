@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from mxd import modeling_mxd
 from mxd.base.files import json_text
+from mxd.evaluation.collection_file import EXPERTS_NAME
 from mxd.modeling_mxd import DIRECTIONS_NAME, MxDConfig, Steering
 from mxd.modeling_mxd.configuration_mxd import AUTO_MAP, DEMO_MODEL, shorten
 from mxd.modeling_mxd.loading import ResolvedRepo, recorded_model
@@ -31,7 +32,7 @@ OLDEST_TRANSFORMERS = "4.56"
 
 # No checkpoints and no training arguments: both name folders of this machine.
 _PATTERNS = (
-    "model*.safetensors", "model.safetensors.index.json", DIRECTIONS_NAME, "experts.safetensors", "training_log.json",
+    "model*.safetensors", "model.safetensors.index.json", DIRECTIONS_NAME, EXPERTS_NAME, "training_log.json",
     "figures/*.png",
     "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.*", "merges.txt",
 )  # fmt: skip

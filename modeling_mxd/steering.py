@@ -139,7 +139,7 @@ class _Tracker:
 class _Tracked:
     """Call a model's `forward` or `generate`, and tell the tracker.
 
-    It is an attribute of the model, of which compiled code takes notice, unlike of PyTorch's hooks.
+    It is set as an attribute of the model, which `torch.compile` guards on; it does not guard on hooks.
     """
 
     def __init__(self, tracker: _Tracker, name: str):
@@ -259,8 +259,9 @@ def steer(decomposition: Any, model: Any, given: Any) -> SteeringHandle:
             layers[change.when["layer"]].conditions[_key(change.when)] = least
     hooks = []
     for index, changes in layers.items():
-        hooks.append(decomposition.layer(index).register_coefficient_hook(changes.change_coefficients))
-        hooks.append(decomposition.layer(index).register_output_hook(changes.change_output))
+        if changes.made or changes.conditions:
+            hooks.append(decomposition.layer(index).register_coefficient_hook(changes.change_coefficients))
+            hooks.append(decomposition.layer(index).register_output_hook(changes.change_output))
     return SteeringHandle(tracker, hooks)
 
 
@@ -276,9 +277,9 @@ def _amount(decomposition: Any, change: SteeringChange) -> Tensor | ExpertInterv
         )
     if change.by != "direction":
         return ExpertIntervention(**{change.by: {change.expert: change.strength * unit}})
-    vector = (change.strength * unit * direction[change.expert]).to(decomposition.dtype)
+    vector = (change.strength * unit * direction[change.expert]).to(decomposition.layer(change.layer).expert_table)
     if not vector.isfinite().all():
-        raise ValueError(f"strength {change.strength:g} of expert {change.expert} overflows {decomposition.dtype}")
+        raise ValueError(f"strength {change.strength:g} of expert {change.expert} overflows {vector.dtype}")
     return vector
 
 

@@ -309,9 +309,8 @@ class SAEView(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the coefficients of all experts, x (..., I) → (..., N)."""
-        values, indices = self.layer.encode(self._scaled(x))
         self._last_input = x.detach()
-        return values.new_zeros(*x.shape[:-1], self.cfg.d_sae).scatter(-1, indices, values)
+        return self.layer.encode(self._scaled(x)).to_dense(self.cfg.d_sae)
 
     def decode(self, coefficients: Tensor, x: Tensor | None = None) -> Tensor:
         """Return the output (..., O) for coefficients (..., N).

@@ -239,13 +239,17 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
                 head = ("", "")
             if not found["examples"]:
                 rows.append((*head, "–", NOT_ACTIVE))
-            if found.get("promoted"):
-                tokens = " ".join(token.strip() for token, _ in found["promoted"][:6])
+            if tokens := _promoted(found):
                 rows.append(("", "", "", Text.assemble("promotes: ", cell(tokens))))
         columns = ("expert", "% of\ntokens", "a", "text")
         table = _table(f"Layer {layer}: where experts are most active in {text}", columns, rows, left=0)
         table.columns[-1].justify = "left"
         _print(table)
+
+
+def _promoted(found: dict[str, Any]) -> str:
+    """Return the first tokens that an expert promotes; empty if they are not known."""
+    return " ".join(token.strip() for token, _ in found.get("promoted", [])[:6])
 
 
 def print_steered(results: dict[str, Any]) -> None:
@@ -281,7 +285,7 @@ def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
     for layer, experts in results["experts"].items():
         lines: list[tuple[Any, ...]] = []
         for expert, found in experts.items():
-            promoted = " ".join(token.strip() for token, _ in found["promoted"][:6])
+            promoted = _promoted(found)
             contexts = [
                 f"{one['before'][-25:]}[{one['token']}]{one['after'][:15]}" for one in found["examples"][:shown]
             ]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .documents import DataError, load_text
 from .readers import class_names, spell
-from .tokens import token_ids, warn_of_unknown_tokens, without_bos
+from .tokens import begin_of_row, token_ids, warn_of_unknown_tokens, without_bos
 
 MIN_TOKENS = 5
 """Shorter texts are dropped; BOS does not count."""
@@ -132,7 +132,7 @@ def cut_texts(
     Raises:
         DataError: `context_length` is too small, or a class has no text of `MIN_TOKENS` tokens.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = begin_of_row(tokenizer)
     length = context_length - len(start)
     if length < MIN_TOKENS:
         raise DataError(f"context_length must be at least {MIN_TOKENS + len(start)}, got {context_length}")

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .documents import DataError, read_chats, read_rows, require_text
 from .readers import CHAT, MESSAGES
-from .tokens import token_ids, warn_of_unknown_tokens, without_bos
+from .tokens import begin_of_row, token_ids, warn_of_unknown_tokens, without_bos
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _token_stream(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
 def _pack_batch(
     batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, context_length: int
 ) -> dict[str, list[list[int]]]:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # an id of 0 is an id
+    start = begin_of_row(tokenizer)
     stream, rows, begin = _token_stream(batch["text"], tokenizer), [], 0
     while len(row := start + without_bos(tokenizer, stream[begin : begin + context_length])) >= context_length:
         rows.append(row[:context_length])

@@ -15,7 +15,7 @@ from mxd import demo
 from .documents import DataError, load_text, split_documents
 from .packing import CausalCollator, materialize, pack, take_tokens
 from .provenance import TextOptions, check_apart
-from .tokens import token_ids, warn_of_unknown_tokens, without_bos
+from .tokens import begin_of_row, token_ids, warn_of_unknown_tokens, without_bos
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def document_batches(
     Raises:
         DataError: no document has a token.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = begin_of_row(tokenizer)
     length, rng = context_length - len(start), np.random.default_rng(0)
     count = len(documents) if isinstance(documents, Dataset) else None
     rows: list[dict[str, list[int]]] = []

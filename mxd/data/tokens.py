@@ -38,6 +38,16 @@ def without_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
     return ids[1:] if ids and ids[0] == tokenizer.bos_token_id else ids
 
 
+def begin_of_row(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what a row of one document begins with: BOS, if the tokenizer has one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def row_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text as a row: one BOS, if the tokenizer has one, and its `token_ids`."""
+    return begin_of_row(tokenizer) + without_bos(tokenizer, token_ids(tokenizer, [text])[0])
+
+
 def warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
     """Warn if the tokenizer does not know most of a text: it is in another language or script than the model's."""
     unknown = getattr(tokenizer, "unk_token_id", None)

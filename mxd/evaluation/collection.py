@@ -12,7 +12,7 @@ few operations on its K active experts a token, since most of them beat no entry
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,19 @@ from torch import Tensor, nn
 from mxd.base.forward import evaluating, right_padded
 from mxd.modeling_mxd import ExpertCoefficients, MxDLayer, MxDModel, SparseLayer
 
-from .contexts import distinct, distinct_places
+from .contexts import Context, distinct, distinct_places
 from .directions import DirectionFit, set_fitted_directions
 from .expert_use import captured_activations
 from .logit_effects import find_unembedding, nearest_rows
-from .streamed_tables import LargestEntries, TokenSample, hashed, make_places, split_places, strongest_of_rows
+from .streamed_tables import (
+    LargestEntries,
+    TokenSample,
+    count_pairs,
+    hashed,
+    make_places,
+    split_places,
+    strongest_of_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +103,11 @@ class ExpertCollection:
     similar_modulation_ids: Tensor | None = None
     similar_modulation_values: Tensor | None = None
 
+    @property
+    def domain_frequency(self) -> Tensor:
+        """Return the share of each domain's tokens on which each expert is active, (N, D) float64."""
+        return self.domain_counts.double() / self.domain_tokens.clamp_min(1)
+
     def at_least(self, experts: Tensor, values: Tensor) -> Tensor:
         """Return on how many tokens experts (…) have coefficients of at least `values` (…), by the histogram."""
         edges = torch.cat([HISTOGRAM_EDGES[:1] / 2, HISTOGRAM_EDGES, self.maximum.max().clamp_min(2**12)[None]])
@@ -104,16 +117,6 @@ class ExpertCollection:
         low, high = edges[place], edges[place + 1]
         below = ((values / low).log2() / (high / low).log2()).clamp(0, 1)  # share of the bin that is smaller
         return (above - below * counts.gather(-1, place[..., None])[..., 0]) * (values <= self.maximum[experts])
-
-
-class Context(NamedTuple):
-    """A token on which an expert is active."""
-
-    coefficient: float
-    row: int
-    """number of the row in the collection"""
-    position: int
-    """of the token in the row"""
 
 
 @dataclass
@@ -204,15 +207,15 @@ class _LayerPass:
         self.tokens += len(values)
         token, slot = (values > 0).nonzero(as_tuple=True)
         expert, value = indices[token, slot], values[token, slot].float()
-        _count(self.counts, expert, torch.zeros_like(expert))
+        count_pairs(self.counts, expert, torch.zeros_like(expert))
         if domains is not None:  # -1: none
             named = domains[token] >= 0
-            _count(self.domain_counts, expert[named], domains[token][named])
+            count_pairs(self.domain_counts, expert[named], domains[token][named])
             self.domain_tokens += domains[domains >= 0].bincount(minlength=len(self.domain_tokens))
         self.together.update(indices.masked_fill(values <= 0, -1), hashed(places))
         shown = inside[token]
         expert, value, place = expert[shown], value[shown], places[token[shown]]
-        _count(self.histogram, expert, torch.bucketize(value, self.edges, right=True))
+        count_pairs(self.histogram, expert, torch.bucketize(value, self.edges, right=True))
         self.sample.update(expert, hashed(place, expert), place, value)
         better = value > self.top.least(expert)
         expert, value, place = strongest_of_rows(expert[better], value[better], place[better])
@@ -237,11 +240,6 @@ class _LayerPass:
         fields["domain_counts"], fields["domain_tokens"] = self.domain_counts.cpu().int(), self.domain_tokens.cpu()
         fields["co_firing_ids"], fields["co_firing_values"] = self.together.co_firing(self.experts)
         return fields
-
-
-def _count(table: Tensor, expert: Tensor, column: Tensor) -> None:
-    """Add 1 to an entry of a table (N, columns) for each pair."""
-    table += (expert * table.shape[1] + column).bincount(minlength=table.numel()).view(table.shape)
 
 
 class _Rows:
@@ -391,6 +389,7 @@ def _compact(
     kept = [rows[number] for number in numbers.tolist()]
     lengths = torch.tensor([0, *map(len, kept)])
     ids = torch.tensor([token for row in kept for token in row], dtype=torch.int32)
-    names = {name: number for number, name in enumerate(dict.fromkeys(documents[row] for row in numbers.tolist()))}
-    of_row = torch.tensor([names[documents[row]] for row in numbers.tolist()], dtype=torch.int32)
+    of_rows = [documents[row] for row in numbers.tolist()]
+    names = {name: number for number, name in enumerate(dict.fromkeys(of_rows))}
+    of_row = torch.tensor([names[name] for name in of_rows], dtype=torch.int32)
     return Collection(layers, ids, lengths.cumsum(0), of_row, domains, settings)

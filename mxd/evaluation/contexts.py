@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,16 @@ AROUND = 12
 MAX_BYTES = 4
 """Bytes of a character in UTF-8, each of which may be a token."""
 INCOMPLETE = "\ufffd"
+
+
+class Context(NamedTuple):
+    """A token on which an expert is active."""
+
+    coefficient: float
+    row: int
+    """number of the row in the collection"""
+    position: int
+    """of the token in the row"""
 
 
 def distinct(

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mxd.base.capture import Capture
-from mxd.base.forward import evaluating
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel
 
-from .expert_use import captured_activations
+from .expert_use import encode_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +147,7 @@ def fit_directions(
     """
     config = decomposition.config
     fits = {layer: DirectionFit(config.layer(layer).num_experts) for layer in config.layers}
-    with evaluating(*(one for one in (model, decomposition) if isinstance(one, nn.Module))):
-        for batch in batches:
-            captured, masks = captured_activations(model, decomposition, batch)
-            for layer, (x, y) in captured.items():
-                module, mask = decomposition.layer(layer), masks[layer]
-                fits[layer].update(module.encode(x[mask].to(module.gate.weight.device)), x[mask], y[mask])
+    encode_tokens(model, decomposition, batches, lambda layer, *tokens: fits[layer].update(*tokens))
     return set_fitted_directions(decomposition, fits, ridge)
 
 

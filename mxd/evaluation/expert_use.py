@@ -106,13 +106,27 @@ def count_expert_use(
     """
     config = decomposition.config
     uses = {layer: ExpertUse(config.layer(layer).num_experts) for layer in config.layers}
+    encode_tokens(model, decomposition, batches, lambda layer, coefficients, x, y: uses[layer].update(coefficients))
+    return uses
+
+
+@torch.no_grad()
+def encode_tokens(
+    model: nn.Module | Capture,
+    decomposition: MxDModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    use: Callable[[int, ExpertCoefficients, Tensor, Tensor], None],
+) -> None:
+    """Call `use(layer, coefficients, x, y)` with the unpadded tokens of every batch and layer: x (T, I) and y (T, O).
+
+    For the other arguments see `count_expert_use`. Both models are in eval mode meanwhile.
+    """
     with evaluating(*(one for one in (model, decomposition) if isinstance(one, nn.Module))):
         for batch in batches:
             captured, masks = captured_activations(model, decomposition, batch)
-            for layer, (x, _) in captured.items():
-                module = decomposition.layer(layer)
-                uses[layer].update(module.encode(x[masks[layer]].to(module.gate.weight.device)))
-    return uses
+            for layer, (x, y) in captured.items():
+                module, mask = decomposition.layer(layer), masks[layer]
+                use(layer, module.encode(x[mask].to(module.gate.weight.device)), x[mask], y[mask])
 
 
 def captured_activations(

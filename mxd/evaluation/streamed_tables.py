@@ -49,6 +49,11 @@ def strongest_of_rows(expert: Tensor, value: Tensor, place: Tensor) -> tuple[Ten
     return expert[order], value[order], place[order]
 
 
+def count_pairs(table: Tensor, expert: Tensor, column: Tensor) -> None:
+    """Add 1 to an entry of a table (N, columns) for each pair."""
+    table += (expert * table.shape[1] + column).bincount(minlength=table.numel()).view(table.shape)
+
+
 class LargestEntries:
     """The C entries with the largest keys of each of N experts, streamed.
 

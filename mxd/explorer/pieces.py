@@ -4,7 +4,8 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-INCOMPLETE = "\ufffd"
+from mxd.evaluation.contexts import INCOMPLETE
+
 _MAX_TOKENS = 8
 """Tokens that a character may consist of, each a byte or more of it."""
 

@@ -1,6 +1,5 @@
 """Write the explorer as a folder that any static host serves, or as a Space on the Hugging Face Hub."""
 
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -62,11 +61,3 @@ def push_space(folder: Path, space: str, title: str, decomposition: str | None =
     )
     with_retries(upload, f"pushing to the Space {space}")
     return f"{api.endpoint}/spaces/{space}"
-
-
-def export_and_push(site: ExplorerSite, space: str, title: str, decomposition: str | None = None) -> Iterator[str]:
-    """Push a site without keeping its folder; yield the path of each file of data, and the Space's address last."""
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "site"
-        yield from export_site(site, folder)
-        yield push_space(folder, space, title, decomposition)

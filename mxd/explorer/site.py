@@ -18,11 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mxd.evaluation.collection import HISTOGRAM_EDGES, Collection, ExpertCollection
+from mxd.evaluation.contexts import AROUND
 
 from .pieces import TokenPieces
 
-AROUND = 12
-"""Tokens of context on each side."""
 QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)
 PER_QUANTILE = 2
 CHUNK = 128
@@ -97,7 +96,7 @@ class ExplorerSite:
     def _columns(self, layer: ExpertCollection) -> dict[str, list[Any]]:
         places = self._ids_at(layer.top_rows, layer.top_positions)
         ids = places.mode(1).values.where((places >= 0).all(1), places[:, 0])
-        counts = layer.domain_counts.double() / layer.domain_tokens.clamp_min(1)
+        counts = layer.domain_frequency
         promoted = layer.promoted_ids[:, 0].tolist() if layer.promoted_ids is not None else []
         return {
             "frequency": _rounded(layer.frequency),
@@ -130,7 +129,7 @@ class ExplorerSite:
             pairs = [] if ids is None else zip(ids[expert].tolist(), _rounded(near[expert]), strict=True)
             if found := [pair for pair in pairs if pair[0] >= 0]:
                 similar.append({"name": title, "experts": found})
-        shares = layer.domain_counts[expert].double() / layer.domain_tokens.clamp_min(1)
+        shares = layer.domain_frequency[expert]
         domains = sorted(zip(self.collection.domains, _rounded(shares), strict=True), key=lambda pair: -(pair[1] or 0))
         return {
             "frequency": float(layer.frequency[expert]),

@@ -3,8 +3,10 @@
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,11 +15,11 @@ from mxd.base.files import replace_text
 from mxd.base.progress import progress_bar
 from mxd.data.provenance import recorded_runs
 from mxd.data.texts import document_batches, evaluation_settings
-from mxd.evaluation.collection import TOP, Collection, Context, ExpertCollection, collect_experts
+from mxd.evaluation.collection import TOP, Collection, ExpertCollection, collect_experts
 from mxd.evaluation.collection_file import EXPERTS_NAME, load_collection, save_collection
-from mxd.evaluation.contexts import INCOMPLETE, in_context
+from mxd.evaluation.contexts import INCOMPLETE, Context, in_context
 from mxd.evaluation.inspection import last_token_outputs
-from mxd.evaluation.logit_effects import find_unembedding
+from mxd.evaluation.logit_effects import Unembedding, find_unembedding
 from mxd.modeling_mxd import MxDModel
 
 from .decompositions import (
@@ -46,7 +48,8 @@ _TEXT_OPTIONS = (
 )  # fmt: skip
 
 
-class Opened(NamedTuple):
+@dataclass(frozen=True)
+class Opened:
     """A decomposition with its base model and its collection."""
 
     collection: Collection
@@ -59,6 +62,15 @@ class Opened(NamedTuple):
     """folder for results; None to print them"""
     evaluation: Mapping[str, Any]
     """evaluation.json of the decomposition"""
+
+    @cached_property
+    def unembedding(self) -> Unembedding | None:
+        """The base model's, found once; None if there is none, of which `collect_experts` has warned."""
+        try:
+            example = torch.tensor([self.collection.row(0)])
+            return find_unembedding(self.model, example, self.decomposition.config.stack)
+        except ValueError:
+            return None
 
 
 def open_experts(options: ExpertsOptions, progress: bool = True) -> Opened:
@@ -133,7 +145,7 @@ def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, An
 def recorded_collection(options: Any, folder: Path | None, decomposition: MxDModel) -> Collection | None:
     """Return the collection beside a decomposition or in the output folder, if it is of the text that is asked for.
 
-    A file that is not fit to be read, or is of another decomposition, is left out with a warning.
+    A file that cannot be read, or is of another decomposition, is ignored with a warning.
     """
     own = None if folder is None else folder / EXPERTS_NAME
     path = own if own is not None and own.is_file() else source_file(options.decomposition, EXPERTS_NAME)
@@ -233,7 +245,7 @@ def describe_expert(opened: Opened, layer: int, expert: int, examples: int = TOP
     shown = _shown(collection, contexts, tokenizer)
     for example, promoted in zip(shown, _promoted_there(opened, layer, expert, contexts[:AT_TOKENS]), strict=False):
         example["promoted"] = promoted
-    frequencies = found.domain_counts[expert].double() / found.domain_tokens.clamp_min(1)
+    frequencies = found.domain_frequency[expert]
     shares = (frequencies / frequencies.sum().clamp_min(1e-300)).tolist()
     return {
         "frequency": float(found.frequency[expert]),
@@ -255,13 +267,11 @@ def _promoted_there(opened: Opened, layer: int, expert: int, contexts: Sequence[
     """Return the tokens that an MxD's expert promotes at its contexts, by a_n c_n * (Dᵀz)."""
     if not contexts or opened.decomposition.config.layer(layer).method != "mxd":
         return []
-    rows = [opened.collection.row(one.row)[: one.position + 1] for one in contexts]
-    try:
-        unembedding = find_unembedding(opened.model, torch.tensor(rows[:1]), opened.decomposition.config.stack)
-    except ValueError:  # `collect_experts` has warned of it
+    if opened.unembedding is None:
         return []
+    rows = [opened.collection.row(one.row)[: one.position + 1] for one in contexts]
     outputs = last_token_outputs(opened.model, opened.decomposition, layer, [(expert, row) for row in rows])
-    found = unembedding.largest(outputs, TOKENS_THERE)
+    found = opened.unembedding.largest(outputs, TOKENS_THERE)
     pairs = zip(found["promoted_ids"].tolist(), found["promoted_values"].tolist(), strict=True)
     return [_named(opened.tokenizer, list(zip(*pair, strict=True))) for pair in pairs]
 

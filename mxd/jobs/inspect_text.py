@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mxd.base.files import replace_text
-from mxd.data.tokens import token_ids, without_bos
+from mxd.data.tokens import row_of
 from mxd.evaluation.inspection import Inspection, inspect_tokens
 
 from .expert_page import inspection_page
@@ -65,8 +65,7 @@ def inspect_text(options: InspectOptions, progress: bool = True) -> dict[str, An
 def inspect_tokens_of(opened: Opened, text: str) -> tuple[list[str], dict[int, Inspection]]:
     """Return the tokens of a text, after BOS if the tokenizer has one, and the experts active on them, by layer."""
     tokenizer = opened.tokenizer
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = start + without_bos(tokenizer, token_ids(tokenizer, [text])[0])
+    ids = row_of(tokenizer, text)
     positions = getattr(opened.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     limit = min(MAX_TOKENS, positions) if isinstance(positions, int) and positions > 0 else MAX_TOKENS
     if len(ids) > limit:

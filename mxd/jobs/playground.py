@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mxd.data.tokens import token_ids, without_bos
+from mxd.data.tokens import begin_of_row, row_of
 from mxd.evaluation.inspection import inspect_tokens
 from mxd.explorer.server import Call
 from mxd.explorer.site import ExplorerSite
@@ -15,6 +15,7 @@ from mxd.hub_cards.safe_text import finite_number
 from mxd.modeling_mxd.configuration_mxd import shorten
 
 from .decompositions import load_base_and_text, load_decomposition
+from .steer import continuations
 
 MAX_TEXT, MAX_TOKENS, MAX_NEW_TOKENS, MAX_EXPERTS = 4000, 256, 200, 2000
 
@@ -52,8 +53,8 @@ class Playground:
         """Return {"tokens": text of each token, "experts": those active on them, the most unusual first}."""
         decomposition, model, tokenizer = self._loaded.result()
         layer, text = self._layer(question), _text(question, "text")
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        ids = start + without_bos(tokenizer, token_ids(tokenizer, [text])[0])[:MAX_TOKENS]
+        start = begin_of_row(tokenizer)
+        ids = row_of(tokenizer, text)[: len(start) + MAX_TOKENS]
         collection = self.site.collection.layers[layer]
         found = inspect_tokens(model, decomposition, ids, {layer: collection})[layer]
         active = found.coefficients > 0
@@ -76,15 +77,11 @@ class Playground:
         change: dict[str, Any] = {"layer": self._layer(question), "expert": _whole(question, "expert")}
         change |= {"strength": _number(question, "strength"), "by": str(question.get("by"))}
         how = {"max_new_tokens": min(max(1, tokens), MAX_NEW_TOKENS), "do_sample": False}
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        inputs = tokenizer(prompt, return_tensors="pt")
         if inputs["input_ids"].shape[1] > MAX_TOKENS:
             raise ValueError(f"the prompt has over {MAX_TOKENS} tokens: shorten it")
-        untouched = model.generate(**inputs, **how)
-        with decomposition.spliced(model), decomposition.steer(model, change):
-            steered = model.generate(**inputs, **how)
-        start = inputs["input_ids"].shape[1]
-        texts = [tokenizer.decode(one[0, start:], skip_special_tokens=True) for one in (untouched, steered)]
-        return {"untouched": texts[0], "steered": texts[1]}
+        untouched, steered = continuations(decomposition, model, tokenizer, inputs, change, **how)
+        return {"untouched": untouched, "steered": steered}
 
     def _layer(self, question: Mapping[str, Any]) -> int:
         layer = question.get("layer")

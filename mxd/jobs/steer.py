@@ -1,8 +1,11 @@
 """`mxd steer`: continue a prompt by the untouched model, and by the spliced one while experts steer it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxd.base.forward import check_causal, check_predictions
 from mxd.modeling_mxd import MxDModel, Steering, SteeringChange
@@ -25,25 +28,47 @@ def steer(options: SteeringOptions) -> dict[str, Any]:
     model, tokenizer, _ = load_base_and_text(decomposition, options.dtype, 2, lambda: None)
     check_causal(model)
     check_predictions(model, "steering")
-    inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].numel():
-        raise ValueError("the prompt has no tokens: write one")
     how: dict[str, Any] = {"max_new_tokens": options.new_tokens, "do_sample": options.temperature > 0}
     if options.temperature > 0:
         how["temperature"] = options.temperature
-
-    def generate() -> str:
-        torch.manual_seed(options.seed)
-        tokens = model.generate(**inputs, **how, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-    untouched = generate()
-    with decomposition.spliced(model), decomposition.steer(model, steering):
-        steered = generate()
+    inputs = tokenizer(options.prompt, return_tensors="pt")
+    untouched, steered = continuations(decomposition, model, tokenizer, inputs, steering, options.seed, **how)
     if options.save is not None:
         steering.to_json(options.save)
     changes = [vars(change) for change in steering]
     return {"prompt": options.prompt, "untouched": untouched, "steered": steered, "steering": changes}
+
+
+def continuations(
+    decomposition: MxDModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Tensor],
+    steering: Any,
+    seed: int = 0,
+    **how: Any,
+) -> tuple[str, str]:
+    """Return how the untouched model and the steered one continue a tokenised prompt, with the same random numbers.
+
+    `steering` is what `MxDModel.steer` takes, `how` are arguments of `generate`.
+
+    Raises:
+        ValueError: the prompt has no tokens, or the decomposition has nothing to steer by.
+    """
+    start = inputs["input_ids"].shape[1]
+    if not inputs["input_ids"].numel():
+        raise ValueError("the prompt has no tokens: write one")
+    how |= {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    how["pad_token_id"] = tokenizer.pad_token_id or tokenizer.eos_token_id
+
+    def generate() -> str:
+        torch.manual_seed(seed)
+        tokens: Any = model.generate(**how)
+        return str(tokenizer.decode(tokens[0, start:], skip_special_tokens=True))
+
+    untouched = generate()
+    with decomposition.spliced(model), decomposition.steer(model, steering):
+        return untouched, generate()
 
 
 def _steering(options: SteeringOptions, decomposition: MxDModel) -> Steering:
