@@ -1,15 +1,10 @@
 import json
-import re
 from pathlib import Path
 
-from mxd import demo
 from mxd.hub_cards import OLDEST_TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-FINETUNING = (ROOT / "docs" / "how-to" / "finetune.md").read_text()
-PEFT = (ROOT / "docs" / "how-to" / "peft.md").read_text()
-QUICKSTART = (ROOT / "docs" / "start" / "quickstart.md").read_text()
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "recipe.json").read_text())["tables"]
 HELD_OUT, PYTHON = "K = 32, one pass", "Another kind of text than that of the training, Python sources"
 HEADLINE = {
@@ -20,48 +15,9 @@ HEADLINE = {
 }
 
 
-def snippets(document: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
-
-
 def test_it_is_short_and_begins_with_code():
     assert len(README.split()) <= 900
     assert README[: README.index("```python")].count("\n") < 40
-
-
-def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
-    from mxd import DecompositionOptions, MxDModel, decompose
-
-    monkeypatch.chdir(tmp_path)
-    decompose(
-        DecompositionOptions(
-            output="demo-output", num_experts=64, num_experts_per_tok=4, tokens=8192, evaluation_tokens=1024
-        )
-    )
-    text = json.dumps({"text": "It is a truth universally acknowledged. " * 20}) + "\n"
-    Path("texts.jsonl").write_text(text * 2)
-    loading, reading = snippets(README)
-    names: dict[str, object] = {}
-    base = f'"demo-output", base_model_name_or_path={str(demo.model_path())!r}'
-    exec(loading.replace('"user/mxd-gpt2-l8"', base), names)
-    assert names["model"].decomposition.config.layers == [2]
-    capsys.readouterr()
-    exec(reading.replace('"strength": 9', '"strength": 300'), names)  # it is hardly trained
-    before, after = capsys.readouterr().out.strip().split("\n")[0], names["steered"]
-    assert before.startswith("The state of the Union") and after.startswith("The state of the Union")
-    assert before != after
-    (ablating,) = snippets(QUICKSTART)
-    exec(ablating, names)
-    assert float(capsys.readouterr().out.rpartition(" ")[2]) > 0
-    (finetuning,) = snippets(FINETUNING)
-    exec(finetuning.replace("max_steps=100", "max_steps=2"), names)
-    assert Path("finetuned/model.safetensors").is_file()
-    adapter, merge = snippets(PEFT)
-    exec(adapter.replace("max_steps=100", "max_steps=2"), names)
-    untrained = MxDModel.from_pretrained("demo-output").layer(2)
-    exec(merge, names)
-    merged = MxDModel.from_pretrained("merged").layer(2)
-    assert not merged.gate.weight.equal(untrained.gate.weight) and merged.modulation.equal(untrained.modulation)
 
 
 def test_the_headline_is_in_the_results():

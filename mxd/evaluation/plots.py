@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib
@@ -12,6 +13,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
+
+from mxd.modeling_mxd import MxDConfig
 
 from .expert_use import SPECIALISED_FREQUENCY
 from .metrics import LEAST_EXPERT_SHARE
@@ -41,10 +44,30 @@ def _figure(
     return figure, axes
 
 
-def _save(figure: Figure, path: PathLike, labels: int = 0) -> None:
-    """Save a figure with a legend of `labels` entries: above the axes if it is short, else beside them."""
+def model_title(model: str | None, layers: Sequence[int]) -> str:
+    """Return the part of a figure's title that names a base model and its layers."""
+    name = Path(model or "model").name
+    if len(layers) > 4:
+        return f"{name}, {len(layers)} layers"
+    return f"{name}, layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def decomposition_title(config: MxDConfig) -> str:
+    """Return the title of a decomposition's figures: base model, layers, and method and sizes of the first layer."""
+    first = config.layer(config.layers[0])
+    units = "experts" if first.method == "mxd" else "latents"
+    sizes = f"{first.num_experts:,} {units}, K = {first.num_experts_per_tok}"
+    return f"{model_title(config.base_model_name_or_path, config.layers)}: {_METHODS[first.method][0]}, {sizes}"
+
+
+def _save(figure: Figure, path: PathLike, labels: int = 0, title: str = "") -> None:
+    """Save a figure with a legend of `labels` entries: below the axes if it is short, else beside them."""
+    if title:
+        figure.suptitle(title, fontsize="medium")
     if 0 < labels <= len(COLOURS):
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize="small")
+        figure.legend(
+            loc="outside lower center", ncols=2 * round(figure.get_figwidth() / 6.4), frameon=False, fontsize="small"
+        )
     elif labels:
         columns = -(-labels // _LEGEND_ROWS)
         figure.set_figwidth(6.4 + 2.2 * columns)
@@ -91,7 +114,7 @@ def _histograms(axes: Axes, values: Mapping[str, np.ndarray], bins_per_decade: i
     axes.set_ylim(bottom=0)
 
 
-def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: PathLike) -> None:
+def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: PathLike, title: str = "") -> None:
     """Plot a histogram of the experts' frequencies, one line per layer; the legend counts those that are never active.
 
     Args:
@@ -106,10 +129,10 @@ def plot_expert_frequency(frequencies: Mapping[str, Tensor], path: PathLike) -> 
     quarter = f"{100 * SPECIALISED_FREQUENCY:.0f} % of tokens"
     axes.axvline(SPECIALISED_FREQUENCY, color="grey", linestyle=(0, (1, 1)), label=quarter)
     axes.set(xlabel="share of tokens on which an expert is active")
-    _save(figure, path, max(1, len(named)))
+    _save(figure, path, max(1, len(named)), title)
 
 
-def plot_singular_values(values: Mapping[str, Tensor], path: PathLike) -> None:
+def plot_singular_values(values: Mapping[str, Tensor], path: PathLike, title: str = "") -> None:
     """Plot a histogram of the experts' smallest singular values, one line per layer; the legend counts zeros.
 
     Args:
@@ -123,10 +146,10 @@ def plot_singular_values(values: Mapping[str, Tensor], path: PathLike) -> None:
         named[name] = value.detach().double().cpu().numpy()
     _histograms(axes, named, bins_per_decade=24)
     axes.set(xlabel="smallest singular value of an expert's matrix")
-    _save(figure, path, len(named))
+    _save(figure, path, len(named), title)
 
 
-def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: PathLike) -> None:
+def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: PathLike, title: str = "") -> None:
     """Plot the rise of cross-entropy as the strongest experts are removed; a dashed line is the zero-ablated model.
 
     Args:
@@ -144,10 +167,10 @@ def plot_ablation(curves: Mapping[str, Mapping[str, Any]], path: PathLike) -> No
     _count_ticks(axes, [0, *(2**power for power in range(max(1, most).bit_length()))])
     axes.set_xlim(-0.1, 1.1 * most)
     axes.set(xlabel="strongest active experts removed", ylabel="rise of cross-entropy (nats per token)")
-    _save(figure, path, 2 * len(curves))
+    _save(figure, path, 2 * len(curves), title)
 
 
-def plot_domain_use(uses: Mapping[str, Mapping[str, Any]], path: PathLike) -> None:
+def plot_domain_use(uses: Mapping[str, Mapping[str, Any]], path: PathLike, title: str = "") -> None:
     """Plot a bar of the active experts of every domain, and within it, solid, the experts of that domain alone.
 
     Args:
@@ -166,11 +189,11 @@ def plot_domain_use(uses: Mapping[str, Mapping[str, Any]], path: PathLike) -> No
     axes.set_yticks(range(len(domains)), domains)
     axes.invert_yaxis()
     axes.set(xlabel="experts")
-    _save(figure, path, 2 * len(uses))
+    _save(figure, path, 2 * len(uses), title)
 
 
 def plot_training_loss(
-    log_history: Sequence[Mapping[str, Any]], path: PathLike, loss: str = "normalised squared error"
+    log_history: Sequence[Mapping[str, Any]], path: PathLike, loss: str = "normalised squared error", title: str = ""
 ) -> None:
     """Plot the training loss, one line per layer if the log has them (`layer_8/loss`).
 
@@ -195,10 +218,10 @@ def plot_training_loss(
     if by_tokens:
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    _save(figure, path, len(names) if len(names) > 1 else 0)
+    _save(figure, path, len(names) if len(names) > 1 else 0, title)
 
 
-def plot_frontier(results: Mapping[str, Any], path: PathLike) -> None:
+def plot_frontier(results: Mapping[str, Any], path: PathLike, title: str = "") -> None:
     """Plot cross-entropy, NMSE and expert share over K, one line per method; the first as in the paper's Fig. 3.
 
     The untouched model is a dashed line, and so is the share below which `weak_experts` warns. Bars are the 95 %
@@ -225,7 +248,8 @@ def plot_frontier(results: Mapping[str, Any], path: PathLike) -> None:
         loss_axes.errorbar(ks * shift, losses, yerr=halves, capsize=2, elinewidth=1, **style)
         error_axes.plot(ks, errors, label=label, **style)
         share_axes.plot(ks, 100 * np.array(shares), **style)
-    share_axes.axhline(100 * LEAST_EXPERT_SHARE, color="grey", **_DASHED)
+    least = f"{100 * LEAST_EXPERT_SHARE:.0f} % expert share: below, the dense part does the work"
+    share_axes.axhline(100 * LEAST_EXPERT_SHARE, color="grey", label=least, **_DASHED)
     if results["untouched"] is not None:
         loss_axes.axhline(results["untouched"], color="black", **_DASHED)
         error_axes.plot([], [], color="black", label="Untouched model", **_DASHED)  # last in the legend
@@ -234,14 +258,17 @@ def plot_frontier(results: Mapping[str, Any], path: PathLike) -> None:
         _count_ticks(axes, sorted({point["num_experts_per_tok"] for point in every}))
         axes.set_xlabel("K, experts active per token")
     loss_axes.set_ylabel("cross-entropy (nats per token)")
-    share_axes.set_ylabel(f"expert share (%); below {100 * LEAST_EXPERT_SHARE:.0f} % the dense part does the work")
+    share_axes.set_ylabel("expert share (%)")
     error_axes.set(ylabel="NMSE", yscale="log")
     _log_ticks(error_axes.yaxis, (1, 1.5, 2, 3, 4, 5, 7))
-    _save(figure, path, len(methods) + 1)
+    _save(figure, path, len(methods) + 2, title)
 
 
 def plot_probing(
-    problems: Mapping[str, Mapping[str, Any]], path: PathLike, chance: Mapping[str, Mapping[str, float]]
+    problems: Mapping[str, Mapping[str, Any]],
+    path: PathLike,
+    chance: Mapping[str, Mapping[str, float]],
+    title: str = "",
 ) -> None:
     """Plot the F1 of the best single feature, a panel per problem and a row per representation.
 
@@ -269,4 +296,4 @@ def plot_probing(
     figure.supxlabel("F1 of the best single feature; dashed: always yes", fontsize=10)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    _save(figure, path)
+    _save(figure, path, title=title)

@@ -12,6 +12,7 @@ from mxd.data.labelled_text import label_names, some
 from mxd.data.provenance import is_held_out
 from mxd.data.texts import TextOptions, evaluation_batches, load_one
 from mxd.evaluation import ExpertUse, count_expert_use, domain_use, plot_domain_use
+from mxd.evaluation.plots import decomposition_title
 
 from .decompositions import load_base_and_text, load_decomposition, made_how, results_folder
 from .options import EvaluationOptions
@@ -105,7 +106,8 @@ def measure_domain_use(options: EvaluationOptions, progress: bool = True) -> dic
         write_json(folder / USE_NAME, results)
         figure = folder / "figures" / "experts_per_domain.png"
         figure.parent.mkdir(exist_ok=True)
-        plot_domain_use({f"layer {layer}": use for layer, use in layers.items()}, figure)
+        title = decomposition_title(decomposition.config)
+        plot_domain_use({f"layer {layer}": use for layer, use in layers.items()}, figure, title)
     return results
 
 

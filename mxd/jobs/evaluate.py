@@ -17,6 +17,7 @@ from mxd.evaluation import (
     plot_singular_values,
     save_evaluation,
 )
+from mxd.evaluation.plots import decomposition_title
 from mxd.evaluation.tasks import find_tasks, score_tasks
 
 from .decompositions import load_base_and_text, load_decomposition, made_how, read_text, results_folder
@@ -78,19 +79,19 @@ def evaluate(options: EvaluationOptions, progress: bool = True) -> dict[str, Any
         results["ranks"] = {str(layer): rank.summary() for layer, rank in ranks.items()}
     if folder is None:
         return results
-    _plot(results, ranks, folder / "figures")
+    _plot(results, ranks, folder / "figures", decomposition_title(decomposition.config))
     save_evaluation(results, folder)
     return load_evaluation(folder)
 
 
-def _plot(results: dict[str, Any], ranks: dict[int, ExpertRanks], figures: Path) -> None:
+def _plot(results: dict[str, Any], ranks: dict[int, ExpertRanks], figures: Path, title: str) -> None:
     """Plot what was measured, and delete the figures of an earlier evaluation."""
     for name in (_ABLATION_FIGURE, _RANKS_FIGURE):
         (figures / name).unlink(missing_ok=True)
     if "ablation" in results or ranks:
         figures.mkdir(exist_ok=True)
     if "ablation" in results:
-        plot_ablation({"all layers": results["ablation"]}, figures / _ABLATION_FIGURE)
+        plot_ablation({"all layers": results["ablation"]}, figures / _ABLATION_FIGURE, title)
     if ranks:
         smallest = {f"layer {layer}": rank.smallest for layer, rank in ranks.items()}
-        plot_singular_values(smallest, figures / _RANKS_FIGURE)
+        plot_singular_values(smallest, figures / _RANKS_FIGURE, title)

@@ -24,6 +24,7 @@ from mxd.base.progress import progress_bar
 from mxd.data.packing import materialize, pack
 from mxd.data.texts import evaluation_batches, load_documents, warn_of_embedded_text
 from mxd.evaluation import UntouchedLosses, faithfulness, plot_frontier, save_evaluation
+from mxd.evaluation.plots import model_title
 from mxd.modeling_mxd import MxDConfig, MxDModel
 from mxd.modeling_mxd.loading import first_line
 from mxd.trainers import DistillationArguments, DistillationTrainer
@@ -265,5 +266,5 @@ def _write(options: FrontierOptions, common: Mapping[str, Any], layers: list[int
     }
     write_json(root / FRONTIER_NAME, results)
     if rows:
-        plot_frontier(results, root / FIGURE_NAME)
+        plot_frontier(results, root / FIGURE_NAME, model_title(options.model, layers))
     return results

@@ -21,6 +21,7 @@ from mxd.evaluation import (
     pool_features,
     probe_features,
 )
+from mxd.evaluation.plots import model_title
 from mxd.evaluation.probing import check_groups, check_scikit_learn
 from mxd.modeling_mxd import MLPSite, MxDModel, SurgeryError, find_mlp
 
@@ -87,8 +88,8 @@ def probe(options: ProbingOptions, progress: bool = True) -> dict[str, Any]:
     }
     if folder is not None:
         write_json(folder / RESULTS_NAME, results)
-        name = options.label_column
-        plot_probing({name: results["representations"]}, folder / FIGURE_NAME, {name: chance})
+        name, title = options.label_column, model_title(results["settings"]["base_model"], [layer])
+        plot_probing({name: results["representations"]}, folder / FIGURE_NAME, {name: chance}, title)
     return results
 
 

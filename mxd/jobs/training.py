@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from mxd.evaluation import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
+from mxd.evaluation.plots import decomposition_title
 from mxd.modeling_mxd import MxDModel
 from mxd.trainers.decomposition_arguments import DecompositionArguments
 from mxd.trainers.decomposition_trainer import DecompositionTrainer, DivergenceError
@@ -146,8 +147,12 @@ def save_results(
     save_evaluation(results, folder)
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
-    plot_training_loss(json.loads((folder / LOG_NAME).read_text()), figures / "training_loss.png", loss)
+    title, made = decomposition_title(decomposition.config), results["settings"]
+    from_the_mlp = "finetuning" not in made and made.get("training", {}).get("encoder_init") == "pretrained"
+    note = "\nTraining starts at the pretrained MLP, so the loss first rises" if from_the_mlp else ""
+    log = json.loads((folder / LOG_NAME).read_text())
+    plot_training_loss(log, figures / "training_loss.png", loss, title + note)
     frequencies = {f"layer {i}": decomposition.layer(i).expert_frequency for i in decomposition.config.layers}
-    plot_expert_frequency(frequencies, figures / "expert_frequency.png")
+    plot_expert_frequency(frequencies, figures / "expert_frequency.png", title)
     finish(folder)
     return load_evaluation(folder)

@@ -14,6 +14,8 @@ from mxd.evaluation import (
     plot_singular_values,
     plot_training_loss,
 )
+from mxd.evaluation.plots import decomposition_title, model_title
+from tests.factories import mxd_config
 
 PNG = b"\x89PNG\r\n"
 
@@ -155,7 +157,8 @@ def test_a_frontier_has_a_line_for_each_method_with_bars_and_the_untouched_model
     ]  # fmt: skip
     plot_frontier({"untouched": 2.0, "points": points}, tmp_path / "a.png")
     loss, error, share = figures[0].axes
-    assert legend(figures[0]) == ["Skip transcoder", "MxD", "Untouched model"]
+    least = "20 % expert share: below, the dense part does the work"
+    assert legend(figures[0]) == ["Skip transcoder", "MxD", "Untouched model", least]
     skip, mxd = loss.containers
     assert list(mxd[0].get_xdata()) == pytest.approx([16, 64], rel=0.03)
     assert list(mxd[0].get_ydata()) == [2.02, 2.01]
@@ -165,5 +168,17 @@ def test_a_frontier_has_a_line_for_each_method_with_bars_and_the_untouched_model
     assert list(dashed.get_ydata()) == [2.0, 2.0]
     assert list(error.get_lines()[1].get_ydata()) == pytest.approx([0.4, 0.2])
     assert list(share.get_lines()[1].get_ydata()) == pytest.approx([20, 10])
-    assert list(share.get_lines()[-1].get_ydata()) == pytest.approx([20, 20]) and "dense part" in share.get_ylabel()
+    assert list(share.get_lines()[-1].get_ydata()) == pytest.approx([20, 20])
     assert [tick.get_text() for tick in loss.get_xticklabels()] == ["16", "64"]
+
+
+def test_a_title_names_the_model_the_layers_and_the_sizes(figures, tmp_path):
+    config = mxd_config(layers=(1, 2))
+    config.base_model_name_or_path = "somebody/Model-1B"
+    title = decomposition_title(config)
+    first = config.layer(1)
+    assert title == f"Model-1B, layers 1, 2: MxD, {first.num_experts} experts, K = {first.num_experts_per_tok}"
+    assert model_title("folder/of/model", range(30)) == "model, 30 layers"
+    assert model_title(None, [8]) == "model, layer 8"
+    plot_training_loss([{"loss": 1.0, "step": 1}], tmp_path / "a.png", title=title)
+    assert figures[0].get_suptitle() == title

@@ -1,0 +1,147 @@
+"""Every Python snippet of the README and the docs runs, with fewer tokens and steps, and on the model of the demo."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mxd import (
+    DecompositionOptions,
+    DistillationArguments,
+    ExpertsOptions,
+    MxDModel,
+    capture_mlps,
+    decompose,
+    demo,
+    export_transcoder,
+    load_base_model,
+    load_text,
+    read_experts,
+)
+from tests.factories import mxd_model
+
+ROOT = Path(__file__).parent.parent
+SMOL, GPT2 = "HuggingFaceTB/SmolLM2-135M", "openai-community/gpt2"
+SHORT = "tokens=2048, match_transcoder=8, evaluation_tokens=1024"
+# page: replacements in its snippets, for speed or since no Hub is at hand
+PAGES: dict[str, dict[str, str]] = {
+    "README": {
+        '"user/mxd-gpt2-l8"': f'"demo-output", base_model_name_or_path={str(demo.model_path())!r}',
+        '"strength": 9': '"strength": 300',  # it is hardly trained
+    },
+    "docs/start/quickstart": {},
+    "docs/how-to/steer": {"4929": "49"},
+    "docs/how-to/experts": {"812": "12"},
+    "docs/how-to/evaluate": {},
+    "docs/how-to/meaning": {
+        "100_000": "2_000",
+        "range(500)": "range(64)",
+        "live(20, 100)": "live(11, 2)",
+        "(100, d": "(3, d",
+    },
+    "docs/how-to/interchange": {SMOL: demo.MODEL_NAME, "{15:": "{2:", "layer(15)": "layer(2)", "index=15": "index=2"},
+    "docs/results/speed": {"{15:": "{2:", "[15]": "[2]", "num_groups_per_tok=8": "num_groups_per_tok=2"},
+    "docs/how-to/decompose": {f'model="{GPT2}", layers=[8], tokens=1_000_000': f"layers=[2], {SHORT}"},
+    "docs/results/faithfulness": {},
+    "docs/how-to/compare": {
+        "tokens=100_000": SHORT,
+        "[8, 32]": "[4]",
+        "tokens=1_000_000": "tokens=2048",
+        "context_length=256": "context_length=128",
+        "[15]": "[2]",
+    },
+    "docs/how-to/finetune": {"max_steps=100": "max_steps=2"},
+    "docs/how-to/peft": {"max_steps=100": "max_steps=2"},
+}
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / f"{page}.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the files that the pages read, and the names that they take as given."""
+    folder = tmp_path_factory.mktemp("pages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        sizes = {"num_experts": 64, "num_experts_per_tok": 4, "tokens": 4096, "evaluation_tokens": 1024}
+        decompose(DecompositionOptions(output="demo-output", **sizes))
+        read_experts(ExpertsOptions(decomposition="demo-output", tokens=4096, sample=1))
+        documents = load_text(str(demo.text_path("heldout"))).select(range(40))
+        documents.to_parquet("text.parquet")
+        documents.to_json("texts.jsonl")
+        sizes = {"layers": [2], "hidden_size": 192, "output_size": 192}
+        mxd_model(method="skip_transcoder", **sizes).save_pretrained("skip-transcoder")
+        theirs = mxd_model(method="transcoder", **sizes).layer(2)
+        export_transcoder(theirs, "their-transcoder", "sae_lens", index=2, model_name=demo.MODEL_NAME)
+        yield folder
+
+
+def given() -> dict[str, Any]:
+    """Return the names that pages take as given."""
+    first = MxDModel.from_pretrained("demo-output")
+    model, tokenizer, _ = load_base_model(demo.MODEL_NAME)
+    documents = load_text("texts.jsonl")
+    ids = torch.randint(3, 4000, (8, 16))
+    form = {"encoder_type": "glu", "hidden_act": "silu", "intermediate_size": 512}
+    sizes = {"hidden_size": 192, "output_size": 192, "num_expert_groups": 8, "num_groups_per_tok": 2}
+    routed = mxd_model(layers=[2], **form, **sizes)
+    return {
+        "first": first, "second": first, "mxd": first, "decomposition": routed, "model": model, "base": model,
+        "tokenizer": tokenizer, "documents": documents, "input_ids": ids, "batches": [{"input_ids": ids}],
+        "x": capture_mlps(model, [2], ids)[2][0],
+        "arguments": DistillationArguments(output_dir="runs/cached", max_steps=1, disable_tqdm=True),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_snippets_of_a_page_run(page, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    names, printed = given(), []
+    for snippet in snippets(page):
+        for old, new in PAGES[page].items():
+            snippet = snippet.replace(old, new)  # noqa: PLW2901
+        exec(snippet, names)
+        printed.append(capsys.readouterr().out)
+    check = CHECKS.get(page)
+    if check is not None:
+        check(names, printed)
+
+
+def check_readme(names, printed):
+    assert names["model"].decomposition.config.layers == [2]
+    before, after = printed[1].strip().split("\n")[0], names["steered"]
+    assert before.startswith("The state of the Union") and after.startswith("The state of the Union")
+    assert before != after
+
+
+def check_quickstart(names, printed):
+    assert float(printed[0].rpartition(" ")[2]) > 0
+
+
+def check_finetuned(names, printed):
+    before, after = (MxDModel.from_pretrained(name).layer(2) for name in ("demo-output", "finetuned"))
+    assert not after.modulation.equal(before.modulation)
+
+
+def check_merged(names, printed):
+    before, after = (MxDModel.from_pretrained(name).layer(2) for name in ("demo-output", "merged"))
+    assert not after.gate.weight.equal(before.gate.weight) and after.modulation.equal(before.modulation)
+
+
+CHECKS = {
+    "README": check_readme,
+    "docs/start/quickstart": check_quickstart,
+    "docs/how-to/finetune": check_finetuned,
+    "docs/how-to/peft": check_merged,
+}
+
+
+def test_no_page_is_forgotten():
+    written = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    assert {str(page.relative_to(ROOT).with_suffix("")) for page in written if "```python" in page.read_text()} == set(
+        PAGES
+    )
