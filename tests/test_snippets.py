@@ -48,6 +48,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/how-to/compare": {
         "tokens=100_000": SHORT,
         "[8, 32]": "[4]",
+        '"mxd", "skip_transcoder"': '"mxd"',
         "tokens=1_000_000": "tokens=2048",
         "context_length=256": "context_length=128",
         "[15]": "[2]",
