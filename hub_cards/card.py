@@ -17,6 +17,7 @@ from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
+from mxd.base.progress import layer_names, layer_ranges
 from mxd.evaluation import weak_experts
 from mxd.modeling_mxd import MxDConfig, MxDLayerConfig
 from mxd.modeling_mxd.configuration_mxd import DEMO_MODEL
@@ -95,7 +96,7 @@ def build_card(
     layers = [config.layer(layer) for layer in config.layers]
     methods = {_METHODS[layer.method] for layer in layers}
     kind = methods.pop() if len(methods) == 1 else "decomposition"
-    where = f"{'layer' if len(layers) == 1 else 'layers'} {layer_ranges(config.layers)}"
+    where = layer_names(config.layers)
     share = partial(get_nested, evaluation, "layers")
     shares = {
         f"layer {layer}": {"expert_share": finite_number(share(str(layer), "expert_share"))} for layer in config.layers
@@ -131,17 +132,6 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         return None
     evaluation = read_json(path)
     return evaluation | {"settings": without_folders(evaluation.get("settings", {}))}
-
-
-def layer_ranges(layers: list[int], separator: str = ",") -> str:
-    """Format layers as `mxd decompose --layers` takes them: `[4, 5, 6, 10]` as `"4-6,10"`."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return separator.join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _metadata(config: MxDConfig, evaluation: Mapping[str, Any], base_id: str | None) -> ModelCardData:

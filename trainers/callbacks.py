@@ -37,9 +37,13 @@ class TokenProgressCallback(ProgressCallback):
             self.training_bar.update(state.global_step * self.tokens_per_step - self.training_bar.n)
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
-        """Show the latest loss at the bar's end rather than a line per log."""
+        """Show the latest loss at the bar's end rather than a line per log, and the largest of several layers."""
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
+            shown = f"loss {float(logs['loss']):.4f}"
+            if layers := {name: value for name, value in logs.items() if name.endswith("/loss")}:
+                worst = max(layers, key=layers.__getitem__)
+                shown += f", {worst.removesuffix('/loss').replace('_', ' ')} {layers[worst]:.4f}"
+            self.training_bar.set_postfix_str(shown, refresh=False)
 
 
 class InterruptCallback(TrainerCallback):

@@ -21,8 +21,9 @@ from mxd.base.activation_cache import ActivationCache
 from mxd.base.capture import Activations, capture_mlps
 from mxd.base.masks import activation_mask, token_mask
 from mxd.base.pretrained_weights import check_widths, record_base
+from mxd.base.progress import layer_names
 from mxd.evaluation import normalised_error
-from mxd.modeling_mxd import MxDModel, find_mlps, site_of
+from mxd.modeling_mxd import MLPSite, MxDConfig, MxDModel, find_mlps, site_of
 
 from .auxiliary_transcoder import ATTRIBUTE as AUXILIARY
 from .auxiliary_transcoder import AuxiliaryTranscoders
@@ -61,7 +62,6 @@ class DistillationTrainer(DecompositionTrainer):
 
     args: DistillationArguments
     model: MxDModel
-    progress_name = "distil"
 
     def __init__(
         self,
@@ -74,18 +74,13 @@ class DistillationTrainer(DecompositionTrainer):
     ):
         record_base(model, teacher)
         config = model.config
-        found = find_mlps(teacher, **config.where)
-        self.sites = [site_of(found, layer) for layer in config.layers]
-        for site in self.sites:
-            layer = config.layer(site.layer)
-            check_widths(site, layer)
-            if layer.method == "mxd" and args.encoder_init == "pretrained" and not args.warm_start:
-                check_encoder_init(layer, site)
+        self.sites = check_layers(config, teacher, args)
         if activations is not None:
             _check_cached(activations, model)
             train_dataset = activations if train_dataset is None else train_dataset
         if len(config.layers) > 1 and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each backward uses one layer's parameters only
+        self.progress_name = f"distil {layer_names(config.layers)}"
         self.teacher = self.language_model = teacher.eval().requires_grad_(False)
         kwargs.setdefault("compute_metrics", partial(normalised_errors, layers=config.layers))
         super().__init__(model, model, args, train_dataset=train_dataset, **kwargs)
@@ -300,6 +295,23 @@ class DistillationTrainer(DecompositionTrainer):
                 sums.append(errors.reshape(-1, rows, x.shape[1]).sum((0, 2)))
                 counts.append(mask.reshape(-1, rows, x.shape[1]).sum((0, 2)))
         return None, torch.stack(sums, dim=1), torch.stack(counts, dim=1)
+
+
+def check_layers(config: MxDConfig, teacher: PreTrainedModel, args: DistillationArguments) -> list[MLPSite]:
+    """Return the MLPs that a decomposition replaces.
+
+    Raises:
+        SurgeryError: the teacher has no such layer, or one of other widths.
+        ValueError: the encoder is initialised from a pretrained MLP of another form or width.
+    """
+    found = find_mlps(teacher, **config.where)
+    sites = [site_of(found, layer) for layer in config.layers]
+    for site in sites:
+        layer = config.layer(site.layer)
+        check_widths(site, layer)
+        if layer.method == "mxd" and args.encoder_init == "pretrained" and not args.warm_start:
+            check_encoder_init(layer, site)
+    return sites
 
 
 def _check_cached(activations: ActivationCache, model: MxDModel) -> None:

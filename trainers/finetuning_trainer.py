@@ -6,7 +6,7 @@ model into the decomposition's layers. The layers' own errors are added, so that
 Trainer's model is the spliced language model, of which only the decomposition is trained and saved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -106,21 +106,49 @@ class FinetuningTrainer(DecompositionTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the predictions' mean loss, plus `nmse_weight` times the layers' error, plus the routers' loss."""
+        loss = sum(self.loss_terms(model, inputs, num_items_in_batch))
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward of every term in turn; returns their sum, the micro-batch's part of the step's loss.
+
+        Beside the graph of the whole model, that of one layer's own error only is in memory at a time.
+        """
+        if hasattr(self.optimizer, "train"):  # one without a schedule
+            self.optimizer.train()
+        total = torch.zeros((), device=self.args.device)
+        for term in self.loss_terms(model, self._prepare_inputs(inputs), num_items_in_batch):
+            self.accelerator.backward(term)
+            total += term.detach()
+        self.add_losses({"loss": total})
+        return total
+
+    def loss_terms(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the terms of the loss: first the error of every layer, if it counts, then that of the predictions."""
         _disable_dropout(self.model)
         ids, attention_mask = batch = right_padded(inputs, self.args.device)
         mask = next_token_mask(token_mask(ids, attention_mask))
         predictions = mask.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        scale = self.args.world_size / predictions  # DDP averages gradients; the sum over all tokens is wanted
         reference, captured = self._untouched(batch)
+        yield from self._layer_terms(captured, mask, scale)
         function = self._cross_entropy_of_hidden if reference is None else self._kl_of_hidden
         target = (ids[:, 1:] if reference is None else reference)[mask]
-        loss = chunked_sum(function, self.head.chunk, self.head.hidden(model, *batch)[:, :-1][mask], target)
-        routers: Tensor | float = 0.0
-        if captured:
-            errors, routers = self._distillation_losses(captured, mask)
-            loss = loss + self.args.nmse_weight * errors
-        # DDP averages gradients over processes; the sum over all tokens is wanted.
-        loss = loss / predictions * self.args.world_size + routers
-        return (loss, {}) if return_outputs else loss
+        yield scale * chunked_sum(function, self.head.chunk, self.head.hidden(model, *batch)[:, :-1][mask], target)
+
+    def _layer_terms(self, captured: Activations, mask: Tensor, scale: Tensor | float) -> Iterator[Tensor]:
+        """Yield `nmse_weight` times every layer's part of the mean Σ_t ‖ŷ − y‖² / ‖y‖² on untouched activations, and
+        of the routers' mean loss."""
+        mask, count = F.pad(mask, (0, 1)), len(captured)  # (batch, tokens): the last position predicts nothing
+        for layer in list(captured):
+            x, y = captured.pop(layer)
+            output, least = self.decomposition.layer(layer)(x), self.least_norm(layer)
+            error = DistillationTrainer.distillation_loss(output, y, mask, minimum_squared_norm=least)
+            yield (self.args.nmse_weight * scale * error + self.router_loss(layer, x, mask)) / count
 
     def _untouched(self, batch: Batch) -> tuple[Tensor | None, Activations]:
         """Return `_reference` if the loss is KL, and `capture` if a loss reads it, from one forward pass."""
@@ -142,17 +170,6 @@ class FinetuningTrainer(DecompositionTrainer):
         """Return the untouched model's last hidden states that predict a token, (batch, tokens − 1, hidden)."""
         with self.model.untouched():
             return self.head.hidden(run, *batch)[:, :-1]
-
-    def _distillation_losses(self, captured: Activations, mask: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Return the layers' mean Σ_t ‖ŷ − y‖² / ‖y‖² on untouched activations, and their routers' mean loss."""
-        mask = F.pad(mask, (0, 1))  # (batch, tokens): the last position predicts nothing
-        errors: Tensor | float = 0.0
-        routers: Tensor | float = 0.0
-        for layer, (x, y) in captured.items():
-            output, least = self.decomposition.layer(layer)(x), self.least_norm(layer)
-            errors += DistillationTrainer.distillation_loss(output, y, mask, minimum_squared_norm=least)
-            routers += self.router_loss(layer, x, mask)
-        return errors / len(captured), routers / len(captured)
 
     def _kl_of_hidden(self, hidden: Tensor, reference: Tensor) -> Tensor:
         return self.kl_loss(self.head.logits(hidden), self.head.logits(reference))

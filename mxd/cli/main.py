@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from mxd.jobs.options import RESUMABLE
+
 from .commands import make_command
 from .jobs import COMMANDS
 from .tables import visible
@@ -80,8 +82,7 @@ def _kept(arguments: list[str]) -> tuple[str, str]:
     words = [word for argument in arguments for word in argument.split("=", 1)]
     outputs = [value for word, value in pairwise(words) if word == "--output"]
     folder = Path(outputs[-1] if outputs else str(known.get("output")))
-    # trainer_state.json is the last file of a checkpoint
-    if "resume" not in known or not any(folder.glob("checkpoint-*/trainer_state.json")):
+    if "resume" not in known or not any(any(folder.glob(pattern)) for pattern in RESUMABLE):
         return "", ""
     return "checkpoints that were complete are kept", "run again with --resume"
 

@@ -1,7 +1,9 @@
 """Values of options: from the command line and from YAML, to what the dataclass takes. Both are read alike."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import Field
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -16,25 +18,26 @@ def option_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def kind_of(annotation: Any) -> tuple[Any, bool]:
-    """Return the type of a field without None, and whether it may be None."""
-    if get_origin(annotation) in (Union, UnionType):
-        (kind,) = [part for part in get_args(annotation) if part is not type(None)]
-        return kind, True
-    return annotation, False
+def kind_of(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return the type of a field, and the values that it may have instead: None, or a word such as "all"."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation, ()
+    kind, *others = get_args(annotation)
+    words = [get_args(other) if get_origin(other) is Literal else (None,) for other in others]
+    return kind, tuple(chain.from_iterable(words))
 
 
 def convert(field: "Field[Any]", annotation: Any, value: Any) -> Any:
     """Return the value of a field from what a user wrote: `"1M"`, `"4-7,10"`. Raise `ValueError` if it does not fit."""
-    kind, optional = kind_of(annotation)
-    if value is None and optional:
-        return None
+    kind, others = kind_of(annotation)
+    if value in others:
+        return value
     if kind is bool or get_origin(kind) is dict:
         if not isinstance(value, get_origin(kind) or kind):
             raise ValueError(f"{value!r} is {'neither true nor false' if kind is bool else 'no mapping of names'}")
         return value
     if field.metadata.get("count") or kind == list[int]:
-        return parse_numbers(value) if kind == list[int] else parse_count(value)
+        return parse_numbers(value, others) if kind == list[int] else parse_count(value)
     if kind == list[str]:
         several = [str(one) for one in value] if isinstance(value, list) else [str(value)]
         return [part.strip() for one in several for part in one.split(",")] if field.metadata.get("commas") else several
@@ -64,14 +67,15 @@ def parse_count(value: Any) -> int:
     return count
 
 
-def parse_numbers(value: Any) -> list[int]:
-    """`8`, `"4,8"`, `"4-7,10"` or a list of those → numbers. Raise `ValueError` if it is no such list."""
+def parse_numbers(value: Any, others: Sequence[Any] = ()) -> list[int]:
+    """`8`, `"4,8"`, `"4-7,10"` or a list of those → numbers. Raise `ValueError`, which names `others`, for the rest."""
     numbers: list[int] = []
     for part in ",".join(map(str, value if isinstance(value, list) else [value])).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         between = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
         if not between:
-            raise ValueError(f"{value!r} is no list of numbers: write 8, 4,8 or 4-7")
+            words = "".join(f", or {word}" for word in others if word)
+            raise ValueError(f"{value!r} is no list of numbers: write 8, 4,8 or 4-7{words}")
         numbers.extend(between)
     return numbers
 

@@ -1,11 +1,20 @@
 """`mxd decompose`: replace MLPs of a pretrained model by a decomposition, train it, and measure it."""
 
-from typing import Any
+import gc
+import logging
+from contextlib import ExitStack
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from transformers import PreTrainedModel, set_seed
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mxd.base.base_model import base_skeleton, check_safetensors, load_base_model, resolve_name
-from mxd.base.pretrained_weights import mlp_active_units, mlp_encoder_type, mlp_hidden_act, mlp_widths
+from mxd.base.pretrained_weights import mlp_active_units, mlp_encoder_type, mlp_hidden_act, mlp_widths, record_base
+from mxd.base.progress import layer_names
 from mxd.data.packing import pack
 from mxd.data.provenance import is_held_out, sketch
 from mxd.data.texts import (
@@ -17,13 +26,18 @@ from mxd.data.texts import (
 )
 from mxd.evaluation import faithfulness
 from mxd.modeling_mxd import MLPSite, MxDConfig, MxDLayerConfig, MxDModel, SurgeryError, find_mlps, site_of
-from mxd.trainers import DistillationArguments, DistillationTrainer, last_complete_checkpoint
+from mxd.trainers import DistillationArguments, DistillationTrainer
+from mxd.trainers.checkpoints import write_decomposition
+from mxd.trainers.distillation_trainer import check_layers
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 from mxd.trainers.router import default_num_expert_groups
 
+from .layer_passes import LayerPass, join_layers, join_logs, join_runs, split_layers
 from .options import DecompositionOptions
 from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
-from .training import asked_for, make_arguments, run_training, save_results
+from .training import asked_for, make_arguments, run_training, save_beside, save_results
+
+logger = logging.getLogger(__name__)
 
 
 def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig:
@@ -58,21 +72,37 @@ def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig
     )
 
 
-def choose_layers(sites: dict[int, MLPSite], layers: list[int] | None) -> list[int]:
+def choose_layers(sites: dict[int, MLPSite], layers: list[int] | Literal["all"] | None) -> list[int]:
     """Return the layers asked for, or the middle one; raise `ValueError` if one has no MLP or is not there."""
     there = [layer for layer, site in sites.items() if site.slots]
     if not there:
         raise ValueError(f"the model has no MLP to decompose: {sites[0].reason}")
+    if layers == "all":
+        if left_out := sites.keys() - set(there):
+            first = min(left_out)
+            logger.warning("%s left out: %s", layer_names(sorted(left_out)), sites[first].reason)
+        return there
     chosen = [there[len(there) // 2]] if layers is None else layers
     for layer in chosen:
         site_of(sites, layer)
     return chosen
 
 
+def options_of_layer(options: DecompositionOptions, layer: int) -> DecompositionOptions:
+    """Return the options with those of `per_layer` for one layer; a `match_transcoder` there sets its `num_experts`."""
+    own: dict[str, Any] = dict(options.per_layer.get(layer, {}))
+    if "match_transcoder" in own:
+        own.setdefault("num_experts", None)
+    return replace(options, **own)
+
+
 def build_config(model: PreTrainedModel, commit: str | None, options: DecompositionOptions) -> MxDConfig:
     """Return the configuration of the decomposition of a base model, which may be without weights, at a Hub commit."""
     sites = find_mlps(model, options.stack, options.site)
-    configs = {layer: layer_config(sites[layer], options) for layer in choose_layers(sites, options.layers)}
+    layers = choose_layers(sites, options.layers)
+    if unknown := options.per_layer.keys() - set(layers):
+        raise ValueError(f"per_layer sets layer {min(unknown)}, which is not decomposed: {layer_names(layers)} are")
+    configs = {layer: layer_config(sites[layer], options_of_layer(options, layer)) for layer in layers}
     return MxDConfig.from_layer_configs(
         configs,
         base_model_name_or_path=resolve_name(options.model),
@@ -95,13 +125,9 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     """
     folder = check_output(options)
     arguments = make_arguments(DistillationArguments, options, folder)
-    start: dict[str, Any] = {}
-    checkpoint, revision, context = None, options.revision, options.context_length
-    if options.resume:
-        checkpoint = last_complete_checkpoint(folder)
-        start = resumed_start(folder, options)
-        # The branch may have moved since the run began.
-        revision = MxDConfig.from_pretrained(checkpoint).base_model_revision or revision
+    start = resumed_start(folder, options) if options.resume else {}
+    # The branch may have moved since the run began.
+    revision, context = start.get("commit") or options.revision, options.context_length
     # Refuse what the base model's config shows to be wrong before text or weights are fetched.
     build_config(base_skeleton(options.model, revision, options.dtype, context), None, options)
     set_seed(options.seed)
@@ -111,23 +137,88 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     check_same_documents(folder, start, count)
     model, tokenizer, commit = load_base_model(options.model, revision, options.dtype, context_length=context)
     check_safetensors(options.model, commit)
-    rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
-    decomposition = MxDModel(build_config(model, commit, options))
-    trainer = DistillationTrainer(decomposition, model, arguments, train_dataset=rows)
-    prepare_output(folder, "decompose", options, documents=count)  # nothing is refused from here on
-    how = run_training(trainer, tokenizer, options, checkpoint)
-    made = {
-        **run_settings(options, trainer, how),
-        "documents": count,
-        "sketch": sketch(options.text, documents, options.seed),
-    }
+    training = LayersTraining(build_config(model, commit, options), model, tokenizer, documents, options, arguments)
+    training.begin()
+    prepare_output(folder, "decompose", options, documents=count, commit=commit)  # nothing is refused from here on
+    decomposition, made = training.run()
+    made |= {"documents": count, "sketch": sketch(options.text, documents, options.seed)}
     settings: dict[str, Any] = {"training": made}
     if options.text.heldout_dataset or options.text.heldout_split:  # it may hold documents of the training's
         held_out = is_held_out(settings, options.text, heldout_documents, options.seed)
         settings["evaluation"] = evaluation_settings(options.text, options.dtype) | {"held_out": held_out}
-    results = faithfulness(model, decomposition, heldout, settings=settings, progress=not trainer.args.disable_tqdm)
+    results = faithfulness(model, decomposition, heldout, settings=settings, progress=not arguments.disable_tqdm)
     return save_results(results, decomposition, folder)
+
+
+@dataclass
+class LayersTraining:
+    """Train the layers of a decomposition in one pass of the base model over the rows, or in several."""
+
+    config: MxDConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    documents: Dataset | IterableDataset
+    options: DecompositionOptions
+    arguments: DistillationArguments
+
+    def __post_init__(self) -> None:
+        self.passes = split_layers(self.config, Path(self.options.output), self.options.layers_per_pass)
+
+    def make_trainer(self, one: LayerPass) -> DistillationTrainer:
+        """Return the trainer of a pass, which is the same whether other passes came before it or not."""
+        set_seed(self.options.seed)
+        rows = pack(self.documents, self.tokenizer, self.options.context_length, seed=self.options.seed, repeat=True)
+        arguments = copy(self.arguments)
+        arguments.output_dir = str(one.folder)
+        return DistillationTrainer(MxDModel(one.config), self.model, arguments, train_dataset=rows)
+
+    def begin(self) -> None:
+        """Make the trainer of the first pass that is not finished; raise what any layer or argument is refused for.
+
+        Nothing is read of an output folder that the run replaces.
+        """
+        self.config.check_memory(torch.get_default_dtype())
+        check_layers(self.config, self.model, self.arguments)
+        waiting = [one for one in self.passes if not (self.options.resume and one.finished)]
+        self.trainer = self.make_trainer(waiting[0]) if waiting else None
+
+    def run(self) -> tuple[MxDModel, dict[str, Any]]:
+        """Train, save the decomposition in the output folder, and return it and how it was made.
+
+        With `sequential`, the layers of finished passes stay in the base model until all are trained.
+        """
+        runs: list[dict[str, Any]] = []
+        with ExitStack() as replaced:
+            for one in self.passes:
+                if one.finished:
+                    decomposition, made = one.load()
+                else:
+                    decomposition, made = self.train(one)
+                runs.append(made)
+                if one.is_part:
+                    one.keep(made)
+                    gc.collect()  # the optimizer is in reference cycles
+                if self.options.sequential:
+                    replaced.enter_context(decomposition.spliced(self.model, cast=False))
+        if len(self.passes) == 1:
+            return decomposition, made
+        decomposition = join_layers(self.passes, self.config)
+        record_base(decomposition, self.model)
+        self.save(decomposition)
+        return decomposition, join_runs(runs, self.config.layers)
+
+    def train(self, one: LayerPass) -> tuple[MxDModel, dict[str, Any]]:
+        """Train the layers of a pass, or go on, and return them and how they were trained; keep no trainer."""
+        trainer, self.trainer = self.trainer or self.make_trainer(one), None
+        how = run_training(trainer, self.tokenizer, self.options, one.checkpoint)
+        return trainer.model, run_settings(self.options, trainer, how)
+
+    def save(self, decomposition: MxDModel) -> None:
+        """Save the layers of all passes in the output folder, as the training of one pass does."""
+        folder = Path(self.options.output)
+        write_decomposition(decomposition, folder, None, self.arguments)
+        save_beside(self.tokenizer, join_logs(self.passes), folder)
 
 
 def run_settings(options: DecompositionOptions, trainer: DistillationTrainer, how: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,12 @@ MEASURE = PANELS[3]
 
 LEARNING_RATES = {"mxd": 1e-3, "transcoder": 3e-3, "skip_transcoder": 3e-3}
 """Default peak learning rate of each method, for about a million tokens."""
+PER_LAYER = ("num_experts", "num_experts_per_tok", "match_transcoder", "num_groups_per_tok")
+"""Options that `per_layer` may set for single layers."""
+CHECKPOINTS = "checkpoint-*/trainer_state.json"
+"""Last files of the checkpoints in a training's folder."""
+RESUMABLE = (CHECKPOINTS, f"layers-*/{CHECKPOINTS}", "layers-*/evaluation.json")
+"""Files in an output folder of which one lets its run be resumed."""
 STDOUT = "-"
 """As `output`: write no files; the command prints the results as JSON."""
 
@@ -131,7 +137,9 @@ class LayersOptions:
 class WhereOptions(LayersOptions):
     """MLPs of a base model."""
 
-    layers: list[int] | None = option(None, "Layers to decompose: 8, 4,8 or 4-7. [the middle layer]", WHAT)
+    layers: list[int] | Literal["all"] | None = option(
+        None, "Layers to decompose: 8, 4,8, 4-7 or all. [the middle layer]", WHAT
+    )
     site: str = option("mlp", "Which MLP of a layer; `mxd layers` lists them. Routed experts are mlp.experts.")
     stack: str | None = option(None, "Which list of layers; see `mxd layers`. [the language model's]", flag=False)
     match_transcoder: int = option(32, "Match a transcoder of so many latents per dimension in parameters.", minimum=1)
@@ -151,6 +159,15 @@ class DecompositionOptions(WhereOptions, ResumableOptions):
     num_groups_per_tok: int | None = option(
         None, "Hierarchical routing: groups, of about √N, that a token opens. [exact gate]", flag=False, minimum=1
     )
+    per_layer: dict[int, dict[str, int]] = option(
+        dict, f"Other values for single layers, {{3: {{num_experts: 4096}}}}, of {', '.join(PER_LAYER)}.", flag=False
+    )
+    layers_per_pass: int | None = option(
+        None, "Train so many layers at a time, each group in a pass of its own. [all in one]", flag=False, minimum=1
+    )
+    sequential: bool = option(
+        False, "Train each group of layers in the model whose earlier layers are replaced already.", flag=False
+    )
     min_mean_ablation_error: float = option(0.45, HELP["min_mean_ablation_error"], trainer=True)
     auxiliary_weight: float = option(1.0, HELP["auxiliary_weight"], trainer=True)
     gate_init: Literal["data", "random"] = option("data", HELP["gate_init"], flag=False, trainer=True)
@@ -164,6 +181,21 @@ class DecompositionOptions(WhereOptions, ResumableOptions):
             self.learning_rate = LEARNING_RATES.get(self.method)
         if self.encoder_init is None:  # the pretrained encoder fits no other width
             self.encoder_init = "pretrained" if self.intermediate_size is None else "random"
+        if self.sequential and self.layers_per_pass is None:
+            self.layers_per_pass = 1
+        self.per_layer = dict(_layer_settings(layer, own) for layer, own in self.per_layer.items())
+
+
+def _layer_settings(layer: Any, settings: Any) -> tuple[int, dict[str, int]]:
+    """Return an entry of `per_layer`; raise a `ValueError` unless it sets options of `PER_LAYER` to whole numbers."""
+    if not str(layer).isdecimal() or not isinstance(settings, dict):
+        raise ValueError(f"per_layer: {layer!r}: {settings!r}: write a layer and its options, 3: {{num_experts: 4096}}")
+    for name, value in settings.items():
+        if name not in PER_LAYER:
+            raise ValueError(f"per_layer: layer {layer} sets {name!r}; it may set {', '.join(PER_LAYER)}")
+        if type(value) is not int or value < 1:
+            raise ValueError(f"per_layer: layer {layer}: {name} must be a whole number from 1, got {value!r}")
+    return int(layer), settings
 
 
 @dataclass(kw_only=True)

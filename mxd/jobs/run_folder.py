@@ -19,7 +19,7 @@ from mxd.base.files import replace_text
 from mxd.hub_cards.reading import read_json
 from mxd.modeling_mxd import MxDConfig
 
-from .options import ResumableOptions, values
+from .options import RESUMABLE, ResumableOptions, values
 
 START_NAME, RUN_NAME = "run_start.json", "run.yaml"
 
@@ -126,13 +126,24 @@ def prepare_output(folder: Path, command: str, options: ResumableOptions, **fact
 
 
 def resumed_start(folder: Path, options: ResumableOptions) -> dict[str, Any]:
-    """Return the facts that `prepare_output` wrote; raise `ValueError` if the run began with other options."""
+    """Return the facts that `prepare_output` wrote.
+
+    Raises:
+        ValueError: there is nothing to resume from, or the run began with other options.
+    """
+    if not resumable(folder):
+        raise ValueError(f"no complete checkpoint in {folder} to resume from: start again")
     before, now = flat(yaml.safe_load((folder / RUN_NAME).read_text(encoding="utf-8"))), flat(_settled(options))
     for name in {**before, **now}:
         if name not in (*options.may_change, "output") and before.get(name) != now.get(name):
             was = f"{name} {before.get(name)!r}, not {now.get(name)!r}"
             raise ValueError(f"the run in {folder} had {was}: resume with the options of that run")
     return read_json(folder / START_NAME)
+
+
+def resumable(folder: Path) -> bool:
+    """Return whether an output folder holds a checkpoint, or a finished part of a training."""
+    return any(any(folder.glob(pattern)) for pattern in RESUMABLE)
 
 
 def check_same_documents(folder: Path, start: Mapping[str, Any], documents: int | None) -> None:
@@ -150,7 +161,7 @@ def flat(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finish(folder: Path) -> None:
-    """Remove checkpoints and the record of the beginning: the run is finished."""
-    for unneeded in folder.glob("checkpoint-*"):
+    """Remove checkpoints, the folders of passes and the record of the beginning: the run is finished."""
+    for unneeded in (*folder.glob("checkpoint-*"), *folder.glob("layers-*")):
         shutil.rmtree(unneeded)
     (folder / START_NAME).unlink(missing_ok=True)

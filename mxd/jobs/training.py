@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import shutil
 import time
 from dataclasses import fields
 from difflib import get_close_matches
@@ -21,7 +22,7 @@ from mxd.trainers.decomposition_arguments import DecompositionArguments
 from mxd.trainers.decomposition_trainer import DecompositionTrainer, DivergenceError
 
 from .options import RunOptions, values
-from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, check_one_process, finish
+from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, check_one_process, finish, resumable
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +88,16 @@ def run_training(
         DivergenceError: the loss or a weight is not finite; nothing was saved, and no checkpoint was removed.
     """
     folder, started, arguments = Path(options.output), time.monotonic(), trainer.args
+    own_folder = Path(str(arguments.output_dir))  # of a pass over some of the layers, inside of it
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        if checkpoint is not None or any(folder.glob("checkpoint-*")):
+        if checkpoint is not None or resumable(folder):
             raise
         for name in (START_NAME, RUN_NAME):
             (folder / name).unlink(missing_ok=True)
+        if own_folder != folder:
+            shutil.rmtree(own_folder, ignore_errors=True)
         raise Interrupted("interrupted before the first checkpoint: nothing is kept") from None
     except Exception as error:
         if isinstance(error, DivergenceError) or not trainer.saved_step:
@@ -104,8 +108,7 @@ def run_training(
         raise Interrupted(f"interrupted at {_kept(trainer)}")
     seconds = {} if checkpoint else {"seconds": round(time.monotonic() - started, 1)}
     trainer.save_model()
-    tokenizer.save_pretrained(folder)  # pipelines look for it beside the decomposition
-    (folder / LOG_NAME).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    save_beside(tokenizer, trainer.state.log_history, own_folder)
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     batch_tokens = rows * options.context_length
     names = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor", "scale_activations",
@@ -119,6 +122,12 @@ def run_training(
         "device": str(arguments.device),
         "versions": versions(),
     }
+
+
+def save_beside(tokenizer: PreTrainedTokenizerBase, log: list[dict[str, Any]], folder: Path) -> None:
+    """Save the tokenizer, which pipelines look for, and the log of the training beside a decomposition."""
+    tokenizer.save_pretrained(folder)
+    (folder / LOG_NAME).write_text(json.dumps(log, indent=1) + "\n")
 
 
 def _kept(trainer: DecompositionTrainer) -> str:

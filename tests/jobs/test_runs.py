@@ -204,8 +204,7 @@ def test_a_run_is_resumed_at_the_commit_that_it_began_with(halved, tmp_path, mon
         raise ValueError(f"{model} at {revision}")
 
     folder = shutil.copytree(halved, tmp_path / "copy")
-    path = folder / "checkpoint-2" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_revision": "5e1f"}))
+    (folder / START_NAME).write_text(json.dumps({"commit": "5e1f"}))
     monkeypatch.setattr(job, "base_skeleton", look)
     with pytest.raises(ValueError, match=f"{demo.MODEL_NAME} at 5e1f"):
         decompose(options(folder, resume=True))
