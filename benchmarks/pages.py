@@ -28,6 +28,7 @@ TABLE = re.compile(r"<!-- table: (.*?) -->")
 def tables() -> dict[str, Callable[[], str]]:
     """Return {name: function that makes the table in Markdown} of all tables that are made from results files."""
     import collection
+    import layers
     import meaning
     import probing
     import recipe
@@ -43,6 +44,11 @@ def tables() -> dict[str, Callable[[], str]]:
     return made | {
         "architectures": of("architectures.json", architectures_page),
         "collection": of("collection.json", collection.table),
+        "layers, throughput": of("layers.json", layers.throughput_table),
+        "layers, costs": of("layers.json", layers.costs_table),
+        "layers, together": of("layers.json", layers.together_table),
+        "layers, texts": of("layers.json", layers.texts_table),
+        "layers, sequential": of("layers.json", layers.sequential_table),
         "massive tokens": of("massive-tokens.json", recipe.massive_tokens),
         "meaning, contexts": of("meaning.json", meaning.meaning_table),
         "meaning, steering": of("meaning.json", meaning.steering_table),

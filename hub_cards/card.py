@@ -57,9 +57,9 @@ _FLAGS = (
 # and those that the card lists.
 _FACTS = (
     "tokens_trained", "seconds", "device", "threads", "loss", "loss_normalization", "stack", "intermediate_size",
-    "num_groups_per_tok", "heldout_split", "num_train_epochs", "gate_init", "encoder_init", "decoder_init",
-    "modulation_init", "mean_ablation_weight", "scale_activations", "gate_learning_rate_factor",
-    "modulation_learning_rate_factor",
+    "num_groups_per_tok", "layers_per_pass", "sequential", "heldout_split", "num_train_epochs", "gate_init",
+    "encoder_init", "decoder_init", "modulation_init", "mean_ablation_weight", "scale_activations",
+    "gate_learning_rate_factor", "modulation_learning_rate_factor",
 )  # fmt: skip
 
 

@@ -178,6 +178,8 @@ class LayersTraining:
 
         Nothing is read of an output folder that the run replaces.
         """
+        if self.arguments.push_to_hub and len(self.passes) > 1:
+            raise ValueError("push_to_hub would push the layers of each pass alone: push the result with `mxd push`")
         self.config.check_memory(torch.get_default_dtype())
         check_layers(self.config, self.model, self.arguments)
         waiting = [one for one in self.passes if not (self.options.resume and one.finished)]
@@ -191,14 +193,9 @@ class LayersTraining:
         runs: list[dict[str, Any]] = []
         with ExitStack() as replaced:
             for one in self.passes:
-                if one.finished:
-                    decomposition, made = one.load()
-                else:
-                    decomposition, made = self.train(one)
+                decomposition, made = one.load() if one.finished else self.train(one)
+                gc.collect()  # the optimizer of a training is in reference cycles
                 runs.append(made)
-                if one.is_part:
-                    one.keep(made)
-                    gc.collect()  # the optimizer is in reference cycles
                 if self.options.sequential:
                     replaced.enter_context(decomposition.spliced(self.model, cast=False))
         if len(self.passes) == 1:
@@ -212,7 +209,10 @@ class LayersTraining:
         """Train the layers of a pass, or go on, and return them and how they were trained; keep no trainer."""
         trainer, self.trainer = self.trainer or self.make_trainer(one), None
         how = run_training(trainer, self.tokenizer, self.options, one.checkpoint)
-        return trainer.model, run_settings(self.options, trainer, how)
+        made = run_settings(self.options, trainer, how)
+        if one.is_part:
+            one.keep(made)
+        return trainer.model, made
 
     def save(self, decomposition: MxDModel) -> None:
         """Save the layers of all passes in the output folder, as the training of one pass does."""

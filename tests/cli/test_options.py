@@ -20,6 +20,7 @@ from mxd.cli.main import app
 from mxd.cli.values import convert, parse_count, parse_numbers, split_files
 from mxd.jobs import decompose as decompose_job
 from mxd.jobs import evaluate as evaluate_job
+from mxd.jobs.options import FrontierOptions
 from mxd.jobs.run_folder import write_run
 
 
@@ -119,6 +120,7 @@ def test_defaults_of_trainer_arguments_are_the_trainer_s():
         ("layers", "4-7,10", [4, 5, 6, 7, 10]),
         ("layers", [4, "6-7"], [4, 6, 7]),
         ("layers", 8, [8]),
+        ("layers", "all", "all"),
         ("layers", None, None),
         ("dataset", "a.txt", ["a.txt"]),
         ("method", "skip-transcoder", "skip_transcoder"),
@@ -130,6 +132,14 @@ def test_defaults_of_trainer_arguments_are_the_trainer_s():
 def test_values_are_read_as_users_write_them(name, value, expected):
     field = DecompositionOptions.__dataclass_fields__[name]
     assert convert(field, get_type_hints(DecompositionOptions)[name], value) == expected
+
+
+@pytest.mark.parametrize(("name", "words"), [("layers", ", or all"), ("num_experts_per_tok", "")])
+@pytest.mark.parametrize("value", ["every", ["all"], "all,3"])
+def test_a_message_names_the_words_that_are_no_numbers(name, words, value):
+    options = DecompositionOptions if words else FrontierOptions
+    with pytest.raises(ValueError, match=rf"is no list of numbers: write 8, 4,8 or 4-7{words}$"):
+        convert(options.__dataclass_fields__[name], get_type_hints(options)[name], value)
 
 
 @pytest.fixture

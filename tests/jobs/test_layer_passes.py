@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import TrainerCallback
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, TrainerCallback
 
 from mxd import DecompositionOptions, DistillationTrainer, MxDModel, decompose
 from mxd.base.base_model import load_base_model
 from mxd.base.capture import capture_mlps
 from mxd.jobs import decompose as job
 from mxd.jobs.run_folder import RUN_NAME, START_NAME, Interrupted
+from mxd.modeling_mxd import find_mlps
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
 TRAINING = {"disable_tqdm": True, "calibration_tokens": 512, "statistics_tokens": 512, "logging_steps": 1}
@@ -205,6 +206,12 @@ def test_settings_of_a_layer_that_are_refused(tmp_path, per_layer, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_layers_of_one_pass_are_not_pushed(tmp_path):
+    with pytest.raises(ValueError, match="push the result with `mxd push`"):
+        decompose(options(tmp_path / "out", layers_per_pass=1, training={**TRAINING, "push_to_hub": True}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_of_single_layers():
     model = load_base_model(options("x").model, None, "float32")[0]
     own = {"0": {"num_experts_per_tok": 4}, 1: {"match_transcoder": 8}, 4: {"num_experts": 64, "num_groups_per_tok": 2}}
@@ -229,3 +236,16 @@ def test_a_run_repeats_from_its_yaml_with_settings_of_layers(tmp_path):
         decompose(options(copy, tokens=512, per_layer={0: {"num_experts": 21}}, resume=True))
     decompose(options(copy, tokens=512, per_layer={0: {"num_experts": 20}}, resume=True))
     assert MxDModel.from_pretrained(copy).config.layer(0).num_experts == 20
+
+
+@pytest.mark.parametrize(
+    ("site", "chosen", "left"), [("mlp", [0, 1, 2, 3], ""), ("mlp.experts", [1, 2], "layers 0,3 left out: Qwen2MoeDec")]
+)
+def test_all_layers_are_those_that_have_the_mlp(caplog, site, chosen, left):
+    sizes = dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size"), 8)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 16, "vocab_size": 32}
+    config = Qwen2MoeConfig(num_hidden_layers=4, mlp_only_layers=[0, 3], num_experts=4, **sizes, **heads)
+    with torch.device("meta"):
+        sites = find_mlps(Qwen2MoeForCausalLM(config), site=site)
+    assert job.choose_layers(sites, "all") == chosen
+    assert left in caplog.text and bool(left) == bool(caplog.text)
