@@ -49,7 +49,7 @@ def test_decompose_leaves_a_folder_that_loads(finished):
     for word in ("NMSE", "FVU", "L0", "dead", "specialised", "zero-ablated", "recovered", "mxd evaluate"):
         assert word in output
     assert "tok/s" in error
-    for phase in ("Loading weights", "calibrate", "init", "distil", "statistics", "evaluate"):
+    for phase in ("Loading weights", "calibrate", "init", "distil layer 2", "statistics", "evaluate"):
         assert f"{phase}: 100%" in error, phase
 
 

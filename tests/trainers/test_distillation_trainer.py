@@ -567,5 +567,5 @@ def test_every_phase_has_a_bar(tiny_llama, tmp_path, capsys, groups, quiet):
     settings = arguments(tmp_path, max_steps=2, disable_tqdm=quiet)
     DistillationTrainer(decomposition(**routed), tiny_llama, settings, train_dataset=rows()).train()
     shown = capsys.readouterr().err
-    for phase in ("calibrate", "init", "distil", "statistics", *(["fit router"] if groups else [])):
+    for phase in ("calibrate", "init", "distil layer 1", "statistics", *(["fit router"] if groups else [])):
         assert (f"{phase}: 100%" in shown) != quiet, phase
