@@ -7,7 +7,7 @@ block of code passes `code_word`, and no value is ever part of a template.
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,7 @@ def _figures(folder: Path) -> list[tuple[str, Markup]]:
     return [(path.stem.replace("_", " ").capitalize(), Markup(f"figures/{path.name}")) for path in paths[:_MAX_ITEMS]]
 
 
+@cache
 def _template() -> Template:
     environment = SandboxedEnvironment(
         autoescape=True, finalize=escape_markdown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 
 from mxd.cli import main as cli
 
-SMALL = ["--num-experts", "64", "-k", "4", "--tokens", "8k", "--evaluation-tokens", "2048"]
+# Three steps.
+SMALL = ["--num-experts", "64", "-k", "4", "--tokens", "3500", "--batch-tokens", "1024", "--evaluation-tokens", "1024"]
 
 
 def run(*arguments):

@@ -1,8 +1,10 @@
 import atexit
+import functools
 import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Before any import of huggingface_hub: no test may reach a network, nor read or fill the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,13 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer.main
+import typer.testing
 from factories import make_tiny_llama
 from text_cases import build_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from mxd import demo
+from mxd.evaluation import plots
 
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
+DRAW = plots._save
+# Every call of a Typer app makes its commands anew, in a sixth of a second.
+typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 
 
 def pytest_collection_finish(session):
@@ -35,13 +43,27 @@ def short_sample(tmp_path_factory):
     """Excerpts of the sample text: shuffle buffers hold more tokens of the whole than any training here reads."""
     folder = tmp_path_factory.mktemp("sample")
     for split in ("train", "heldout"):
-        table = pq.read_table(demo.text_path(split))[:100]
+        table = pq.read_table(demo.text_path(split))[:50]
         texts = [text[:1500] for text in table["text"].to_pylist()]
         place = table.column_names.index("text")
         pq.write_table(table.set_column(place, "text", pa.array(texts)), folder / f"{split}.parquet")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(demo, "text_path", lambda split: folder / f"{split}.parquet")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn_figures():
+    """Write empty figures: to draw one takes a second."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plots, "_save", lambda figure, path, labels=0: Path(path).touch())
+        yield
+
+
+@pytest.fixture
+def drawn_figures(monkeypatch):
+    """Draw figures in a test of them."""
+    monkeypatch.setattr(plots, "_save", DRAW)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from mxd.evaluation import (
 from mxd.evaluation.plots import decomposition_title, model_title
 from tests.factories import mxd_config
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
 PNG = b"\x89PNG\r\n"
 
 

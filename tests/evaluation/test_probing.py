@@ -217,7 +217,7 @@ def test_the_largest_of_equals_come_in_order():
     assert largest(np.array([1.0, 2.0]), 100).tolist() == [1, 0]
 
 
-def test_plot_has_a_panel_for_each_problem(tmp_path, monkeypatch):
+def test_plot_has_a_panel_for_each_problem(tmp_path, monkeypatch, drawn_figures):
     saved, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (saved.append(figure), save(figure, *a, **k)))
     labels, groups = problem(classes=2)

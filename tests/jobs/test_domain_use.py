@@ -21,7 +21,7 @@ def labelled(tmp_path_factory):
     return path
 
 
-def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path, caplog):
+def test_experts_are_counted_by_kind_of_text(finished, labelled, tmp_path, caplog, drawn_figures):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
     short = tmp_path / "short.jsonl"
     short.write_text(labelled.read_text() + json.dumps({"text": "too short", "kind": "note"}) + "\n")

@@ -12,12 +12,11 @@ from mxd.jobs.run_folder import START_NAME, Interrupted
 from mxd.modeling_mxd import MxDModel
 from mxd.trainers import FinetuningTrainer
 
-pytestmark = pytest.mark.usefixtures("undrawn_figures")
 FEW = {
-    "tokens": 4096,
-    "batch_tokens": 1024,
-    "evaluation_tokens": 1024,
-    "training": {"disable_tqdm": True, "statistics_tokens": 1024},
+    "tokens": 2048,
+    "batch_tokens": 512,
+    "evaluation_tokens": 512,
+    "training": {"disable_tqdm": True, "statistics_tokens": 512},
 }
 
 
@@ -30,9 +29,8 @@ def finetuned(finished, tmp_path_factory):
     """A fine-tuning of the small decomposition by the command: folder, what it started from, output, errors."""
     before = contents(finished[0])
     folder = tmp_path_factory.mktemp("finetune") / "finetuned"
-    code, output, error = run(
-        "finetune", finished[0], "--tokens", "16k", "--evaluation-tokens", "2048", "--output", folder
-    )
+    sizes = ["--tokens", "4500", "--batch-tokens", "1024", "--evaluation-tokens", "1024"]
+    code, output, error = run("finetune", finished[0], *sizes, "--output", folder)
     assert code == 0, error
     assert contents(finished[0]) == before
     return folder, finished[0], output, error
@@ -74,7 +72,7 @@ def test_both_evaluations_are_kept(finetuned):
     assert results["settings"]["training"] == earlier["settings"]["training"]
     (finetuning,) = results["settings"]["finetuning"]
     assert finetuning["decomposition"] == str(source)
-    assert (finetuning["loss"], finetuning["tokens_trained"], finetuning["seed"]) == ("kl", 14336, 0)
+    assert (finetuning["loss"], finetuning["tokens_trained"], finetuning["seed"]) == ("kl", 4096, 0)
     assert {
         "learning_rate",
         "nmse_weight",
@@ -97,7 +95,7 @@ def test_both_evaluations_are_kept(finetuned):
 def test_measuring_again_keeps_how_it_was_made(finetuned):
     folder = finetuned[0]
     before = json.loads((folder / "evaluation.json").read_text())
-    code, output, error = run("evaluate", folder, "--tokens", "2048", "--output", "-")
+    code, output, error = run("evaluate", folder, "--tokens", "1024", "--output", "-")
     assert code == 0, error
     after = json.loads(output)
     assert after["layers"]["2"] == pytest.approx(before["layers"]["2"], rel=1e-5)
@@ -134,7 +132,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, interr
     for changed in (
         {"loss": "cross_entropy"},
         {"decomposition": str(tmp_path / "another")},
-        {"evaluation_tokens": 2048},  # the figures from before are of 1,024
+        {"evaluation_tokens": 1024},  # the figures from before are of 512
     ):
         name = next(iter(changed))
         with pytest.raises(ValueError, match=f"had {name} .*resume with the options of that run"):

@@ -1,6 +1,7 @@
 """The frontier on the embedded model."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,8 @@ from mxd.jobs.frontier import point_options
 from mxd.jobs.run_folder import Interrupted, TrainingFailed
 from mxd.modeling_mxd import MxDModel
 
-pytestmark = pytest.mark.usefixtures("undrawn_figures")
-SMALL = {"match_transcoder": 8, "tokens": 4096, "batch_tokens": 1024, "evaluation_tokens": 1024}
-FLAGS = ["--match-transcoder", "8", "--tokens", "4096", "--batch-tokens", "1024", "--evaluation-tokens", "1024"]
+SMALL = {"match_transcoder": 8, "tokens": 2048, "batch_tokens": 512, "evaluation_tokens": 512}
+FLAGS = ["--match-transcoder", "8", "--tokens", "2048", "--batch-tokens", "512", "--evaluation-tokens", "512"]
 
 
 def options(folder, **changes):
@@ -51,6 +51,20 @@ def made(tmp_path_factory):
     return folder, output, error
 
 
+@pytest.fixture(scope="module")
+def point(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier") / "out"
+    measured(folder, num_experts_per_tok=[2])
+    return folder
+
+
+@pytest.fixture
+def copied(point, tmp_path):
+    """A frontier whose only point, of K = 2, is finished: its folder, and its results."""
+    folder = shutil.copytree(point, tmp_path / "out")
+    return folder, json.loads((folder / "frontier.json").read_text())
+
+
 def test_the_command_leaves_results_figure_and_decompositions(made):
     folder, output, error = made
     assert {path.name for path in folder.iterdir()} == {
@@ -70,8 +84,8 @@ def test_the_command_leaves_results_figure_and_decompositions(made):
         assert {"nmse", "dead_experts", "expert_share", "specialised_share", "clipped_expert_share"} <= set(
             point["layers"]["2"]
         )
-        assert point["tokens_trained"] == 4096 and point["kl"] > 0
-    assert results["settings"]["tokens_recorded"] == 4096
+        assert point["tokens_trained"] == 2048 and point["kl"] > 0
+    assert results["settings"]["tokens_recorded"] == 2048
 
 
 def test_a_points_folder_is_a_decomposition_with_the_figures_of_the_frontier(made):
@@ -83,18 +97,17 @@ def test_a_points_folder_is_a_decomposition_with_the_figures_of_the_frontier(mad
     decomposition = MxDModel.from_pretrained(folder)
     model, tokenizer, _ = load_base_model(decomposition.config.base_model_name_or_path)
     asked = options(made[0])
-    heldout = evaluation_batches(load_documents(asked.text, asked.seed)[1], tokenizer, 128, 1024)
+    heldout = evaluation_batches(load_documents(asked.text, asked.seed)[1], tokenizer, 128, 512)
     again = faithfulness(model, decomposition, heldout)
     assert again["cross_entropy"]["spliced"] == pytest.approx(point["cross_entropy"]["spliced"], rel=1e-6)
     assert again["layers"]["2"]["nmse"] == pytest.approx(point["layers"]["2"]["nmse"], rel=1e-4)
 
 
-def test_what_is_finished_is_not_done_again(tmp_path, trained):
-    folder = tmp_path / "out"
-    first = measured(folder, num_experts_per_tok=[2])
+def test_what_is_finished_is_not_done_again(copied, trained):
+    folder, first = copied
     recorded = {path.name: path.stat().st_mtime_ns for path in (folder / "recording").glob("*.bin")}
     both = measured(folder)
-    assert trained == ["mxd-k2", "mxd-k4"]
+    assert trained == ["mxd-k4"]
     assert both["points"][0] == first["points"][0] and len(both["points"]) == 2
     # Points made there before with the same settings are shown too.
     assert measured(folder, num_experts_per_tok=[4])["points"] == both["points"]
@@ -107,16 +120,17 @@ def test_what_is_finished_is_not_done_again(tmp_path, trained):
     ):
         measured(folder, num_train_epochs=2, num_experts_per_tok=[2])
     more = measured(folder, num_train_epochs=2, num_experts_per_tok=[2], overwrite=True)
-    assert trained[2:] == ["mxd-k2"] and more["points"][0]["tokens_trained"] == 8192
+    assert trained[1:] == ["mxd-k2"] and more["points"][0]["tokens_trained"] == 4096
     assert more["points"][0]["layers"] != first["points"][0]["layers"]
     assert recorded == {path.name: path.stat().st_mtime_ns for path in (folder / "recording").glob("*.bin")}
 
 
-def test_on_other_text_a_decomposition_is_only_measured_again(tmp_path, trained):
-    before = measured(tmp_path / "out", num_experts_per_tok=[2])["points"][0]
-    after = measured(tmp_path / "out", num_experts_per_tok=[2], evaluation_tokens=2048)["points"][0]
-    assert trained == ["mxd-k2"]
-    assert (before["evaluated_tokens"], after["evaluated_tokens"]) == (1024, 2048)
+def test_on_other_text_a_decomposition_is_only_measured_again(copied, trained):
+    folder, results = copied
+    before = results["points"][0]
+    after = measured(folder, num_experts_per_tok=[2], evaluation_tokens=1024)["points"][0]
+    assert not trained
+    assert (before["evaluated_tokens"], after["evaluated_tokens"]) == (512, 1024)
     assert after["cross_entropy"] != before["cross_entropy"] and after["seconds"] == before["seconds"]
 
 
@@ -151,8 +165,8 @@ def test_a_point_whose_training_fails_is_said_to_fail_for_the_cause_and_not_to_b
 
 
 def test_the_tokens_of_a_short_last_batch_are_not_counted_as_a_whole_one(tmp_path):
-    (row,) = measured(tmp_path / "out", tokens=4096 + 512, num_train_epochs=2, num_experts_per_tok=[2])["points"]
-    assert row["tokens_trained"] == 2 * (4096 + 512)
+    (row,) = measured(tmp_path / "out", tokens=2048 + 256, num_train_epochs=2, num_experts_per_tok=[2])["points"]
+    assert row["tokens_trained"] == 2 * (2048 + 256)
     evaluation = load_evaluation(tmp_path / "out" / "points" / "mxd-k2")
     assert evaluation["settings"]["training"]["tokens_trained"] == row["tokens_trained"]
 
@@ -171,17 +185,16 @@ def test_an_interrupt_loses_only_the_point_at_work(tmp_path, trained, monkeypatc
     assert trained == ["mxd-k2", "mxd-k4", "mxd-k4"]
 
 
-def test_another_text_is_refused_unless_it_shall_replace(tmp_path, trained):
+def test_another_text_is_refused_unless_it_shall_replace(copied, tmp_path, trained):
     text, heldout = tmp_path / "text.txt", tmp_path / "heldout.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 600)
     heldout.write_text("It is a truth universally acknowledged. " * 200)
-    measured(tmp_path / "out", num_experts_per_tok=[2])
     changes = {"num_experts_per_tok": [2], "dataset": [str(text)], "heldout_dataset": [str(heldout)]}
     with pytest.raises(ValueError, match=r"mxd-k2\.json is finished, with another text: --overwrite"):
         measured(tmp_path / "out", **changes)
     assert (tmp_path / "out" / "points" / "mxd-k2.json").is_file()
     measured(tmp_path / "out", overwrite=True, **changes)
-    assert trained == ["mxd-k2", "mxd-k2"]
+    assert trained == ["mxd-k2"]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def transcoder(finished, tmp_path_factory):
 COLUMNS = ["--label-column", "kind", "--text-column", "body", "--group-column", "book"]
 
 
-def test_probe_shows_and_saves(finished, transcoder, labelled, tmp_path):
+def test_probe_shows_and_saves(finished, transcoder, labelled, tmp_path, drawn_figures):
     folder, config = tmp_path / "out", tmp_path / "few.yaml"
     config.write_text("candidates: 10")
     arguments = [

@@ -31,13 +31,12 @@ from mxd.jobs.run_folder import (
 from mxd.jobs.training import make_arguments
 from mxd.trainers import DistillationArguments
 
-pytestmark = pytest.mark.usefixtures("undrawn_figures")
-TRAINING = {"disable_tqdm": True, "calibration_tokens": 1024, "statistics_tokens": 1024}
+TRAINING = {"disable_tqdm": True, "calibration_tokens": 512, "statistics_tokens": 512}
 
 
 def options(folder, **changes):
-    values = {"num_experts": 16, "num_experts_per_tok": 2, "tokens": 4096, "batch_tokens": 1024, "learning_rate": 0.01}
-    values |= {"evaluation_tokens": 1024, "training": TRAINING, "output": str(folder)}
+    values = {"num_experts": 16, "num_experts_per_tok": 2, "tokens": 2048, "batch_tokens": 512, "learning_rate": 0.01}
+    values |= {"evaluation_tokens": 512, "training": TRAINING, "output": str(folder)}
     return DecompositionOptions(**{**values, **changes})
 
 
@@ -68,7 +67,7 @@ def test_a_run_that_fails_says_how_to_go_on_and_goes_on(tmp_path, monkeypatch, e
     assert said in str(failed.value) and f"{type(error).__name__}: {error}" in str(failed.value)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", RUN_NAME, START_NAME}
     if isinstance(error, ConnectionError):
-        assert decompose(options(tmp_path / "out", resume=True))["settings"]["training"]["tokens_trained"] == 4096
+        assert decompose(options(tmp_path / "out", resume=True))["settings"]["training"]["tokens_trained"] == 2048
 
 
 def test_a_failure_before_the_first_step_is_raised_as_it_is(tmp_path, monkeypatch):
@@ -169,7 +168,7 @@ SAMPLE = str(demo.text_path("train"))
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tokens": 8192}, "tokens 4096, not 8192"),
+        ({"tokens": 8192}, "tokens 2048, not 8192"),
         ({"seed": 1}, "seed 0, not 1"),
         ({"learning_rate": 0.5}, "learning_rate 0.01, not 0.5"),
         ({"learning_rate": None}, "learning_rate 0.01, not 0.001"),
@@ -191,10 +190,10 @@ def test_a_run_is_not_resumed_with_other_options(halved, changes, said):
 def test_a_run_is_resumed_elsewhere_and_with_other_evaluation(halved, tmp_path):
     folder = shutil.copytree(halved, tmp_path / "copy")
     training = {**TRAINING, "disable_tqdm": False}
-    results = decompose(options(folder, resume=True, evaluation_tokens=2048, training=training))
-    assert results["settings"]["tokens"] == 2048
+    results = decompose(options(folder, resume=True, evaluation_tokens=1024, training=training))
+    assert results["settings"]["tokens"] == 1024
     made = json.loads((folder / "evaluation.json").read_text())["settings"]["training"]
-    assert made["tokens_trained"] == 4096 and made["documents"] == 160
+    assert made["tokens_trained"] == 2048 and made["documents"] == 100
     assert "seconds" not in made  # of the steps before the interrupt nobody knows them
     assert not (folder / START_NAME).exists() and not list(folder.glob("checkpoint-*"))
 
@@ -248,7 +247,7 @@ def test_a_pickled_base_is_refused_before_anything_is_trained(tmp_path):
     ],
 )
 def test_the_init_that_is_recorded_is_the_one_that_happened(tmp_path, changes, decoder):
-    results = decompose(options(tmp_path / "made", tokens=1024, **changes))
+    results = decompose(options(tmp_path / "made", tokens=512, **changes))
     said = results["settings"]["training"]
     assert said.get("decoder_init") == decoder
     assert ("auxiliary_weight" in said) == ("encoder_init" in said) == (decoder is not None)
