@@ -56,8 +56,9 @@ def seed():
 
 
 @pytest.fixture
-def tiny_llama():
-    return make_tiny_llama()
+def tiny_llama(request):
+    """A tiny model; a parameter changes fields of its config."""
+    return make_tiny_llama(**getattr(request, "param", {}))
 
 
 @pytest.fixture(autouse=True)

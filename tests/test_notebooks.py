@@ -10,12 +10,12 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALL = {
-    "TOKENS": "8192",
+    "TOKENS": "4096",
     "EXPERTS": "64",
     "STEPS": "2",
     "TEXTS": "12",
     "CANDIDATES": "4",
-    "COLLECTED": "4096",
+    "COLLECTED": "2048",
     "METHODS": '["mxd"]',
 }
 FOLDERS = ["notebook-output", "compare-mxd"]

@@ -242,8 +242,8 @@ def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
 
 def test_interrupt_then_resume(tmp_path):
     folder, config = tmp_path / "out", tmp_path / "few.yaml"
-    config.write_text("{training: {calibration_tokens: 1024, statistics_tokens: 1024}, evaluation_tokens: 1024}")
-    arguments = ["--num-experts", "64", "-k", "4", "--tokens", "20k", "--batch-tokens", "1024"]
+    config.write_text("{training: {calibration_tokens: 512, statistics_tokens: 512}, evaluation_tokens: 512}")
+    arguments = ["--num-experts", "64", "-k", "4", "--tokens", "8k", "--batch-tokens", "256"]
     arguments += ["--dataset", demo.text_path("train"), "--config", config, "--output", folder]
     command = [sys.executable, "-m", "mxd", "decompose", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -267,8 +267,7 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
     """A limit on the size of files stands for the full disk: the write of the weights fails midway."""
     folder = tmp_path / "out"
     script = (
-        "import resource, sys, runpy\n"
-        "from transformers import Trainer\n"
+        "import resource\n"
         "from mxd import DistillationTrainer\n"
         "save = DistillationTrainer._save_checkpoint\n"
         "def limited(self, *a):\n"
@@ -279,8 +278,8 @@ def test_a_disk_that_is_full_keeps_complete_checkpoints(tmp_path):
         "from mxd.cli.main import main\n"
         "main()\n"
     )
-    arguments = ["decompose", "--num-experts", "64", "-k", "4", "--tokens", "8k", "--batch-tokens", "1024"]
-    arguments += ["--output", str(folder)]
+    arguments = ["decompose", "--num-experts", "64", "-k", "4", "--tokens", "2048", "--batch-tokens", "512"]
+    arguments += ["--dataset", demo.text_path("train"), "--output", folder]
     done = warm_process.run("-c", script, *arguments)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr and "kept" in done.stderr

@@ -69,7 +69,7 @@ def test_what_cannot_be_divided_is_refused():
 def test_a_planted_feature_is_found_and_noise_is_not(kind):
     labels, groups = problem()
     rng = np.random.default_rng(0)
-    noise = sparse_features(len(labels), 50, rng).toarray()
+    noise = sparse_features(len(labels), 25, rng).toarray()
     if kind == "dense":
         noise -= 0.1
     planted = noise.copy()
@@ -78,7 +78,7 @@ def test_a_planted_feature_is_found_and_noise_is_not(kind):
         planted[:, 17] *= -1
     folds = grouped_folds(labels, groups)
     found, nothing = (
-        probe_features(csr_array(table) if kind == "sparse" else table, labels, folds, candidates=20)
+        probe_features(csr_array(table) if kind == "sparse" else table, labels, folds, candidates=8)
         for table in (planted, noise)
     )
     planted_class = found["classes"]["class 1"]
@@ -123,8 +123,8 @@ def test_figures_are_those_of_plain_scikit_learn(kind):
     if kind == "dense":
         table = table - table.mean(0)
     folds = grouped_folds(labels, groups, 3)
-    found = probe_features(csr_array(table) if kind == "sparse" else table, labels, folds, candidates=8)
-    expected = plain(table, labels, folds, 8, signed=kind == "sparse")
+    found = probe_features(csr_array(table) if kind == "sparse" else table, labels, folds, candidates=4)
+    expected = plain(table, labels, folds, 4, signed=kind == "sparse")
     for name, (f1, best, chosen) in expected.items():
         of_class = found["classes"][name]
         assert of_class["f1_folds"] == pytest.approx(f1)
@@ -182,7 +182,7 @@ def test_a_probe_cannot_remember_documents():
 
 
 def test_standardised_probes_do_not_see_the_scale():
-    labels, groups = problem(classes=2)
+    labels, groups = problem(classes=2, documents=5)
     rng = np.random.default_rng(3)
     table = sparse_features(len(labels), 20, rng).toarray()
     table[:, 4] += (labels == "class 0") * 0.2
@@ -190,12 +190,12 @@ def test_standardised_probes_do_not_see_the_scale():
     folds = grouped_folds(labels, groups)
     for make in (csr_array, np.asarray):
         plain_one, other = (
-            probe_features(make(t), labels, folds, standardize=True, candidates=5) for t in (table, scaled)
+            probe_features(make(t), labels, folds, standardize=True, candidates=3) for t in (table, scaled)
         )
         assert plain_one["classes"]["class 0"]["features"] == other["classes"]["class 0"]["features"]
         assert plain_one["f1"] == pytest.approx(other["f1"])
         assert plain_one["k_sparse"] == pytest.approx(other["k_sparse"])
-    raw, raw_scaled = (probe_features(csr_array(t), labels, folds, candidates=5) for t in (table, scaled))
+    raw, raw_scaled = (probe_features(csr_array(t), labels, folds, candidates=3) for t in (table, scaled))
     assert raw["classes"]["class 0"]["features"] != raw_scaled["classes"]["class 0"]["features"]
 
 

@@ -23,7 +23,7 @@ TEXTS = {
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory):
-    """30 books of two chapters each, of three kinds."""
+    """15 books of two chapters each, of three kinds."""
     draw, path = random.Random(0), tmp_path_factory.mktemp("labelled") / "books.jsonl"
     rows = [
         {
@@ -34,7 +34,7 @@ def labelled(tmp_path_factory):
             "coin": f"side {draw.randrange(2)}",
         }
         for kind in TEXTS
-        for book in range(10)
+        for book in range(5)
         for _ in range(2)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -56,7 +56,7 @@ COLUMNS = ["--label-column", "kind", "--text-column", "body", "--group-column", 
 
 def test_probe_shows_and_saves(finished, transcoder, labelled, tmp_path, drawn_figures):
     folder, config = tmp_path / "out", tmp_path / "few.yaml"
-    config.write_text("candidates: 10")
+    config.write_text("candidates: 5")
     arguments = [
         "probe",
         finished[0],
@@ -85,7 +85,7 @@ def test_probe_shows_and_saves(finished, transcoder, labelled, tmp_path, drawn_f
         assert word in output
     results = json.loads((folder / "probing.json").read_text())
     assert list(results["representations"]) == ["MLP input", "MLP neurons", "MLP output", "decomposition", "transcoder"]
-    assert results["classes"] == {kind: {"texts": 20, "groups": 10} for kind in sorted(TEXTS)}
+    assert results["classes"] == {kind: {"texts": 10, "groups": 5} for kind in sorted(TEXTS)}
     assert results["always_yes_f1"] == pytest.approx(dict.fromkeys(TEXTS, 0.5))
     assert (folder / "probing.png").stat().st_size > 1000
     found = results["representations"]
@@ -104,7 +104,7 @@ def options(finished, labelled, tmp_path, **changes):
     values = {
         "decompositions": [str(finished[0])], "dataset": [str(labelled)], "label_column": "kind",
         "text_column": "body", "group_column": "book", "output": str(tmp_path / "out"), "against": [],
-        "candidates": 5,
+        "candidates": 3,
     }  # fmt: skip
     return ProbingOptions(**{**values, **changes})
 

@@ -5,12 +5,12 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from doors_cases import IDS, decomposition, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -67,7 +67,8 @@ assert tokenizer("word3")["input_ids"] and not said.getvalue(), said.getvalue()
 assert indices.shape[-1] == 4
 """)
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, str(script)], check=True, cwd=tmp_path, env=env, timeout=300)
+    done = warm_process.run(script, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     first, second, tokens = torch.load(tmp_path / "out.pt")
     assert torch.equal(first, expected)
     assert torch.equal(second, expected)

@@ -17,8 +17,8 @@ FAMILIES = [
 WITH_STATIC_CACHE = ["llama", "gpt2", "phi3", "gpt_neox", "opt", "mixtral", "gpt_oss"]
 
 
-def spliced_case(model_type):
-    model = tiny_model(model_type)
+def spliced_case(model_type, **changes):
+    model = tiny_model(model_type, **changes)
     sites = [site for site in find_mlps(model).values() if site.slots]
     return model, decomposition_of(model, sites), model_inputs(model)
 
@@ -101,7 +101,7 @@ def test_weights_that_are_offloaded(model_type):
 @pytest.mark.parametrize("model_type", ["llama", "opt"])  # a module, and an MLP that the layer calls inline
 def test_a_compiled_spliced_model(model_type):
     """Traced whole and run by the eager backend: what is checked is that nothing of ours stops the tracing."""
-    model, mxd, inputs = spliced_case(model_type)
+    model, mxd, inputs = spliced_case(model_type, num_hidden_layers=1)
 
     def compiled_outputs():
         torch._dynamo.reset()
