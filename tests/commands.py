@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -62,16 +62,6 @@ class Interrupt(TrainerCallback):
 def interrupted(trainer, error=None):
     """A class of trainers, whose trainings are interrupted in their second step, or fail after it."""
     return partial(trainer, callbacks=[Interrupt(error)])
-
-
-@contextmanager
-def killed_at_the_end(process):
-    """Whatever fails inside, the process does not live on."""
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            process.kill()
 
 
 def refused(monkeypatch, capsys, *arguments):

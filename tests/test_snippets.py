@@ -1,26 +1,25 @@
 """Every Python snippet of the README and the docs runs, with fewer tokens and steps, and on the model of the demo."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from factories import mxd_model
 
 from mxd import (
-    DecompositionOptions,
     DistillationArguments,
     ExpertsOptions,
     MxDModel,
     capture_mlps,
-    decompose,
     demo,
     export_transcoder,
     load_base_model,
     load_text,
     read_experts,
 )
-from tests.factories import mxd_model
 
 ROOT = Path(__file__).parent.parent
 SMOL, GPT2 = "HuggingFaceTB/SmolLM2-135M", "openai-community/gpt2"
@@ -63,14 +62,13 @@ def snippets(page: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(finished, tmp_path_factory):
     """A folder with the files that the pages read, and the names that they take as given."""
     folder = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        sizes = {"num_experts": 64, "num_experts_per_tok": 4, "tokens": 4096, "evaluation_tokens": 1024}
-        decompose(DecompositionOptions(output="demo-output", **sizes))
-        read_experts(ExpertsOptions(decomposition="demo-output", tokens=4096, sample=1))
+        shutil.copytree(finished[0], "demo-output")
+        read_experts(ExpertsOptions(decomposition="demo-output", tokens=2048, sample=1))
         documents = load_text(str(demo.text_path("heldout"))).select(range(40))
         documents.to_parquet("text.parquet")
         documents.to_json("texts.jsonl")

@@ -4,14 +4,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 import warm_process
-from commands import killed_at_the_end, refused, run
+from commands import refused, run
 from safetensors.torch import load_file
 
 from mxd import EvaluationOptions, demo, evaluate
@@ -245,18 +244,15 @@ def test_interrupt_then_resume(tmp_path):
     config.write_text("{training: {calibration_tokens: 512, statistics_tokens: 512}, evaluation_tokens: 512}")
     arguments = ["--num-experts", "64", "-k", "4", "--tokens", "8k", "--batch-tokens", "256"]
     arguments += ["--dataset", demo.text_path("train"), "--config", config, "--output", folder]
-    command = [sys.executable, "-m", "mxd", "decompose", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
-        deadline = time.monotonic() + 300
-        with killed_at_the_end(process):
-            while not any(folder.glob("checkpoint-*/trainer_state.json")):
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.02)
-            process.send_signal(signal.SIGINT)
-            error = process.communicate(timeout=120)[1].decode()
-    assert process.returncode == 130, error
-    assert "--resume" in error and "Traceback" not in error
+    process = warm_process.WarmProcess("-m", "mxd", "decompose", *arguments)
+    deadline = time.monotonic() + 300
+    while not any(folder.glob("checkpoint-*/trainer_state.json")):
+        assert process.process.is_alive() and time.monotonic() < deadline, process.wait().stderr
+        time.sleep(0.02)
+    os.kill(process.process.pid, signal.SIGINT)
+    done = process.wait(120)
+    assert done.returncode == 130, done.stderr
+    assert "--resume" in done.stderr and "Traceback" not in done.stderr
     assert list(folder.glob("checkpoint-*/trainer_state.json"))
     code, output, error = run("decompose", *arguments, "--resume")
     assert code == 0, error

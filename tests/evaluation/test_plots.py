@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import mxd_config
 from matplotlib.figure import Figure
 
 from mxd import evaluation
@@ -15,7 +16,6 @@ from mxd.evaluation import (
     plot_training_loss,
 )
 from mxd.evaluation.plots import decomposition_title, model_title
-from tests.factories import mxd_config
 
 pytestmark = pytest.mark.usefixtures("drawn_figures")
 PNG = b"\x89PNG\r\n"
