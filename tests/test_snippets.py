@@ -35,7 +35,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/how-to/experts": {"812": "12"},
     "docs/how-to/evaluate": {},
     "docs/how-to/meaning": {
-        "100_000": "2_000",
+        "100_000": "6_000",
         "range(500)": "range(64)",
         "live(20, 100)": "live(11, 2)",
         "(100, d": "(3, d",

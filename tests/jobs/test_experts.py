@@ -265,7 +265,7 @@ def test_the_sample_is_read_with_a_warning(copy, book, caplog, command, why):
         (copy / "run.yaml").unlink()
     if why in ("not recorded", "nonsense"):
         trained_on(copy, book, dataset=[] if why == "not recorded" else 3)
-    code, output, error = run(command, copy, "--tokens", "1024")
+    code, output, error = run(command, copy, "--tokens", "256")
     assert code == 0, error
     assert "sample of mxd" in " ".join(output.replace("│", " ").split())
     assert "reads the small text that ships with mxd" in caplog.text
