@@ -21,7 +21,6 @@ from mxd.jobs import decompose as job
 from mxd.jobs.run_folder import RUN_NAME, START_NAME, Interrupted
 from mxd.modeling_mxd import find_mlps
 
-pytestmark = pytest.mark.usefixtures("undrawn_figures")
 TRAINING = {"disable_tqdm": True, "calibration_tokens": 512, "statistics_tokens": 512, "logging_steps": 1}
 LAYERS = [4, 0, 1]
 
