@@ -97,20 +97,24 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, chat: str) -> list[int]:
     messages = json.loads(chat)
     if isinstance(messages, str):  # templated already
         return _call(tokenizer, [messages], split_special_tokens=False)[0]
+    # mistral-common's tokenizers take an answer at the end as one to continue, unless their mode is "finetuning".
+    mode = getattr(tokenizer, "mode", None)
+    open_end = mode not in (None, "finetuning") and messages[-1].get("role") == "assistant"
+    how = {"continue_final_message": True} if open_end else {}
     # A message may spell a control token. transformers before 5.23 has no such argument, nor has mistral-common.
     spelled = any(token in chat for token in _control_tokens(tokenizer))
     try:
         try:
-            encoded: Any = tokenizer.apply_chat_template(
-                messages, **({"sanitize_control_tokens": True} if spelled else {})
-            )
+            sanitized = {"sanitize_control_tokens": True} if spelled else {}
+            encoded: Any = tokenizer.apply_chat_template(messages, **how, **sanitized)
         except (TypeError, ValueError, NotImplementedError):
-            encoded = tokenizer.apply_chat_template(messages)
+            encoded = tokenizer.apply_chat_template(messages, **how)
     except Exception as error:  # jinja's, and each tokenizer's own
-        has_none = getattr(tokenizer, "chat_template", None) is None
+        has_none = mode is None and getattr(tokenizer, "chat_template", None) is None
         reason = "has no chat template" if has_none else f"refuses a chat ({first_line(error)})"
         raise DataError(
             f"the text is chats (lists of messages), and the model's tokenizer {reason}: use an instruct model's, or "
             "name a column of text with --text-column"
         ) from error
-    return list(encoded["input_ids"] if isinstance(encoded, Mapping) else encoded)
+    ids = list(encoded["input_ids"] if isinstance(encoded, Mapping) else encoded)
+    return [*ids, tokenizer.eos_token_id] if open_end else ids

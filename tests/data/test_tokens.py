@@ -44,6 +44,21 @@ class Strict:
         return self.inner(text, add_special_tokens=add_special_tokens)
 
 
+class Mistral(Strict):
+    """A `Strict` whose chats must not end with an answer, unless it is to be continued or the mode is "finetuning"."""
+
+    def __init__(self, inner, mode):
+        super().__init__(inner)
+        self.mode, self.chat_template = mode, None
+
+    def apply_chat_template(self, messages, continue_final_message=False):
+        answered = messages[-1]["role"] == "assistant"
+        if answered and self.mode != "finetuning" and not continue_final_message:
+            raise RuntimeError("Expected last role User or Tool (or Assistant with prefix) for serving")
+        ids = self.inner.apply_chat_template(messages)["input_ids"]
+        return [*ids, self.eos_token_id] if answered and not continue_final_message else ids
+
+
 def unigram():
     """A Unigram model whose vocabulary holds the special tokens as words, with the best score, as converted ones do."""
     letters = [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz<>/|_▁"]
@@ -173,6 +188,15 @@ def test_chats_are_probed_with_one_bos():
     tokenizer = chatty(**NAMES)
     (ids, *_) = probed([CHAT + json.dumps(TALK)] * 2, tokenizer, 64)
     assert ids == tokenizer.apply_chat_template(TALK)["input_ids"]
+
+
+@pytest.mark.parametrize("mode", ["test", "finetuning"])
+@pytest.mark.parametrize("talk", [TALK, TALK[:1]], ids=["answered", "asked"])
+def test_a_mistral_chat_that_is_answered_ends_with_eos(mode, talk):
+    inner = chatty(**NAMES)
+    ids = inner.apply_chat_template(talk)["input_ids"]
+    end = [inner.eos_token_id] if talk[-1]["role"] == "assistant" else []
+    assert token_ids(Mistral(inner, mode), [CHAT + json.dumps(talk)]) == [[*ids, *end]]
 
 
 def test_chats_that_cannot_be_rendered(tmp_path):
