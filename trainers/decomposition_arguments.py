@@ -50,10 +50,10 @@ class DecompositionArguments(TrainingArguments):
         self.check_range("calibration_tokens", "statistics_tokens", least=1)
         self.check_range("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor")
         self.check_range("minimum_relative_norm", most=1)
-        if self.bf16 and not torch.accelerator.is_available():
-            self.use_cpu = True  # Trainer refuses bfloat16 on a machine without a GPU unless the CPU is asked for
-        if torch.backends.mps.is_available():
-            self.use_cpu = True  # Apple GPUs have no float64, in which gradients of biases and metrics are summed
+        # Unless the CPU is asked for, a machine without a GPU refuses bfloat16, and keeps several processes apart.
+        # Apple GPUs have no float64, in which gradients of biases and metrics are summed.
+        if not torch.accelerator.is_available() or torch.backends.mps.is_available():
+            self.use_cpu = True
         super().__post_init__()
         if self.bf16 and self.device.type == "cpu" and bfloat16_is_emulated():
             logger.warning("this processor emulates bfloat16: training is faster without bf16")

@@ -15,7 +15,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -35,6 +34,7 @@ from .checkpoints import last_complete_checkpoint, write_decomposition
 from .decomposition_arguments import DecompositionArguments
 from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_group, parameter_scales
+from .process_sums import sum_over_processes
 from .router import router_loss
 from .stream_start import stream_start
 
@@ -85,8 +85,6 @@ class DecompositionTrainer(HubPushes):
         self.decomposition = decomposition
         layers = decomposition.config.layers
         self.routed_layers = [layer for layer in layers if decomposition.layer(layer).router is not None]
-        if (routed := self.routed_layers) and args.world_size > 1:
-            raise ValueError(f"layer {routed[0]} has a router, which trains in one process, not in {args.world_size}")
         super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
         self._optimizer_was_given = self.optimizer is not None
         self.scales: dict[int, ActivationScales] = {}
@@ -135,10 +133,20 @@ class DecompositionTrainer(HubPushes):
         """Yield training batches from the start of the data; the random state stays as it is."""
         if self._first_batches is None:
             self._first_batches = stream_start(self)
-        yield from map(self.prepare_batch, self._first_batches)
+        yield from map(self.batch_of_all, self._first_batches)
         with torch.random.fork_rng(devices=[]):  # data are drawn on the CPU
             for batch in islice(self.get_train_dataloader(), len(self._first_batches), None):
-                yield self.prepare_batch(batch)
+                yield self.batch_of_all(batch)
+
+    def batch_of_all(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Prepare a batch, and join to it the rows of the other processes, in the order in which one process has them.
+
+        Every process calibrates and measures on the same rows, so that all initialise alike.
+        """
+        batch = self.prepare_batch(inputs)
+        if self.args.world_size > 1:
+            batch = self.accelerator.gather(self.accelerator.pad_across_processes(batch, dim=1))
+        return batch
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train. Ctrl-C finishes the step, saves a checkpoint and returns; `interrupted` is then true.
@@ -214,34 +222,21 @@ class DecompositionTrainer(HubPushes):
     def calibrate(self, tokens: int) -> dict[int, Calibration]:
         """Measure the activations on the training data, and set `scales`."""
         of_decoder, show = self.decomposition.config.of_decoder, self.shows_progress
-        calibrations = calibrate(self.capture, self._training_batches(), tokens, of_decoder, show, self.least)
-        scales = [{layer: calibration.scales for layer, calibration in calibrations.items()}]
-        # DDP broadcasts the weights of process 0; the scales must be the same everywhere too.
-        self.scales = broadcast_object_list(scales)[0] if self.args.world_size > 1 else scales[0]
+        calibrations = calibrate(self.capture, self._training_batches(), tokens, of_decoder, show)
+        self.scales = {layer: calibration.scales for layer, calibration in calibrations.items()}
         return calibrations
-
-    def least(self, count: int) -> int:
-        """Return the smallest of all processes' counts: reading a batch may involve them all, so all stop together."""
-        return int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).min())
 
     def least_norm(self, layer: int) -> float:
         """Return the lower bound on ‖y‖² in errors divided by it: see `minimum_relative_norm`."""
         return self.args.minimum_relative_norm * self.scales[layer].output_norm if layer in self.scales else 0.0
 
     def measure_experts(self) -> None:
-        """Measure on training data how often and how strongly each expert is active, and set buffers and directions.
-
-        Several processes share the tokens, and have the statistics of all.
-        """
-
-        def gather(values: Tensor) -> Tensor:
-            return self.accelerator.gather(values[None].to(self.args.device)).cpu()
-
+        """Measure on training data how often and how strongly each expert is active, and set buffers and directions."""
         tokens = self._tokens_to_measure(self.args.statistics_tokens, STATISTICS_TOKENS)
-        count = -(-tokens // (self._batch_tokens * self.args.world_size))
+        count = -(-tokens // self._batch_tokens)
         batches = islice(self._training_batches(), count)
         bar = progress_bar(batches, desc="statistics", total=count, show=self.shows_progress)
-        uses = measure_expert_statistics(self.capture, self.decomposition, bar, gather)
+        uses = measure_expert_statistics(self.capture, self.decomposition, bar)
         directions, source = self.expert_directions()
         if directions is not None:
             maxima = {layer: use.maximum for layer, use in uses.items()}
@@ -257,7 +252,7 @@ class DecompositionTrainer(HubPushes):
         return not self.args.disable_tqdm and self.is_world_process_zero()
 
     def _tokens_to_measure(self, asked: int | None, default: int) -> int:
-        """Return the tokens asked for, by default no more than this process trains on."""
+        """Return the tokens asked for, by default no more than the training takes."""
         steps = self.args.max_steps
         if asked is not None or steps <= 0:  # without a number of steps, the data end after an epoch
             return default if asked is None else asked
@@ -265,14 +260,13 @@ class DecompositionTrainer(HubPushes):
 
     @cached_property
     def _batch_tokens(self) -> int:
-        """Tokens of a batch, on average over the processes, so that all of them measure as many batches."""
-        tokens = self.loss_mask(next(self._training_batches())).numel()
-        return int(self.accelerator.gather(torch.tensor([tokens], device=self.args.device)).float().mean())
+        """Tokens of the first batch of all processes."""
+        return self.loss_mask(next(self._training_batches())).numel()
 
     def _use_token_progress(self) -> None:
         if self.args.disable_tqdm:
             return
-        tokens = self._batch_tokens * self.args.gradient_accumulation_steps * self.args.world_size
+        tokens = self._batch_tokens * self.args.gradient_accumulation_steps
         for earlier in (ProgressCallback, TokenProgressCallback):
             self.remove_callback(earlier)
         self.add_callback(TokenProgressCallback(tokens, self.progress_name))
@@ -314,8 +308,12 @@ class DecompositionTrainer(HubPushes):
         module = self.decomposition.layer(layer)
         if module.router is None:
             return 0.0
-        loss = router_loss(module, x[mask][self.state.global_step % ROUTER_TOKENS :: ROUTER_TOKENS])
-        return loss / self.current_gradient_accumulation_steps  # it is a mean, the other losses are sums
+        start, world = self.state.global_step, self.args.world_size
+        if world > 1:  # the tokens of the processes before this one come first
+            start -= int(self.accelerator.gather(mask.sum())[: self.args.process_index].sum())
+        with torch.autocast(x.device.type, enabled=False):
+            loss = router_loss(module, x[mask][start % ROUTER_TOKENS :: ROUTER_TOKENS], sum_over_processes)
+        return world * loss / self.current_gradient_accumulation_steps  # it is a mean, the other losses are sums
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         if grad_norm is None and (self.state.global_step + 1) % self.state.logging_steps:

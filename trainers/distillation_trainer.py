@@ -30,6 +30,7 @@ from .auxiliary_transcoder import AuxiliaryTranscoders
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
 from .initialization import check_encoder_init, init_decomposition
+from .process_sums import sum_over_processes
 
 
 class LayerLosses(NamedTuple):
@@ -163,6 +164,8 @@ class DistillationTrainer(DecompositionTrainer):
     ) -> Tensor:
         """Return the penalty for a layer that does well when it is not told which experts are active.
 
+        Of several processes, each returns the part of its own tokens.
+
             T max(0, τ − ē),   ē = mean_t min(1, ‖ŷ_t − y_t‖² / max(‖y_t‖², m)),   ŷ_t = (mean_s Cᵀa_s) * Dᵀz_t + b
 
         over the T > 0 tokens in `mask` (...), with ŷ = `ablated` (..., O), y = `target` (..., O), τ = `minimum_error`
@@ -170,7 +173,8 @@ class DistillationTrainer(DecompositionTrainer):
         MLP's own does everything by itself with Cᵀa = 1.
         """
         errors = _relative_errors(ablated[mask].float(), target[mask].float(), minimum_squared_norm)
-        return len(errors) * (minimum_error - errors.clamp_max(1).mean()).clamp_min(0)
+        missing = len(errors) * minimum_error - errors.clamp_max(1).sum()
+        return missing * (sum_over_processes(missing.detach()) > 0)
 
     def layer_losses(self, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> LayerLosses:
         """Return the losses of a layer, given its MLP's input x (..., I) and output y (..., O); mask (...) bool."""
@@ -179,9 +183,11 @@ class DistillationTrainer(DecompositionTrainer):
         weight, minimum = self.args.mean_ablation_weight, self.args.min_mean_ablation_error
         coefficients = module.coefficients(x)
         penalty = coded_error = torch.zeros((), device=x.device)
-        if module.config.method == "mxd" and weight * minimum > 0 and mask.any():
+        if module.config.method == "mxd" and weight * minimum > 0:
             summed = module.sum_experts(coefficients)  # Cᵀa
-            both = torch.stack([summed, summed[mask].mean(0).expand_as(summed)])
+            total = sum_over_processes(summed[mask].sum(0, dtype=torch.float32))
+            mean = (total / sum_over_processes(mask.sum()).clamp_min(1)).to(summed.dtype)
+            both = torch.stack([summed, mean.expand_as(summed)])
             output, ablated = module.combine(both, x).to(x.dtype)  # the dense encoder runs once for both
             penalty = weight * self.mean_ablation_loss(ablated, y, mask, minimum, least)
         else:
@@ -189,6 +195,9 @@ class DistillationTrainer(DecompositionTrainer):
         if auxiliary is not None:
             coded_error = self.args.auxiliary_weight * error(auxiliary(coefficients, x), minimum_squared_norm=least)
         return LayerLosses(error(output, minimum_squared_norm=least), penalty, coded_error)
+
+    def _all_losses(self, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> tuple[LayerLosses, Tensor | float]:
+        return self.layer_losses(layer, x, y, mask), self.router_loss(layer, x, mask)
 
     def _as_forward(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function in place of the model's `forward`, on calls of which its wrappers (DDP, FSDP) act."""
@@ -221,8 +230,9 @@ class DistillationTrainer(DecompositionTrainer):
             x, y = captured.pop(layer)
             mask = self._mask(inputs, x)
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                of_layer = LayerLosses(*self._as_forward(model, self.layer_losses, layer, x, y, mask))
-            loss = scale * sum(of_layer) + self.router_loss(layer, x, mask)
+                of_layer, of_router = self._as_forward(model, self._all_losses, layer, x, y, mask)
+            of_layer = LayerLosses(*of_layer)
+            loss = scale * sum(of_layer) + of_router
             self.accelerator.backward(loss / len(layers))
             losses[f"layer_{layer}/loss"] = scale * of_layer.distillation.detach()
         mean = torch.stack([*losses.values()]).mean()

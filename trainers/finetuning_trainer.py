@@ -66,6 +66,8 @@ class FinetuningTrainer(DecompositionTrainer):
             parameter.requires_grad_(trained.get(parameter, False))
         decomposition.float()
         self.language_model = model
+        if any(module.router is not None for module in decomposition.layers.values()):
+            args.ddp_find_unused_parameters = False  # the routers' loss is no output of the model's forward
         kwargs.setdefault("compute_metrics", self.prediction_losses)
         super().__init__(model, decomposition, args, **kwargs)
         _disable_dropout(model)

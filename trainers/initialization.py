@@ -14,7 +14,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +71,10 @@ def calibrate(
     tokens: int,
     decoder: bool = False,
     progress: bool = False,
-    least: Callable[[int], int] = int,
 ) -> dict[int, Calibration]:
     """Capture batches until `tokens` tokens are seen, and measure every layer's activations.
 
     `capture` returns {layer: (x, y)} for a batch; `decoder` is that of `activation_mask`; `progress` shows a bar.
-    `least` returns the smallest of all processes' numbers of tokens: they stop after the same batch, since reading one
-    may involve them all.
 
     Raises:
         ValueError: `batches` has no token, or an activation is not finite.
@@ -94,7 +91,7 @@ def calibrate(
                     seen[layer].ids.append(ids.to(mask.device)[mask])
             before, count = count, min(sum(map(len, of_layer.inputs)) for of_layer in seen.values())
             bar.update(min(count, tokens) - min(before, tokens))
-            if least(count) >= tokens:
+            if count >= tokens:
                 break
     if not any(len(x) for of_layer in seen.values() for x in of_layer.inputs):
         raise ValueError("no tokens to calibrate on: the training data is empty")

@@ -71,17 +71,18 @@ def exact_coefficients(layer: SparseLayer, x: Tensor) -> ExpertCoefficients:
     return ExpertCoefficients(*topk_gate(x.to(weight), weight, layer.gate.bias, layer.config.num_experts_per_tok))
 
 
-def router_loss(layer: SparseLayer, x: Tensor) -> Tensor:
+def router_loss(layer: SparseLayer, x: Tensor, total: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
     """Return the mean cross-entropy of the router's softmax to the exact gate's shares of coefficients; x (T, I).
 
-    Only the router gets gradients. Tokens without an active expert are left out.
+    Only the router gets gradients. Tokens without an active expert are left out. With `total`, which sums a tensor over
+    processes, it is this process's part of the mean over all.
     """
     router = layer.router
     assert router is not None
     with torch.no_grad():
         values, indices = exact_coefficients(layer, x)
         target = _shares(values.float(), indices // layer.config.expert_group_size, router.out_features)
-    return _cross_entropy(router(x.detach().to(router.weight.dtype)), target)
+    return _cross_entropy(router(x.detach().to(router.weight.dtype)), target, total)
 
 
 @torch.no_grad()
@@ -253,5 +254,5 @@ def _shares(values: Tensor, groups_of_indices: Tensor, groups: int) -> Tensor:
     return sums / sums.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
-def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
-    return -(target * F.log_softmax(scores.float(), dim=-1)).sum() / target.sum().clamp_min(1)
+def _cross_entropy(scores: Tensor, target: Tensor, total: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
+    return -(target * F.log_softmax(scores.float(), dim=-1)).sum() / total(target.sum()).clamp_min(1)

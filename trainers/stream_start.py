@@ -20,8 +20,8 @@ def stream_start(trainer: Any) -> list[dict[str, Any]]:
         try:
             for batch in trainer.get_train_dataloader():
                 batches.append(batch)
-                count += trainer.loss_mask(trainer.prepare_batch(batch)).numel()
-                if trainer.least(count) >= tokens or len(batches) == steps:
+                count += trainer.loss_mask(trainer.batch_of_all(batch)).numel()
+                if count >= tokens or len(batches) == steps:
                     break
         except Exception:
             if not batches:

@@ -1,5 +1,6 @@
 """What each command does: run its job, show the results, and say what was saved. torch is imported only then."""
 
+import logging
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,10 +11,13 @@ from typing import Any, NamedTuple
 
 import typer
 
+from mxd.base.processes import launched, leave
 from mxd.jobs import options as classes
 from mxd.jobs import use_options
 
 from . import tables
+
+logger = logging.getLogger(__name__)
 
 _TRAINED = "weights, evaluation.json, run.yaml, training_log.json, figures/"
 
@@ -28,16 +32,21 @@ class Command(NamedTuple):
     saved: str = ""
 
     def run(self, options: Any) -> None:
-        """Do the command."""
+        """Do the command. Several processes train together; anything else is done, and all is shown, by the first."""
+        rank, processes = launched()
+        if processes > 1 and not isinstance(options, classes.ResumableOptions):
+            if rank > 0:
+                return
+            leave()
+            logger.warning("this command takes one process: the other %d have ended", processes - 1)
         if not isinstance(self.job, str):
             self.job(options)
             return
-        from mxd.jobs.run_folder import check_one_process
-
-        check_one_process()
-        _quiet()
+        _quiet(bars=rank == 0)
         module, _, name = self.job.partition(":")
         results = getattr(import_module(f"mxd.jobs.{module}"), name)(options)
+        if rank > 0:
+            return
         folder = options.output or options.decomposition
         if folder == classes.STDOUT:
             from mxd.base.files import json_text
@@ -117,11 +126,18 @@ def steer(options: use_options.SteeringOptions) -> None:
         typer.echo(f"Saved in {options.save}; in Python: model.steer({options.save!r})")
 
 
-def _quiet() -> None:
-    """Turn off warnings of transformers: the commands have their own."""
+def _quiet(bars: bool = True) -> None:
+    """Turn off warnings of transformers: the commands have their own. Without `bars`, turn off progress bars too."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    if not bars:
+        import datasets
+        import huggingface_hub.utils
+
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
 
 
 COMMANDS = {

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import sys
+import time
 from dataclasses import fields
 from importlib.metadata import version
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from mxd.base.processes import launched
 from mxd.jobs.options import RESUMABLE
 
 from .commands import make_command
@@ -21,6 +23,7 @@ from .tables import visible
 INTERRUPTED = 130
 TRAINING_ENDS = ("Interrupted", "TrainingFailed")  # exceptions of mxd.jobs.run_folder, which imports torch
 MAX_MESSAGE = 2000
+OTHERS_WAIT = 10  # seconds
 
 app = typer.Typer(
     add_completion=False,
@@ -54,11 +57,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks becomes a question mark
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    rank, _ = launched()
+    logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, format="%(levelname)s: %(message)s")
     if debug := "--debug" in sys.argv:
         sys.argv.remove("--debug")
     try:
-        app()
+        app(standalone_mode=rank == 0)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # typer's exit code for a KeyboardInterrupt
             kept, how = _kept(sys.argv[1:])
@@ -67,10 +71,23 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if rank and _said_by_the_first(error):
+            time.sleep(OTHERS_WAIT)  # the launcher ends all processes as soon as one has failed
+            sys.exit(_exit_code(error))
         # An end of the training says by itself what is kept.
         kept, how = ("", "") if type(error).__name__ in TRAINING_ENDS else _kept(sys.argv[1:])
-        code = INTERRUPTED if type(error).__name__ == "Interrupted" else 1
-        _fail(_explain(error, f"; {kept}: put it right, then {how}" if kept else ""), code)
+        of_process = f"process {rank}: " if rank else ""
+        _fail(of_process + _explain(error, f"; {kept}: put it right, then {how}" if kept else ""), _exit_code(error))
+
+
+def _said_by_the_first(error: Exception) -> bool:
+    """Return whether an error is of the user's input or of the run, which the first process reports, too."""
+    names = {one.__name__ for one in type(error).mro()}
+    return bool(names & {"ValueError", "FirstProcessError", "ClickException", "Abort", *TRAINING_ENDS})
+
+
+def _exit_code(error: Exception) -> int:
+    return int(getattr(error, "exit_code", 1))
 
 
 def _kept(arguments: list[str]) -> tuple[str, str]:

@@ -48,16 +48,6 @@ class ExpertUse:
         self.sums += torch.bincount(indices[active], weights=values[active].double(), minlength=len(self.counts))
         self.maximum.scatter_reduce_(0, indices[active], values[active].float(), "amax")
 
-    def add_processes(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Add what the other processes counted; `gather` stacks a tensor (...) of each of P processes, (P, ...)."""
-        every = gather(torch.stack([self.counts.double(), self.sums, self.maximum.double()]))  # exact below 2^53
-        self.tokens = int(gather(torch.tensor(self.tokens)).sum())
-        self.counts, self.sums, self.maximum = (
-            every[:, 0].sum(0).long(),
-            every[:, 1].sum(0),
-            every[:, 2].amax(0).float(),
-        )
-
     @property
     def frequency(self) -> Tensor:
         """Return the share of tokens on which each expert is active, counts / T, (N) float64."""
@@ -146,15 +136,11 @@ def captured_activations(
 
 
 def measure_expert_statistics(
-    model: nn.Module | Capture,
-    decomposition: MxDModel,
-    batches: Iterable[Mapping[str, Tensor]],
-    gather: Callable[[Tensor], Tensor] | None = None,
+    model: nn.Module | Capture, decomposition: MxDModel, batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[int, ExpertUse]:
     """Write every expert's frequency and mean coefficient on training tokens into the buffers that evaluation reads.
 
-    For the arguments see `count_expert_use`; with `gather`, see `ExpertUse.add_processes`, the statistics are those of
-    the batches of all processes. The buffers are `expert_frequency` and `expert_mean`.
+    For the arguments see `count_expert_use`. The buffers are `expert_frequency` and `expert_mean`.
 
     Returns:
         {layer: use}.
@@ -163,9 +149,6 @@ def measure_expert_statistics(
         ValueError: there is no token to measure on; the buffers are left unchanged.
     """
     uses = count_expert_use(model, decomposition, batches)
-    if gather is not None:
-        for use in uses.values():
-            use.add_processes(gather)
     if not all(use.tokens for use in uses.values()):
         raise ValueError("no tokens to measure the experts on: batches is empty, or contains only padding")
     for layer, use in uses.items():

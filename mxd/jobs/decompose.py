@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mxd.base.base_model import base_skeleton, check_safetensors, load_base_model, resolve_name
 from mxd.base.pretrained_weights import mlp_active_units, mlp_encoder_type, mlp_hidden_act, mlp_widths, record_base
+from mxd.base.processes import in_first_process
 from mxd.base.progress import layer_names
 from mxd.data.packing import pack
 from mxd.data.provenance import is_held_out, sketch
@@ -34,7 +35,7 @@ from mxd.trainers.router import default_num_expert_groups
 
 from .layer_passes import LayerPass, join_layers, join_logs, join_runs, split_layers
 from .options import DecompositionOptions
-from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
+from .run_folder import begun, check_same_documents, prepare_output
 from .training import asked_for, make_arguments, run_training, save_beside, save_results
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,8 @@ def build_config(model: PreTrainedModel, commit: str | None, options: Decomposit
 def decompose(options: DecompositionOptions) -> dict[str, Any]:
     """Replace MLPs by a decomposition, train it by distillation, measure it, and save all of it in a folder.
 
+    Several processes, as torchrun starts them, train together. The first one writes and measures; all return the same.
+
     Returns:
         The content of evaluation.json, see `mxd.evaluation.faithfulness`.
 
@@ -123,9 +126,9 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
             expensive runs.
         Interrupted: Ctrl-C during training; a checkpoint was saved.
     """
-    folder = check_output(options)
+    folder = Path(options.output)
     arguments = make_arguments(DistillationArguments, options, folder)
-    start = resumed_start(folder, options) if options.resume else {}
+    start = in_first_process(lambda: begun(options))
     # The branch may have moved since the run began.
     revision, context = start.get("commit") or options.revision, options.context_length
     # Refuse what the base model's config shows to be wrong before text or weights are fetched.
@@ -140,15 +143,20 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     training = LayersTraining(build_config(model, commit, options), model, tokenizer, documents, options, arguments)
     training.begin()
-    prepare_output(folder, "decompose", options, documents=count, commit=commit)  # nothing is refused from here on
+    if not start:  # nothing is refused from here on
+        in_first_process(lambda: prepare_output(folder, "decompose", options, documents=count, commit=commit))
     decomposition, made = training.run()
-    made |= {"documents": count, "sketch": sketch(options.text, documents, options.seed)}
-    settings: dict[str, Any] = {"training": made}
-    if options.text.heldout_dataset or options.text.heldout_split:  # it may hold documents of the training's
-        held_out = is_held_out(settings, options.text, heldout_documents, options.seed)
-        settings["evaluation"] = evaluation_settings(options.text, options.dtype) | {"held_out": held_out}
-    results = faithfulness(model, decomposition, heldout, settings=settings, progress=not arguments.disable_tqdm)
-    return save_results(results, decomposition, folder)
+
+    def measure() -> dict[str, Any]:
+        how = {**made, "documents": count, "sketch": sketch(options.text, documents, options.seed)}
+        settings: dict[str, Any] = {"training": how}
+        if options.text.heldout_dataset or options.text.heldout_split:  # it may hold documents of the training's
+            held_out = is_held_out(settings, options.text, heldout_documents, options.seed)
+            settings["evaluation"] = evaluation_settings(options.text, options.dtype) | {"held_out": held_out}
+        results = faithfulness(model, decomposition, heldout, settings=settings, progress=not arguments.disable_tqdm)
+        return save_results(results, decomposition, folder)
+
+    return in_first_process(measure)
 
 
 @dataclass
@@ -202,7 +210,7 @@ class LayersTraining:
             return decomposition, made
         decomposition = join_layers(self.passes, self.config)
         record_base(decomposition, self.model)
-        self.save(decomposition)
+        in_first_process(lambda: self.save(decomposition))
         return decomposition, join_runs(runs, self.config.layers)
 
     def train(self, one: LayerPass) -> tuple[MxDModel, dict[str, Any]]:
@@ -211,7 +219,7 @@ class LayersTraining:
         how = run_training(trainer, self.tokenizer, self.options, one.checkpoint)
         made = run_settings(self.options, trainer, how)
         if one.is_part:
-            one.keep(made)
+            in_first_process(lambda: one.keep(made))
         return trainer.model, made
 
     def save(self, decomposition: MxDModel) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import set_seed
 
 from mxd.base.base_model import resolve_name
+from mxd.base.processes import in_first_process
 from mxd.data.packing import pack
 from mxd.data.provenance import is_held_out, sketch, split_seed
 from mxd.data.texts import (
@@ -21,7 +22,7 @@ from mxd.trainers import FinetuningArguments, FinetuningTrainer, last_complete_c
 
 from .decompositions import load_base_and_text, load_decomposition, made_how
 from .options import FinetuningOptions
-from .run_folder import check_output, check_same_documents, prepare_output, resumed_start
+from .run_folder import begun, check_same_documents, prepare_output
 from .training import asked_for, make_arguments, run_training, save_results
 
 MEASURED = ("layers", "cross_entropy", "kl", "top1_agreement")
@@ -41,11 +42,11 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
         Interrupted: Ctrl-C during training; a checkpoint was saved.
     """
     set_seed(options.seed)
-    folder = check_output(options)
-    _check_apart(folder, Path(options.decomposition))
+    folder = Path(options.output)
     arguments = make_arguments(FinetuningArguments, options, folder)
-    checkpoint = last_complete_checkpoint(folder) if options.resume else None
-    start = resumed_start(folder, options) if checkpoint else {}
+    _check_apart(folder, Path(options.decomposition))
+    start = in_first_process(lambda: begun(options))
+    checkpoint = last_complete_checkpoint(folder) if start else None
     decomposition = load_decomposition(options.decomposition)
     settings, context = made_how(options.decomposition), options.context_length
     warn_of_embedded_text(options.text, decomposition.config.base_model_name_or_path)
@@ -57,7 +58,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     )
     count = count_documents(documents, heldout_documents)
     check_same_documents(folder, start, count)
-    own_sketch = sketch(options.text, documents, split_seed(settings, options.seed))
+    own_sketch = in_first_process(lambda: sketch(options.text, documents, split_seed(settings, options.seed)))
     held_out = is_held_out(settings, options.text, heldout_documents, options.seed, own_sketch)
     rows = pack(documents, tokenizer, context, seed=options.seed, repeat=True)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
@@ -71,9 +72,9 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
 
     if checkpoint is None:
         trainer.measure_experts()  # on the tokens of the later measurement, so that both are comparable
-        measured = measure({})
+        measured = in_first_process(lambda: measure({}))
         start = {"before": {name: measured[name] for name in MEASURED}, "documents": count}
-        prepare_output(folder, "finetune", options, **start)  # nothing is refused from here on
+        in_first_process(lambda: prepare_output(folder, "finetune", options, **start))
     how = run_training(trainer, tokenizer, options, checkpoint)
     made = {
         **asked_for(options),
@@ -87,7 +88,7 @@ def finetune(options: FinetuningOptions) -> dict[str, Any]:
     }
     evaluated = evaluation_settings(options.text, options.dtype) | {"held_out": held_out}
     settings |= {"finetuning": [*settings.get("finetuning", []), made], "evaluation": evaluated}
-    return save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss])
+    return in_first_process(lambda: save_results(measure(settings), decomposition, folder, _LOSS_NAMES[options.loss]))
 
 
 def _check_apart(output: Path, source: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from mxd.base.activation_cache import ActivationCache, rows_digest
 from mxd.base.base_model import base_skeleton, check_safetensors, default_device, load_base_model, resolve_name
 from mxd.base.files import write_json
+from mxd.base.processes import check_one_process
 from mxd.base.progress import progress_bar
 from mxd.data.packing import materialize, pack
 from mxd.data.texts import evaluation_batches, load_documents, warn_of_embedded_text
@@ -106,6 +107,7 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
         ValueError: bad input of any kind, before anything expensive runs; or points failed, the others are finished.
         Interrupted: Ctrl-C; finished points are kept, the one in progress is lost.
     """
+    check_one_process()
     root = _check_root(options)
     asked = [point_options(options, method, k) for method in options.methods for k in options.num_experts_per_tok]
     base = (options.model, options.revision, options.dtype)

@@ -4,14 +4,13 @@ Every run keeps `run.yaml` there, its options, and an unfinished one `run_start.
 """
 
 import json
-import os
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from mxd.base.base_model import resolve_name
@@ -21,31 +20,19 @@ from mxd.modeling_mxd import MxDConfig
 
 from .options import RESUMABLE, ResumableOptions, values
 
+logger = logging.getLogger(__name__)
+
 START_NAME, RUN_NAME = "run_start.json", "run.yaml"
 
 
 class Interrupted(Exception):
     """Training was interrupted; the message says what was kept and how to continue."""
 
+    exit_code = 130  # of the command, as shells have it for Ctrl-C
+
 
 class TrainingFailed(Exception):
     """Training raised `__cause__`; the message says what was kept and how to continue."""
-
-
-def check_one_process() -> None:
-    """Raise a `ValueError` if this is one of several processes, which would all write into the same output folder."""
-    # The variables from which accelerate, and so every Trainer, learns of other processes.
-    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-    counts = {name: int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()}
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        counts["torch.distributed"] = torch.distributed.get_world_size()
-    for name, count in counts.items():
-        if count > 1:
-            raise ValueError(
-                f"{count} processes ({name}) would write into the same folder: start mxd's commands in one process, "
-                "without torchrun, accelerate launch or mpirun, and unset the variable if it was left by one of them. "
-                "In Python, DistillationTrainer and FinetuningTrainer train in several processes"
-            )
 
 
 def output_folder(name: str) -> Path:
@@ -84,19 +71,40 @@ def check_output(options: ResumableOptions) -> Path:
     """Return the output folder of a training if it may be written to; create and delete nothing yet.
 
     Raises:
-        ValueError: it is not empty and neither `overwrite` nor `resume` is set, it holds something other than a
-            decomposition, or the run to resume is finished.
+        ValueError: it is not empty and `overwrite` is not set, nor is `resume` and a run there to continue; it holds
+            something other than a decomposition; or the run to resume is finished.
     """
     folder = output_folder(options.output)
     if options.resume and (folder / "config.json").is_file() and not (folder / START_NAME).is_file():
         raise ValueError(f"what is in {folder} is finished, there is nothing to resume: --overwrite makes it anew")
     # A run that ended before its first checkpoint left only these two files.
     left = folder.is_dir() and any(entry.name not in (START_NAME, RUN_NAME) for entry in visible_entries(folder))
-    if left and not options.resume and not options.overwrite:
+    if not left or (options.resume and (folder / START_NAME).is_file()):
+        return folder
+    if options.resume and not options.overwrite:
+        raise ValueError(f"the output folder {folder} holds no run to resume, and is not empty: name another folder")
+    if not options.overwrite:
         raise ValueError(f"the output folder {folder} is not empty: pass --overwrite to replace it, or --resume")
-    if left and not options.resume and not _ours(folder):
+    if not _ours(folder):
         raise ValueError(f"the output folder {folder} holds no decomposition: --overwrite will not delete it")
     return folder
+
+
+def begun(options: ResumableOptions) -> dict[str, Any]:
+    """Return the facts that `prepare_output` wrote of the run to go on with; empty for a run that begins.
+
+    A script that is started again and again may always pass `resume`: a run without a checkpoint begins.
+
+    Raises:
+        ValueError: the output folder is refused (`check_output`), or its run began with other options.
+    """
+    folder = check_output(options)
+    if not options.resume:
+        return {}
+    if resumable(folder):
+        return resumed_start(folder, options)
+    logger.warning("there is no checkpoint in %s yet: the run starts from its beginning", folder)
+    return {}
 
 
 def visible_entries(folder: Path) -> list[Path]:
@@ -112,11 +120,10 @@ def _ours(folder: Path) -> bool:
 
 
 def prepare_output(folder: Path, command: str, options: ResumableOptions, **facts: Any) -> None:
-    """Empty the output folder, and write run.yaml and run_start.json with `facts`; do nothing when a run is resumed."""
-    if options.resume:
-        return
+    """Empty the output folder, and write run.yaml and run_start.json with `facts`; with `resume` delete nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    for entry in visible_entries(folder):  # the folder itself may be a mount point, or the working directory
+    deleted = visible_entries(folder) if options.overwrite or not options.resume else []
+    for entry in deleted:  # the folder itself may be a mount point, or the working directory
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
@@ -126,13 +133,7 @@ def prepare_output(folder: Path, command: str, options: ResumableOptions, **fact
 
 
 def resumed_start(folder: Path, options: ResumableOptions) -> dict[str, Any]:
-    """Return the facts that `prepare_output` wrote.
-
-    Raises:
-        ValueError: there is nothing to resume from, or the run began with other options.
-    """
-    if not resumable(folder):
-        raise ValueError(f"no complete checkpoint in {folder} to resume from: start again")
+    """Return the facts that `prepare_output` wrote; raise `ValueError` if the run began with other options."""
     before, now = flat(yaml.safe_load((folder / RUN_NAME).read_text(encoding="utf-8"))), flat(_settled(options))
     for name in {**before, **now}:
         if name not in (*options.may_change, "output") and before.get(name) != now.get(name):

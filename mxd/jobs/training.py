@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from mxd.base.processes import check_one_process, launched
 from mxd.evaluation import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
 from mxd.evaluation.plots import decomposition_title
 from mxd.modeling_mxd import MxDModel
@@ -22,7 +23,7 @@ from mxd.trainers.decomposition_arguments import DecompositionArguments
 from mxd.trainers.decomposition_trainer import DecompositionTrainer, DivergenceError
 
 from .options import RunOptions, values
-from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, check_one_process, finish, resumable
+from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, finish, resumable
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +46,22 @@ def rows_per_step(options: RunOptions) -> int:
 def make_arguments(kind: type[Arguments], options: RunOptions, folder: Path, **changes: Any) -> Arguments:
     """Return the trainer's arguments for these options: rows per step, steps, checkpoints, and what they set.
 
+    They join this process to the others of the run, if there are several. Whatever the number of processes, a step has
+    the same rows.
+
     Raises:
-        ValueError: `training` names no argument of the trainer, a value is refused, or there are several processes.
+        ValueError: `training` names no argument of the trainer, a value is refused, or the processes cannot share the
+            rows of a step equally.
     """
-    check_one_process()  # the arguments would join them
     known = [one.name for one in fields(kind) if one.init]
     for name in map(str, options.training):
         if name not in known:
             close = " or ".join(get_close_matches(name, known))
             hint = f"did you mean {close}?" if close else f"see {kind.__name__}"
             raise ValueError(f"training: {name} is no argument of the trainer; {hint}")
+    _, started = launched()
+    if started == 1:
+        check_one_process()  # the arguments would join processes that nobody told apart
     rows = rows_per_step(options)
     steps = max(1, options.tokens // (rows * options.context_length))
     trained = steps * rows * options.context_length
@@ -71,7 +78,17 @@ def make_arguments(kind: type[Arguments], options: RunOptions, folder: Path, **c
         "disable_tqdm": False,  # the default follows transformers' verbosity
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    return kind(**{**defaults, **options.trainer_arguments(), **changes})
+    arguments = kind(**{**defaults, **options.trainer_arguments(), **changes})
+    arguments.accelerator_config.split_batches = True
+    rows, processes = arguments.per_device_train_batch_size, arguments.world_size
+    if started not in (1, processes):
+        raise ValueError(f"{started} processes were started, of which accelerate joins {processes}: see its set-up")
+    if rows % processes:
+        raise ValueError(
+            f"{processes} processes cannot share the {rows} rows of a step equally: make --batch-tokens a multiple of "
+            f"{processes * options.context_length}, or start a number of processes that divides {rows}"
+        )
+    return arguments
 
 
 def run_training(
@@ -108,8 +125,9 @@ def run_training(
         raise Interrupted(f"interrupted at {_kept(trainer)}")
     seconds = {} if checkpoint else {"seconds": round(time.monotonic() - started, 1)}
     trainer.save_model()
-    save_beside(tokenizer, trainer.state.log_history, own_folder)
-    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if trainer.is_world_process_zero():
+        save_beside(tokenizer, trainer.state.log_history, own_folder)
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     batch_tokens = rows * options.context_length
     names = ("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor", "scale_activations",
              "bf16")  # fmt: skip

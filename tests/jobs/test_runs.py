@@ -12,8 +12,10 @@ from commands import interrupted
 from safetensors.torch import load_file
 
 from mxd import DecompositionOptions, DistillationTrainer, decompose, demo
+from mxd.base.processes import check_one_process
 from mxd.data.documents import DataError
 from mxd.jobs import decompose as job
+from mxd.jobs import training
 from mxd.jobs.decompositions import results_folder
 from mxd.jobs.finetune import finetune
 from mxd.jobs.frontier import measure_frontier
@@ -23,13 +25,13 @@ from mxd.jobs.run_folder import (
     START_NAME,
     Interrupted,
     TrainingFailed,
-    check_one_process,
     check_output,
+    checkpoint_to_resume,
     prepare_output,
     write_run,
 )
 from mxd.jobs.training import make_arguments
-from mxd.trainers import DistillationArguments
+from mxd.trainers import DistillationArguments, FinetuningArguments
 
 TRAINING = {"disable_tqdm": True, "calibration_tokens": 512, "statistics_tokens": 512}
 
@@ -110,19 +112,34 @@ def test_tokens_that_are_no_whole_steps_are_named(tmp_path, caplog, tokens, trai
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
-@pytest.mark.parametrize(
-    ("run", "made"),
-    [
-        (decompose, options),
-        (finetune, lambda folder: FinetuningOptions(decomposition="mine", output=str(folder))),
-        (measure_frontier, lambda folder: FrontierOptions(output=str(folder))),
-    ],
-)
-def test_a_training_in_one_of_several_processes_is_refused(tmp_path, monkeypatch, variable, run, made):
+def test_a_frontier_in_one_of_several_processes_is_refused(tmp_path, monkeypatch, variable):
     monkeypatch.setenv(variable, "2")
     with pytest.raises(ValueError, match=rf"2 processes \({variable}\) would write into the same folder.*one process"):
-        run(made(tmp_path / "out"))
+        measure_frontier(FrontierOptions(output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists() and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("made", "tokens"),
+    [
+        (lambda folder: options(folder, batch_tokens=1152), 512),  # 9 rows of 128
+        (lambda folder: options(folder, batch_tokens=128), 512),
+        (lambda folder: options(folder, training={"per_device_train_batch_size": 6}), 512),
+        (lambda folder: FinetuningOptions(decomposition="m", batch_tokens=192, context_length=64), 256),
+    ],
+)
+def test_rows_that_the_processes_cannot_share_are_refused(tmp_path, monkeypatch, made, tokens):
+    asked = made(tmp_path)
+    kind = FinetuningArguments if isinstance(asked, FinetuningOptions) else DistillationArguments
+    monkeypatch.setattr(kind, "world_size", 4)
+    with pytest.raises(ValueError, match=rf"4 processes cannot share the \d rows .* a multiple of {tokens}, or start"):
+        make_arguments(kind, asked, tmp_path)
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "launched", lambda: (1, 2))
+    with pytest.raises(ValueError, match="2 processes were started, of which accelerate joins 1"):
+        make_arguments(DistillationArguments, options(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("value", ["1", "0", "", "many"])
@@ -306,6 +323,26 @@ def test_resumed_equals_uninterrupted(halved, tmp_path):
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path):
     (tmp_path / START_NAME).write_text("{}")
     assert check_output(options(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("left", [[], [START_NAME], [START_NAME, RUN_NAME, "runs", "checkpoint-4", "slurm.log"]])
+def test_resume_begins_a_run_without_a_checkpoint(tmp_path, caplog, left):
+    for name in left:
+        (tmp_path / name).touch() if "." in name else (tmp_path / name).mkdir()
+    asked = options(tmp_path, resume=True)
+    assert checkpoint_to_resume(asked) == (None, {})
+    assert f"there is no checkpoint in {tmp_path} yet: the run starts from its beginning" in caplog.text
+    prepare_output(tmp_path, "decompose", asked, documents=3)
+    assert {path.name for path in tmp_path.iterdir()} == {*left, START_NAME, RUN_NAME}
+    assert json.loads((tmp_path / START_NAME).read_text()) == {"documents": 3}
+
+
+@pytest.mark.parametrize("left", ["model.safetensors", "slurm.log"])
+def test_resume_in_a_folder_of_something_else_is_refused(tmp_path, left):
+    (tmp_path / left).touch()
+    with pytest.raises(ValueError, match="holds no run to resume, and is not empty: name another folder"):
+        checkpoint_to_resume(options(tmp_path, resume=True))
+    assert [path.name for path in tmp_path.iterdir()] == [left]
 
 
 def test_a_diverged_run_saves_nothing_and_keeps_its_checkpoints(tmp_path, monkeypatch):

@@ -1,12 +1,12 @@
 """Train a tiny model in a process of its own:
 `python distil.py OUTPUT KIND [kill=STEP] [interrupt=STEP] [resume] [plain]`.
 
-kill, interrupt: send the signal to the last of the processes. plain: SGD, rows in their order, and a step of 8 rows in
+kill, interrupt: send the signal to the last of the processes. plain: rows in their order, and a step of 2 × 8 rows in
 one process or in two.
 
 KIND: distillation on `rows` (map-style) or a `stream` (an iterable dataset with a shuffle buffer), `padded` (one in
 which every second batch, that of the second process, has a fourth of the tokens), `routed` (rows, hierarchical
-routing), `auxiliary` (rows, auxiliary transcoder), or `finetuning`.
+routing; with `plain` of 3 to 11 tokens), `auxiliary` (rows, auxiliary transcoder), or `finetuning`.
 """
 
 import os
@@ -37,7 +37,10 @@ def main(output, kind, *options):
     teacher = make_tiny_llama()
     groups = {"num_expert_groups": 6, "num_groups_per_tok": 2} if kind == "routed" else {}
     model = mxd_model([0, 2], num_experts=48, **GLU, **groups)
-    rows = Dataset.from_dict({"input_ids": torch.randint(0, 64, (96, 12)).tolist()})
+    ids = torch.randint(0, 64, (96, 12)).tolist()
+    if kind == "routed" and "plain" in options:
+        ids = [row[: 3 + index % 9] for index, row in enumerate(ids)]
+    rows = Dataset.from_dict({"input_ids": ids})
     if kind == "stream":
         rows = rows.to_iterable_dataset().shuffle(seed=3, buffer_size=20).repeat(None)
     if kind == "padded":
@@ -51,17 +54,13 @@ def main(output, kind, *options):
         "save_steps": 5,
         "learning_rate": 1e-2,
         "calibration_tokens": 200,
-        "statistics_tokens": 176,  # the same rows in one process and in two
+        "statistics_tokens": 176,
         "disable_tqdm": True,
         "use_cpu": True,
     }
     if "plain" in options:
-        accumulated = 2 // int(os.environ.get("WORLD_SIZE", "1"))
-        arguments |= {
-            "gradient_accumulation_steps": accumulated,
-            "optim": "sgd",
-            "train_sampling_strategy": "sequential",
-        }
+        arguments["per_device_train_batch_size"] = 8 // int(os.environ.get("WORLD_SIZE", "1"))
+        arguments["train_sampling_strategy"] = "sequential"
     signals = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}
     asked = [option.split("=") for option in options if "=" in option]
     callbacks = [Signal(signals[what], int(step)) for what, step in asked]
@@ -71,9 +70,6 @@ def main(output, kind, *options):
         trainer = FinetuningTrainer(spliced, FinetuningArguments(**arguments), **common)
     else:
         arguments |= {"auxiliary_weight": float(kind in ("auxiliary", "routed"))}
-        if "plain" in options:  # each process would initialise it from its own rows, and scale it by them
-            randomise(model)
-            arguments |= {"warm_start": True, "scale_activations": False}
         trainer = DistillationTrainer(model, teacher, DistillationArguments(**arguments), **common)
     trainer.train(resume_from_checkpoint="resume" in options)
     trainer.save_model(output + "/final")

@@ -398,13 +398,6 @@ def test_a_routers_loss_is_a_mean_over_micro_batches(tiny_llama, tmp_path):
     torch.testing.assert_close(4 * trainer.router_loss(1, x, mask), whole)
 
 
-def test_a_layer_with_a_router_in_several_processes_is_refused(tiny_llama, tmp_path, monkeypatch):
-    settings = arguments(tmp_path)
-    monkeypatch.setattr(type(settings), "world_size", 2)
-    with pytest.raises(ValueError, match="layer 1 has a router, which trains in one process, not in 2"):
-        DistillationTrainer(decomposition(**ROUTED), tiny_llama, settings, train_dataset=rows())
-
-
 def test_unknown_layer_is_refused_before_training(tiny_llama, tmp_path):
     with pytest.raises(SurgeryError, match="layer 7 is out of range"):
         DistillationTrainer(decomposition(layers=(7,)), tiny_llama, arguments(tmp_path), train_dataset=rows())

@@ -1,11 +1,11 @@
-"""Training in two processes (gloo) is training in one on the same steps."""
+"""Training in two processes (gloo) is training in one on the same steps, in Python and by the commands."""
 
+import json
 import os
 import socket
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from warm_process import WarmProcess
 
@@ -15,38 +15,108 @@ SCRIPT = str(Path(__file__).with_name("distil.py"))
 
 
 def run(processes, *arguments):
-    """Run the script as one process, or as several with the environment that torchrun gives them."""
+    """Run Python as one process, or as several with the environment that torchrun gives them; return them, finished."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     ranks = [
         {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         for rank in range(processes)
     ]
-    started = [WarmProcess(SCRIPT, *arguments, env={**os.environ, **(rank if processes > 1 else {})}) for rank in ranks]
-    for done in [process.wait() for process in started]:
+    started = [WarmProcess(*arguments, env={**os.environ, **(rank if processes > 1 else {})}) for rank in ranks]
+    ended = [process.wait() for process in started]
+    for done in ended:
         assert done.returncode == 0, done.stderr[-3000:]
+    return ended
+
+
+def weights(files):
+    return {(file.name, name): value for file in files for name, value in load_file(file).items()}
+
+
+def check_equal(one, two):
+    """The norm of the difference of every tensor is below 1e-5 of the tensor's."""
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert (two[name] - value).double().norm() <= 1e-5 * value.double().norm(), name
+        assert value.any() or "bias" in name[1]
 
 
 def trained(folder, kind, processes):
-    run(processes, folder, kind, "plain")
-    files = [*(folder / "final").glob("*.safetensors"), *folder.glob("checkpoint-10/auxiliary_transcoder.safetensors")]
-    return {name: value for file in files for name, value in load_file(file).items()}
+    run(processes, SCRIPT, folder, kind, "plain")
+    return weights([*(folder / "final").glob("*.safetensors"), *folder.glob("checkpoint-12/auxiliary*.safetensors")])
 
 
-@pytest.mark.parametrize("kind", ["finetuning", "auxiliary"])
+@pytest.mark.parametrize("kind", ["finetuning", "auxiliary", "routed"])
 def test_two_processes_learn_what_one_does(tmp_path, kind):
     one = trained(tmp_path / "one", kind, 1)
-    two = trained(tmp_path / "two", kind, 2)
-    assert one.keys() == two.keys()
-    assert (kind == "auxiliary") == ("0.decoder" in one)
-    for name, value in one.items():
-        tolerance = 0.03 if "expert_" in name else 1e-3  # of 176 tokens
-        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=tolerance, msg=name)
-        assert "expert_" not in name or value.any()
+    check_equal(one, trained(tmp_path / "two", kind, 2))
+    assert any("0.decoder" in name for name in one) == (kind != "finetuning")
+    assert any("router" in name for _, name in one) == (kind == "routed")
 
 
 def test_an_interrupt_of_one_process_ends_both_after_the_same_step(tmp_path):
-    """The processes' batches differ in tokens, and calibrating on them ends for both after the same batch."""
-    run(2, tmp_path, "padded", "plain", "interrupt=3")
+    """The processes' batches differ in tokens."""
+    run(2, SCRIPT, tmp_path, "padded", "plain", "interrupt=3")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+OPTIONS = {"layers": [1, 2], "num_experts": 16, "num_experts_per_tok": 2, "num_groups_per_tok": 2, "tokens": 2048,
+           "batch_tokens": 256, "context_length": 64, "evaluation_tokens": 512}  # fmt: skip
+TRAINING = {"gradient_accumulation_steps": 2, "calibration_tokens": 300, "statistics_tokens": 300, "max_steps": 4}
+IN_PYTHON = """
+import json, sys
+from mxd import FinetuningOptions, finetune
+from mxd.base.processes import in_first_process
+options = FinetuningOptions(decomposition=sys.argv[1], output=sys.argv[2], tokens=512, batch_tokens=128,
+    context_length=64, evaluation_tokens=256, training={"disable_tqdm": True, "statistics_tokens": 300})
+results = finetune(options)
+for error in (ValueError("bad"), OSError(28, "full")):
+    def fail():
+        raise error
+    try:
+        in_first_process(fail)
+    except Exception as raised:
+        results[type(error).__name__] = [isinstance(raised, ValueError), "bad" in str(raised), "full" in str(raised)]
+print(json.dumps(results, sort_keys=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same decomposition in one process and, by the command, in two; and what these printed."""
+    root = tmp_path_factory.mktemp("processes")
+    (root / "options.yaml").write_text(json.dumps({**OPTIONS, "training": TRAINING}))
+    command = ["-m", "mxd", "decompose", "--config", root / "options.yaml", "--output"]
+    run(1, *command, root / "one")
+    return root / "one", root / "two", run(2, *command, root / "two")
+
+
+def test_the_command_in_two_processes_makes_what_it_makes_in_one(folders):
+    one, two, _ = folders
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (one, two)]
+    assert names[0] == names[1]
+    check_equal(*(weights(folder.glob("*.safetensors")) for folder in (one, two)))
+    first, second = (json.loads((folder / "evaluation.json").read_text()) for folder in (one, two))
+    for name in ("batch_tokens", "tokens_trained", "documents", "sketch", "learning_rate"):
+        assert first["settings"]["training"][name] == second["settings"]["training"][name], name
+    assert first["settings"]["training"]["batch_tokens"] == 2 * 256
+    for layer, figures in first["layers"].items():
+        assert second["layers"][layer] == pytest.approx(figures, rel=1e-3), layer
+
+
+def test_the_first_process_alone_prints(folders):
+    (_, two, (first, second)) = folders
+    assert first.stdout.count("NMSE") == 1 and first.stdout.count(f"Saved in {two}") == 1
+    assert "distil" in first.stderr and second.stdout == second.stderr == ""
+
+
+def test_in_python_every_process_returns_the_same_and_raises_the_first_ones_errors(folders, tmp_path):
+    first, second = (
+        process.stdout.splitlines()[-1] for process in run(2, "-c", IN_PYTHON, folders[1], tmp_path / "tuned")
+    )
+    assert first == second
+    results = json.loads(first)
+    assert (results["ValueError"], results["OSError"]) == ([True, True, False], [False, False, True])
+    assert results["settings"]["finetuning"][-1]["before"]["layers"].keys() == {"1", "2"}
+    assert not (tmp_path / "tuned" / "run_start.json").exists()

@@ -1,0 +1,86 @@
+"""Several processes of one run, as torchrun, accelerate launch and mpirun start them. torch is imported only then."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+# The variables from which accelerate, and so every Trainer, learns of other processes.
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+class FirstProcessError(RuntimeError):
+    """The first process raised an error that is no `ValueError`; the message is that of the error."""
+
+
+def launched() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, as the launcher's variables say."""
+    ranks, counts = (
+        [int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()] for names in (_RANKS, _COUNTS)
+    )
+    return (ranks[0], counts[0]) if ranks and counts and counts[0] > 1 else (0, 1)
+
+
+def leave() -> None:
+    """Forget the launcher's variables, so that no library waits for the other processes."""
+    for name in (*_COUNTS, *_RANKS, "LOCAL_RANK"):
+        os.environ.pop(name, None)
+
+
+def check_one_process() -> None:
+    """Raise a `ValueError` if this is one of several processes, which would all write into the same output folder."""
+    import torch
+
+    counts = {name: int(os.environ[name]) for name in _COUNTS if os.environ.get(name, "").isdecimal()}
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        counts["torch.distributed"] = torch.distributed.get_world_size()
+    for name, count in counts.items():
+        if count > 1:
+            raise ValueError(
+                f"{count} processes ({name}) would write into the same folder: call this in one process, without "
+                "torchrun, accelerate launch or mpirun, and unset the variable if it was left by one of them"
+            )
+
+
+def joined() -> int:
+    """Return the number of processes in the process group of torch; 1 if there is none."""
+    from torch import distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def in_first_process(function: Callable[[], Result]) -> Result:
+    """Call a function in the first process only, and return its result, or raise its error, in all processes.
+
+    The others wait without a time-out. The process group, if there are several processes, must have been made.
+    """
+    if joined() == 1:
+        return function()
+    from torch import distributed
+
+    outcome: list[Any] = [None, None, None]
+    failure: Exception | None = None
+    group = _waiting_group(distributed.group.WORLD)
+    if distributed.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:  # of any kind, and not every kind can be pickled
+            failure, outcome[1:] = error, [str(error) or type(error).__name__, isinstance(error, ValueError)]
+    distributed.broadcast_object_list(outcome, 0, group)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise (ValueError if outcome[2] else FirstProcessError)(outcome[1])
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+@cache
+def _waiting_group(world: Any) -> Any:
+    """Return a group of all processes of `world` that waits for a year, whatever the time-out of the world is."""
+    from torch import distributed
+
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=365))
