@@ -236,7 +236,41 @@ def test_what_is_finished_is_not_resumed(monkeypatch, capsys, finished):
 
 
 def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
-    assert "no complete checkpoint" in refused(monkeypatch, capsys, "decompose", "--resume", "--output", tmp_path / "o")
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "notes").touch()
+    assert "holds no run to resume" in refused(monkeypatch, capsys, "decompose", "--resume", "--output", tmp_path / "o")
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0), ("3", 0)])
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["decompose", "--config", "options.yaml"], "weigth_decay"),
+        (["finetune", "folder", "--config", "options.yaml"], "weigth_decay"),
+        (["decompose", "--tokens", "2x"], "2x"),
+        (["evaluate", "nothing-here"], "nothing-here"),
+    ],
+)
+def test_of_several_processes_the_first_says_what_is_wrong(tmp_path, monkeypatch, rank, said, arguments, part):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "OTHERS_WAIT", 0)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / "options.yaml").write_text("training: {weigth_decay: 1}")
+    code, output, error = run(*arguments)
+    assert (error.count(part) > 0) == bool(said) and output == ""
+    # A command of one process ends in the others.
+    assert (code == 0) == (arguments[0] == "evaluate" and rank != "0")
+
+
+def test_a_command_of_one_process_takes_the_first_of_several(monkeypatch, caplog):
+    for rank in ("0", "1"):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "4")):
+            monkeypatch.setenv(name, value)
+        code, output, _ = run("layers")
+        assert code == 0 and bool(output) == (rank == "0")
+        assert ("WORLD_SIZE" in os.environ) == (rank == "1")
+    assert caplog.text.count("this command takes one process: the other 3 have ended") == 1
 
 
 def test_interrupt_then_resume(tmp_path):
@@ -334,9 +368,9 @@ def test_of_a_failed_run_it_says_what_is_kept_once(monkeypatch, capsys, tmp_path
 
 @pytest.mark.parametrize(
     "command",
-    ["decompose", "finetune mine", "evaluate mine", "experts mine", "probe mine --label-column x", "frontier"],
+    ["decompose", "finetune mine", "frontier"],
 )
-def test_a_command_in_one_of_several_processes_is_refused(monkeypatch, capsys, tmp_path, command):
+def test_a_training_in_one_of_several_processes_without_a_rank_is_refused(monkeypatch, capsys, tmp_path, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.chdir(tmp_path)
     error = refused(monkeypatch, capsys, *command.split(), "--output", tmp_path / "out")
