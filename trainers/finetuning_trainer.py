@@ -140,7 +140,11 @@ class FinetuningTrainer(DecompositionTrainer):
         yield from self._layer_terms(captured, mask, scale)
         function = self._cross_entropy_of_hidden if reference is None else self._kl_of_hidden
         target = (ids[:, 1:] if reference is None else reference)[mask]
-        yield scale * chunked_sum(function, self.head.chunk, self.head.hidden(model, *batch)[:, :-1][mask], target)
+        loss = scale * chunked_sum(function, self.head.chunk, self.head.hidden(model, *batch)[:, :-1][mask], target)
+        for layer in self.routed_layers if self.args.world_size > 1 else []:
+            # DDP averages the gradients of the last backward pass, of which the routers must be a part.
+            loss = loss + 0 * sum(one.sum() for one in self.decomposition.layer(layer).router.parameters())
+        yield loss
 
     def _layer_terms(self, captured: Activations, mask: Tensor, scale: Tensor | float) -> Iterator[Tensor]:
         """Yield `nmse_weight` times every layer's part of the mean Σ_t ‖ŷ − y‖² / ‖y‖² on untouched activations, and

@@ -25,8 +25,8 @@ from mxd.jobs.run_folder import (
     START_NAME,
     Interrupted,
     TrainingFailed,
+    begun,
     check_output,
-    checkpoint_to_resume,
     prepare_output,
     write_run,
 )
@@ -330,7 +330,7 @@ def test_resume_begins_a_run_without_a_checkpoint(tmp_path, caplog, left):
     for name in left:
         (tmp_path / name).touch() if "." in name else (tmp_path / name).mkdir()
     asked = options(tmp_path, resume=True)
-    assert checkpoint_to_resume(asked) == (None, {})
+    assert begun(asked) == {}
     assert f"there is no checkpoint in {tmp_path} yet: the run starts from its beginning" in caplog.text
     prepare_output(tmp_path, "decompose", asked, documents=3)
     assert {path.name for path in tmp_path.iterdir()} == {*left, START_NAME, RUN_NAME}
@@ -341,7 +341,7 @@ def test_resume_begins_a_run_without_a_checkpoint(tmp_path, caplog, left):
 def test_resume_in_a_folder_of_something_else_is_refused(tmp_path, left):
     (tmp_path / left).touch()
     with pytest.raises(ValueError, match="holds no run to resume, and is not empty: name another folder"):
-        checkpoint_to_resume(options(tmp_path, resume=True))
+        begun(options(tmp_path, resume=True))
     assert [path.name for path in tmp_path.iterdir()] == [left]
 
 
