@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from tiny_model_overrides import (
     VOCABULARY,
 )
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -71,7 +74,7 @@ def tiny_model(model_type: str, auto_class: Any = None, **changes: Any) -> PreTr
         changes: Fields of the config.
 
     Raises:
-        ValueError: If it would have more than LARGEST parameters; nothing of that size is allocated.
+        ValueError: If it would have more than LARGEST parameters; nothing of that size is initialised.
     """
     plain = model_type.partition("@")[0]
     if auto_class is None:
@@ -88,11 +91,7 @@ def tiny_model(model_type: str, auto_class: Any = None, **changes: Any) -> PreTr
             config.is_decoder = True  # else the bert-like ones look ahead
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with torch.device("meta"):
-            size = build(config).num_parameters()
-        if size > LARGEST:
-            raise ValueError(f"{model_type}: {size:,} parameters, at most {LARGEST:,} wanted: shrink more of {config}")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _limited(model_type):
             torch.manual_seed(0)
             model = build(config).float().eval()
             _randomise(model)
@@ -106,6 +105,24 @@ def tiny_model(model_type: str, auto_class: Any = None, **changes: Any) -> PreTr
         generation.pad_token_id = 0 if generation.pad_token_id is None else generation.pad_token_id
         generation.decoder_start_token_id = generation.bos_token_id
     return model
+
+
+@contextmanager
+def _limited(model_type: str) -> Iterator[None]:
+    """Raise before a model of more than LARGEST parameters is initialised; tied ones are registered twice."""
+    size = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal size
+        size += 0 if parameter is None else parameter.numel()
+        if size > 2 * LARGEST:
+            raise ValueError(f"{model_type} has over {LARGEST:,} parameters: shrink more of its config")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
