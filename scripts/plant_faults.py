@@ -125,9 +125,9 @@ FAULTS = [
     Fault(
         "packing-bos-of-zero",
         "packed rows have no BOS token if its id is 0",
-        "mxd/data/packing.py",
-        "    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # an id of 0 is an id\n",
-        "    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id else []\n",
+        "mxd/data/tokens.py",
+        "    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]\n",
+        "    return [tokenizer.bos_token_id] if tokenizer.bos_token_id else []\n",
         "tests/data/test_packing.py::test_every_row_starts_with_a_bos_of_id_zero",
     ),
     Fault(
