@@ -6,7 +6,7 @@ WORKERS ?= 3
 # The rooms as they are installed, for tools that read sources.
 TREE = rm -rf build/tree && mkdir -p build/tree && cp -rs $(CURDIR)/mxd build/tree/mxd \
 	&& ln -s $(CURDIR)/modeling_mxd $(CURDIR)/hub_cards $(CURDIR)/trainers build/tree/mxd/
-PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST = -m pytest --numprocesses $(WORKERS)
 
 .PHONY: demo test tasks coverage oldest quality docs dist format clean
 
