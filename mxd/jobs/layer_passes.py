@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mxd.base.progress import layer_ranges
 from mxd.evaluation import save_evaluation
 from mxd.evaluation.faithfulness import EVALUATION_NAME
 from mxd.modeling_mxd import MxDConfig, MxDModel
@@ -64,7 +63,8 @@ def split_layers(config: MxDConfig, folder: Path, layers_per_pass: int | None) -
             base_model_revision=config.base_model_revision,
             **config.where,
         )
-        passes.append(LayerPass(part, folder / f"layers-{layer_ranges(layers)}"))
+        name = "-".join(map(str, ["layers", layers[0], *layers[1:][-1:]]))  # a list of all might be too long
+        passes.append(LayerPass(part, folder / name))
     return passes
 
 
