@@ -195,11 +195,12 @@ def sequential(work: Path, tokens: int, finetuning_tokens: int, seed: int) -> di
     rows = {}
     for kind in ("one pass", "sequential"):
         folder = work / f"embedded-{kind.replace(' ', '-')}-{seed}"
-        how = {"tokens": tokens, "layers": "all", "seed": seed, "sequential": kind == "sequential"}
-        rows[kind] = figures(trained(decompose, DecompositionOptions(output=str(folder), **how)))
-        tuned = FinetuningOptions(
-            decomposition=str(folder), output=f"{folder}-tuned", tokens=finetuning_tokens, seed=seed, nmse_weight=0.1
+        how = {"seed": seed, "batch_tokens": 1024, "evaluation_tokens": 8192}
+        options = DecompositionOptions(
+            layers="all", sequential=kind == "sequential", tokens=tokens, output=str(folder), **how
         )
+        rows[kind] = figures(trained(decompose, options))
+        tuned = FinetuningOptions(decomposition=str(folder), output=f"{folder}-tuned", tokens=finetuning_tokens, **how)
         rows[f"{kind}, fine-tuned"] = figures(trained(finetune, tuned))
     made = load_evaluation(folder)["settings"]["training"]
     kept = ("match_transcoder", "num_experts_per_tok", "learning_rate", "batch_tokens")
@@ -280,7 +281,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", default=["throughput", "costs", "together", "sequential"])
     parser.add_argument("--tokens", type=int, default=10_240, help="of the part together")
-    parser.add_argument("--sequential-tokens", type=int, default=65_536)
+    parser.add_argument("--sequential-tokens", type=int, default=32_768)
     parser.add_argument("--evaluation-tokens", type=int, default=2048)
     asked = parser.parse_args()
     torch.set_num_threads(1)
