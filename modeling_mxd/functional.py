@@ -123,7 +123,7 @@ def row_products(indices: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     return products.view(tokens, k)
 
 
-@operator("scatter_rows", lambda indices, weights, rows, n: rows.new_empty(n, rows.shape[1]), synchronises=True)
+@operator("scatter_rows", lambda indices, weights, rows, n: rows.new_empty(n, rows.shape[1]))
 def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: int) -> Tensor:
     """Return out[n] = Σ_{t,k: indices[t,k] = n} weights[t, k] · rows[t]; (T, K), (T, K), (T, D) → (N, D)."""
     order, counts = _by_expert(indices, num_experts)
@@ -132,7 +132,7 @@ def scatter_rows(indices: Tensor, weights: Tensor, rows: Tensor, num_experts: in
     return F.embedding_bag(order // indices.shape[1], rows, offsets, mode="sum", per_sample_weights=weights)
 
 
-@operator("scatter_numbers", lambda indices, numbers, num_experts: numbers.new_empty(num_experts), synchronises=True)
+@operator("scatter_numbers", lambda indices, numbers, num_experts: numbers.new_empty(num_experts))
 def scatter_numbers(indices: Tensor, numbers: Tensor, num_experts: int) -> Tensor:
     """Return out[n] = Σ_{t,k: indices[t,k] = n} numbers[t, k], added in float64; (T, K), (T, K) → (N)."""
     order, counts = _by_expert(indices, num_experts)
@@ -142,8 +142,8 @@ def scatter_numbers(indices: Tensor, numbers: Tensor, num_experts: int) -> Tenso
 
 def _by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return the (token, k) pairs in the order of their experts, earlier tokens first, and each expert's count."""
-    flat = indices.reshape(-1)
-    return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=num_experts)
+    flat = indices.reshape(-1)  # `bincount` would wait for a GPU
+    return torch.argsort(flat, stable=True), flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def empty_coefficients(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

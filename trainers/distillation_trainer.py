@@ -152,11 +152,10 @@ class DistillationTrainer(DecompositionTrainer):
         `prediction` is ŷ (..., O), `target` y (..., O), `mask` (...) bool. m, the `minimum_squared_norm`, bounds the
         weight of tokens whose output is tiny.
         """
-        prediction, target = prediction[mask].float(), target[mask].float()
         if normalization == "squared_norm":
-            return _relative_errors(prediction, target, minimum_squared_norm).sum()
-        norm = target.square().sum(-1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        return ((prediction - target).square().sum(-1) / norm).sum()
+            return _relative_errors(prediction, target, mask, minimum_squared_norm).sum()
+        norm = target.float().square().sum(-1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        return ((prediction.float() - target.float()).square().sum(-1) / norm).where(mask, 0.0).sum()
 
     @staticmethod
     def mean_ablation_loss(
@@ -168,12 +167,12 @@ class DistillationTrainer(DecompositionTrainer):
 
             T max(0, τ − ē),   ē = mean_t min(1, ‖ŷ_t − y_t‖² / max(‖y_t‖², m)),   ŷ_t = (mean_s Cᵀa_s) * Dᵀz_t + b
 
-        over the T > 0 tokens in `mask` (...), with ŷ = `ablated` (..., O), y = `target` (..., O), τ = `minimum_error`
+        over the T tokens in `mask` (...), with ŷ = `ablated` (..., O), y = `target` (..., O), τ = `minimum_error`
         and m = `minimum_squared_norm`. With the distillation loss alone, a dense encoder that is initialised from the
         MLP's own does everything by itself with Cᵀa = 1.
         """
-        errors = _relative_errors(ablated[mask].float(), target[mask].float(), minimum_squared_norm)
-        missing = len(errors) * minimum_error - errors.clamp_max(1).sum()
+        errors = _relative_errors(ablated, target, mask, minimum_squared_norm)
+        missing = mask.sum() * minimum_error - errors.clamp_max(1).sum()
         return missing * (sum_over_processes(missing.detach()) > 0)
 
     def layer_losses(self, layer: int, x: Tensor, y: Tensor, mask: Tensor) -> LayerLosses:
@@ -185,7 +184,7 @@ class DistillationTrainer(DecompositionTrainer):
         penalty = coded_error = torch.zeros((), device=x.device)
         if module.config.method == "mxd" and weight * minimum > 0:
             summed = module.sum_experts(coefficients)  # Cᵀa
-            total = sum_over_processes(summed[mask].sum(0, dtype=torch.float32))
+            total = sum_over_processes(summed.where(mask[..., None], 0.0).flatten(0, -2).sum(0, dtype=torch.float32))
             mean = (total / sum_over_processes(mask.sum()).clamp_min(1)).to(summed.dtype)
             both = torch.stack([summed, mean.expand_as(summed)])
             output, ablated = module.combine(both, x).to(x.dtype)  # the dense encoder runs once for both
@@ -334,10 +333,12 @@ def _check_cached(activations: ActivationCache, model: MxDModel) -> None:
         )
 
 
-def _relative_errors(prediction: Tensor, target: Tensor, minimum_squared_norm: float) -> Tensor:
-    """Return ‖ŷ − y‖² / max(‖y‖², m) of every token, (tokens, O) → (tokens)."""
+def _relative_errors(prediction: Tensor, target: Tensor, mask: Tensor, minimum_squared_norm: float) -> Tensor:
+    """Return ‖ŷ − y‖² / max(‖y‖², m) of every token, (..., O) → (...), and 0 outside of the mask (...)."""
     least = max(minimum_squared_norm, torch.finfo(torch.float32).tiny)
-    return (prediction - target).square().sum(-1) / target.square().sum(-1).clamp_min(least)
+    target = target.float()
+    errors = (prediction.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(least)
+    return errors.where(mask, 0.0)
 
 
 def normalised_errors(prediction: EvalPrediction, layers: Sequence[int]) -> dict[str, float]:

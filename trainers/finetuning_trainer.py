@@ -7,6 +7,7 @@ Trainer's model is the spliced language model, of which only the decomposition i
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mxd.base.capture import Activations, capture_mlps
 from mxd.base.forward import Batch, capture_with_output, check_predictions, right_padded
 from mxd.base.masks import next_token_mask, token_mask
+from mxd.data.packing import CausalCollator
 from mxd.evaluation import kl_divergence, next_token_loss
 
 from .chunked_logits import LanguageModelHead, chunked_sum
@@ -100,6 +102,14 @@ class FinetuningTrainer(DecompositionTrainer):
         """
         return next_token_loss(logits.float().log_softmax(-1), targets).sum()
 
+    @cached_property
+    def _never_padded(self) -> bool:
+        """Whether all training rows are known to have one length, as those of `pack` have."""
+        features = getattr(self.train_dataset, "features", None)
+        if not isinstance(features, Mapping) or "attention_mask" in features:
+            return False
+        return isinstance(self.data_collator, CausalCollator) and getattr(features.get("input_ids"), "length", -1) > 0
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -139,8 +149,12 @@ class FinetuningTrainer(DecompositionTrainer):
         reference, captured = self._untouched(batch)
         yield from self._layer_terms(captured, mask, scale)
         function = self._cross_entropy_of_hidden if reference is None else self._kl_of_hidden
-        target = (ids[:, 1:] if reference is None else reference)[mask]
-        loss = scale * chunked_sum(function, self.head.chunk, self.head.hidden(model, *batch)[:, :-1][mask], target)
+        target, hidden = ids[:, 1:] if reference is None else reference, self.head.hidden(model, *batch)[:, :-1]
+        if self._never_padded:  # a boolean index waits for a GPU
+            target, hidden = target.flatten(0, 1), hidden.flatten(0, 1)
+        else:
+            target, hidden = target[mask], hidden[mask]
+        loss = scale * chunked_sum(function, self.head.chunk, hidden, target)
         for layer in self.routed_layers if self.args.world_size > 1 else []:
             # DDP averages the gradients of the last backward pass, of which the routers must be a part.
             loss = loss + 0 * sum(one.sum() for one in self.decomposition.layer(layer).router.parameters())
