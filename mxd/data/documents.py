@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value, load_dataset
 
 from mxd.data_files import COMPRESSIONS, FORMATS, is_data_file, split_ending
 
-from .local_text import LocalText
+from .local_text import LocalText, features_of, read_rows_from
 from .readers import (
     MESSAGES,
     DataError,
@@ -29,8 +29,8 @@ from .readers import (
     check_columns,
     describe,
     first_line,
-    read_tables,
 )
+from .streams import ShardedRows
 
 logger = logging.getLogger(__name__)
 
@@ -131,16 +131,19 @@ def _load_files(
     filled = tuple((str(file), fact.st_size, fact.st_mtime_ns) for file, fact in facts if fact.st_size > 0)
     if not filled:
         raise DataError(f"no documents: every file of {', '.join(map(repr, sources))} is empty")
-    builder = LocalText(files=filled, text_column=text_column, keep=tuple(keep), chat=chat)
     try:
-        if streaming:  # a wrong column shows here already
-            tables = (table for path, *_ in filled for table in read_tables(path, text_column, keep, chat))
-            empty = not any(map(len, tables))
+        if streaming:
+            if split != "train":
+                raise DataError(f"local files have the split 'train' and no other, but the split is {split!r}")
+            read = partial(read_rows_from, text_column=text_column, keep=keep, chat=chat)
+            stream = ShardedRows(read, [path for path, *_ in filled], features_of(keep))
+            if any(True for _ in stream):  # a wrong column shows here already
+                return IterableDataset(stream, info=DatasetInfo(features=stream.features))
         else:
+            builder = LocalText(files=filled, text_column=text_column, keep=tuple(keep), chat=chat)
             builder.download_and_prepare()
-            empty = not builder.info.splits["train"].num_examples
-        if not empty:
-            return builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
+            if builder.info.splits["train"].num_examples:
+                return builder.as_dataset(split)
     except Exception as error:  # datasets wraps the reader's error in an uninformative one
         cause = error if isinstance(error, DataError) else error.__cause__
         if isinstance(cause, DataError):

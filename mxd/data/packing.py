@@ -3,26 +3,27 @@
     rows = pack(train, tokenizer, context_length=1024, seed=0, repeat=True)
 
 Everything is lazy, and the order depends on the data and the seed alone, so a second iteration, here or in a new
-process, gives the same rows, as resuming needs. Two things change the order: the number of DataLoader workers, and
-`set_epoch`, which the Trainer calls when an iterable dataset runs out (train with `repeat=True`, which never does).
+process, gives the same rows. `rows.state_dict()` holds the place in every shard and what the shuffle buffers hold, so
+that after `load_state_dict` the rows go on where they were, and no document is read again. Two things change the
+order: the number of DataLoader workers, and `set_epoch`, which the Trainer calls when an iterable dataset runs out.
 """
 
-import itertools
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, DatasetInfo, Features, IterableDataset, List, Value, iterable_dataset
 from transformers import PreTrainedTokenizerBase
 
 from .documents import DataError, read_chats, read_rows, require_text
 from .readers import CHAT, MESSAGES
+from .streams import SHARDS_AT_ONCE, PackedRows, ShardedRows
 from .tokens import begin_of_row, token_ids, warn_of_unknown_tokens, without_bos
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 PASSAGE_CHARACTERS = 16_384
 PASSAGES_PER_BATCH = 64
 ROWS_PER_BATCH = 16
+DOCUMENTS_PER_PART = 100  # that are read together
 
 # Cut before the last whitespace within the limit; inside a word only if the word itself is longer.
 _PASSAGE = re.compile(rf"(?s).{{1,{PASSAGE_CHARACTERS}}}(?=\s|\Z)|.{{1,{PASSAGE_CHARACTERS}}}")
@@ -47,7 +49,8 @@ def pack(
 ) -> IterableDataset:
     """Pack documents into rows of exactly `context_length` token ids, lazily and in an order set by the seed.
 
-    Documents are shuffled (map-style: all of them; a stream: through a buffer, and its shards), cut at whitespace into
+    Documents are shuffled (map-style: all of them; a stream: its shards, of which ten are read in turn, and its
+    documents through a buffer), cut at whitespace into
     passages of at most 16,384 characters so that a book is spread over the run, and shuffled again. Batches of
     passages are tokenised (see `token_ids`: control tokens that a text spells are text), joined with the EOS token if
     the tokenizer has one, and cut into rows that each start with one BOS token if it has one; the rows are shuffled
@@ -78,43 +81,56 @@ def pack(
         documents = read_chats(documents.select_columns([MESSAGES]), MESSAGES, "the column of messages")
     require_text(documents)
     batch_size = _passages_per_batch(documents, tokenizer, context_length)
-    if shuffle:
-        how = {"keep_in_memory": True} if isinstance(documents, Dataset) else {"buffer_size": buffer_size}
-        documents = documents.shuffle(seed=seed, **how)
-    passages = _passages(documents)
-    if shuffle:
-        passages = _shuffle_locally(passages, seed + 1, buffer_size)
-    rows = passages.map(
-        _pack_batch,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=["text"],
-        features=Features({"input_ids": List(Value("int64"), length=context_length)}),
-        fn_kwargs={"tokenizer": tokenizer, "context_length": context_length},
+    source, inputs, sizes = _source(documents, seed if shuffle else None, buffer_size)
+    features = Features({"input_ids": List(Value("int64"), length=context_length)})
+    join = partial(_pack_batch, tokenizer=tokenizer, context_length=context_length)
+    packed = PackedRows(source, _cut, join, batch_size, sizes, features, inputs, (seed,))
+    rows = IterableDataset(
+        packed,
+        info=DatasetInfo(features=features),
+        distributed=getattr(documents, "_distributed", None),
+        token_per_repo_id=getattr(documents, "_token_per_repo_id", None),
     )
-    if shuffle:
-        rows = _shuffle_locally(rows, seed + 2, buffer_size)
     return rows.repeat(None) if repeat else rows
 
 
-def _passages(documents: Dataset | IterableDataset) -> IterableDataset:
-    """Cut documents into rows `{"text": str}` of at most `PASSAGE_CHARACTERS` each, losing no character."""
+def _source(
+    documents: Dataset | IterableDataset, seed: int | None, buffer_size: int
+) -> tuple[Any, int, tuple[int, int, int]]:
+    """Return the documents as a part of an `IterableDataset`, the number of shards to read in turn, and buffer sizes.
+
+    Without a seed the documents keep their order.
+    """
+    documents = documents.with_format(None)
     if isinstance(documents, Dataset):
-        documents = documents.with_format(None).to_iterable_dataset()
-    return documents.select_columns(["text"]).map(
-        _cut_documents, batched=True, batch_size=16, features=Features({"text": Value("string")})
-    )
+        if seed is not None:
+            documents = documents.shuffle(seed=seed, keep_in_memory=True)
+        shards = [range(*part.indices(len(documents))) for part in _parts(len(documents))]
+        source = ShardedRows(partial(_read_part, documents), shards, Features({"text": Value("string")}))
+        return source, 1, (1, 1, 1) if seed is None else (1, buffer_size, buffer_size)
+    source = documents._ex_iterable
+    if seed is None:
+        return source, 1, (1, 1, 1)
+    try:
+        source, inputs = source.shuffle_data_sources(np.random.default_rng(seed)), SHARDS_AT_ONCE
+    except iterable_dataset.DataSourcesShufflingDisallowed:  # of `take` and `skip`, which count in the order
+        inputs = 1
+    return source, inputs, (buffer_size,) * 3
 
 
-def _cut_documents(batch: dict[str, list[str | None]]) -> dict[str, list[str]]:
-    texts = (text for text in batch["text"] if text and not text.isspace())
-    passages = ([text] if text.startswith(CHAT) else _PASSAGE.findall(text) for text in texts)
-    return {"text": list(itertools.chain.from_iterable(passages))}
+def _parts(count: int) -> list[slice]:
+    return [slice(begin, begin + DOCUMENTS_PER_PART) for begin in range(0, count, DOCUMENTS_PER_PART)]
 
 
-def _shuffle_locally(dataset: IterableDataset, seed: int, buffer_size: int) -> IterableDataset:
-    """Shuffle through a buffer. `skip` keeps the order of the shards, up to ten of which would be opened at once."""
-    return dataset.skip(0).shuffle(seed=seed, buffer_size=buffer_size)
+def _read_part(documents: Dataset, part: range, start: int) -> Iterator[dict[str, Any]]:
+    yield from ({"text": text} for text in documents[part.start + start : part.stop]["text"])
+
+
+def _cut(text: str | None) -> list[str]:
+    """Cut a document into passages of at most `PASSAGE_CHARACTERS` each, losing no character; none of a blank one."""
+    if not text or text.isspace():
+        return []
+    return [text] if text.startswith(CHAT) else _PASSAGE.findall(text)
 
 
 def _token_stream(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -127,15 +143,13 @@ def _token_stream(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
     return stream
 
 
-def _pack_batch(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, context_length: int
-) -> dict[str, list[list[int]]]:
+def _pack_batch(passages: list[str], tokenizer: PreTrainedTokenizerBase, context_length: int) -> list[list[int]]:
     start = begin_of_row(tokenizer)
-    stream, rows, begin = _token_stream(batch["text"], tokenizer), [], 0
+    stream, rows, begin = _token_stream(passages, tokenizer), [], 0
     while len(row := start + without_bos(tokenizer, stream[begin : begin + context_length])) >= context_length:
         rows.append(row[:context_length])
         begin += context_length - (0 if stream[begin : begin + 1] == start else len(start))
-    return {"input_ids": rows}
+    return rows
 
 
 def _passages_per_batch(
@@ -144,7 +158,7 @@ def _passages_per_batch(
     """Return how many passages to tokenise together, estimated from the first ones in their original order."""
     needed = context_length - (tokenizer.bos_token_id is not None)
     count = tokens = 0
-    passages = (passage for row in read_rows(documents) for passage in _cut_documents({"text": [row["text"]]})["text"])
+    passages = (passage for row in read_rows(documents) for passage in _cut(row["text"]))
     # One by one of a stream: its start, which is kept, then suffices.
     while batch := list(islice(passages, PASSAGES_PER_BATCH if isinstance(documents, Dataset) else 1)):
         count += len(batch)

@@ -4,6 +4,7 @@ Every format gives the same text: an encoding is recognised by its byte order ma
 numbers of JSON keep their spelling.
 """
 
+import bisect
 import bz2
 import codecs
 import csv
@@ -15,6 +16,7 @@ import lzma
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -48,8 +50,10 @@ class _Number(str):
     """A number of JSON as it is spelled."""
 
 
-def read_tables(path: str, text_column: str, keep: Sequence[str] = (), chat: bool = False) -> Iterator[pa.Table]:
-    """Read a file as tables of the columns "text" and `keep`, all of them strings.
+def read_tables(
+    path: str, text_column: str, keep: Sequence[str] = (), chat: bool = False, start: int = 0
+) -> Iterator[pa.Table]:
+    """Read a file as tables of the columns "text" and `keep`, all of them strings, without its first `start` rows.
 
     Raises:
         DataError: The file cannot be read, lacks a column, or `text_column` holds something other than text. The
@@ -57,9 +61,9 @@ def read_tables(path: str, text_column: str, keep: Sequence[str] = (), chat: boo
     """
     reader, kind = _reader(path)
     text_column = "text" if kind == "text" else text_column
-    name, row = describe(path), 1
+    name, row = describe(path), start + 1
     try:
-        for column, columns in _with_text(reader, path, text_column, keep, chat):
+        for column, columns in _with_text(partial(reader, start=start), path, text_column, keep, chat):
             found = {"text": _text(columns[column], column, name, row, chat)}
             found |= {column: as_strings(columns[column]) for column in keep}
             table = pa.table(found, schema=pa.schema(dict.fromkeys(found, pa.string())))
@@ -222,15 +226,19 @@ def _undecodable(path: str, error: UnicodeDecodeError) -> str:
 # --- formats
 
 
-def _read_parquet(path: str, text_column: str, keep: Sequence[str]) -> Iterator[Columns]:
+def _read_parquet(path: str, text_column: str, keep: Sequence[str], start: int) -> Iterator[Columns]:
     with pq.ParquetFile(_random_access(path)) as file:
         check_columns(file.schema_arrow.names, text_column, keep)
-        columns = [text_column, *keep]
-        batches = file.iter_batches(_PARQUET_ROWS, columns=columns, use_threads=False)
+        counts = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+        ends = list(itertools.accumulate(counts))
+        first = bisect.bisect_right(ends, start)  # groups before it are not read
+        groups, columns = list(range(first, len(ends))), [text_column, *keep]
+        batches = file.iter_batches(_PARQUET_ROWS, groups, columns=columns, use_threads=False)
+        batches = _after(batches, start - (ends[first - 1] if first else 0))
         yield from _named_classes(batches, file.schema_arrow, keep)
 
 
-def _read_arrow(path: str, text_column: str, keep: Sequence[str]) -> Iterator[Columns]:
+def _read_arrow(path: str, text_column: str, keep: Sequence[str], start: int) -> Iterator[Columns]:
     source = _random_access(path)
     try:
         file = pa.ipc.open_file(source)
@@ -239,7 +247,15 @@ def _read_arrow(path: str, text_column: str, keep: Sequence[str]) -> Iterator[Co
         source.seek(0)
         batches = file = pa.ipc.open_stream(source)
     check_columns(file.schema.names, text_column, keep)
-    yield from _named_classes(batches, file.schema, keep)
+    yield from _named_classes(_after(batches, start), file.schema, keep)
+
+
+def _after(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of batches but the first `start`."""
+    for batch in batches:
+        if start < len(batch):
+            yield batch.slice(start)
+        start = max(0, start - len(batch))
 
 
 def _random_access(path: str) -> Any:
@@ -260,14 +276,14 @@ def class_names(values: Iterable[int | None], feature: ClassLabel) -> list[str |
     return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
 
 
-def _read_json(path: str, text_column: str, keep: Sequence[str]) -> Iterator[Columns]:
+def _read_json(path: str, text_column: str, keep: Sequence[str], start: int) -> Iterator[Columns]:
     with _open_text(path) as text:
-        yield from _in_batches(_json_rows(text), text_column, keep)
+        yield from _in_batches(_json_rows(text, start), text_column, keep, start)
 
 
-def _json_rows(text: io.TextIOWrapper) -> Iterator[Mapping[str, Any]]:
+def _json_rows(text: io.TextIOWrapper, start: int) -> Iterator[Mapping[str, Any]]:
     """Yield the objects of JSON lines, of a list, or one after the other however they are laid out."""
-    values = (one for value in _json_values(text) for one in (value if isinstance(value, list) else [value]))
+    values = (one for value in _json_values(text, start) for one in (value if isinstance(value, list) else [value]))
     for row, value in enumerate(values, 1):
         if isinstance(value, dict):
             yield value
@@ -277,11 +293,16 @@ def _json_rows(text: io.TextIOWrapper) -> Iterator[Mapping[str, Any]]:
             raise ValueError(f"row {row} is {spell(value)!s:.40}, no object with columns")
 
 
-def _json_values(text: io.TextIOWrapper) -> Iterator[Any]:
+def _json_values(text: io.TextIOWrapper, start: int) -> Iterator[Any]:
+    """Yield the values; in place of a line before row `start`, after the first ones, an object that was not decoded."""
     decoder = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=lambda _: None)
-    first = True
+    first, rows = True, 0
     for number, line in enumerate(text, 1):
         if not line.strip():
+            continue
+        if _ROWS <= rows < start and line.startswith(("{", '"')):
+            rows += 1
+            yield {}
             continue
         try:
             value = decoder.decode(line)
@@ -291,7 +312,7 @@ def _json_values(text: io.TextIOWrapper) -> Iterator[Any]:
             what = error.msg.removesuffix(" at")
             raise ValueError(f"line {number} is no JSON: {what} at character {error.pos + 1}") from None
         yield value
-        first = False
+        first, rows = False, rows + (len(value) if isinstance(value, list) else 1)
     else:
         return
     rest, place = (line + text.read()).strip(), 0
@@ -302,9 +323,10 @@ def _json_values(text: io.TextIOWrapper) -> Iterator[Any]:
             place += 1
 
 
-def _read_csv(path: str, text_column: str, keep: Sequence[str]) -> Iterator[Columns]:
+def _read_csv(path: str, text_column: str, keep: Sequence[str], start: int) -> Iterator[Columns]:
     with _open_text(path, newline="") as text:
-        yield from _in_batches(_csv_rows(text, "\t" if split_ending(path)[0] == ".tsv" else ","), text_column, keep)
+        rows = _csv_rows(text, "\t" if split_ending(path)[0] == ".tsv" else ",")
+        yield from _in_batches(rows, text_column, keep, start)
 
 
 def _csv_rows(text: io.TextIOWrapper, delimiter: str) -> Iterator[dict[str, str]]:
@@ -327,21 +349,27 @@ def _note_end(ended: list[None]) -> Iterator[str]:
     yield from ()
 
 
-def _read_document(path: str, text_column: str, keep: Sequence[str]) -> Iterator[Columns]:
-    with _open_text(path) as text:
-        yield from _in_batches([{"text": text.read()}], text_column, keep)
+def _read_document(path: str, text_column: str, keep: Sequence[str], start: int) -> Iterator[Columns]:
+    if start == 0:
+        with _open_text(path) as text:
+            yield from _in_batches([{"text": text.read()}], text_column, keep, start)
 
 
-def _in_batches(rows: Iterable[Mapping[str, Any]], text_column: str, keep: Sequence[str]) -> Iterator[Columns]:
-    """Collect the columns of rows, which may lack some, but not all rows of the first batch."""
+def _in_batches(
+    rows: Iterable[Mapping[str, Any]], text_column: str, keep: Sequence[str], start: int
+) -> Iterator[Columns]:
+    """Collect the columns of the rows after the first `start`, which may lack some, but not all rows up to the end of
+    the first batch."""
     columns = (text_column, *keep)
     names: dict[str, None] | None = {}
     batch: list[list[Any]] = []
     size = 0
-    for row in itertools.chain(rows, [None]):
+    for index, row in enumerate(itertools.chain(rows, [None])):
         if row is not None:
             if names is not None:
                 names.update(dict.fromkeys(row))
+            if index < start:
+                continue
             batch.append([row.get(column) for column in columns])
             size += len(str(batch[-1][0]))
         if batch and (row is None or len(batch) == _ROWS or size > _CHARACTERS):
