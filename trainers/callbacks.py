@@ -53,6 +53,7 @@ class InterruptCallback(TrainerCallback):
         self.interrupted = False
         self.saved_step: int | None = None  # of the last checkpoint; None before the training has begun
         self._signalled = False  # this process itself
+        self.epochs_before = 0.0  # of a resumed training whose Trainer counts from 0
 
     @contextmanager
     def listening(self, args: TrainingArguments) -> Iterator[None]:
@@ -81,6 +82,7 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Request a checkpoint and the end of the training once any process was signalled."""
+        state.epoch = (state.epoch or 0.0) + self.epochs_before
         if args.world_size > 1:
             signalled = torch.tensor(float(self.interrupted), device=args.device)
             torch.distributed.all_reduce(signalled, torch.distributed.ReduceOp.MAX)

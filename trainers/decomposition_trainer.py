@@ -32,11 +32,10 @@ from mxd.modeling_mxd import MxDModel
 from .callbacks import InterruptCallback, TokenProgressCallback
 from .checkpoints import last_complete_checkpoint, write_decomposition
 from .decomposition_arguments import DecompositionArguments
-from .hub_pushes import HubPushes
 from .initialization import ActivationScales, Calibration, calibrate, parameter_group, parameter_scales
 from .process_sums import sum_over_processes
 from .router import router_loss
-from .stream_start import stream_start
+from .row_reading import DEFAULT_TOKENS, RowReading
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ PRIVATE_OVERRIDES = {
 """Overridden private methods of `transformers.Trainer`, and why. A test compares this list with the classes."""
 
 # Defaults of `calibration_tokens` and `statistics_tokens` for a training of as many tokens or more.
-CALIBRATION_TOKENS, STATISTICS_TOKENS = 32768, 65536
+CALIBRATION_TOKENS, STATISTICS_TOKENS = 32768, DEFAULT_TOKENS
 # A router learns from one token in so many, since every expert is scored for it.
 ROUTER_TOKENS = 16
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # columns with one value per token
@@ -59,7 +58,7 @@ class DivergenceError(ValueError):
     """The loss or a weight is not finite. Training was stopped, and these weights were not saved."""
 
 
-class DecompositionTrainer(HubPushes):
+class DecompositionTrainer(RowReading):
     """Base of `DistillationTrainer` and `FinetuningTrainer`, which define `capture` and the loss.
 
     `decomposition`, whose parameters are trained, is `model` itself or a part of it.
@@ -88,7 +87,6 @@ class DecompositionTrainer(HubPushes):
         super().__init__(model=model, args=args, data_collator=data_collator or CausalCollator(), **kwargs)
         self._optimizer_was_given = self.optimizer is not None
         self.scales: dict[int, ActivationScales] = {}
-        self._first_batches: list[dict[str, Any]] | None = None
         # `compute_loss` divides by `num_items_in_batch`, the tokens of all micro-batches of a step.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -129,15 +127,6 @@ class DecompositionTrainer(HubPushes):
         """Return how many positions of a batch the loss includes."""
         return self.loss_mask(inputs).sum()
 
-    def _training_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield training batches from the start of the data; the random state stays as it is."""
-        if self._first_batches is None:
-            self._first_batches = stream_start(self)
-        yield from map(self.batch_of_all, self._first_batches)
-        with torch.random.fork_rng(devices=[]):  # data are drawn on the CPU
-            for batch in islice(self.get_train_dataloader(), len(self._first_batches), None):
-                yield self.batch_of_all(batch)
-
     def batch_of_all(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Prepare a batch, and join to it the rows of the other processes, in the order in which one process has them.
 
@@ -164,10 +153,12 @@ class DecompositionTrainer(HubPushes):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self._running_losses = {}
-        if resume_from_checkpoint:
-            checkpoint = Path(str(resume_from_checkpoint))
+        checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self.start_rows(checkpoint)
+        if checkpoint is not None:
             self.load_training_state(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self._interrupt.epochs_before = (state.epoch or 0.0) if self.reads_on else 0.0
             if 0 < self.args.max_steps <= state.global_step:
                 return self._load_finished(checkpoint, state)
         else:
@@ -175,12 +166,14 @@ class DecompositionTrainer(HubPushes):
                 self.optimizer = self.lr_scheduler = None  # those of an earlier training
             self.init_weights()
         self._use_token_progress()
-        on_cpu = self.args.device.type == "cpu"
+        on_cpu, skips_no_data = self.args.device.type == "cpu", self.args.ignore_data_skip
+        self.args.ignore_data_skip = skips_no_data or self.reads_on
         try:
             with self._interrupt.listening(self.args), freed_memory_kept() if on_cpu else nullcontext():
                 try:
                     output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
                 finally:
+                    self.args.ignore_data_skip = skips_no_data
                     _without_autocast(self.model)
             self.check_weights()
             if not self.interrupted:
@@ -222,7 +215,7 @@ class DecompositionTrainer(HubPushes):
     def calibrate(self, tokens: int) -> dict[int, Calibration]:
         """Measure the activations on the training data, and set `scales`."""
         of_decoder, show = self.decomposition.config.of_decoder, self.shows_progress
-        calibrations = calibrate(self.capture, self._training_batches(), tokens, of_decoder, show)
+        calibrations = calibrate(self.capture, self.training_batches(), tokens, of_decoder, show)
         self.scales = {layer: calibration.scales for layer, calibration in calibrations.items()}
         return calibrations
 
@@ -234,7 +227,7 @@ class DecompositionTrainer(HubPushes):
         """Measure on training data how often and how strongly each expert is active, and set buffers and directions."""
         tokens = self._tokens_to_measure(self.args.statistics_tokens, STATISTICS_TOKENS)
         count = -(-tokens // self._batch_tokens)
-        batches = islice(self._training_batches(), count)
+        batches = islice(self.training_batches(), count)
         bar = progress_bar(batches, desc="statistics", total=count, show=self.shows_progress)
         uses = measure_expert_statistics(self.capture, self.decomposition, bar)
         directions, source = self.expert_directions()
@@ -261,7 +254,7 @@ class DecompositionTrainer(HubPushes):
     @cached_property
     def _batch_tokens(self) -> int:
         """Tokens of the first batch of all processes."""
-        return self.loss_mask(next(self._training_batches())).numel()
+        return self.loss_mask(next(self.training_batches())).numel()
 
     def _use_token_progress(self) -> None:
         if self.args.disable_tqdm:
@@ -375,6 +368,7 @@ class DecompositionTrainer(HubPushes):
         """Write to a checkpoint's folder what a resumed training needs beyond the Trainer's own files."""
         scales = {str(layer): vars(value) for layer, value in self.scales.items()}
         (checkpoint / SCALES_NAME).write_text(json.dumps(scales, indent=2) + "\n")
+        self.save_rows(checkpoint)
 
     def load_training_state(self, checkpoint: Path) -> None:
         """Read what `save_training_state` wrote; raise a ValueError if there is nothing."""

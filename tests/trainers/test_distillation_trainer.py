@@ -218,7 +218,7 @@ def test_a_stream_is_opened_for_the_measurements_and_for_the_training(tiny_llama
         args = arguments(tmp_path, max_steps=6, statistics_tokens=500, disable_tqdm=False)
         torch.manual_seed(0)
         trainer = DistillationTrainer(decomposition(), tiny_llama, args, train_dataset=training)
-        monitored = list(map(torch.clone, (batch["input_ids"] for batch in islice(trainer._training_batches(), 12))))
+        monitored = list(map(torch.clone, (batch["input_ids"] for batch in islice(trainer.training_batches(), 12))))
         trainer.train()
         found.append(monitored)
     assert len(opened) == 3  # the twelve batches are more than the training has

@@ -62,7 +62,7 @@ def test_a_routed_layer_starts_at_unit_modulation_with_its_fitted_router(tiny_ll
     trainer = trainer_of(model, tiny_llama, tmp_path, calibration_tokens=800)
     trainer.init_weights()
     layer = model.layer(1)
-    x = torch.cat([trainer.capture(batch)[1][0].flatten(0, 1) for batch in trainer._training_batches()])
+    x = torch.cat([trainer.capture(batch)[1][0].flatten(0, 1) for batch in trainer.training_batches()])
     assert layer.sum_experts(layer.encode(x)).mean().item() == pytest.approx(1, rel=0.1)
 
 
