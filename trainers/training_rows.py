@@ -28,9 +28,10 @@ class TrainingRows(IterableDataset[Any]):
         self.dataset = dataset
         of_state = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
         self.resumes = of_state and not hasattr(dataset, "__len__") and not loses_rows(dataset)
-        self._initial = dataset.state_dict() if self.resumes else None
+        self._of_datasets = isinstance(dataset, datasets.IterableDataset)  # whose iterations begin anew
+        self._initial = dataset.state_dict() if self.resumes and not self._of_datasets else None
         self._start: dict[str, Any] | None = None
-        self._reset(self._initial)
+        self._reset(None)
 
     def _reset(self, of_dataset: Any) -> None:
         start = self._start or {"first": [], "waiting": [], "epoch": 0}
@@ -96,8 +97,8 @@ class TrainingRows(IterableDataset[Any]):
         if self._of_dataset is not None:
             self.dataset.load_state_dict(self._of_dataset)
         for row in self.dataset:
-            if self._of_dataset is not None and isinstance(self.dataset, datasets.IterableDataset):
-                self.dataset.load_state_dict(None)  # it would begin its next iteration there, too
+            if self._of_dataset is not None and self._of_datasets:
+                self.dataset.load_state_dict(None)  # its other iterations would begin there, too
             self._of_dataset = None
             yield row
 
