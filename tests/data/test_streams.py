@@ -78,6 +78,10 @@ def test_a_stream_goes_on_where_it_was(tmp_path, tokenizer, ending, at):
     assert found == left and len(left) > 30
 
 
+def rows_of(shards):
+    yield from ({"text": text} for shard in shards for text in shard)
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("kind", ["map-style", "generator", "split", "taken", "chats"])
 def test_rows_go_on_whatever_the_documents_are(tmp_path, tokenizer, kind, shuffle):
@@ -85,8 +89,8 @@ def test_rows_go_on_whatever_the_documents_are(tmp_path, tokenizer, kind, shuffl
         if kind == "map-style":
             source = documents(150)
         elif kind == "generator":
-            source = IterableDataset.from_generator(lambda shards: ({"text": t} for s in shards for t in s),
-                                                    gen_kwargs={"shards": [texts(40), texts(30), texts(50)]})  # fmt: skip
+            shards = [texts(40), texts(30), texts(50)]
+            source = IterableDataset.from_generator(rows_of, gen_kwargs={"shards": shards})
         elif kind == "split":
             source = split_documents(load_text(write_once(tmp_path), streaming=True), 0.3, seed=1)[0]
         elif kind == "taken":
