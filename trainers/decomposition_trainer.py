@@ -155,10 +155,12 @@ class DecompositionTrainer(RowReading):
         self._running_losses = {}
         checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.start_rows(checkpoint)
+        self._interrupt.epochs_before = 0.0
         if checkpoint is not None:
             self.load_training_state(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            self._interrupt.epochs_before = (state.epoch or 0.0) if self.reads_on else 0.0
+            if self.reads_on:
+                self._interrupt.epochs_before = state.epoch or 0.0
             if 0 < self.args.max_steps <= state.global_step:
                 return self._load_finished(checkpoint, state)
         else:
