@@ -24,7 +24,7 @@ SHARDS_AT_ONCE = 10
 _BUFFER_CHARACTERS = 1 << 26  # of a shuffle buffer, whose content every checkpoint holds
 
 
-class ShardedRows(iterable_dataset._BaseExamplesIterable):  # type: ignore[misc]
+class ShardedRows(iterable_dataset._BaseExamplesIterable):
     """Rows of shards, each of which can be read from any row on: `read(shard, start)` yields those after `start`."""
 
     _sleep_on_threads_shutdown = False
@@ -40,11 +40,11 @@ class ShardedRows(iterable_dataset._BaseExamplesIterable):  # type: ignore[misc]
         return self._features
 
     def _init_state_dict(self) -> dict[str, Any]:
-        self._state_dict = {"shard_idx": 0, "shard_example_idx": 0, "type": type(self).__name__}
+        self._state_dict: dict[str, Any] = {"shard_idx": 0, "shard_example_idx": 0, "type": type(self).__name__}
         return self._state_dict
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        state = self._state_dict or self._init_state_dict()
+        state: dict[str, Any] = self._state_dict or self._init_state_dict()
         for shard in self.shards[state["shard_idx"] :]:
             for row in self.read(shard, state["shard_example_idx"]):
                 state["shard_example_idx"] += 1
@@ -108,7 +108,7 @@ class ShuffleBuffer:
         self.state["characters"] = sum(len(item) for item in kept[:stay] if isinstance(item, str))
 
 
-class PackedRows(iterable_dataset._BaseExamplesIterable):  # type: ignore[misc]
+class PackedRows(iterable_dataset._BaseExamplesIterable):
     """Rows that are packed from documents, of which several shards are read in turn.
 
     Documents, the passages that `cut` makes of each, and the rows that `join` makes of `batch_size` passages each pass
@@ -151,7 +151,7 @@ class PackedRows(iterable_dataset._BaseExamplesIterable):  # type: ignore[misc]
         count = min(self.inputs, self.ex_iterable.num_shards)
         whole = [self.ex_iterable] if count == 1 else []
         self._sources = whole or [self.ex_iterable.shard_data_sources(count, index) for index in range(count)]
-        self._state_dict = {
+        self._state_dict: dict[str, Any] = {
             "sources": [source._init_state_dict() for source in self._sources],
             "over": [False] * count,
             "turn": 0,
@@ -162,16 +162,13 @@ class PackedRows(iterable_dataset._BaseExamplesIterable):  # type: ignore[misc]
         return self._state_dict
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, list[int]]]]:
-        state = self._state_dict or self._init_state_dict()
+        state: dict[str, Any] = self._state_dict or self._init_state_dict()
         state["batch"] = state["batch"] or []
-        for name in ("documents", "passages", "rows"):
+        texts, buffers = self._texts(state, self._sources), []
+        for place, (name, size) in enumerate(zip(("documents", "passages", "rows"), self.sizes, strict=True)):
             state[name] = state[name] or {}
-        texts = self._texts(state, self._sources)
-        seeds = [(*self.seed, place) for place in range(3)]
-        documents, passages, rows = (
-            ShuffleBuffer(state[name], *of)
-            for name, *of in zip(("documents", "passages", "rows"), self.sizes, seeds, strict=True)
-        )
+            buffers.append(ShuffleBuffer(state[name], size, (*self.seed, place)))
+        documents, passages, rows = buffers
 
         def text() -> list[str] | None:
             found = next(texts, None)

@@ -123,10 +123,10 @@ def test_in_python_every_process_returns_the_same_and_raises_the_first_ones_erro
 
 
 def test_two_processes_killed_on_a_stream_read_on(tmp_path):
-    run(2, tmp_path / "whole", "padded", "plain")
-    run(2, tmp_path / "part", "padded", "plain", "interrupt=7")
+    run(2, SCRIPT, tmp_path / "whole", "padded", "plain")
+    run(2, SCRIPT, tmp_path / "part", "padded", "plain", "interrupt=7")
     assert last_complete_checkpoint(tmp_path / "part").endswith("checkpoint-7")
     assert (tmp_path / "part" / "checkpoint-7" / "training_rows.pt").is_file()
-    run(2, tmp_path / "part", "padded", "plain", "resume")
+    run(2, SCRIPT, tmp_path / "part", "padded", "plain", "resume")
     for file in (tmp_path / "whole" / "final").glob("*.safetensors"):
         assert (tmp_path / "part" / "final" / file.name).read_bytes() == file.read_bytes()
