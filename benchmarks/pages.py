@@ -30,6 +30,7 @@ def tables() -> dict[str, Callable[[], str]]:
     import collection
     import layers
     import meaning
+    import plan
     import probing
     import recipe
     import routing
@@ -52,6 +53,9 @@ def tables() -> dict[str, Callable[[], str]]:
         "massive tokens": of("massive-tokens.json", recipe.massive_tokens),
         "meaning, contexts": of("meaning.json", meaning.meaning_table),
         "meaning, steering": of("meaning.json", meaning.steering_table),
+        "plan": of("plan.json", plan.table),
+        "plan, Llama": of("plan.json", plan.llama_table),
+        "plan, largest layers": of("plan.json", plan.largest_table),
         "probing": of("probing.json", probing.table),
         "probing by problem": of("probing.json", probing.table_by_problem),
         "routing": of("routing.json", routing.table),

@@ -102,6 +102,19 @@ def layers(options: classes.LayersOptions) -> None:
     tables.print_layers(type(model).__name__, layer_groups(model))
 
 
+def plan(options: classes.PlanOptions) -> None:
+    """Show what a decomposition takes."""
+    from mxd.base.files import json_text
+    from mxd.jobs.plan import plan as planned
+
+    _quiet()
+    made = planned(options)
+    if options.output == classes.STDOUT:
+        typer.echo(json_text(made))
+    else:
+        tables.print_plan(made)
+
+
 def explore(options: use_options.ExploreOptions) -> None:
     """Serve or export a page on experts."""
     from mxd.jobs.explore import explore
@@ -165,4 +178,5 @@ COMMANDS = {
     "search": Command(classes.SearchOptions, search),
     "show": Command(classes.ShowOptions, show),
     "layers": Command(classes.LayersOptions, layers),
+    "plan": Command(classes.PlanOptions, plan),
 }

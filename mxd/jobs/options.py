@@ -199,6 +199,27 @@ def _layer_settings(layer: Any, settings: Any) -> tuple[int, dict[str, int]]:
 
 
 @dataclass(kw_only=True)
+class PlanOptions(DecompositionOptions):
+    """Show what a decomposition takes before it starts: parameters, memory, disk, FLOPs and time; read no weights.
+
+    Takes the options of decompose, and the run.yaml of a run as --config.
+    """
+
+    yaml_only = (
+        "revision", "site", "dataset", "dataset_config", "dataset_revision", "split", "text_column", "chat",
+        "streaming", "heldout_dataset", "bf16", "evaluation_tokens", "seed", "overwrite", "learning_rate", "resume",
+        "min_mean_ablation_error", "auxiliary_weight", "match_transcoder",
+    )  # fmt: skip
+
+    devices: int = option(1, "Number of devices, each with one process.", TRAINING, minimum=1)
+    flops: float | None = option(None, "FLOPs a second of a device: 400e12. [measured here]", TRAINING, minimum=1)
+    bandwidth: float | None = option(
+        None, "Bytes a second that a device moves. [measured here; a hundredth of flops]", flag=False, minimum=1
+    )
+    output: str = option("mxd-output", "- prints the plan as JSON. [tables]", OUTPUT)
+
+
+@dataclass(kw_only=True)
 class FinetuningOptions(ResumableOptions):
     """Train a decomposition further, end to end in its language model, and show what that changed."""
 
