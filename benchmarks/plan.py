@@ -4,8 +4,9 @@
     python benchmarks/plan.py --largest          # steps of the largest layers of docs/how-to/large-models.md
     python benchmarks/plan.py --llama            # the plans of that page
 
-Memory is the largest resident memory of a run less that of the interpreter with its imports. Time is processor time on
-one thread, since other work on the machine does not change it much; the plan's rates are measured by the run's process.
+Memory is the largest resident memory of a run less that of the interpreter with its imports. Times, of a step and of
+the evaluation, are processor time on one thread, which other work on the machine changes less; the run's process
+measures the plan's rates.
 Writes benchmarks/results/plan.json after every run; runs that are there are not repeated. `--replan` plans them anew.
 """
 
@@ -13,14 +14,18 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pages import machine
+from transformers import TrainerCallback
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 SIZES = {"embedded": (1024, 4096), "SmolLM2-135M": (4096, 16127)}
@@ -31,7 +36,6 @@ HOW: dict[str, Any] = {
     "gate_init": "random",
     "training": {"calibration_tokens": 4096, "statistics_tokens": 4096, "disable_tqdm": True, "save_strategy": "no"},
 }
-LIMITS = {"memory": 0.10, "seconds": 0.30}
 # name: width of input and output, units of the encoder, multiple of the transcoder that is matched, tokens, auxiliary
 LARGEST = {
     "Llama-3.1-8B": (4096, 14336, 8, 256, True),
@@ -73,36 +77,52 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class StepClock(TrainerCallback):
+    """Measure the processor time of every step, without loading its rows."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start."""
+        self.times.append(-time.process_time())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.times[-1] += time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """Return the median of all steps but the first, in which memory is requested."""
+        return statistics.median(self.times[1:])
+
+
 def run(options: dict[str, Any]) -> dict[str, Any]:
     """Decompose in this process; return memory, seconds and rates."""
     import torch
 
     import mxd.jobs.decompose as job
     from mxd.base.base_model import DTYPES
-    from mxd.jobs.options import DecompositionOptions
-    from mxd.jobs.plan import measure_rates
+    from mxd.jobs.options import DecompositionOptions, PlanOptions
+    from mxd.jobs.plan import Plan, measure_rates
 
-    imported, seconds = peak(), {}
+    imported, clock, seconds = peak(), StepClock(), []
+    trainer, faithfulness = job.DistillationTrainer, job.faithfulness
 
-    def timed(name: str) -> None:
-        function = getattr(job, name)
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        started = time.process_time()
+        results = faithfulness(*args, **kwargs)
+        seconds.append(time.process_time() - started)
+        return results
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            started = time.process_time()
-            result = function(*args, **kwargs)
-            seconds[name] = time.process_time() - started
-            return result
-
-        setattr(job, name, wrapped)
-
-    for name in ("run_training", "faithfulness"):
-        timed(name)
+    job.DistillationTrainer = partial(trainer, callbacks=[clock])  # type: ignore[assignment,misc]
+    job.faithfulness = evaluate
     with tempfile.TemporaryDirectory() as folder:
         job.decompose(DecompositionOptions(output=folder, **options))
     memory = peak() - imported
-    rates = measure_rates(DTYPES[options["dtype"]], torch.float32, time.process_time)
-    return {"memory": memory, "training": seconds["run_training"], "evaluation": seconds["faithfulness"],
-            "rates": rates._asdict()}  # fmt: skip
+    base = Plan(PlanOptions(**options, flops=1.0)).base
+    rates = measure_rates(base, DTYPES[options["dtype"]], torch.float32, time.process_time)
+    return {"memory": memory, "step": clock.seconds, "evaluation": seconds[0], "rates": rates._asdict()}
 
 
 def planned(options: dict[str, Any], rates: dict[str, float]) -> dict[str, float]:
@@ -111,16 +131,15 @@ def planned(options: dict[str, Any], rates: dict[str, float]) -> dict[str, float
     from mxd.jobs.plan import Plan, Rates
 
     made = Plan(PlanOptions(**options), Rates(**rates)).result()
-    evaluation = made["seconds"].pop("evaluation")
-    return {"memory": made["strategies"][0]["memory_bytes"] + made["host_bytes"],
-            "training": sum(made["seconds"].values()), "evaluation": evaluation}  # fmt: skip
+    step = sum(made["seconds"][part] for part in ("base", "layers", "optimiser")) / made["settings"]["steps"]
+    return {"memory": made["strategies"][0]["memory_bytes"] + made["host_bytes"], "step": step,
+            "evaluation": made["seconds"]["evaluation"]}  # fmt: skip
 
 
 def compared(options: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """Return options, measurement and plan of a run, with the plan's relative errors."""
     plan = planned(options, measured["rates"])
-    seconds = [each["training"] + each["evaluation"] for each in (plan, measured)]
-    errors = {"memory": plan["memory"] / measured["memory"] - 1, "seconds": seconds[0] / seconds[1] - 1}
+    errors = {name: plan[name] / measured[name] - 1 for name in plan}
     shown = {**options, "model": Path(options["model"]).name} if "model" in options else options
     return {"options": shown, "measured": measured, "plan": plan, "errors": errors}
 
@@ -129,7 +148,7 @@ def largest(name: str) -> dict[str, Any]:
     """Take two training steps of a large layer, in a base of one layer; return memory and seconds beside the plan."""
     import torch
     from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from mxd.jobs.decompose import build_config
     from mxd.jobs.options import PlanOptions
@@ -140,15 +159,7 @@ def largest(name: str) -> dict[str, Any]:
     width, units, multiple, tokens, auxiliary = LARGEST[name]
     heads = {"num_attention_heads": width // 128, "num_key_value_heads": 8}
     config = LlamaConfig(vocab_size=256, hidden_size=width, intermediate_size=units, num_hidden_layers=1, **heads)
-    imported, clocks = peak(), []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            clocks.append(time.process_time())
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clocks.append(time.process_time())
-
+    imported, clock = peak(), StepClock()
     measured = {"calibration_tokens": tokens, "statistics_tokens": tokens, "max_steps": 2}
     how = {"gate_init": "random", "auxiliary_weight": float(auxiliary)}
     with tempfile.TemporaryDirectory() as folder:
@@ -165,11 +176,11 @@ def largest(name: str) -> dict[str, Any]:
         arguments = DistillationArguments(
             folder, per_device_train_batch_size=tokens // 128, save_strategy="no", use_cpu=True, **measured, **how
         )
-        DistillationTrainer(decomposition, base, arguments, train_dataset=rows, callbacks=[Clock()]).train()
+        DistillationTrainer(decomposition, base, arguments, train_dataset=rows, callbacks=[clock]).train()
         memory = peak() - imported
         del decomposition, base
-        rates = measure_rates(torch.bfloat16, torch.float32, time.process_time)
-        plan = Plan(options, rates)
+        base_cost = Plan(replace(options, flops=1.0)).base
+        plan = Plan(options, measure_rates(base_cost, torch.bfloat16, torch.float32, time.process_time))
     parts = plan.training_seconds([0])
     step = sum(parts[part] for part in ("base", "layers", "optimiser")) / 2
     return {
@@ -177,7 +188,7 @@ def largest(name: str) -> dict[str, Any]:
         "parameters": plan.layers[0].parameters,
         "auxiliary": plan.layers[0].auxiliary,
         "tokens": tokens,
-        "measured": {"memory": memory, "step_seconds": clocks[3] - clocks[2]},
+        "measured": {"memory": memory, "step_seconds": clock.seconds},
         "plan": {"memory": sum(plan.memory([0], [0]).values()) + HOST_BYTES, "step_seconds": step},
     }
 
@@ -237,14 +248,16 @@ def largest_table(results: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """Return a row for every run, in Markdown."""
-    lines = ["| run | memory, plan | measured | | seconds, plan | measured | |", "|---|---|---|---|---|---|---|"]
+    lines = ["| run | memory, plan | measured | | a step, plan | measured | | evaluation, plan | measured | |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, row in results["runs"].items():
-        plan, measured, errors = row["plan"], row["measured"], row["errors"]
-        times = [each["training"] + each["evaluation"] for each in (plan, measured)]
-        lines.append(
-            f"| {name} | {plan['memory'] / 1e6:,.0f} MB | {measured['memory'] / 1e6:,.0f} MB | "
-            f"{100 * errors['memory']:+.0f} % | {times[0]:.0f} | {times[1]:.0f} | {100 * errors['seconds']:+.0f} % |"
-        )
+        cells = [name]
+        for part, unit, style in (("memory", 1e6, ",.0f"), ("step", 1, ".2f"), ("evaluation", 1, ".1f")):
+            cells += [
+                f"{row[of][part] / unit:{style}} {'MB' if part == 'memory' else 's'}" for of in ("plan", "measured")
+            ]
+            cells.append(f"{100 * row['errors'][part]:+.0f} %")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ from .training import rows_per_step
 EVALUATION_BATCH = 2048
 # Bytes of text, tokenizer and libraries that a run loads after its start, in the memory of the host.
 HOST_BYTES = 50_000_000
+PROBE_WIDTH = 4096
 # FLOPs that a device does while it moves a byte, where --flops is given without a bandwidth.
 FLOPS_PER_BYTE = 100
 
@@ -63,7 +64,7 @@ class Plan:
         self.batch = rows_per_step(options) * self.context
         self.steps = max(1, options.tokens // self.batch)
         self.tokens = self.steps * self.batch
-        self.rates = given_rates(options) if rates is None else rates  # after all that may be refused
+        self.rates = rates or given_rates(options, self.base)  # after all that may be refused
 
     def base_seconds(self, last: int, tokens: float) -> float:
         """Return the seconds of the base's forward passes over tokens, up to the MLP of a layer."""
@@ -212,17 +213,22 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     return Plan(options).result()
 
 
-def given_rates(options: PlanOptions) -> Rates:
+def given_rates(options: PlanOptions, base: BaseCost) -> Rates:
     """Return the rates that the options give, or measure them on the device here."""
     if options.flops is not None:
         return Rates(options.flops, options.flops, options.bandwidth or options.flops / FLOPS_PER_BYTE)
-    measured = measure_rates(DTYPES[options.dtype], torch.bfloat16 if options.bf16 else torch.float32)
+    measured = measure_rates(base, DTYPES[options.dtype], torch.bfloat16 if options.bf16 else torch.float32)
     return measured if options.bandwidth is None else measured._replace(bandwidth=options.bandwidth)
 
 
-def measure_rates(base: torch.dtype, layers: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Rates:
-    """Measure the rates of the device here by short products and copies; about a second."""
-    device = default_device()
+def measure_rates(
+    base: BaseCost, dtype: torch.dtype, layers: torch.dtype, clock: Callable[[], float] = time.perf_counter
+) -> Rates:
+    """Measure the rates of the device here by copies and by products of the base's widths; about a second.
+
+    `dtype` is the base's, `layers` that of the layers' products.
+    """
+    device, widths = default_device(), (min(base.hidden, PROBE_WIDTH), min(base.units or PROBE_WIDTH, PROBE_WIDTH))
 
     def seconds(run: Callable[[], Any]) -> float:
         taken = []
@@ -235,11 +241,12 @@ def measure_rates(base: torch.dtype, layers: torch.dtype, clock: Callable[[], fl
         return min(taken[1:])
 
     def products(dtype: torch.dtype) -> float:
-        rows, columns = (torch.randn(size, 1024, device=device).to(dtype) for size in (2048, 4096))
-        return 2 * rows.numel() * len(columns) / seconds(lambda: torch.nn.functional.linear(rows, columns))
+        x, matrix = torch.randn(2048, widths[0], device=device, dtype=dtype), torch.randn(widths, device=device)
+        weight = matrix.T.contiguous().to(dtype)
+        return 2 * len(x) * weight.numel() / seconds(lambda: torch.nn.functional.linear(x, weight))
 
     source = torch.randn(2**24, device=device)
     target = torch.empty_like(source)
-    of_base = products(base)
+    of_base = products(dtype)
     moved = 2 * source.numel() * FLOAT / seconds(lambda: target.copy_(source))
-    return Rates(of_base, of_base if layers == base else products(layers), moved)
+    return Rates(of_base, of_base if layers == dtype else products(layers), moved)

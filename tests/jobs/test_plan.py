@@ -184,9 +184,16 @@ def test_the_tables_show_it(capsys):
 
 
 def test_rates_are_measured_where_none_is_given(monkeypatch):
-    monkeypatch.setattr(job, "measure_rates", lambda base, layers: job.Rates(1e9, 2e9, 3e9))
+    monkeypatch.setattr(job, "measure_rates", lambda *_: job.Rates(1e9, 2e9, 3e9))
     settings = job.plan(PlanOptions(layers=[1]))["settings"]
     assert (settings["base"], settings["layers"], settings["bandwidth"]) == (1e9, 2e9, 3e9)
+
+
+def test_measured_rates_are_those_of_the_clock():
+    base, ticks = job.Plan(PlanOptions(layers=[1], **GIVEN)).base, iter(range(100))
+    rates = job.measure_rates(base, torch.float32, torch.bfloat16, lambda: next(ticks))
+    flops = 2 * 2048 * 192 * 512
+    assert rates == (flops, flops, 2 * 4 * 2**24)
 
 
 @pytest.mark.parametrize(
