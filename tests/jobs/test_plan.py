@@ -100,13 +100,9 @@ def test_a_model_that_fits_nowhere_is_planned_from_its_config(folder):
     assert made["base"]["parameters"] == 70_553_706_496
     every, passes, spread = made["strategies"]
     assert [row["base_passes"] for row in (every, passes, spread)] == [1, 80, 8]
-    assert (
-        every["memory_bytes"]
-        > spread["memory_bytes"]
-        > passes["memory_bytes"]
-        > made["base"]["bytes"]
-        == 2 * 70_553_706_496
-    )
+    # Passes end with the evaluation of all layers, whose weights are in memory together.
+    assert every["memory_bytes"] > passes["memory_bytes"] > 2 * 70_553_706_496 + 4 * made["parameters"]
+    assert every["memory_bytes"] > spread["memory_bytes"] > made["base"]["bytes"]
     assert passes["training_seconds"] > every["training_seconds"] > 0
     assert made["disk"]["activation_cache"] == made["settings"]["tokens"] * 80 * 4 * 8192
 
