@@ -174,7 +174,7 @@ def test_the_tables_show_it(capsys):
         "1 layer a pass",
         "layers spread over",
         "activation cache",
-        "whole model",
+        "× model",
     ):
         assert shown in output, shown
 
