@@ -36,7 +36,8 @@ def peak_bytes() -> int:
 
 def measure_tables(experts: int, tokens: int, vocabulary: int, width: int) -> dict[str, Any]:
     """Fill the tables of one layer as a long text would, and save them."""
-    from mxd.evaluation.collection import SAMPLE, TOP, ExpertCollection, _compact, _LayerPass, _Rows
+    from mxd.evaluation.collecting import SAMPLE, TOP, _compact, _LayerPass, _Rows
+    from mxd.evaluation.collection import ExpertCollection
     from mxd.evaluation.collection_file import save_collection
     from mxd.evaluation.logit_effects import Unembedding, nearest_rows
     from mxd.evaluation.streamed_tables import make_places

@@ -240,7 +240,8 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
             if not found["examples"]:
                 rows.append((*head, "–", NOT_ACTIVE))
             if tokens := _promoted(found):
-                rows.append(("", "", "", Text.assemble("promotes: ", cell(tokens))))
+                aligned = f"alignment {_shown(found.get('alignment'), '.1f')}, promotes: "
+                rows.append(("", "", "", Text.assemble(aligned, cell(tokens))))
         columns = ("expert", "% of\ntokens", "a", "text")
         table = _table(f"Layer {layer}: where experts are most active in {text}", columns, rows, left=0)
         table.columns[-1].justify = "left"
@@ -289,10 +290,9 @@ def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
             contexts = [
                 f"{one['before'][-25:]}[{one['token']}]{one['after'][:15]}" for one in found["examples"][:shown]
             ]
-            lines.append(
-                (expert, f"{found['score']:.1f}", found["texts"], promoted or "–", Text(visible(" | ".join(contexts))))
-            )
-        columns = ("expert", "bits", "texts", "promotes", "strongest contexts")
+            known = (expert, f"{found['score']:.1f}", found["texts"], _shown(found.get("alignment"), ".1f"))
+            lines.append((*known, promoted or "–", Text(visible(" | ".join(contexts)))))
+        columns = ("expert", "bits", "texts", "align-\nment", "promotes", "strongest contexts")
         table = _table(f"Layer {layer}: the most unusual experts of the text", columns, lines, left=0)
         for column in table.columns[-2:]:
             column.justify = "left"

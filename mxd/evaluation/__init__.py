@@ -1,7 +1,8 @@
 """Measure how faithful a decomposition is and how its experts are used, and plot both."""
 
 from .ablation import ablation_curve
-from .collection import Collection, ExpertCollection, collect_experts
+from .collecting import collect_experts
+from .collection import Collection, ExpertCollection
 from .collection_file import load_collection, save_collection
 from .directions import DirectionFit, fit_directions
 from .domain_use import domain_use

@@ -19,6 +19,7 @@ from torch import Tensor
 from mxd.modeling_mxd.configuration_mxd import shorten
 
 from .collection import HISTOGRAM_EDGES, Collection, ExpertCollection
+from .contexts import AROUND
 from .logit_effects import PROMOTED
 from .streamed_tables import NEIGHBOURS
 
@@ -28,15 +29,20 @@ MAX_BYTES = 2**30
 """Size of the largest file that is read."""
 _MAX_HEADER = 2**20
 
-_LETTERS = {"N": None, "M": None, "R": None, "D": None, "B": len(HISTOGRAM_EDGES) + 1, "P": PROMOTED, "5": NEIGHBOURS}
+_LETTERS = {
+    "N": None, "M": None, "R": None, "D": None, "B": len(HISTOGRAM_EDGES) + 1, "P": PROMOTED, "5": NEIGHBOURS,
+    "W": 2 * AROUND + 1,
+}  # fmt: skip
 _SHAPES = {
     "tokens": "", "frequency": "N", "maximum": "N", "histogram": "NB", "top_values": "NM", "top_rows": "NM",
     "top_positions": "NM", "sample_values": "NR", "sample_rows": "NR", "sample_positions": "NR",
-    "domain_counts": "ND", "domain_tokens": "D", "co_firing_ids": "N5", "co_firing_values": "N5", "promoted_ids": "NP",
-    "promoted_values": "NP", "suppressed_ids": "NP", "suppressed_values": "NP", "similar_direction_ids": "N5",
+    "domain_counts": "ND", "domain_tokens": "D", "co_firing_ids": "N5", "co_firing_values": "N5",
+    "promoted_ids": "NP", "top_windows": "NMW", "sample_windows": "NRW", "alignment": "N", "promoted_values": "NP",
+    "suppressed_ids": "NP", "suppressed_values": "NP", "similar_direction_ids": "N5",
     "similar_direction_values": "N5", "similar_modulation_ids": "N5", "similar_modulation_values": "N5",
 }  # fmt: skip
-"""Axes of each field: N experts, M contexts, R sampled tokens, D domains, B bins, P promoted tokens, 5 neighbours."""
+"""Axes of each field: N experts, M contexts, R sampled tokens, D domains, B bins, P promoted tokens, 5 neighbours, W
+tokens of a window."""
 
 
 def save_collection(collection: Collection, path: str | Path) -> None:
@@ -120,7 +126,7 @@ def _layer(tensors: dict[str, Tensor], prefix: str, domains: int, lengths: Tenso
         name, axes = f"{prefix}{each.name}", _SHAPES[each.name]
         if name not in tensors and each.default is None:
             continue
-        floating = each.name.endswith("values") or each.name in ("frequency", "maximum")
+        floating = each.name.endswith("values") or each.name in ("frequency", "maximum", "alignment")
         tensor = _typed(tensors, name, len(axes), floating)
         for axis, size in zip(axes, tensor.shape, strict=True):
             expected = sizes[axis] = size if sizes[axis] is None else sizes[axis]
@@ -168,7 +174,7 @@ def _typed(tensors: dict[str, Tensor], name: str, axes: int, floating: bool) -> 
     tensor = tensors.get(name)
     if tensor is None:
         raise ValueError(f"it has no {name}")
-    integers = (torch.int32, torch.int64)
+    integers = (torch.uint8,) if name.endswith("windows") else (torch.int32, torch.int64)
     if tensor.ndim != axes or not (
         tensor.dtype in (torch.float32, torch.float64) if floating else tensor.dtype in integers
     ):

@@ -33,11 +33,14 @@ class Unembedding(NamedTuple):
     weight: Tensor
     """W_U, (vocabulary, O)"""
 
+    def normed(self, directions: Tensor) -> Tensor:
+        """Return γ * v, float32."""
+        v = directions.to(self.weight.device, torch.float32)
+        return (v - v.mean(-1, keepdim=True) if self.subtracts_mean else v) * self.scale
+
     def effects(self, directions: Tensor) -> Tensor:
         """Return the effects on the logits, (n, O) → (n, vocabulary) float32."""
-        v = directions.to(self.weight.device, torch.float32)
-        v = (v - v.mean(-1, keepdim=True) if self.subtracts_mean else v) * self.scale
-        logits = v.to(self.weight.dtype) @ self.weight.T
+        logits = self.normed(directions).to(self.weight.dtype) @ self.weight.T
         return (logits - logits.float().mean(-1, keepdim=True)).float()
 
     def largest(self, directions: Tensor, count: int = PROMOTED) -> dict[str, Tensor]:
@@ -50,6 +53,35 @@ class Unembedding(NamedTuple):
             parts.append([promoted.indices.int(), promoted.values, suppressed.indices.int(), suppressed.values])
         names = ("promoted_ids", "promoted_values", "suppressed_ids", "suppressed_values")
         return {name: torch.cat(found).cpu() for name, found in zip(names, zip(*parts, strict=True), strict=True)}
+
+    def alignment(self, directions: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+        """Return how far directions promote some tokens, in standard deviations over the tokens of a text.
+
+            (mean over targets of effect_t − E effect) / √Var effect
+
+        To first order this is the rise of the targets' log-probability at equal KL divergence, for a model that
+        predicts the tokens as often as the text has them.
+
+        Args:
+            directions: (n, O).
+            targets: token ids of each, (n, M), -1 for none.
+            counts: how often the text has each token, (vocabulary): expectation and variance are over it.
+
+        Returns:
+            (n) float32 on the CPU, 0 without targets.
+        """
+        counts = counts.to(self.weight.device)
+        parts = [(self.weight[ids].float(), counts[ids, None].float()) for ids in counts.nonzero()[:, 0].split(4096)]
+        total = counts.sum().clamp_min(1).float()
+        mean = torch.stack([(rows * count).sum(0) for rows, count in parts]).sum(0) / total
+        covariance = torch.stack([(rows - mean).T @ ((rows - mean) * count) for rows, count in parts]).sum(0) / total
+        found = []
+        for part, ids in zip(directions.split(512), targets.to(self.weight.device).split(512), strict=True):
+            u, there = self.normed(part), ids >= 0
+            rows = self.weight[ids.clamp_min(0)].float() * there[..., None]
+            rise = ((rows.sum(1) / there.sum(1, keepdim=True).clamp_min(1) - mean) * u).sum(1) * there.any(1)
+            found.append((rise / ((u @ covariance) * u).sum(1).clamp_min(1e-30).sqrt()).cpu())
+        return torch.cat(found)
 
 
 @torch.no_grad()

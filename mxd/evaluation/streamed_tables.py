@@ -3,6 +3,8 @@
 A place is where a token is in the text: its row and its position in the row, in one int64.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,16 +39,15 @@ def ranks_in_groups(groups: Tensor) -> Tensor:
     return torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
-def strongest_of_rows(expert: Tensor, value: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep of each expert's entries in a row the one with the largest value, and of equal ones the first."""
+def strongest_of_rows(expert: Tensor, value: Tensor, place: Tensor) -> Tensor:
+    """Return the index of each expert's entry in a row that has the largest value, and of equal ones the first."""
     order = value.argsort(descending=True, stable=True)
     order = order[(place[order] >> 32).argsort(stable=True)]
     order = order[expert[order].argsort(stable=True)]
     row = place[order] >> 32
     first = torch.ones_like(row, dtype=torch.bool)
     first[1:] = (row[1:] != row[:-1]) | (expert[order][1:] != expert[order][:-1])
-    order = order[first]
-    return expert[order], value[order], place[order]
+    return order[first]
 
 
 def count_pairs(table: Tensor, expert: Tensor, column: Tensor) -> None:
@@ -61,19 +62,28 @@ class LargestEntries:
         keys: (N, C), the largest first; 0 where there are fewer entries.
         places: of the entries, (N, C) int64; -1 for none.
         values: coefficients of the entries, (N, C) float32; 0 for none.
+        windows: what is around the entries, (N, C, W) uint8; 0 for none.
     """
 
-    def __init__(self, experts: int, count: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, experts: int, count: int, dtype: torch.dtype, device: torch.device, width: int = 0):
         self.keys = torch.zeros(experts, count, dtype=dtype, device=device)
         self.places = torch.full((experts, count), -1, dtype=torch.int64, device=device)
         self.values = torch.zeros(experts, count, device=device)
+        self.windows = torch.zeros(experts, count, width, dtype=torch.uint8, device=device)
 
     def least(self, expert: Tensor) -> Tensor:
         """Return the keys that entries of these experts must exceed, (P)."""
         return self.keys[:, -1].contiguous()[expert]
 
-    def update(self, expert: Tensor, key: Tensor, place: Tensor, value: Tensor) -> None:
-        """Add entries, (P) each, with keys above 0."""
+    def update(
+        self,
+        expert: Tensor,
+        key: Tensor,
+        place: Tensor,
+        value: Tensor,
+        window: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Add entries, (P) each, with keys above 0; `window` returns the windows of some of them, by their indices."""
         better = (key > self.least(expert)).nonzero().squeeze(1)
         better = better[key[better].argsort(descending=True)]
         better = better[expert[better].argsort(stable=True)]
@@ -85,13 +95,15 @@ class LargestEntries:
         shape = (len(changed), int(rank.max()) + 1)
 
         def merged(table: Tensor, entries: Tensor, empty: int) -> Tensor:
-            new = torch.full(shape, empty, dtype=table.dtype, device=table.device)
-            new[line, rank] = entries[better]
+            new = torch.full((*shape, *table.shape[2:]), empty, dtype=table.dtype, device=table.device)
+            new[line, rank] = entries
             return torch.cat([table[changed], new], 1)
 
-        keys, kept = merged(self.keys, key, 0).topk(self.keys.shape[1], dim=1)
-        self.places[changed] = merged(self.places, place, -1).gather(1, kept)
-        self.values[changed] = merged(self.values, value, 0).gather(1, kept)
+        keys, kept = merged(self.keys, key[better], 0).topk(self.keys.shape[1], dim=1)
+        self.places[changed] = merged(self.places, place[better], -1).gather(1, kept)
+        self.values[changed] = merged(self.values, value[better], 0).gather(1, kept)
+        if window is not None:
+            self.windows[changed] = merged(self.windows, window(better), 0).take_along_dim(kept[..., None], 1)
         self.keys[changed] = keys
 
 

@@ -18,9 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mxd.evaluation.collection import HISTOGRAM_EDGES, Collection, ExpertCollection
-from mxd.evaluation.contexts import AROUND
-
-from .pieces import TokenPieces
+from mxd.evaluation.contexts import AROUND, TokenPieces
 
 QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)
 PER_QUANTILE = 2

@@ -7,6 +7,7 @@ from typing import Any
 from .options import text_name
 
 PAGE_NAME = "experts.html"
+ALIGNMENT = "alignment of its direction with what follows its contexts (standard deviations)"
 NOT_ACTIVE = "not active in this text"
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
@@ -71,6 +72,8 @@ def _expert(found: dict[str, Any]) -> list[str]:
     lines = [f"<p>active on {percent(found['frequency'])} % of the tokens</p>"]
     if not found["examples"]:
         return [*lines, f"<p>{NOT_ACTIVE}</p>"]
+    if found.get("alignment") is not None:
+        lines.append(f"<p>{ALIGNMENT}: {found['alignment']:.1f}</p>")
     for way in ("promoted", "suppressed"):
         if found.get(way):
             tokens = " ".join(f"<code>{html.escape(token)}</code>" for token, _ in found[way])

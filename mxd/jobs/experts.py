@@ -15,9 +15,10 @@ from mxd.base.files import replace_text
 from mxd.base.progress import progress_bar
 from mxd.data.provenance import recorded_runs
 from mxd.data.texts import document_batches, evaluation_settings
-from mxd.evaluation.collection import TOP, Collection, ExpertCollection, collect_experts
+from mxd.evaluation.collecting import TOP, collect_experts
+from mxd.evaluation.collection import Collection, ExpertCollection
 from mxd.evaluation.collection_file import EXPERTS_NAME, load_collection, save_collection
-from mxd.evaluation.contexts import INCOMPLETE, Context, in_context
+from mxd.evaluation.contexts import INCOMPLETE, Context, TokenPieces, in_context
 from mxd.evaluation.inspection import last_token_outputs
 from mxd.evaluation.logit_effects import Unembedding, find_unembedding
 from mxd.modeling_mxd import MxDModel
@@ -62,6 +63,11 @@ class Opened:
     """folder for results; None to print them"""
     evaluation: Mapping[str, Any]
     """evaluation.json of the decomposition"""
+
+    @cached_property
+    def pieces(self) -> TokenPieces:
+        """The text of tokens."""
+        return TokenPieces(self.tokenizer)
 
     @cached_property
     def unembedding(self) -> Unembedding | None:
@@ -115,8 +121,8 @@ def open_experts(options: ExpertsOptions, progress: bool = True) -> Opened:
 def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, Any]:
     """Collect all experts of a decomposition on a text, and describe some; write experts.safetensors and experts.html.
 
-    See `open_experts`. Without named experts, a random sample of the active ones is described. Without a dataset, the
-    text is that of the training, see `read_text`.
+    See `open_experts`. Without named experts, those that promote a word, or else a random sample of the active ones,
+    are described. Without a dataset, the text is that of the training, see `read_text`.
 
     Returns:
         {"layers": {"15": {"1234": what `describe_expert` returns}}}, "settings", "warning": of a low expert share, or
@@ -129,7 +135,9 @@ def read_experts(options: ExpertsOptions, progress: bool = True) -> dict[str, An
     results: dict[str, Any] = {"layers": {}, "settings": {**opened.collection.settings, "seed": options.seed}}
     for layer in opened.layers:
         chosen = options.experts
-        if chosen is None:
+        if chosen is None and options.promotes is not None:
+            chosen = experts_that_promote(opened, layer, options.promotes)[: options.sample]
+        elif chosen is None:
             active = (opened.collection.layers[layer].maximum > 0).nonzero().squeeze(1).tolist()
             chosen = sorted(random.Random(options.seed).sample(active, min(options.sample, len(active))))
         results["layers"][str(layer)] = {
@@ -232,17 +240,18 @@ def describe_expert(opened: Opened, layer: int, expert: int, examples: int = TOP
     """Describe an expert by its collection, and by what it adds at the tokens of its strongest contexts.
 
     Returns:
-        {"frequency": share of tokens on which it is active, "maximum", "examples": [{"coefficient", "before", "token",
+        {"frequency": share of tokens on which it is active, "maximum", "alignment": of its direction with what follows
+        its contexts, see `ExpertCollection`, or None, "examples": [{"coefficient", "before", "token",
         "after"}], the largest coefficient first, the first `AT_TOKENS` of an MxD with "promoted": [[token, effect of
         what it adds there]], "quantiles": the same of tokens at evenly spaced quantiles of its
         coefficients, "promoted", "suppressed": [[token, effect on its logit]], "nearest": {"direction", "modulation",
         "co-firing": [[expert, similarity]]}, "domains": {domain: share of the expert's firings, if all domains had the
         same number of tokens}}. Lists are empty if there is nothing to say.
     """
-    collection, tokenizer = opened.collection, opened.tokenizer
+    collection, pieces = opened.collection, opened.pieces
     found = collection.layers[layer]
     contexts = collection.top(layer, expert, examples)
-    shown = _shown(collection, contexts, tokenizer)
+    shown = _shown(collection, contexts, pieces)
     for example, promoted in zip(shown, _promoted_there(opened, layer, expert, contexts[:AT_TOKENS]), strict=False):
         example["promoted"] = promoted
     frequencies = found.domain_frequency[expert]
@@ -250,10 +259,11 @@ def describe_expert(opened: Opened, layer: int, expert: int, examples: int = TOP
     return {
         "frequency": float(found.frequency[expert]),
         "maximum": float(found.maximum[expert]),
+        "alignment": None if found.alignment is None else float(found.alignment[expert]),
         "examples": shown,
-        "quantiles": _shown(collection, collection.quantiles(layer, expert, QUANTILES), tokenizer),
-        "promoted": _tokens(found, "promoted", expert, tokenizer),
-        "suppressed": _tokens(found, "suppressed", expert, tokenizer),
+        "quantiles": _shown(collection, collection.quantiles(layer, expert, QUANTILES), pieces),
+        "promoted": _named(pieces, _pairs(found, "promoted", expert)),
+        "suppressed": _named(pieces, _pairs(found, "suppressed", expert)),
         "nearest": {
             name.removeprefix("similar_").replace("_", "-"): pairs
             for name in ("similar_direction", "similar_modulation", "co_firing")
@@ -273,16 +283,31 @@ def _promoted_there(opened: Opened, layer: int, expert: int, contexts: Sequence[
     outputs = last_token_outputs(opened.model, opened.decomposition, layer, [(expert, row) for row in rows])
     found = opened.unembedding.largest(outputs, TOKENS_THERE)
     pairs = zip(found["promoted_ids"].tolist(), found["promoted_values"].tolist(), strict=True)
-    return [_named(opened.tokenizer, list(zip(*pair, strict=True))) for pair in pairs]
+    return [_named(opened.pieces, list(zip(*pair, strict=True))) for pair in pairs]
 
 
-def _shown(
-    collection: Collection, contexts: Sequence[Context], tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
+def experts_that_promote(opened: Opened, layer: int, word: str) -> list[int]:
+    """Return the active experts, the one whose direction promotes a word most first; see `Unembedding.alignment`.
+
+    Of a word of several tokens the first one counts.
+
+    Raises:
+        ValueError: the word has no token, or effects on the logits are not known.
+    """
+    ids = opened.pieces.following(word)
+    if opened.unembedding is None or not ids:
+        raise ValueError(f"{'the final norm is not found' if ids else 'the word has no token'}: leave out --promotes")
+    direction, vocabulary = opened.decomposition.directions(layer).direction, len(opened.unembedding.weight)
+    targets, counts = torch.tensor(ids[:1]).expand(len(direction), 1), opened.collection.token_counts(vocabulary)
+    order = opened.unembedding.alignment(direction, targets, counts).argsort(descending=True)
+    return order[opened.collection.layers[layer].maximum[order] > 0].tolist()
+
+
+def _shown(collection: Collection, contexts: Sequence[Context], pieces: TokenPieces) -> list[dict[str, Any]]:
     """Return contexts as text, without those whose row ends inside the character of the token."""
     shown: list[dict[str, Any]] = []
     for one in contexts:
-        text = in_context(tokenizer, collection.row(one.row), one.position)
+        text = in_context(pieces, collection.row(one.row), one.position)
         if text["token"].strip(INCOMPLETE) or INCOMPLETE not in text["token"]:
             shown.append({"coefficient": one.coefficient, **text})
     return shown
@@ -293,10 +318,6 @@ def _pairs(found: ExpertCollection, name: str, expert: int) -> list[tuple[int, f
     return [] if ids is None else list(zip(ids[expert].tolist(), values[expert].tolist(), strict=True))
 
 
-def _tokens(found: ExpertCollection, name: str, expert: int, tokenizer: PreTrainedTokenizerBase) -> list[list[Any]]:
-    return _named(tokenizer, _pairs(found, name, expert))
-
-
-def _named(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[int, float]]) -> list[list[Any]]:
-    known = len(tokenizer)  # a model may have further logits, which mean nothing
-    return [[str(tokenizer.decode([token])), value] for token, value in pairs if token < known]
+def _named(pieces: TokenPieces, pairs: list[tuple[int, float]]) -> list[list[Any]]:
+    # A model may have further logits, which mean nothing.
+    return [[pieces.one(token), value] for token, value in pairs if token < pieces.count]

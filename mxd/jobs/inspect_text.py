@@ -3,8 +3,6 @@
 import logging
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from mxd.base.files import replace_text
 from mxd.data.tokens import row_of
 from mxd.evaluation.inspection import Inspection, inspect_tokens
@@ -74,18 +72,7 @@ def inspect_tokens_of(opened: Opened, text: str) -> tuple[list[str], dict[int, I
         raise ValueError("the text has no tokens")
     ids = ids[:limit]
     collections = {layer: opened.collection.layers[layer] for layer in opened.layers}
-    return token_texts(tokenizer, ids), inspect_tokens(opened.model, opened.decomposition, ids, collections)
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Return the text of each token, which together make the text: a character is with the last of its tokens."""
-    texts, done = [], ""
-    for stop in range(1, len(ids) + 1):
-        now = str(tokenizer.decode(ids[:stop]))
-        whole = now.removesuffix("\ufffd")
-        texts.append(whole[len(done) :] if whole.startswith(done) else str(tokenizer.decode([ids[stop - 1]])))
-        done = whole if whole.startswith(done) else now
-    return texts
+    return opened.pieces.of(ids), inspect_tokens(opened.model, opened.decomposition, ids, collections)
 
 
 def _tokens(opened: Opened, layer: int, tokens: list[str], found: Inspection) -> list[dict[str, Any]]:

@@ -301,11 +301,12 @@ class ExpertsOptions(MeasuringOptions):
     A file experts.safetensors in the folder is read instead, if it is of the same text, or no text is named.
     """
 
-    yaml_only = ("streaming", "context_length", "dataset_config", "split", "dtype")
+    yaml_only = ("streaming", "context_length", "dataset_config", "dataset_revision", "split", "dtype")
 
     tokens: int = option(128_000, "Tokens to read; with --by, equal parts of each value.", DATA, count=True)
     by: str | None = option(None, "Also count by the values of this column.", MEASURE)
     experts: list[int] | None = option(None, "Experts to show: 12,99. [a random sample]", MEASURE)
+    promotes: str | None = option(None, "Show those whose directions promote this word most, to steer by.", MEASURE)
     layer: int | None = option(None, "Layer to show. [all]", MEASURE, minimum=0)
     sample: int = option(20, "Size of the random sample of each layer.", flag=False, minimum=1)
     examples: int = option(10, "Examples of each expert.", minimum=1)

@@ -8,6 +8,8 @@ from tiny_models import tiny_model
 from mxd.base.capture import capture_mlps
 from mxd.evaluation import Collection, collect_experts, load_collection, save_collection
 from mxd.evaluation.collection import HISTOGRAM_EDGES
+from mxd.evaluation.contexts import AROUND
+from mxd.evaluation.logit_effects import find_unembedding
 from mxd.evaluation.streamed_tables import LargestEntries, TokenSample, hashed, make_places, strongest_of_rows
 
 
@@ -46,7 +48,8 @@ def test_the_largest_entries_are_those_of_a_sort(count, batch, dtype):
 def test_a_row_counts_with_its_strongest_position_the_first_of_equals():
     expert, value = torch.tensor([0, 0, 0, 1, 1, 0]), torch.tensor([1.0, 3.0, 3.0, 2.0, 1.0, 5.0])
     place = make_places(torch.tensor([4, 4, 4, 4, 5, 5]), torch.tensor([0, 6, 2, 3, 1, 1]))
-    found = strongest_of_rows(expert, value, place)
+    order = strongest_of_rows(expert, value, place)
+    found = expert[order], value[order], place[order]
     expected = ([0, 0, 1, 1], [3.0, 5.0, 2.0, 1.0], [4 << 32 | 6, 5 << 32 | 1, 4 << 32 | 3, 5 << 32 | 1])
     assert tuple(part.tolist() for part in found) == expected
 
@@ -137,12 +140,34 @@ def check_places(model, decomposed, found, layer, include_first=False):
     assert known
 
 
+def check_windows(model, decomposed, found, layer):
+    """Every window has the bins of the expert's coefficients around its place, and nothing beyond the row."""
+    one = found.layers[layer]
+    for kind in ("top", "sample"):
+        values, rows, positions, windows = (
+            getattr(one, f"{kind}_{name}") for name in ("values", "rows", "positions", "windows")
+        )
+        for expert, slot in (values > 0).nonzero().tolist():
+            row, position = found.row(rows[expert, slot]), int(positions[expert, slot])
+            x = capture_mlps(model, [layer], torch.tensor([row]), **decomposed.config.where)[layer][0]
+            runs = dense_coefficients(decomposed.layer(layer), x).detach()[..., expert]
+            runs[:, 0] = 0
+            run = runs[(runs[:, position] - values[expert, slot]).abs().argmin()]
+            expected = torch.zeros(2 * AROUND + 1)
+            begin, end = max(0, position - AROUND), min(len(row), position + AROUND + 1)
+            bins = torch.bucketize(run, HISTOGRAM_EDGES, right=True) + 1
+            expected[begin - position + AROUND : end - position + AROUND] = (bins * (run > 0))[begin:end].float()
+            assert ((windows[expert, slot] - expected).abs() <= 1).all()  # rounding at an edge
+            assert torch.equal(windows[expert, slot] > 0, expected > 0)
+
+
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 2), (3, 0), (1, 2)])
 def test_places_are_those_of_rows_without_padding(tiny_llama, left, right):
     rows, model = batches(count=3), decomposition()
     padded = [pad(batch, left=left, right=right) for batch in rows]
     found = collect_experts(tiny_llama, model, padded, top=3, sample=4)
     check_places(tiny_llama, model, found, 1)
+    check_windows(tiny_llama, model, found, 1)
     plain = collect_experts(tiny_llama, model, rows, top=3, sample=4)
     for kind in ("top", "sample"):
         assert places(plain, 1, kind) == places(found, 1, kind)
@@ -157,6 +182,7 @@ def test_models_of_other_types(model_type):
     ids = torch.randint(3, 30, (6, 7))
     found = collect_experts(model, decomposed, [pad({"input_ids": part}, left=1) for part in ids.split(2)], top=3)
     check_places(model, decomposed, found, 0)
+    check_windows(model, decomposed, found, 0)
     runs = len(capture_mlps(model, [0], ids)[0][0]) // 6
     assert found.layers[0].tokens == 42 * runs and runs == (
         model.config.num_hidden_layers if model_type == "albert" else 1
@@ -174,6 +200,7 @@ def test_batches_of_other_sizes_give_the_same(tiny_llama):
     for layer in (0, 1):
         for kind in ("top", "sample"):
             assert places(one, layer, kind) == places(other, layer, kind)
+            assert torch.equal(*(getattr(each.layers[layer], f"{kind}_windows") for each in (one, other)))
         assert torch.equal(one.layers[layer].histogram, other.layers[layer].histogram)
 
 
@@ -183,12 +210,29 @@ def test_nothing_is_no_collection(tiny_llama):
 
 
 def test_rows_that_no_table_names_are_let_go(tiny_llama, monkeypatch):
-    monkeypatch.setattr("mxd.evaluation.collection._PRUNED_FROM", 8)
-    monkeypatch.setattr("mxd.evaluation.collection.CANDIDATES", 1)
+    monkeypatch.setattr("mxd.evaluation.collecting._PRUNED_FROM", 8)
+    monkeypatch.setattr("mxd.evaluation.collecting.CANDIDATES", 1)
     rows, model = batches(count=60), decomposition()
     found = collect_experts(tiny_llama, model, rows, top=1, sample=1)
     assert len(found.documents) <= 48 and found.documents.max() < 180
     check_places(tiny_llama, model, found, 1)
+
+
+@pytest.mark.parametrize("method", ["mxd", "transcoder"])
+def test_alignment_is_that_of_the_tokens_that_follow(tiny_llama, method):
+    model, rows = decomposition(method=method), batches(count=6)
+    directions = torch.randn(24, 16) if method == "mxd" else model.layer(1).expert_table.detach()
+    found = collect_experts(tiny_llama, model, rows, top=3, directions={1: directions} if method == "mxd" else None)
+    one, unembedding = found.layers[1], find_unembedding(tiny_llama, rows[0]["input_ids"][:1])
+    inside = torch.cat([torch.tensor(found.row(row)[1:]) for row in range(len(found.documents))])
+    for expert in range(24):
+        effects = unembedding.effects(directions[[expert]])[0].double()
+        places = zip(one.top_rows[expert].tolist(), one.top_positions[expert].tolist(), strict=True)
+        following = [found.row(row)[place + 1 : place + 2] for row, place in places if row >= 0]
+        following = [token for tokens in following for token in tokens]
+        spread = effects[inside].std(correction=0)
+        expected = (effects[following].mean() - effects[inside].mean()) / spread if following else 0.0
+        assert float(one.alignment[expert]) == pytest.approx(float(expected), abs=1e-3)
 
 
 def test_domains_are_counted(tiny_llama):

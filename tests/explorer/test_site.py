@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
-from mxd.explorer.pieces import TokenPieces
+from mxd.evaluation.contexts import TokenPieces
 from mxd.explorer.server import ExplorerServer
 from mxd.explorer.site import ExplorerSite
 from mxd.jobs.explore import explore, explorer_site

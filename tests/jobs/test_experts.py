@@ -16,7 +16,7 @@ from mxd.cli.tables import print_experts
 from mxd.data.labelled_text import LabelledDocuments, cut_texts
 from mxd.data.texts import document_batches, evaluation_batches
 from mxd.evaluation import load_collection, save_collection
-from mxd.evaluation.contexts import distinct_places, in_context
+from mxd.evaluation.contexts import TokenPieces, distinct_places, in_context
 from mxd.evaluation.streamed_tables import make_places
 from mxd.jobs.expert_page import expert_page
 
@@ -160,10 +160,11 @@ def test_what_is_not_there(finished, monkeypatch, capsys):
 def test_a_token_inside_a_character_is_shown_with_all_of_it(text, bos):
     tokenizer = byte_tokenizer(["hello"], bos_token="<s>")
     row = [tokenizer.bos_token_id] * bos + tokenizer(text, add_special_tokens=False)["input_ids"]
-    shown = [in_context(tokenizer, row, position) for position in range(bos, len(row))]
+    pieces = TokenPieces(tokenizer)
+    shown = [in_context(pieces, row, position) for position in range(bos, len(row))]
     assert not any("\ufffd" in part for example in shown for part in example.values())
     assert {example["token"] for example in shown} == set(text)
-    cut = [in_context(tokenizer, row[: 2 + bos], position) for position in range(bos, 2 + bos)]
+    cut = [in_context(pieces, row[: 2 + bos], position) for position in range(bos, 2 + bos)]
     assert not any("\ufffd" in example[part] for example in cut for part in ("before", "after"))
 
 
@@ -171,9 +172,8 @@ def examples_of(rows, origins, count):
     """The coefficients of the contexts of an expert that is most active on the first of these rows, and so on."""
     values = torch.arange(len(rows), 0, -1)[None].float()
     places = make_places(torch.arange(len(rows)), torch.tensor(3))[None]
-    values, places = distinct_places(values, places, dict(enumerate(rows)), dict(enumerate(origins)), count)
-    assert ((values > 0) == (places >= 0)).all()
-    return values[values > 0].tolist()
+    (chosen,) = distinct_places(places, dict(enumerate(rows)), dict(enumerate(origins)), count)
+    return [values[0, column] for column in chosen.tolist() if column >= 0]
 
 
 def test_no_two_examples_share_their_context():

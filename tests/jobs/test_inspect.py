@@ -6,13 +6,11 @@ import pytest
 import torch
 from commands import refused, run
 from evaluation_cases import decomposition
-from factories import byte_tokenizer
 from reference import dense_coefficients
 
 from mxd import ExpertsOptions, InspectOptions, collect_experts, inspect_text, load_collection
 from mxd.base.capture import capture_mlps
 from mxd.evaluation.inspection import inspect_tokens, last_token_outputs
-from mxd.jobs.inspect_text import token_texts
 
 
 @pytest.mark.parametrize(
@@ -67,14 +65,6 @@ def test_outputs_at_last_tokens(tiny_llama, method):
     for line, slot in zip(found, (0, 1), strict=True):
         expected = coefficients.values[0, slot] * layer.expert_table[coefficients.indices[0, slot]] * dense
         torch.testing.assert_close(line, expected.detach())
-
-
-@pytest.mark.parametrize("text", ["a 国家 b", "naïve café", "🎉 done", "plain words"])
-def test_tokens_make_the_text(text):
-    tokenizer = byte_tokenizer(["hello plain words"], bos_token="<s>")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    shown = token_texts(tokenizer, ids)
-    assert len(shown) == len(ids) and "".join(shown) == text
 
 
 # --- the command
