@@ -7,10 +7,12 @@ index.json            the decomposition, its layers, and how the text was read
 rows/3.json           the tokens of the text's rows from 3 * chunk on
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,10 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mxd.evaluation.collection import HISTOGRAM_EDGES, Collection, ExpertCollection
-from mxd.evaluation.contexts import AROUND, TokenPieces
+from mxd.evaluation.contexts import AROUND, TokenPieces, whole_character
 
 QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)
 PER_QUANTILE = 2
+PROMOTED = 3
+"""Promoted tokens in the list of experts."""
+LEVELS = 4
+"""Shades of tokens on which an expert is active."""
 CHUNK = 128
 """Experts, or rows, of a file of an exported site."""
 _WORD, _NUMBER = re.compile(r"[^\W_]+"), re.compile(r"[0-9]{1,9}")
@@ -92,34 +98,26 @@ class ExplorerSite:
         return {**self.about, "api": self.api, **shared}
 
     def _columns(self, layer: ExpertCollection) -> dict[str, list[Any]]:
-        places = self._ids_at(layer.top_rows, layer.top_positions)
+        places = self.collection.tokens_at(layer.top_rows, layer.top_positions)
         ids = places.mode(1).values.where((places >= 0).all(1), places[:, 0])
         counts = layer.domain_frequency
-        promoted = layer.promoted_ids[:, 0].tolist() if layer.promoted_ids is not None else []
+        promoted = [] if layer.promoted_ids is None else layer.promoted_ids[:, :PROMOTED].tolist()
         return {
             "frequency": _rounded(layer.frequency),
             "maximum": _rounded(layer.maximum),
             "token": [None if one < 0 else self.pieces.one(one) for one in ids.tolist()],
-            "promoted": list(map(self.pieces.one, promoted)),
+            "promoted": [" ".join(self.pieces.one(one).strip() for one in ids) for ids in promoted],
+            "alignment": [] if layer.alignment is None else _rounded(layer.alignment),
             "domain": torch.where(counts.amax(1) > 0, counts.argmax(1), -1).tolist() if counts.shape[1] else [],
         }
 
-    def _ids_at(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Return the token ids of places, -1 for those that are none."""
-        places = self.collection.offsets[rows.long().clamp_min(0)] + positions
-        return self.collection.ids.long()[places.clamp_min(0)].masked_fill(rows < 0, -1)
-
     def _page(self, layer: ExpertCollection, expert: int) -> dict[str, Any]:
-        top = (layer.top_values, layer.top_rows, layer.top_positions)
-        sample = (layer.sample_values, layer.sample_rows, layer.sample_positions)
-        contexts = self._contexts(*(part[expert].tolist() for part in top))
+        contexts = self._contexts(layer, expert, "top")
         groups = [{"name": "the largest coefficients", "contexts": contexts}] if contexts else []
-        values, rows, positions = (part[expert].tolist() for part in sample)
-        active = sum(value > 0 for value in values)
+        active = int((layer.sample_values[expert] > 0).sum())
         for quantile in QUANTILES if active >= len(QUANTILES) * PER_QUANTILE else ():
             start = min(int((1 - quantile) * active), active - PER_QUANTILE)
-            here = slice(start, start + PER_QUANTILE)
-            shown = self._contexts(values[here], rows[here], positions[here])
+            shown = self._contexts(layer, expert, "sample", slice(start, start + PER_QUANTILE))
             groups.append({"name": f"larger than {quantile:.0%} of its coefficients", "contexts": shown})
         similar = []
         for name, title in _NEIGHBOURS.items():
@@ -132,6 +130,7 @@ class ExplorerSite:
         return {
             "frequency": float(layer.frequency[expert]),
             "maximum": float(layer.maximum[expert]),
+            "alignment": None if layer.alignment is None else float(f"{float(layer.alignment[expert]):.3g}"),
             "histogram": layer.histogram[expert].tolist(),
             "contexts": groups,
             "promoted": self._effects(layer.promoted_ids, layer.promoted_values, expert),
@@ -145,40 +144,58 @@ class ExplorerSite:
             return []
         return list(zip(map(self.pieces.one, ids[expert].tolist()), _rounded(values[expert]), strict=True))
 
-    def _contexts(self, values: list[float], rows: list[int], positions: list[int]) -> list[dict[str, Any]]:
+    def _contexts(
+        self, layer: ExpertCollection, expert: int, kind: str, part: slice = slice(None)
+    ) -> list[dict[str, Any]]:
+        """Return an expert's contexts: where they are, and their text in `parts`.
+
+        A part is text, or [text of a token on which the expert is active, how strongly: see `_levels`, its position].
+        """
+        values, rows, positions = (
+            getattr(layer, f"{kind}_{name}")[expert, part].tolist() for name in ("values", "rows", "positions")
+        )
+        windows, maximum = getattr(layer, f"{kind}_windows"), max(float(layer.maximum[expert]), 1e-30)
+        around = [[]] * len(values) if windows is None else [_levels(one, maximum) for one in windows[expert, part]]
         found = []
-        for value, row, position in zip(values, rows, positions, strict=True):
+        for value, row, position, levels in zip(values, rows, positions, around, strict=True):
             if value > 0 and row >= 0:
-                pieces, here = self._row(row), position
-                while here and not pieces[here]:  # inside a character
-                    here -= 1
-                found.append(
-                    {
-                        "value": float(f"{value:.3g}"),
-                        "row": row,
-                        "position": here,
-                        "before": "".join(pieces[max(0, here - AROUND) : here]),
-                        "token": pieces[here],
-                        "after": "".join(pieces[here + 1 : here + 1 + AROUND]),
-                    }
-                )
+                pieces = self._row(row)
+                here = whole_character(pieces, position)
+                active = {here: max(1, min(LEVELS, math.ceil(LEVELS * value / maximum)))}
+                for place, level in enumerate(levels, position - AROUND):
+                    if level and 0 <= place < len(pieces) and place != position:
+                        whole = whole_character(pieces, place)
+                        active[whole] = max(level, active.get(whole, 0))
+                shown = range(max(0, here - AROUND), min(len(pieces), here + AROUND + 1))
+                parts = [[pieces[place], active[place], place] if place in active else pieces[place] for place in shown]
+                found.append({"value": float(f"{value:.3g}"), "row": row, "position": here, "parts": _joined(parts)})
         return found
 
     def _words(self, layer: ExpertCollection) -> dict[str, list[int]]:
         """Return {word: [expert, number of its top contexts with the word, expert, …]}, lower case."""
         words: dict[str, list[int]] = {}
         for expert in range(len(layer.frequency)):
-            contexts = self._contexts(
-                *(part[expert].tolist() for part in (layer.top_values, layer.top_rows, layer.top_positions))
-            )
-            counted = Counter(word for one in contexts for word in self._words_of(one))
+            counted = Counter(word for one in self._contexts(layer, expert, "top") for word in _words_of(one))
             for word, count in counted.items():
                 words.setdefault(word, []).extend((expert, count))
         return words
 
-    @staticmethod
-    def _words_of(context: dict[str, Any]) -> set[str]:
-        return set(_WORD.findall(f"{context['before']}{context['token']}{context['after']}".lower()))
+
+def _levels(bins: Tensor, maximum: float) -> list[int]:
+    """Return how strong coefficients are in parts of the maximum, from their bins: 1 to `LEVELS`, 0 for none."""
+    largest = torch.cat([HISTOGRAM_EDGES, HISTOGRAM_EDGES[-1:]])[(bins.long() - 1).clamp(0, len(HISTOGRAM_EDGES))]
+    return ((LEVELS * largest / maximum).ceil().clamp(1, LEVELS) * (bins > 0)).int().tolist()
+
+
+def _joined(parts: list[Any]) -> list[Any]:
+    """Join parts that are text."""
+    groups = [(kind, list(group)) for kind, group in groupby(parts, type)]
+    return [one for kind, group in groups for one in (["".join(group)] if kind is str else group)]
+
+
+def _words_of(context: dict[str, Any]) -> set[str]:
+    text = "".join(part if isinstance(part, str) else part[0] for part in context["parts"])
+    return set(_WORD.findall(text.lower()))
 
 
 def _rounded(values: Tensor) -> list[float]:

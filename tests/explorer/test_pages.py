@@ -85,8 +85,8 @@ def test_experts_are_sorted_and_filtered(browser, served, made):
     browser.run("document.querySelector('main input').dispatchEvent(new Event('input'))")
     choose = "const field = document.querySelector('main select'); field.value = '<i>plays'; "
     browser.run(f"{{ {choose} field.dispatchEvent(new Event('change')) }}")
-    assert 0 < len(rows(browser, 5)) < 24 and set(rows(browser, 5)) == {"<i>plays"}
-    assert f"{len(rows(browser, 5))} experts" in browser.text("#status")
+    assert 0 < len(rows(browser, 6)) < 24 and set(rows(browser, 6)) == {"<i>plays"}
+    assert f"{len(rows(browser, 6))} experts" in browser.text("#status")
 
 
 def test_a_point_of_the_plot_opens_its_expert(browser, served):
@@ -112,7 +112,7 @@ def test_a_context_is_opened_by_keyboard(browser, served, made):
     layer = made.collection.layers[2]
     row, position = int(layer.top_rows[3, 0]), int(layer.top_positions[3, 0])
     words = made.tokenizer.convert_ids_to_tokens(made.collection.row(row))
-    assert browser.text(".context mark").strip() == words[position]
+    assert browser.text(".context mark.peak").strip() == words[position]
     browser.run("document.querySelector('.context').focus()")
     browser.press("Enter")
     browser.until("document.querySelector('.context[aria-expanded=true]')")
@@ -212,7 +212,7 @@ def test_a_copy_needs_no_server(browser, exported, made):
     browser.go("2/3")
     assert "Steering needs the model" in browser.text("main")
     browser.run("document.querySelector('.context').click()")
-    browser.until("document.querySelector('.context mark').previousSibling.textContent.split(' ').length > 1")
+    browser.until("document.querySelector('.context .text').textContent.split(' ').length > 1")
 
 
 @pytest.mark.parametrize("page", ["99", "2/24", "7/3", "2/search/" + "%E0%A4%A"])

@@ -8,14 +8,16 @@ from commands import run
 from explorer_cases import hostile_tokenizer
 from factories import byte_tokenizer, word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mxd.base.capture import capture_mlps
 from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
-from mxd.evaluation.contexts import TokenPieces
+from mxd.evaluation.contexts import AROUND, TokenPieces
 from mxd.explorer.server import ExplorerServer
 from mxd.explorer.site import ExplorerSite
 from mxd.jobs.explore import explore, explorer_site
 from mxd.jobs.use_options import ExploreOptions
+from mxd.modeling_mxd import MxDModel
 
 ABOUT = {"name": "n", "about": "a", "warning": ""}
 
@@ -65,6 +67,10 @@ def test_an_incomplete_character_and_ids_of_no_token_are_no_error():
     assert len(TokenPieces(tokenizer).of([*ids[:-1], *ids, 10**6, -5, 2**31 - 1])) == 2 * len(ids) + 2
 
 
+def text_of(context):
+    return "".join(part if isinstance(part, str) else part[0] for part in context["parts"])
+
+
 def all_paths(site):
     return {path: site.value(path) for path in site.paths()}
 
@@ -84,8 +90,10 @@ def test_files_hold_every_expert_and_row(made, chunk):
         for group in page["contexts"]:
             for context in group["contexts"]:
                 pieces = rows[context["row"]]
-                assert pieces[context["position"]] == context["token"]
-                assert context["before"] + context["token"] + context["after"] in "".join(pieces)
+                active = [part for part in context["parts"] if isinstance(part, list)]
+                assert context["position"] in {place for _, _, place in active}
+                assert all(pieces[place] == text and 1 <= level <= 4 for text, level, place in active)
+                assert text_of(context) in "".join(pieces)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +111,33 @@ def test_words_count_contexts(made):
     pairs = dict(zip(words["word3"][::2], words["word3"][1::2], strict=True))
     for expert, page in enumerate(pages):
         contexts = page["contexts"][0]["contexts"]
-        texts = ["".join(one[part] for part in ("before", "token", "after")).split() for one in contexts]
+        texts = [text_of(one).split() for one in contexts]
         assert pairs.get(expert, 0) == sum("word3" in text for text in texts)
+
+
+def test_tokens_are_marked_by_the_coefficients_there(made):
+    """Run a context's row through the model: the marks are where the expert is active, and as strong."""
+    base, decomposition = AutoModelForCausalLM.from_pretrained(made.base), MxDModel.from_pretrained(made.folder)
+    site, maximum = ExplorerSite(made.collection, made.tokenizer, ABOUT), made.collection.layers[2].maximum
+    several = 0
+    for expert in range(24):
+        for context in site.value(f"2/{expert}.json")[0]["contexts"][0]["contexts"]:
+            x = capture_mlps(base, [2], torch.tensor([made.collection.row(context["row"])]))[2][0]
+            values, experts = decomposition.layer(2).encode(x)
+            found = (values * (experts == expert)).sum(-1)[0].detach() / maximum[expert]
+            here = range(max(1, context["position"] - AROUND), min(len(found), context["position"] + AROUND + 1))
+            active = {place: level for _, level, place in filter(lambda part: isinstance(part, list), context["parts"])}
+            assert active.keys() == {place for place in here if found[place] > 0}
+            # The file has bins whose edges are a factor of √2 apart.
+            assert all(4 * found[place] <= level <= 4 * 1.5 * found[place] + 1 for place, level in active.items())
+            several += len(active) > 1
+    assert several
+
+
+def test_a_file_of_an_earlier_version_marks_one_token(made):
+    site = ExplorerSite(changed(made.collection, top_windows=None, sample_windows=None), made.tokenizer, ABOUT)
+    for group in site.value("2/3.json")[0]["contexts"]:
+        assert all([isinstance(part, list) for part in one["parts"]].count(True) == 1 for one in group["contexts"])
 
 
 def changed(collection, **changes):

@@ -86,7 +86,7 @@ async function showList(layer) {
   function columnHead(name, title) {
     const state = view.sort === name ? (view.down ? "descending" : "ascending") : "none";
     const change = () => {
-      view.down = view.sort === name ? !view.down : name === "frequency" || name === "maximum";
+      view.down = view.sort === name ? !view.down : ["frequency", "maximum", "alignment"].includes(name);
       view.sort = name;
       update();
       results.querySelector(`[data-column="${name}"]`).focus();
@@ -103,10 +103,10 @@ async function showList(layer) {
   }
 
   function fill() {
-    const heads = [["expert", "Expert"], ["frequency", "Frequency"], ["maximum", "Maximum"], ["token", "Fires on"], ["promoted", "Promotes"]];
+    const heads = [["expert", "Expert"], ["frequency", "Frequency"], ["maximum", "Maximum"], ["token", "Fires on"], ["promoted", "Promotes"], ["alignment", "Alignment"]];
     if (site.domains.length) heads.push(["domain", "Domain"]);
     const rows = order.slice(0, shown).map((n) => [
-      link(layer, n), percent(experts.frequency[n]), number(experts.maximum[n]), token(experts.token[n]), token(experts.promoted[n]),
+      link(layer, n), percent(experts.frequency[n]), number(experts.maximum[n]), token(experts.token[n]), token(experts.promoted[n]), number(experts.alignment[n], 2),
       ...(site.domains.length ? [token(site.domains[experts.domain[n]])] : []),
     ]);
     results.replaceChildren(make("p", {}, `${order.length.toLocaleString("en")} experts`), table("Experts", heads.map((head) => columnHead(...head)), rows));
@@ -202,10 +202,10 @@ async function showExpert(layer, expert) {
       make("h1", {}, `Expert ${expert}`), make("p", {}, often),
       make("div", { class: "columns" },
         make("section", { "aria-label": "Contexts" }, make("h2", {}, "Contexts"),
-          make("p", { class: "faint" }, groups.length ? "The marked token is the one on which the expert fires. A click shows more of the text." : "None."), ...groups),
+          make("p", { class: "faint" }, groups.length ? "Tokens on which the expert fires are marked, by its coefficient there; the framed one has the coefficient at the left. A click shows more of the text." : "None."), ...groups),
         make("section", { "aria-label": "Effects" }, make("h2", {}, "What its direction does to the logits"),
           found.promoted.length ? make("div", { class: "pair" }, effects("promotes", found.promoted), effects("suppresses", found.suppressed)) : make("p", { class: "faint" }, "Not measured: the decomposition has no directions."),
-          found.note ? make("p", { class: "faint" }, found.note) : null,
+          found.alignment == null ? null : make("p", {}, `Alignment with the tokens that follow its contexts: ${number(found.alignment, 2)} standard deviations. `, make("span", { class: "faint" }, "An expert with a large one steers towards its contexts.")),
           make("h2", {}, "Coefficients"), histogram(found.histogram),
           found.domains.length ? make("h2", {}, "Domains") : null,
           found.domains.length ? table("Domains", ["Domain", "Share of its tokens"], found.domains.map(([name, share]) => [token(name), percent(share)])) : null,
@@ -214,10 +214,10 @@ async function showExpert(layer, expert) {
   };
 }
 
-function contextOf({ value, row, position, before, token: at, after }) {
-  const text = make("span", { class: "text" });
-  const show = (before, at, after) => text.replaceChildren(before, make("mark", {}, at), after);
-  const showShort = () => show(...[before, at, after].map(oneLine));
+function contextOf({ value, row, position, parts }) {
+  const text = make("span", { class: "text" }), active = parts.filter(Array.isArray);
+  const mark = (piece, level, place) => make("mark", { class: `heat${level}${place === position ? " peak" : ""}` }, piece);
+  const showShort = () => text.replaceChildren(...parts.map((one) => (Array.isArray(one) ? mark(oneLine(one[0]), one[1], one[2]) : oneLine(one))));
   showShort();
   const button = make("button", { type: "button", class: "context", "aria-expanded": "false", click: async () => {
     const open = button.getAttribute("aria-expanded") === "false";
@@ -225,7 +225,8 @@ function contextOf({ value, row, position, before, token: at, after }) {
     try {
       const pieces = open ? (await load(`rows/${Math.floor(row / site.chunk)}.json`))[row % site.chunk] : null;
       if (button.getAttribute("aria-expanded") !== String(open)) return;
-      if (open) show(pieces.slice(0, position).join(""), pieces[position], pieces.slice(position + 1).join(""));
+      const levels = new Map(active.map(([, level, place]) => [place, level]));
+      if (open) text.replaceChildren(...pieces.map((piece, place) => (levels.has(place) ? mark(piece, levels.get(place), place) : piece)));
       else showShort();
     } catch (error) { say(error.message); }
   } }, make("span", { class: "number" }, number(value)), text);
@@ -282,12 +283,12 @@ function steering(layer, expert) {
 
 async function showSearch(layer, text) {
   const experts = await load(`${layer}/experts.json`);
-  const about = (n) => [token(experts.token[n]), token(experts.promoted[n])];
+  const about = (n) => [token(experts.token[n]), token(experts.promoted[n]), number(experts.alignment[n], 2)];
   if (!site.api) return showWords(layer, text, about);
   const { tokens, experts: found } = await ask("inspect", { layer, text });
   const results = make("div");
   let only = -1;
-  const heads = ["Expert", "On", "Of its maximum", "Share of output", "Unusual (bits)", "Fires on", "Promotes"];
+  const heads = ["Expert", "On", "Of its maximum", "Share of output", "Unusual (bits)", "Fires on", "Promotes", "Alignment"];
   const update = () => {
     const rows = found.filter((one) => only < 0 || one.position === only).slice(0, 100);
     results.replaceChildren(table("Experts", heads, rows.map((one) => [link(layer, one.expert), token(tokens[one.position]), percent(one.relative), percent(one.share), number(one.unusual), ...about(one.expert)])));
@@ -319,7 +320,7 @@ async function showWords(layer, text, about) {
   const rows = found.map(([n, [hits, contexts]]) => [link(layer, n), String(hits), String(contexts), ...about(n)]);
   say(`${rows.length} experts`);
   return { title: `Search: ${text}`, parts: [make("h1", {}, "Experts with these words in their contexts"),
-    rows.length ? table("Experts", ["Expert", "Words", "Contexts", "Fires on", "Promotes"], rows) : make("p", {}, "None."), needsModel("To search by a text's own experts")] };
+    rows.length ? table("Experts", ["Expert", "Words", "Contexts", "Fires on", "Promotes", "Alignment"], rows) : make("p", {}, "None."), needsModel("To search by a text's own experts")] };
 }
 
 // --- addresses: #/LAYER, #/LAYER/EXPERT, #/LAYER/search/TEXT
