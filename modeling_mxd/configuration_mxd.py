@@ -54,15 +54,23 @@ def shorten(value: Any) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object from a file, or raise a ValueError if it is none, or larger than `MAX_FILE_BYTES`."""
+    """Read a JSON object from a file, or raise a ValueError if it is none, repeats a key, or is too large."""
     if os.stat(path).st_size > MAX_FILE_BYTES:  # noqa: PTH116, transformers passes a str or a path
         raise ValueError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes: it is not read")
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+    except KeyError as error:
+        raise ValueError(f"{path} names {shorten(error.args[0])} twice: keep one of them") from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is not valid JSON, or is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(values := dict(pairs)) < len(pairs):  # readers differ in which one they take
+        raise KeyError(next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place])))
     return values
 
 

@@ -43,6 +43,8 @@ class Command(NamedTuple):
             self.job(options)
             return
         _quiet(bars=rank == 0)
+        if rank == 0 and hasattr(options, "decomposition"):
+            _say_loading(options.decomposition)
         module, _, name = self.job.partition(":")
         results = getattr(import_module(f"mxd.jobs.{module}"), name)(options)
         if rank > 0:
@@ -64,6 +66,7 @@ class Command(NamedTuple):
 
 def push(options: classes.PushOptions) -> None:
     """Push, and show how to load what was pushed."""
+    typer.echo(f"checking {options.folder}, then uploading it …", err=True)
     from mxd.hub_cards import push_decomposition
     from mxd.hub_cards.reading import read_config
     from mxd.modeling_mxd.loading import is_causal
@@ -117,6 +120,7 @@ def plan(options: classes.PlanOptions) -> None:
 
 def explore(options: use_options.ExploreOptions) -> None:
     """Serve or export a page on experts."""
+    typer.echo(f"reading what {options.decomposition} has of its experts …", err=True)
     from mxd.jobs.explore import explore
 
     _quiet()
@@ -131,12 +135,18 @@ def explore(options: use_options.ExploreOptions) -> None:
 
 def steer(options: use_options.SteeringOptions) -> None:
     """Show the untouched and the steered text."""
+    _say_loading(options.decomposition)
     from mxd.jobs.steer import steer as continued
 
     _quiet()
     tables.print_steered(continued(options))
     if options.save is not None:
         typer.echo(f"Saved in {options.save}; in Python: model.steer({options.save!r})")
+
+
+def _say_loading(decomposition: str) -> None:
+    """Say what happens in the seconds before the first progress bar: torch is imported, and models are loaded."""
+    typer.echo(f"loading {decomposition} and its base model …", err=True)
 
 
 def _quiet(bars: bool = True) -> None:

@@ -263,6 +263,8 @@ def print_steered(results: dict[str, Any]) -> None:
         column.ratio = 1
     table.title, table.expand = None, True
     _print(table)
+    if results["untouched"] == results["steered"]:
+        _print(cell("Both texts are the same: raise --strength, or choose another expert or prompt."))
 
 
 def print_inspection(results: dict[str, Any], shown: int = 3) -> None:

@@ -298,6 +298,7 @@ CASES = [
     evaluation("100,000 lists in each other", nested(10**5), "not valid JSON"),
     evaluation("20 MB", b'{"a": "' + b"x" * 20_000_000 + b'"}', "larger than"),
     evaluation("a list", b"[]", "JSON object"),
+    evaluation("a figure twice", b'{"kl": 0.1, "kl": 9}', "names 'kl' twice"),
     evaluation("not UTF-8", b"\xff", "not valid JSON"),
     evaluation("a number of 100,000 digits", b'{"kl": ' + b"9" * 10**5 + b"}", "not valid JSON"),
     evaluation("other types everywhere", b'{"layers": 5, "cross_entropy": [], "settings": "x", "kl": {}}',

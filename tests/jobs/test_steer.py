@@ -27,6 +27,7 @@ def test_the_command_shows_both_texts_and_saves_the_steering(finished, expert, t
     code, output, error = run("steer", finished[0], PROMPT, *asked)
     assert code == 0, error
     assert "untouched" in output and "steered" in output and output.count(PROMPT) == 2 and "model.steer(" in output
+    assert "raise --strength" not in output and error.startswith(f"loading {finished[0]} and its base model")
     (change,) = Steering.from_json(saved)
     assert (change.layer, change.expert, change.strength, change.positions) == (2, expert, 50, [1, None])
     results = steered(finished[0], steering=str(saved))
@@ -42,6 +43,11 @@ def test_without_any_effect_both_texts_are_those_of_one_model(finished, expert, 
     results = steered(finished[0], expert=expert, by=by, positions="500-501", temperature=temperature)
     assert results["prompt"] == PROMPT
     assert results["untouched"] and results["steered"]
+
+
+def test_a_steering_without_effect_says_what_to_do(finished, expert):
+    code, output, error = run("steer", finished[0], PROMPT, "--expert", expert, "--strength", "0", "--new-tokens", "2")
+    assert code == 0 and "Both texts are the same: raise --strength" in " ".join(output.split()), error
 
 
 @pytest.mark.parametrize(

@@ -443,6 +443,23 @@ def test_other_files_are_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ('{"format_version": 1, "format_version": 1, "changes": []}', "format_version"),
+        ('{"format_version": 1, "changes": [], "changes": [{"layer": 0, "expert": 3}]}', "changes"),
+        ('{"format_version": 1, "changes": [{"layer": 0, "expert": 3, "strength": 1, "strength": 9}]}', "strength"),
+        ('{"format_version": 1, "changes": [{"layer": 0, "expert": 3, "when": {"layer": 0, "expert": 1, "expert": 2}}]}',
+         "expert"),
+    ],
+    ids=["version", "changes", "field", "condition"],
+)  # fmt: skip
+def test_a_key_that_is_named_twice_is_refused(tmp_path, content, key):
+    (tmp_path / "one.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"one\.json names '{key}' twice"):
+        Steering.of(tmp_path / "one.json")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"layer": 1}, "names expert 3 of layer 1; the numbers of experts are layer 0: 24, layer 2: 24"),
