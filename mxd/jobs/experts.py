@@ -287,9 +287,10 @@ def _promoted_there(opened: Opened, layer: int, expert: int, contexts: Sequence[
 
 
 def experts_that_promote(opened: Opened, layer: int, word: str) -> list[int]:
-    """Return the active experts, the one whose direction promotes a word most first; see `Unembedding.alignment`.
+    """Return experts to steer towards a word by: whose direction promotes the word, and what follows their contexts.
 
-    Of a word of several tokens the first one counts.
+    They are the half of the active experts with the larger alignment, the one whose direction promotes the word
+    most first; see `Unembedding.alignment`. Of a word of several tokens the first one counts.
 
     Raises:
         ValueError: the word has no token, or effects on the logits are not known.
@@ -299,8 +300,11 @@ def experts_that_promote(opened: Opened, layer: int, word: str) -> list[int]:
         raise ValueError(f"{'the final norm is not found' if ids else 'the word has no token'}: leave out --promotes")
     direction, vocabulary = opened.decomposition.directions(layer).direction, len(opened.unembedding.weight)
     targets, counts = torch.tensor(ids[:1]).expand(len(direction), 1), opened.collection.token_counts(vocabulary)
-    order = opened.unembedding.alignment(direction, targets, counts).argsort(descending=True)
-    return order[opened.collection.layers[layer].maximum[order] > 0].tolist()
+    found = opened.collection.layers[layer]
+    following = opened.collection.tokens_at(found.top_rows, found.top_positions + 1)
+    aligned = opened.unembedding.alignment(direction, following, counts).masked_fill(found.maximum <= 0, -torch.inf)
+    kept = aligned.topk(-(-int((found.maximum > 0).sum()) // 2)).indices
+    return kept[opened.unembedding.alignment(direction, targets, counts)[kept].argsort(descending=True)].tolist()
 
 
 def _shown(collection: Collection, contexts: Sequence[Context], pieces: TokenPieces) -> list[dict[str, Any]]:

@@ -448,8 +448,11 @@ def test_other_files_are_refused(tmp_path, content):
         ('{"format_version": 1, "format_version": 1, "changes": []}', "format_version"),
         ('{"format_version": 1, "changes": [], "changes": [{"layer": 0, "expert": 3}]}', "changes"),
         ('{"format_version": 1, "changes": [{"layer": 0, "expert": 3, "strength": 1, "strength": 9}]}', "strength"),
-        ('{"format_version": 1, "changes": [{"layer": 0, "expert": 3, "when": {"layer": 0, "expert": 1, "expert": 2}}]}',
-         "expert"),
+        (
+            '{"format_version": 1, "changes": [{"layer": 0, "expert": 3, "when": {"layer": 0, "expert": 1, "expert": 2}'
+            "}]}",
+            "expert",
+        ),
     ],
     ids=["version", "changes", "field", "condition"],
 )  # fmt: skip
