@@ -264,6 +264,13 @@ def test_a_file_gives_back_what_was_saved(collected, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["experts.safetensors"]
 
 
+def test_a_file_of_an_earlier_version_is_read(collected, tmp_path):
+    for one in collected.layers.values():
+        one.alignment = one.top_windows = one.sample_windows = None
+    save_collection(collected, tmp_path / "experts.safetensors")
+    assert equal(collected, load_collection(tmp_path / "experts.safetensors"))
+
+
 def changed(part, name, **change):
     """A fault of a file: an entry of a layer, or of the collection, set to another value."""
 
@@ -288,6 +295,9 @@ def changed(part, name, **change):
         (changed("layer", "co_firing_ids", value=24), "co_firing_ids names"),
         (changed("layer", "promoted_ids", value=-2), "promoted_ids names"),
         (changed("layer", "maximum", value=float("nan")), "values that are not finite"),
+        (changed("layer", "alignment", value=float("inf")), "alignment has values that are not finite"),
+        (changed("layer", "top_windows", to=lambda t: t[..., 1:]), "top_windows has 24 entries where 25"),
+        (changed("layer", "sample_windows", to=lambda t: t.int()), "sample_windows is torch.int32"),
         (changed("layer", "histogram", to=lambda t: t[:, 1:]), "histogram has 48 entries where 49"),
         (changed("layer", "frequency", to=lambda t: t[:7]), "where 7 were expected"),
         (changed("layer", "top_rows", to=lambda t: t.float()), "top_rows is torch.float32"),

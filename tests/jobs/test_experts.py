@@ -19,6 +19,7 @@ from mxd.evaluation import load_collection, save_collection
 from mxd.evaluation.contexts import TokenPieces, distinct_places, in_context
 from mxd.evaluation.streamed_tables import make_places
 from mxd.jobs.expert_page import expert_page
+from mxd.jobs.experts import experts_that_promote, open_experts
 
 
 def test_a_random_sample_is_shown_and_written(finished, tmp_path):
@@ -38,6 +39,46 @@ def test_a_random_sample_is_shown_and_written(finished, tmp_path):
     assert (found.maximum[named] > 0).all()
     for expert in named:
         assert re.search(rf"│ +{expert} │", output)
+
+
+@pytest.fixture(scope="module")
+def collected(finished, tmp_path_factory):
+    """A copy of the small decomposition with its collection."""
+    folder = shutil.copytree(finished[0], tmp_path_factory.mktemp("collected") / "copy")
+    read_experts(ExpertsOptions(decomposition=str(folder), tokens=4096, experts=[1]))
+    return folder
+
+
+@pytest.mark.parametrize("word", ["people", " people", "States"])
+def test_experts_that_promote_a_word(collected, word):
+    """Their directions promote the word more than others' do, and they are among those that promote what follows."""
+    opened = open_experts(ExpertsOptions(decomposition=str(collected)))
+    found, one = experts_that_promote(opened, 2, word), opened.collection.layers[2]
+    token = opened.tokenizer(f"of {word.strip()}", add_special_tokens=False)["input_ids"][1]
+    effects = opened.unembedding.effects(opened.decomposition.directions(2).direction)[found]
+    counts = opened.collection.token_counts(effects.shape[1]).double()
+    mean = (effects.double() @ counts) / counts.sum()
+    spread = (((effects - mean[:, None]).square().double() @ counts) / counts.sum()).sqrt()
+    promoted = (effects[:, token] - mean) / spread
+    assert (promoted.diff() <= 1e-4).all() and promoted[0] > 0.5
+    assert len(found) == -(-int((one.maximum > 0).sum()) // 2) and (one.maximum[found] > 0).all()
+    others = [n for n in range(64) if n not in found and one.maximum[n] > 0]
+    assert one.alignment[found].min() >= one.alignment[others].max() - 1e-4
+
+
+def test_the_command_shows_experts_to_steer_by(collected, tmp_path):
+    config = tmp_path / "sample.yaml"
+    config.write_text("sample: 3")
+    code, output, error = run("experts", collected, "--promotes", "people", "--config", config)
+    assert code == 0, error
+    assert output.count("alignment") == 3 and "alignment of its direction" in (collected / "experts.html").read_text()
+    asked = {"decomposition": str(collected), "output": "-", "promotes": "people", "sample": 3}
+    opened = open_experts(ExpertsOptions(decomposition=str(collected)))
+    experts = read_experts(ExpertsOptions(**asked))["layers"]["2"]
+    assert [*map(int, experts)] == experts_that_promote(opened, 2, "people")[:3]
+    assert all(isinstance(one["alignment"], float) for one in experts.values())
+    with pytest.raises(ValueError, match="the word has no token: leave out --promotes"):
+        read_experts(ExpertsOptions(**{**asked, "promotes": " "}))
 
 
 def no_pass(*_, **__):
