@@ -73,7 +73,10 @@ def measure_tables(experts: int, tokens: int, vocabulary: int, width: int) -> di
     for name in ("similar_direction", "similar_modulation"):
         fields |= zip((f"{name}_ids", f"{name}_values"), nearest_rows(directions), strict=True)
     fields |= unembedding.largest(directions)
-    collection = _compact({0: ExpertCollection(**fields)}, kept.rows, documents, [], {})
+    found = ExpertCollection(**fields)
+    collection = _compact({0: found}, kept.rows, documents, [], {})
+    following, counts = collection.tokens_at(found.top_rows, found.top_positions + 1), collection.token_counts(vocabulary)
+    found.alignment = unembedding.alignment(directions, following, counts)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "experts.safetensors")
         save_collection(collection, path)

@@ -25,6 +25,7 @@ from mxd.base.base_model import load_base_model
 from mxd.base.pretrained_weights import record_base
 from mxd.evaluation.collection import HISTOGRAM_EDGES, Collection, ExpertCollection
 from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
+from mxd.evaluation.contexts import AROUND
 from mxd.jobs.decompose import layer_config
 from mxd.jobs.explore import explore
 from mxd.jobs.options import DecompositionOptions
@@ -49,6 +50,11 @@ def synthetic_collection(layer: int, vocabulary: int) -> Collection:
     def ids(count: int, below: int) -> torch.Tensor:
         return torch.randint(below, (n, count), dtype=torch.int32)
 
+    def windows(count: int) -> torch.Tensor:
+        """An expert is active on a fifth of the tokens around its contexts."""
+        size = (n, count, 2 * AROUND + 1)
+        return torch.randint(24, 27, size, dtype=torch.uint8) * (torch.rand(size) < 0.2)
+
     near = {f"{name}_ids": ids(5, n) for name in ("similar_direction", "similar_modulation", "co_firing")}
     near |= {f"{name.removesuffix('_ids')}_values": torch.rand(n, 5) for name in near}
     effects = {f"{name}_ids": ids(10, vocabulary) for name in ("promoted", "suppressed")}
@@ -67,6 +73,9 @@ def synthetic_collection(layer: int, vocabulary: int) -> Collection:
         sample_positions=sample_positions,
         domain_counts=torch.randint(1000, (n, 2), dtype=torch.int32),
         domain_tokens=torch.tensor([500_000, 500_000]),
+        alignment=torch.randn(n),
+        top_windows=windows(16),
+        sample_windows=windows(32),
         **near,
         **effects,
     )
