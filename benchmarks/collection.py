@@ -75,8 +75,8 @@ def measure_tables(experts: int, tokens: int, vocabulary: int, width: int) -> di
     fields |= unembedding.largest(directions)
     found = ExpertCollection(**fields)
     collection = _compact({0: found}, kept.rows, documents, [], {})
-    following, counts = collection.tokens_at(found.top_rows, found.top_positions + 1), collection.token_counts(vocabulary)
-    found.alignment = unembedding.alignment(directions, following, counts)
+    following = collection.tokens_at(found.top_rows, found.top_positions + 1)
+    found.alignment = unembedding.alignment(directions, following, collection.token_counts(vocabulary))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "experts.safetensors")
         save_collection(collection, path)
