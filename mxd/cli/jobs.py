@@ -42,9 +42,9 @@ class Command(NamedTuple):
         if not isinstance(self.job, str):
             self.job(options)
             return
-        _quiet(bars=rank == 0)
         if rank == 0 and hasattr(options, "decomposition"):
             _say_loading(options.decomposition)
+        _quiet(bars=rank == 0)
         module, _, name = self.job.partition(":")
         results = getattr(import_module(f"mxd.jobs.{module}"), name)(options)
         if rank > 0:
