@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .atomic_checkpoints import AtomicCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +49,27 @@ class TokenProgressCallback(ProgressCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Finish the current step on Ctrl-C (or SIGTERM), save a checkpoint and stop; a second signal stops at once."""
+    """Finish the current step on Ctrl-C or SIGTERM, save a checkpoint and stop.
+
+    A second Ctrl-C stops one process at once. torchrun repeats a signal that all processes have got already, and a
+    cluster repeats SIGTERM.
+    """
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.signal = 0  # the number of the signal to any process
         self.saved_step: int | None = None  # of the last checkpoint; None before the training has begun
-        self._signalled = False  # this process itself
         self.epochs_before = 0.0  # of a resumed training whose Trainer counts from 0
+        self._stops_at_once = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the training."""
+        return self.signal > 0
 
     @contextmanager
     def listening(self, args: TrainingArguments) -> Iterator[None]:
         """Handle the signals inside the block. Python allows this in the main thread only; other threads skip it."""
-        self.interrupted, self._signalled, self.saved_step = False, False, None
+        self.signal, self.saved_step, self._stops_at_once = 0, None, args.world_size == 1
         limit = args.save_total_limit
         in_main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
@@ -75,28 +86,34 @@ class InterruptCallback(TrainerCallback):
         self.saved_step = state.global_step
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled:
+        if self.signal and self._stops_at_once and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.interrupted = self._signalled = True
-        logger.warning("interrupted: finishing this step and saving a checkpoint (interrupt again to stop at once)")
+        if not self.signal:
+            again = " (interrupt again to stop at once)" if self._stops_at_once else ""
+            logger.warning("interrupted: finishing this step and saving a checkpoint%s", again)
+        self.signal = max(self.signal, number)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Request a checkpoint and the end of the training once any process was signalled."""
         state.epoch = (state.epoch or 0.0) + self.epochs_before
         if args.world_size > 1:
-            signalled = torch.tensor(float(self.interrupted), device=args.device)
+            signalled = torch.tensor(self.signal, device=args.device)
             torch.distributed.all_reduce(signalled, torch.distributed.ReduceOp.MAX)
-            self.interrupted = bool(signalled)
+            self.signal = int(signalled)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
 
-    def save_after_failure(self, trainer: Trainer) -> None:
-        """Save a checkpoint of the last whole step, unless there is one; a failure to do so is only logged."""
+    def save_after_failure(self, trainer: AtomicCheckpoints) -> None:
+        """Save a checkpoint of the last whole step, unless there is one; a failure to do so is only logged.
+
+        Of several processes that hold the same weights, the first saves it.
+        """
         step, args = trainer.state.global_step, trainer.args
         try:
-            if self.saved_step is not None and step > self.saved_step and args.world_size == 1:
-                trainer._save_checkpoint(trainer.model, None)
+            whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+            if self.saved_step is not None and step > self.saved_step and args.should_save and whole:
+                trainer.save_alone()
                 self.saved_step = step
         except Exception as error:  # of any kind, such as a full disk: the first one is the one to raise
             logger.warning("no checkpoint of step %d was saved: %s", step, error)

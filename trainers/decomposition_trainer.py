@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from types import MethodType
@@ -36,11 +36,14 @@ from .initialization import ActivationScales, Calibration, calibrate, parameter_
 from .process_sums import sum_over_processes
 from .router import router_loss
 from .row_reading import DEFAULT_TOKENS, RowReading
+from .running_losses import RunningLosses
 
 logger = logging.getLogger(__name__)
 
 PRIVATE_OVERRIDES = {
     "_save": "transformers pickles its arguments beside the weights; a decomposition's folder holds no pickle",
+    "_save_checkpoint": "transformers writes a checkpoint in its place, where a kill leaves half of it",
+    "_get_output_dir": "a checkpoint is written elsewhere, and then renamed",
     "_get_grad_norm": "transformers clips to infinity at every step, which reads and writes every gradient",
     "_push_from_checkpoint": "transformers uploads `output_dir` with pickled arguments, the token among them",
 }
@@ -91,8 +94,7 @@ class DecompositionTrainer(RowReading):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # updated at every step
-        self._running_losses: dict[str, Tensor] = {}
-        self._running_since = 0
+        self.losses = RunningLosses()
         self._interrupt = InterruptCallback()
         self.add_callback(self._interrupt)
 
@@ -120,6 +122,7 @@ class DecompositionTrainer(RowReading):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        self.losses.add_batch(self.state.global_step + 1, batches[0])
         count = torch.stack([self.count_positions(batch).to(device) for batch in batches]).sum()
         return batches, self.accelerator.gather(count).sum().clamp_min(1)  # the losses of no position are 0
 
@@ -141,7 +144,6 @@ class DecompositionTrainer(RowReading):
         """Train. Ctrl-C finishes the step, saves a checkpoint and returns; `interrupted` is then true.
 
         An exception, such as that of a stream, is raised again after a checkpoint of the last whole step was saved.
-        Several processes save none then, since one of them cannot save without the others.
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint, or True for the last complete one in `output_dir`.
@@ -152,7 +154,7 @@ class DecompositionTrainer(RowReading):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        self._running_losses = {}
+        self.losses.reset()
         checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.start_rows(checkpoint)
         self._interrupt.epochs_before = 0.0
@@ -197,7 +199,7 @@ class DecompositionTrainer(RowReading):
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
-        self._interrupt.interrupted, self._interrupt.saved_step = False, state.global_step
+        self._interrupt.signal, self._interrupt.saved_step = 0, state.global_step
         self.measure_experts()
         return TrainOutput(state.global_step, math.nan, {})
 
@@ -205,6 +207,11 @@ class DecompositionTrainer(RowReading):
     def interrupted(self) -> bool:
         """Whether a signal ended the last `train()`."""
         return self._interrupt.interrupted
+
+    @property
+    def signal(self) -> int:
+        """Number of the signal that ended the last `train()`, in any process; 0 if none did."""
+        return self._interrupt.signal
 
     def init_weights(self) -> None:
         """Calibrate and initialise before the first step of a new training."""
@@ -317,10 +324,7 @@ class DecompositionTrainer(RowReading):
 
     def add_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's losses, by the names under which their means are logged."""
-        if not self._running_losses:
-            self._running_since = self.state.global_step
-        for name, loss in losses.items():
-            self._running_losses[name] = self._running_losses.get(name, 0) + loss.detach()
+        self.losses.add(self.state.global_step + 1, losses)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; beside the loss also each of several `add_losses`, such as `layer_8/loss`.
@@ -328,15 +332,13 @@ class DecompositionTrainer(RowReading):
         Raises:
             DivergenceError: A loss since the last log was not finite, in any process.
         """
-        steps = self.state.global_step - self._running_since
-        if "loss" in logs and steps > 0:
-            for name, total in self._running_losses.items():
-                mean = float(self.accelerator.reduce(total, "mean")) / steps
+        if "loss" in logs:
+            step, reduce = self.state.global_step, partial(self.accelerator.reduce, reduction="mean")
+            for name, mean in self.losses.means(step, reduce).items():
                 if not math.isfinite(mean) and not self.args.logging_nan_inf_filter:
-                    first, last = self._running_since + 1, self.state.global_step
-                    self._diverged(f"the loss of the steps {first} to {last} is not finite")
+                    self._diverged(f"the loss of step {step} or before is not finite")
                 logs.setdefault(name, mean)
-            self._running_losses = {}
+            self.losses.reset()
         super().log(logs, *args, **kwargs)
 
     def check_weights(self) -> None:
@@ -346,8 +348,11 @@ class DecompositionTrainer(RowReading):
                 self._diverged(f"{name} is not finite after step {self.state.global_step}")
 
     def _diverged(self, what: str) -> None:
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        rows *= 1 if self.args.accelerator_config.split_batches else self.args.world_size
+        where = self.losses.first_bad(rows, lambda step: step if self._alone else self.accelerator.gather(step))
         raise DivergenceError(
-            f"the training diverged: {what}. Lower the learning rate (--learning-rate; it was "
+            f"the training diverged: {what}{where}. Lower the learning rate (--learning-rate; it was "
             f"{self.args.learning_rate}), and use bfloat16 instead of float16. Earlier checkpoints are kept in "
             f"{self.args.output_dir}"
         )

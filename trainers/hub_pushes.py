@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -21,6 +20,7 @@ from mxd.hub_cards.hub import with_retries
 from mxd.hub_cards.safe_text import without_folders
 from mxd.modeling_mxd import MxDModel
 
+from .atomic_checkpoints import AtomicCheckpoints
 from .decomposition_arguments import DecompositionArguments
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _NAMING_FOLDERS = ("config.json", "trainer_state.json", "training_arguments.json
 _OPTIONS = ("license", "tags", "create_pr")
 
 
-class HubPushes(Trainer):
+class HubPushes(AtomicCheckpoints):
     """A Trainer that pushes with `push_decomposition`: one commit, which can be repeated safely.
 
     During training, pushes run in a thread, from links to a checkpoint's files. If one fails, a warning is logged, and

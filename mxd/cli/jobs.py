@@ -2,8 +2,11 @@
 
 import logging
 import shlex
-from collections.abc import Callable
-from contextlib import suppress
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -46,7 +49,8 @@ class Command(NamedTuple):
             _say_loading(options.decomposition)
         _quiet(bars=rank == 0)
         module, _, name = self.job.partition(":")
-        results = getattr(import_module(f"mxd.jobs.{module}"), name)(options)
+        with _exit_on_sigterm() if isinstance(options, classes.RunOptions) else nullcontext():
+            results = getattr(import_module(f"mxd.jobs.{module}"), name)(options)
         if rank > 0:
             return
         folder = options.output or options.decomposition
@@ -147,6 +151,19 @@ def steer(options: use_options.SteeringOptions) -> None:
 def _say_loading(decomposition: str) -> None:
     """Say what happens in the seconds before the first progress bar: torch is imported, and models are loaded."""
     typer.echo(f"loading {decomposition} and its base model …", err=True)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Exit with `TERMINATED` when a cluster ends the run; a training saves a checkpoint first."""
+    if threading.current_thread() is not threading.main_thread():  # others have no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(classes.TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet(bars: bool = True) -> None:

@@ -14,13 +14,12 @@ from typing import Annotated
 import typer
 
 from mxd.base.processes import launched
-from mxd.jobs.options import RESUMABLE
+from mxd.jobs.options import INTERRUPTED, RESUMABLE, TERMINATED
 
 from .commands import make_command
 from .jobs import COMMANDS
 from .tables import visible
 
-INTERRUPTED = 130
 TRAINING_ENDS = ("Interrupted", "TrainingFailed")  # exceptions of mxd.jobs.run_folder, which imports torch
 MAX_MESSAGE = 2000
 OTHERS_WAIT = 10  # seconds
@@ -64,9 +63,10 @@ def main() -> None:
     try:
         app(standalone_mode=rank == 0)
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:  # typer's exit code for a KeyboardInterrupt
+        if ended.code in (INTERRUPTED, TERMINATED) and rank == 0:  # the first is typer's for a KeyboardInterrupt
             kept, how = _kept(sys.argv[1:])
-            _fail(f"interrupted; {kept}: {how}" if kept else "interrupted", INTERRUPTED)
+            what = "interrupted" if ended.code == INTERRUPTED else "terminated"
+            _fail(f"{what}; {kept}: {how}" if kept else what, ended.code)
         raise
     except Exception as error:
         if debug:
@@ -87,7 +87,7 @@ def _said_by_the_first(error: Exception) -> bool:
 
 
 def _exit_code(error: Exception) -> int:
-    return int(getattr(error, "exit_code", 1))
+    return INTERRUPTED if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 1))
 
 
 def _kept(arguments: list[str]) -> tuple[str, str]:

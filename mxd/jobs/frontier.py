@@ -32,7 +32,7 @@ from mxd.trainers import DistillationArguments, DistillationTrainer
 
 from .decompose import build_config, run_settings
 from .decompositions import load_decomposition, made_how
-from .options import LEARNING_RATES, DecompositionOptions, FrontierOptions, values
+from .options import INTERRUPTED, LEARNING_RATES, DecompositionOptions, FrontierOptions, values
 from .run_folder import RUN_NAME, Interrupted, TrainingFailed, flat, output_folder, visible_entries, write_run
 from .training import asked_for, make_arguments, rows_per_step, run_training, save_results, versions
 
@@ -184,9 +184,10 @@ def _run(points: list[_Point], total: int, shared: _Shared, write: Callable[[], 
     for point in progress_bar(points, desc="frontier", unit="point", show=shared.progress):
         try:
             _run_point(point, shared)
-        except (KeyboardInterrupt, Interrupted):
+        except (KeyboardInterrupt, Interrupted) as ended:
             kept = f"{done} of {total} points finished, which are kept"
-            raise Interrupted(f"interrupted with {kept}: run the same command to go on") from None
+            code = getattr(ended, "exit_code", INTERRUPTED)
+            raise Interrupted(f"interrupted with {kept}: run the same command to go on", code) from None
         except Exception as failure:
             # A point is not resumed: its cause only.
             error = (isinstance(failure, TrainingFailed) and failure.__cause__) or failure

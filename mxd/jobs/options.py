@@ -29,6 +29,8 @@ CHECKPOINTS = "checkpoint-*/trainer_state.json"
 """Last files of the checkpoints in a training's folder."""
 RESUMABLE = (CHECKPOINTS, f"layers-*/{CHECKPOINTS}", "layers-*/evaluation.json")
 """Files in an output folder of which one lets its run be resumed."""
+INTERRUPTED, TERMINATED = 130, 75
+"""Exit codes of a command that Ctrl-C or SIGTERM ended: shells' own, and EX_TEMPFAIL, which says "run it again"."""
 STDOUT = "-"
 """As `output`: write no files; the command prints the results as JSON."""
 

@@ -17,8 +17,9 @@ from mxd.base.base_model import resolve_name
 from mxd.base.files import replace_text
 from mxd.hub_cards.reading import read_json
 from mxd.modeling_mxd import MxDConfig
+from mxd.trainers.atomic_checkpoints import UNFINISHED_NAME
 
-from .options import RESUMABLE, ResumableOptions, values
+from .options import INTERRUPTED, RESUMABLE, ResumableOptions, values
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,9 @@ START_NAME, RUN_NAME = "run_start.json", "run.yaml"
 class Interrupted(Exception):
     """Training was interrupted; the message says what was kept and how to continue."""
 
-    exit_code = 130  # of the command, as shells have it for Ctrl-C
+    def __init__(self, message: str, exit_code: int = INTERRUPTED):
+        super().__init__(message)
+        self.exit_code = exit_code  # of the command
 
 
 class TrainingFailed(Exception):
@@ -77,8 +80,8 @@ def check_output(options: ResumableOptions) -> Path:
     folder = output_folder(options.output)
     if options.resume and (folder / "config.json").is_file() and not (folder / START_NAME).is_file():
         raise ValueError(f"what is in {folder} is finished, there is nothing to resume: --overwrite makes it anew")
-    # A run that ended before its first checkpoint left only these two files.
-    left = folder.is_dir() and any(entry.name not in (START_NAME, RUN_NAME) for entry in visible_entries(folder))
+    names = {entry.name for entry in visible_entries(folder)} if folder.is_dir() else set()
+    left = names - {START_NAME, RUN_NAME, UNFINISHED_NAME}  # by a run that ended before its first checkpoint
     if not left or (options.resume and (folder / START_NAME).is_file()):
         return folder
     if options.resume and not options.overwrite:
@@ -165,4 +168,5 @@ def finish(folder: Path) -> None:
     """Remove checkpoints, the folders of passes and the record of the beginning: the run is finished."""
     for unneeded in (*folder.glob("checkpoint-*"), *folder.glob("layers-*")):
         shutil.rmtree(unneeded)
+    shutil.rmtree(folder / UNFINISHED_NAME, ignore_errors=True)
     (folder / START_NAME).unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import shutil
+import signal
 import time
 from dataclasses import fields
 from difflib import get_close_matches
@@ -22,7 +23,7 @@ from mxd.modeling_mxd import MxDModel
 from mxd.trainers.decomposition_arguments import DecompositionArguments
 from mxd.trainers.decomposition_trainer import DecompositionTrainer, DivergenceError
 
-from .options import RunOptions, values
+from .options import INTERRUPTED, TERMINATED, RunOptions, values
 from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, finish, resumable
 
 logger = logging.getLogger(__name__)
@@ -100,12 +101,13 @@ def run_training(
         How it was trained, for evaluation.json; without "seconds" if it was resumed.
 
     Raises:
-        Interrupted: Ctrl-C; a checkpoint was saved, or there was nothing to keep yet.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved, or there was nothing to keep yet.
         TrainingFailed: anything else was raised once there was a checkpoint; one was saved then.
         DivergenceError: the loss or a weight is not finite; nothing was saved, and no checkpoint was removed.
     """
     folder, started, arguments = Path(options.output), time.monotonic(), trainer.args
     own_folder = Path(str(arguments.output_dir))  # of a pass over some of the layers, inside of it
+    trainer.losses.decode = tokenizer.decode
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -122,7 +124,8 @@ def run_training(
         said = f"the training failed after {_kept(trainer)}. Put right what stopped it: {type(error).__name__}: {error}"
         raise TrainingFailed(said) from error
     if trainer.interrupted:
-        raise Interrupted(f"interrupted at {_kept(trainer)}")
+        code = TERMINATED if trainer.signal == signal.SIGTERM else INTERRUPTED
+        raise Interrupted(f"interrupted at {_kept(trainer)}", code)
     seconds = {} if checkpoint else {"seconds": round(time.monotonic() - started, 1)}
     trainer.save_model()
     if trainer.is_world_process_zero():

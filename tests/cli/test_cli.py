@@ -1,4 +1,5 @@
 import errno
+import importlib
 import json
 import os
 import re
@@ -241,6 +242,15 @@ def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
     assert "holds no run to resume" in refused(monkeypatch, capsys, "decompose", "--resume", "--output", tmp_path / "o")
 
 
+@pytest.mark.parametrize(("job", "part"), [("decompose", "load_documents"), ("finetune", "load_decomposition")])
+def test_sigterm_before_the_training_ends_a_run_that_resume_begins_anew(monkeypatch, capsys, tmp_path, job, part):
+    module, handler = importlib.import_module(f"mxd.jobs.{job}"), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module, part, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    arguments = [job, *(["folder"] if job == "finetune" else []), "--resume", "--output", str(tmp_path / "out")]
+    assert run(*arguments)[0] == 75
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0), ("3", 0)])
 @pytest.mark.parametrize(
     ("arguments", "part"),
@@ -273,7 +283,7 @@ def test_a_command_of_one_process_takes_the_first_of_several(monkeypatch, caplog
     assert caplog.text.count("this command takes one process: the other 3 have ended") == 1
 
 
-def test_interrupt_then_resume(tmp_path):
+def test_a_cluster_ends_a_run_and_resumes_it(tmp_path):
     folder, config = tmp_path / "out", tmp_path / "few.yaml"
     config.write_text("{training: {calibration_tokens: 512, statistics_tokens: 512}, evaluation_tokens: 512}")
     arguments = ["--num-experts", "64", "-k", "4", "--tokens", "8k", "--batch-tokens", "256"]
@@ -283,9 +293,9 @@ def test_interrupt_then_resume(tmp_path):
     while not any(folder.glob("checkpoint-*/trainer_state.json")):
         assert process.process.is_alive() and time.monotonic() < deadline, process.wait().stderr
         time.sleep(0.02)
-    os.kill(process.process.pid, signal.SIGINT)
+    os.kill(process.process.pid, signal.SIGTERM)
     done = process.wait(120)
-    assert done.returncode == 130, done.stderr
+    assert done.returncode == 75, done.stderr
     assert "--resume" in done.stderr and "Traceback" not in done.stderr
     assert list(folder.glob("checkpoint-*/trainer_state.json"))
     code, output, error = run("decompose", *arguments, "--resume")
@@ -397,9 +407,10 @@ def test_weights_that_cannot_be_read_are_no_full_disk(monkeypatch, capsys, tmp_p
         (["push", "mxd-output"], False),
     ],
 )
-def test_of_an_interrupt_it_says_how_to_go_on(monkeypatch, capsys, tmp_path, arguments, goes_on):
-    def interrupts():
-        raise SystemExit(cli.INTERRUPTED)
+@pytest.mark.parametrize(("code", "what"), [(130, "interrupted"), (75, "terminated")])
+def test_of_an_interrupt_it_says_how_to_go_on(monkeypatch, capsys, tmp_path, arguments, goes_on, code, what):
+    def interrupts(**_):
+        raise SystemExit(code)
 
     monkeypatch.setattr(cli, "app", interrupts)
     monkeypatch.setattr(sys, "argv", ["mxd", *arguments])
@@ -409,7 +420,7 @@ def test_of_an_interrupt_it_says_how_to_go_on(monkeypatch, capsys, tmp_path, arg
     with pytest.raises(SystemExit) as ended:
         cli.main()
     error = capsys.readouterr().err
-    assert ended.value.code == cli.INTERRUPTED and error.startswith("error: interrupted")
+    assert ended.value.code == code and error.startswith(f"error: {what}")
     assert ("kept: run again with --resume" in error) == goes_on == ("kept" in error)
 
 

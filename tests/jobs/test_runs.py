@@ -52,8 +52,9 @@ def halved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "halved"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(job, "DistillationTrainer", interrupted(DistillationTrainer))
-        with pytest.raises(Interrupted, match=r"interrupted at step 2 of 4.*--resume"):
+        with pytest.raises(Interrupted, match=r"interrupted at step 2 of 4.*--resume") as ended:
             decompose(options(folder))
+    assert ended.value.exit_code == 130
     assert {path.name for path in folder.iterdir()} == {"checkpoint-2", RUN_NAME, START_NAME}
     return folder
 
