@@ -32,7 +32,7 @@ logger = logging.getLogger("kills")
 
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 TRAINING = {"calibration_tokens": 256, "statistics_tokens": 256, "save_steps": 2, "disable_tqdm": True}
-OPTIONS: dict[str, Any] = {"num_experts_per_tok": 2, "match_transcoder": 2, "tokens": 6144, "batch_tokens": 256,
+OPTIONS: dict[str, Any] = {"num_experts_per_tok": 2, "match_transcoder": 8, "tokens": 6144, "batch_tokens": 256,
                            "context_length": 64, "evaluation_tokens": 256, "training": TRAINING}  # fmt: skip
 FRONTIER = {**OPTIONS, "num_experts_per_tok": [2], "methods": ["mxd"],
             "training": {name: value for name, value in TRAINING.items() if name != "save_steps"}}  # fmt: skip

@@ -336,7 +336,7 @@ class DecompositionTrainer(RowReading):
             step, reduce = self.state.global_step, partial(self.accelerator.reduce, reduction="mean")
             for name, mean in self.losses.means(step, reduce).items():
                 if not math.isfinite(mean) and not self.args.logging_nan_inf_filter:
-                    self._diverged(f"the loss of step {step} or before is not finite")
+                    self._diverged(f"the loss of the steps {self.losses.since + 1} to {step} is not finite")
                 logs.setdefault(name, mean)
             self.losses.reset()
         super().log(logs, *args, **kwargs)

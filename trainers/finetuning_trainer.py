@@ -157,7 +157,9 @@ class FinetuningTrainer(DecompositionTrainer):
         loss = scale * chunked_sum(function, self.head.chunk, hidden, target)
         for layer in self.routed_layers if self.args.world_size > 1 else []:
             # DDP averages the gradients of the last backward pass, of which the routers must be a part.
-            loss = loss + 0 * sum(one.sum() for one in self.decomposition.layer(layer).router.parameters())
+            loss = loss + 0 * sum(
+                one.sum() for one in nn.ModuleList([self.decomposition.layer(layer).router]).parameters()
+            )
         yield loss
 
     def _layer_terms(self, captured: Activations, mask: Tensor, scale: Tensor | float) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from mxd.base.processes import joined
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Return the sum of the tensors of all processes, each of which has to call this; itself if there is one only."""
-    return values if joined() == 1 else _Sum.apply(values)  # type: ignore[no-untyped-call, no-any-return]
+    return values if joined() == 1 else _Sum.apply(values)
 
 
 class _Sum(torch.autograd.Function):
@@ -23,5 +23,5 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return sum_over_processes(gradient)

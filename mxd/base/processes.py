@@ -75,7 +75,7 @@ def in_first_process(function: Callable[[], Result]) -> Result:
         raise failure
     if outcome[1] is not None:
         raise (ValueError if outcome[2] else FirstProcessError)(outcome[1])
-    return outcome[0]  # type: ignore[no-any-return]
+    return outcome[0]
 
 
 @cache
