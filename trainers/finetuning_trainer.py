@@ -155,11 +155,10 @@ class FinetuningTrainer(DecompositionTrainer):
         else:
             target, hidden = target[mask], hidden[mask]
         loss = scale * chunked_sum(function, self.head.chunk, hidden, target)
-        for layer in self.routed_layers if self.args.world_size > 1 else []:
+        if self.routed_layers and self.args.world_size > 1:
             # DDP averages the gradients of the last backward pass, of which the routers must be a part.
-            loss = loss + 0 * sum(
-                one.sum() for one in nn.ModuleList([self.decomposition.layer(layer).router]).parameters()
-            )
+            routers = [one.sum() for name, one in self.decomposition.named_parameters() if ".router." in name]
+            loss = loss + 0 * torch.stack(routers).sum()
         yield loss
 
     def _layer_terms(self, captured: Activations, mask: Tensor, scale: Tensor | float) -> Iterator[Tensor]:
