@@ -128,8 +128,8 @@ class FinetuningTrainer(DecompositionTrainer):
 
         Beside the graph of the whole model, that of one layer's own error only is in memory at a time.
         """
-        if hasattr(self.optimizer, "train"):  # one without a schedule
-            self.optimizer.train()
+        if callable(start := getattr(self.optimizer, "train", None)):  # one without a schedule
+            start()
         total = torch.zeros((), device=self.args.device)
         for term in self.loss_terms(model, self._prepare_inputs(inputs), num_items_in_batch):
             self.accelerator.backward(term)

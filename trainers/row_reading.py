@@ -23,6 +23,7 @@ class RowReading(HubPushes):
     as the stock Trainer does.
     """
 
+    train_dataset: Any
     _training_rows: TrainingRows | None = None
     _drawn = (0, 0)  # the step that rows were drawn in, and how many
     _resumed_from: str | None = None  # the checkpoint with the position at which the training began

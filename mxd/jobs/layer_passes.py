@@ -102,6 +102,6 @@ def join_logs(passes: list[LayerPass]) -> list[dict[str, Any]]:
 
 def join_runs(runs: list[dict[str, Any]], layers: list[int]) -> dict[str, Any]:
     """Return how all layers were trained, given the records of the passes; `seconds` is the sum if all have it."""
-    seconds = [run.get("seconds") for run in runs]
-    known = {} if None in seconds else {"seconds": round(sum(seconds), 1)}
+    seconds = [run["seconds"] for run in runs if "seconds" in run]
+    known = {"seconds": round(sum(seconds), 1)} if len(seconds) == len(runs) else {}
     return {**{name: value for name, value in runs[-1].items() if name != "seconds"}, **known, "layers": layers}
