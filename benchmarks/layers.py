@@ -44,6 +44,7 @@ PROMPTS = (
     "Once upon a time there was a",
 )
 NEW_TOKENS = 50
+METHODS = {"mxd": "MxD", "skip_transcoder": "skip transcoder"}
 
 
 class Clock(TrainerCallback):
@@ -154,10 +155,10 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def together(name: str, dataset: list[str], work: Path, common: dict[str, Any]) -> dict[str, Any]:
-    """Train all layers in one pass, by both methods at equal parameters and tokens; measure, and generate text."""
+def together(name: str, dataset: list[str], work: Path, methods: list[str], common: dict[str, Any]) -> dict[str, Any]:
+    """Train all layers in one pass, by each method at equal parameters and tokens; measure, and generate text."""
     rows, folders = {}, {}
-    for method in ("mxd", "skip_transcoder"):
+    for method in methods:
         folder = work / f"smol-{method}"
         options = DecompositionOptions(
             model=name, layers="all", method=method, dataset=dataset, output=str(folder), **common
@@ -253,16 +254,17 @@ _HEAD = [" CE rise | KL | same most likely token | mean NMSE | worst layer's |",
 
 def together_table(results: dict[str, Any]) -> str:
     """Return the table of the part "together" in Markdown."""
-    names = {"mxd": "MxD", "skip_transcoder": "skip transcoder"}
-    rows = [_row(names[method], row) for method, row in results["together"]["methods"].items()]
+    rows = [_row(METHODS[method], row) for method, row in results["together"]["methods"].items()]
     return "\n".join([f"| |{_HEAD[0]}", f"|---|{_HEAD[1]}", *rows]) + "\n"
 
 
 def texts_table(results: dict[str, Any]) -> str:
     """Return the continuations in Markdown."""
-    lines = ["| prompt | untouched | MxD | skip transcoder |", "|---|---|---|---|"]
+    names = ["prompt", "untouched", *results["together"]["methods"]]
+    heads = " | ".join(METHODS.get(name, name) for name in names)
+    lines = [f"| {heads} |", "|---" * len(names) + "|"]
     for row in results["together"]["texts"]:
-        texts = (" ".join(row[name].split()) for name in ("prompt", "untouched", "mxd", "skip_transcoder"))
+        texts = (" ".join(row[name].split()) for name in names)
         lines.append("| " + " | ".join(text.replace("|", r"\|").replace("<", "&lt;") for text in texts) + " |")
     return "\n".join(lines) + "\n"
 
@@ -280,6 +282,7 @@ def main() -> None:
     parser.add_argument("--dataset", nargs="+", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", default=["throughput", "costs", "together", "sequential"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of the part together")
     parser.add_argument("--tokens", type=int, default=10_240, help="of the part together")
     parser.add_argument("--sequential-tokens", type=int, default=32_768)
     parser.add_argument("--evaluation-tokens", type=int, default=2048)
@@ -296,12 +299,13 @@ def main() -> None:
             Path(asked.model).name: cache_costs(asked.model, asked.dataset),
             "embedded": cache_costs(demo.MODEL_NAME, []),
         },
-        "together": lambda: together(asked.model, asked.dataset, asked.work, common),
+        "together": lambda: together(asked.model, asked.dataset, asked.work, asked.methods, common),
         "sequential": lambda: sequential(asked.work, asked.sequential_tokens, asked.sequential_tokens // 4, seed=0),
     }
     for part in asked.parts:
+        measured = measure[part]()
         results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-        results[part] = measure[part]()
+        results[part] = measured
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
