@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features, IterableDataset, iterable_dataset
 
-from mxd.modeling_mxd.loading import first_line, transient_cause
+from .readers import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -245,10 +245,10 @@ class PackedRows(iterable_dataset._BaseExamplesIterable):
 
 def may_pass(error: BaseException | None) -> bool:
     """Return whether reading again may help: a connection, a disk or a download failed rather than a file's content."""
-    if transient_cause(error):
-        return True
     while error is not None:
-        if isinstance(error, OSError | EOFError | pa.ArrowException):
+        # By name: the Hub's client has errors of httpx or httpx2, fsspec those of aiohttp.
+        broken = {"TransportError", "ClientError"} & {kind.__name__ for kind in type(error).__mro__}
+        if broken or isinstance(error, OSError | EOFError | pa.ArrowException):
             return True
         error = error.__cause__ or error.__context__
     return False
