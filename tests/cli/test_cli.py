@@ -344,7 +344,7 @@ def write_checkpoint(folder, complete=True):
     "error", [OSError(errno.ENOSPC, "full", "a.bin"), RuntimeError("PytorchStreamWriter: inline_container.cc:664")]
 )
 def test_of_a_disk_that_is_full_it_says_what_is_kept(monkeypatch, capsys, tmp_path, command, kept, error):
-    def fails():
+    def fails(**_):
         raise error
 
     monkeypatch.setattr(cli, "app", fails)
@@ -366,7 +366,7 @@ def test_of_a_disk_that_is_full_it_says_what_is_kept(monkeypatch, capsys, tmp_pa
     ],
 )
 def test_of_a_failed_run_it_says_what_is_kept_once(monkeypatch, capsys, tmp_path, error, message):
-    def fails():
+    def fails(**_):
         raise error
 
     monkeypatch.setattr(cli, "app", fails)
@@ -390,7 +390,7 @@ def test_a_training_in_one_of_several_processes_without_a_rank_is_refused(monkey
 
 def test_weights_that_cannot_be_read_are_no_full_disk(monkeypatch, capsys, tmp_path):
     (tmp_path / "short.safetensors").write_bytes(b"\x05")
-    monkeypatch.setattr(cli, "app", lambda: load_file(tmp_path / "short.safetensors"))
+    monkeypatch.setattr(cli, "app", lambda **_: load_file(tmp_path / "short.safetensors"))
     error = refused(monkeypatch, capsys, "decompose")
     assert "a file of weights cannot be read" in error and "disk" not in error
 

@@ -45,7 +45,7 @@ def test_a_message_is_printed_with_what_was_typed(monkeypatch, encoding, name):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_results_and_names_of_strangers_are_printed(monkeypatch, encoding):
-    def app():
+    def app(**_):
         print_evaluation(EVALUATION)
         print_found([DecompositionInfo("user/é国", "→", [1], "mxd", 8, 2, None, 0, None)])
         raise SystemExit

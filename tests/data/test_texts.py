@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from mxd import demo
+from mxd.data.documents import load_text
 from mxd.data.texts import (
     TextOptions,
     count_documents,
@@ -52,9 +53,10 @@ def test_options_of_a_dataset_are_not_of_the_embedded_text(tmp_path):
     path.write_text('{"body": "a text"}\n')
     how = {"config_name": "new", "split": "test", "text_column": "body"}
     documents, heldout = load_documents(TextOptions(heldout_dataset=[str(path)], **how), seed=0)
-    assert (len(documents), heldout["text"]) == (100, ["a text"])
-    assert [len(side) for side in load_documents(TextOptions(**how), seed=0)] == [100, 60]
-    assert len(load_one(TextOptions(**how))) == 60
+    sides = [list(load_text(str(demo.text_path(side)))["text"]) for side in ("train", "heldout")]
+    assert [list(documents["text"]), list(heldout["text"])] == [sides[0], ["a text"]]
+    assert [list(side["text"]) for side in load_documents(TextOptions(**how), seed=0)] == sides
+    assert list(load_one(TextOptions(**how))["text"]) == sides[1]
 
 
 def test_fewer_tokens_than_asked_for_are_warned_of(caplog):

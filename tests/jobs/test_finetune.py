@@ -181,7 +181,6 @@ def test_documents_are_split_as_where_the_decomposition_was_trained(
         (["{mxd}", "--tokens", "lots"], "is no number of tokens"),
         (["{mxd}", "--loss", "mse"], "'mse' is not one of kl, cross_entropy"),
         (["{mxd}", "--dataset", "missing.parquet"], "missing.parquet"),
-        (["{mxd}", "--resume"], "no complete checkpoint"),
         (["{mxd}", "--dtype", "int8"], "dtype must be one of"),
     ],
 )
