@@ -114,12 +114,14 @@ def plan(options: classes.PlanOptions) -> None:
     from mxd.base.files import json_text
     from mxd.jobs.plan import plan as planned
 
+    from .plan_tables import print_plan
+
     _quiet()
     made = planned(options)
     if options.output == classes.STDOUT:
         typer.echo(json_text(made))
     else:
-        tables.print_plan(made)
+        print_plan(made)
 
 
 def explore(options: use_options.ExploreOptions) -> None:

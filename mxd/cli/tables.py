@@ -25,7 +25,7 @@ def cell(value: Any) -> Text:
     return value if isinstance(value, Text) else Text(visible(str(value)[:MAX_CELL]).replace("\n", " "))
 
 
-def _table(
+def make_table(
     title: str, columns: Sequence[Any], rows: Iterable[Sequence[Any]], left: int = 1, wrap: bool = True, **style: Any
 ) -> Table:
     """Return a table whose first `left` columns are aligned to the left; without `wrap` the others stay on one line."""
@@ -38,7 +38,8 @@ def _table(
     return table
 
 
-def _print(*parts: Any) -> None:
+def print_parts(*parts: Any) -> None:
+    """Print tables and lines one after another."""
     console = Console()
     for part in parts:
         console.print(part)
@@ -115,19 +116,19 @@ def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = No
     unpredicted = results.get("settings", {}).get("no_predictions")
     model = zip(_MODEL, figures(_MODEL.values(), results, before), strict=True)
     change = "" if before is None else ": before → after"
-    _print(
-        _table(f"Layers, on {_measured_on(results)}{change}", ("layer", *columns), rows[:MAX_LAYERS], left=0),
+    print_parts(
+        make_table(f"Layers, on {_measured_on(results)}{change}", ("layer", *columns), rows[:MAX_LAYERS], left=0),
         *(_weak({f"layer {layer}": row for layer, row in results["layers"].items()}) if warn else ()),
-        _table(f"The model with them spliced in{change}", ("", "entropies in\nnats per token"), model)
+        make_table(f"The model with them spliced in{change}", ("", "entropies in\nnats per token"), model)
         if not unpredicted
         else cell(f"No figures of its predictions: {unpredicted}"),
     )
     if "ablation" in results:
-        _print(_ablation_table(results["ablation"]))
+        print_parts(_ablation_table(results["ablation"]))
     if "ranks" in results:
-        _print(_rank_table(results["ranks"]))
+        print_parts(_rank_table(results["ranks"]))
     if "tasks" in results:
-        _print(_task_table(results["tasks"]))
+        print_parts(_task_table(results["tasks"]))
 
 
 def _weak(rows: dict[str, Any]) -> list[Text]:
@@ -141,7 +142,7 @@ def _ablation_table(curve: dict[str, Any]) -> Table:
     columns = ["removed", "rise of cross-entropy", *(cell(f"NMSE, layer {layer}") for layer in curve["layers"])]
     errors = [row["nmse"] for row in curve["layers"].values()]
     rows = [(count, *map(_shown, figures)) for count, *figures in zip(curve["removed"], curve["rise"], *errors)]  # noqa: B905
-    return _table("Each token's strongest experts removed", columns, rows, left=0)
+    return make_table("Each token's strongest experts removed", columns, rows, left=0)
 
 
 def _task_table(tasks: dict[str, Any]) -> Table:
@@ -154,7 +155,9 @@ def _task_table(tasks: dict[str, Any]) -> Table:
         for task, metrics in tasks.items()
         for metric, row in metrics.items()
     ]
-    return _table("Tasks, ± the standard error", ("task", "metric", "untouched", "spliced"), rows, left=2, wrap=False)
+    return make_table(
+        "Tasks, ± the standard error", ("task", "metric", "untouched", "spliced"), rows, left=2, wrap=False
+    )
 
 
 def _rank_table(ranks: dict[str, Any]) -> Table:
@@ -164,7 +167,7 @@ def _rank_table(ranks: dict[str, Any]) -> Table:
         known = (row["experts"], _number("normalised_rank")(row), _number("minimum_normalised_rank")(row))
         medians = (f"{row[f'{which}_singular_value']['median']:.2g}" for which in ("smallest", "largest"))
         rows.append((layer, *known, *medians))
-    return _table("Ranks of a sample of experts, over min(H, O)", columns, rows, left=0)
+    return make_table("Ranks of a sample of experts, over min(H, O)", columns, rows, left=0)
 
 
 def print_frontier(results: dict[str, Any]) -> None:
@@ -178,7 +181,7 @@ def print_frontier(results: dict[str, Any]) -> None:
     untouched = _shown(results["untouched"])
     columns = ("method", "K", "CE rise", "KL", "NMSE", "dead", "expert\nshare", "special-\nised")
     title = f"Frontier; cross-entropy untouched {untouched} nats per token"
-    _print(_table(title, columns, rows, wrap=False, box=None, padding=(0, 2, 0, 0)), *_weak(means))
+    print_parts(make_table(title, columns, rows, wrap=False, box=None, padding=(0, 2, 0, 0)), *_weak(means))
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -203,9 +206,11 @@ def print_probing(results: dict[str, Any]) -> None:
         classes.append((label, f"{counts['texts']:,}", f"{counts['groups']:,}", f"{chance[label]:.3f}", *scores))
     text = text_name(results["settings"]["dataset"])
     heads = ("class", "texts", "documents", "(always yes)", *map(cell, found))
-    _print(
-        _table(f"Sparse probing of {text}, means over classes and folds of test texts", (*columns, *accuracy), rows),
-        _table("F1 of the best feature, class by class", heads, classes),
+    print_parts(
+        make_table(
+            f"Sparse probing of {text}, means over classes and folds of test texts", (*columns, *accuracy), rows
+        ),
+        make_table("F1 of the best feature, class by class", heads, classes),
     )
 
 
@@ -220,7 +225,7 @@ def print_domain_use(results: dict[str, Any]) -> None:
         text = text_name(results["settings"]["dataset"])
         text += ", which was trained on" if results["settings"].get("held_out") is False else ""
         title = f"Layer {layer}: {use['judged_experts']} of {use['experts']} experts judged, on {text}"
-        _print(_table(title, ("domain", "tokens", "active experts", own, "most frequent of them"), rows))
+        print_parts(make_table(title, ("domain", "tokens", "active experts", own, "most frequent of them"), rows))
 
 
 def print_experts(results: dict[str, Any], shown: int = 3) -> None:
@@ -243,9 +248,9 @@ def print_experts(results: dict[str, Any], shown: int = 3) -> None:
                 aligned = f"alignment {_shown(found.get('alignment'), '.1f')}, promotes: "
                 rows.append(("", "", "", Text.assemble(aligned, cell(tokens))))
         columns = ("expert", "% of\ntokens", "a", "text")
-        table = _table(f"Layer {layer}: where experts are most active in {text}", columns, rows, left=0)
+        table = make_table(f"Layer {layer}: where experts are most active in {text}", columns, rows, left=0)
         table.columns[-1].justify = "left"
-        _print(table)
+        print_parts(table)
 
 
 def _promoted(found: dict[str, Any]) -> str:
@@ -258,13 +263,13 @@ def print_steered(results: dict[str, Any]) -> None:
     texts = [
         Text.assemble((visible(results["prompt"]), "bold"), visible(results[name])) for name in ("untouched", "steered")
     ]
-    table = _table("", ("untouched", "steered"), [texts], left=2, show_lines=True)
+    table = make_table("", ("untouched", "steered"), [texts], left=2, show_lines=True)
     for column in table.columns:
         column.ratio = 1
     table.title, table.expand = None, True
-    _print(table)
+    print_parts(table)
     if results["untouched"] == results["steered"]:
-        _print(cell("Both texts are the same: raise --strength, or choose another expert or prompt."))
+        print_parts(cell("Both texts are the same: raise --strength, or choose another expert or prompt."))
 
 
 def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
@@ -284,7 +289,7 @@ def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
             table.add_column("expert", no_wrap=True)
             for token, experts in rows:
                 table.add_row(cell(token), visible(experts))
-            _print(table)
+            print_parts(table)
     for layer, experts in results["experts"].items():
         lines: list[tuple[Any, ...]] = []
         for expert, found in experts.items():
@@ -295,10 +300,10 @@ def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
             known = (expert, f"{found['score']:.1f}", found["texts"], _shown(found.get("alignment"), ".1f"))
             lines.append((*known, promoted or "–", Text(visible(" | ".join(contexts)))))
         columns = ("expert", "bits", "texts", "align-\nment", "promotes", "strongest contexts")
-        table = _table(f"Layer {layer}: the most unusual experts of the text", columns, lines, left=0)
+        table = make_table(f"Layer {layer}: the most unusual experts of the text", columns, lines, left=0)
         for column in table.columns[-2:]:
             column.justify = "left"
-        _print(table)
+        print_parts(table)
 
 
 def print_layers(model: str, groups: Iterable[Any]) -> None:
@@ -311,58 +316,13 @@ def print_layers(model: str, groups: Iterable[Any]) -> None:
             rows.append((group.ranges, site.name, site.kind, widths, group.hidden_act or "–", group.layout or "–"))
             notes += [cell(f"{group.ranges}, {site.name}: {site.reason}")] if site.reason else []
         columns = ("layers", "site", "kind", "widths", "activation", "weights")
-        _print(_table(f"{stack} of {model}", columns, rows, left=len(columns)), *notes)
-
-
-def _magnitude(value: float) -> str:
-    """`8030261248` → `8.0 G`."""
-    for factor, unit in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= factor:
-            return f"{value / factor:,.{0 if value >= 100 * factor else 1}f}{unit}"
-    return f"{value:,.0f} "
-
-
-def _duration(seconds: float) -> str:
-    for factor, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * factor:
-            return f"{seconds / factor:,.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def print_plan(plan: dict[str, Any]) -> None:
-    """Print what `mxd.jobs.plan` returns."""
-    settings, inference, disk, flops = (plan[name] for name in ("settings", "inference", "disk", "flops"))
-    layers = [
-        (layer, f"{row['num_experts']:,}", *(_magnitude(row[f"{name}parameters"]) for name in ("", "auxiliary_")))
-        for layer, row in plan["layers"].items()
-    ]
-    ways = [
-        (row["strategy"], row["devices"], *(f"{_magnitude(row['memory'][part])}B" for part in row["memory"]),
-         f"{_magnitude(row['memory_bytes'])}B", row["base_passes"], _duration(row["training_seconds"]))
-        for row in plan["strategies"]
-    ]  # fmt: skip
-    others = [
-        ("base, parameters", _magnitude(plan["base"]["parameters"])),
-        ("layers, parameters", _magnitude(plan["parameters"])),
-        *((f"disk, {name.replace('_', ' ')}", f"{_magnitude(size)}B") for name, size in disk.items()),
-        *((f"FLOPs of the training, {name}", _magnitude(count)) for name, count in flops.items()),
-        *((f"time on one device, {name}", _duration(seconds)) for name, seconds in plan["seconds"].items()),
-        ("FLOPs of a token", f"{inference['against_mlp']:.2f} × MLPs, {inference['against_model']:.2f} × model"),
-    ]
-    parts = [*plan["strategies"][0]["memory"]]
-    tokens = f"{settings['tokens']:,} tokens in {settings['steps']:,} steps"
-    rates = f"{_magnitude(settings['base'])}FLOPs/s, {_magnitude(settings['bandwidth'])}B/s"
-    _print(
-        _table("Layers", ("layer", "experts", "parameters", "auxiliary"), layers),
-        _table(f"Training, {tokens}", ("strategy", "devices", *parts, "a device", "passes", "time"), ways),
-        _table(f"In all, at {rates}", ("", ""), others, show_header=False),
-    )
+        print_parts(make_table(f"{stack} of {model}", columns, rows, left=len(columns)), *notes)
 
 
 def print_found(found: list[Any]) -> None:
     """Print decompositions on the Hub, `mxd.hub_cards.DecompositionInfo`."""
     if not found:
-        _print("none found")
+        print_parts("none found")
         return
     rows = []
     for info in found:
@@ -371,7 +331,7 @@ def print_found(found: list[Any]) -> None:
         layers, rise = ", ".join(map(str, info.layers[:20])) or "–", _shown(info.cross_entropy_rise, "+.4f")
         rows.append((info.repo_id, info.base_model or "–", layers, *counts, rise, info.likes, date))
     columns = ("repo", "base model", "layers", "K", "experts", "CE rise", "likes", "date")
-    _print(_table("Decompositions on the Hub", columns, rows, left=3, wrap=False))
+    print_parts(make_table("Decompositions on the Hub", columns, rows, left=3, wrap=False))
 
 
 def print_details(details: Any) -> None:
@@ -387,15 +347,15 @@ def print_details(details: Any) -> None:
         rows.append((layer, size.method, *counts, encoder, f"{size.num_parameters:,}"))
     columns = ("layer", "method", "K", "experts", "encoder", "parameters")
     base = f"{config.base_model_name_or_path} at {config.base_model_revision or 'its newest commit'}"
-    _print(
-        _table(f"{details.info.repo_id}, commit {details.commit[:8]}", columns, rows, left=0),
+    print_parts(
+        make_table(f"{details.info.repo_id}, commit {details.commit[:8]}", columns, rows, left=0),
         cell(f"needs: transformers {OLDEST_TRANSFORMERS} or later, the base model {base}"),
         cell(f"download: {details.weight_bytes / 1e6:,.1f} MB, besides the base model"),
     )
     if details.evaluation is None:
-        _print("no evaluation comes with it")
+        print_parts("no evaluation comes with it")
         return
     try:
         print_evaluation(details.evaluation)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-        _print("its evaluation.json is not as `mxd evaluate` writes it, and is not shown")
+        print_parts("its evaluation.json is not as `mxd evaluate` writes it, and is not shown")

@@ -205,11 +205,7 @@ def collect_experts(
             for layer, (x, y) in captured.items():
                 if x.shape[1] != ids.shape[1] or len(x) % len(ids):
                     raise ValueError(f"layer {layer} does not run on the {ids.shape[1]} tokens of a row")
-                run, position = masks[layer].nonzero(as_tuple=True)
-                row = run % len(ids)  # a layer may run on them again
-                places, inside = make_places(row + kept.count, position), (position > 0) | include_first
-                domain = of_batch.to(row.device)[row] if names else None
-                passes[layer].read(x[run, position], y[run, position], places, inside, domain)
+                _read(passes[layer], x, y, masks[layer], kept.count, of_batch, include_first)
             kept.add(ids, padding)
             kept.prune(passes.values())
         if example is None:
@@ -223,6 +219,17 @@ def collect_experts(
             directions = {layer: decomposition.directions(layer).direction for layer in fits}
         _add_effects(found, model, decomposition, directions or {}, example)
     return found
+
+
+def _read(
+    into: _LayerPass, x: Tensor, y: Tensor, mask: Tensor, first_row: int, domains: Tensor, include_first: bool
+) -> None:
+    """Add the activations (runs · rows, tokens, width) of a layer on a batch; `domains` (rows) are numbers."""
+    run, position = mask.nonzero(as_tuple=True)
+    row = run % len(domains)  # a layer may run on them again
+    places, inside = make_places(row + first_row, position), (position > 0) | include_first
+    domain = domains.to(row.device)[row] if len(into.domain_tokens) else None
+    into.read(x[run, position], y[run, position], places, inside, domain)
 
 
 def _add_effects(
