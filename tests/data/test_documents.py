@@ -263,7 +263,9 @@ def test_the_start_of_a_stream_is_read_once(bare_tokenizer):
         assert not any(one["complete"] for one in sketches) or len(sketches[1]["hashes"]) < 16 * START_ROWS
 
 
-def test_what_a_stream_raises_later_is_raised_later(bare_tokenizer):
+def test_what_a_stream_raises_later_is_raised_later(bare_tokenizer, monkeypatch):
+    monkeypatch.setattr("mxd.data.streams.RETRY_SECONDS", (0, 0))
+
     def rows():
         yield from ({"text": text} for text in texts(100))
         raise ConnectionError("the network is gone")

@@ -173,7 +173,7 @@ def test_places_are_those_of_rows_without_padding(tiny_llama, left, right):
         assert places(plain, 1, kind) == places(found, 1, kind)
 
 
-@pytest.mark.parametrize("model_type", ["albert", "gpt2", "gemma2", "opt", "mixtral", "falcon"])
+@pytest.mark.parametrize("model_type", ["albert", "gpt2", "mixtral"])
 def test_models_of_other_types(model_type):
     model = tiny_model(model_type).eval()
     with torch.no_grad():

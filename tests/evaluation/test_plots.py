@@ -61,10 +61,10 @@ def test_no_frequency_falls_off_the_axis(figures, tmp_path, smallest):
 
 
 def test_many_layers_and_none(figures, tmp_path):
-    plot_expert_frequency({f"layer {i}": torch.rand(50) for i in range(40)}, tmp_path / "a.png")
-    assert len(legend(figures[0])) == 41
-    colours = [line.get_color() for line in figures[0].axes[0].get_lines()[:40]]
-    assert len(set(colours)) == 40
+    plot_expert_frequency({f"layer {i}": torch.rand(50) for i in range(20)}, tmp_path / "a.png")
+    assert len(legend(figures[0])) == 21
+    colours = [line.get_color() for line in figures[0].axes[0].get_lines()[:20]]
+    assert len(set(colours)) == 20
     plot_expert_frequency({}, tmp_path / "b.svg")
     assert "<svg" in (tmp_path / "b.svg").read_text()
 

@@ -120,7 +120,7 @@ def test_tokens_are_marked_by_the_coefficients_there(made):
     base, decomposition = AutoModelForCausalLM.from_pretrained(made.base), MxDModel.from_pretrained(made.folder)
     site, maximum = ExplorerSite(made.collection, made.tokenizer, ABOUT), made.collection.layers[2].maximum
     several = 0
-    for expert in range(24):
+    for expert in range(8):
         for context in site.value(f"2/{expert}.json")[0]["contexts"][0]["contexts"]:
             x = capture_mlps(base, [2], torch.tensor([made.collection.row(context["row"])]))[2][0]
             values, experts = decomposition.layer(2).encode(x)
