@@ -33,11 +33,8 @@ def leave() -> None:
 
 def check_one_process() -> None:
     """Raise a `ValueError` if this is one of several processes, which would all write into the same output folder."""
-    import torch
-
     counts = {name: int(os.environ[name]) for name in _COUNTS if os.environ.get(name, "").isdecimal()}
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        counts["torch.distributed"] = torch.distributed.get_world_size()
+    counts["torch.distributed"] = joined()
     for name, count in counts.items():
         if count > 1:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from mxd.base.processes import launched
-from mxd.jobs.options import INTERRUPTED, RESUMABLE, TERMINATED
+from mxd.jobs.options import INTERRUPTED, TERMINATED, resumable
 
 from .commands import make_command
 from .jobs import COMMANDS
@@ -99,7 +99,7 @@ def _kept(arguments: list[str]) -> tuple[str, str]:
     words = [word for argument in arguments for word in argument.split("=", 1)]
     outputs = [value for word, value in pairwise(words) if word == "--output"]
     folder = Path(outputs[-1] if outputs else str(known.get("output")))
-    if "resume" not in known or not any(any(folder.glob(pattern)) for pattern in RESUMABLE):
+    if "resume" not in known or not resumable(folder):
         return "", ""
     return "checkpoints that were complete are kept", "run again with --resume"
 

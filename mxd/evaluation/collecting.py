@@ -23,7 +23,7 @@ from .collection import HISTOGRAM_EDGES, Collection, ExpertCollection
 from .contexts import AROUND, distinct_places
 from .directions import DirectionFit, set_fitted_directions
 from .expert_use import captured_activations
-from .logit_effects import find_unembedding, nearest_rows
+from .logit_effects import Unembedding, find_unembedding, nearest_rows
 from .streamed_tables import (
     LargestEntries,
     TokenSample,
@@ -260,8 +260,13 @@ def _add_effects(
         assert unembedding is not None
         one = collection.layers[layer]
         vars(one).update(unembedding.largest(direction))
-        following = collection.tokens_at(one.top_rows, one.top_positions + 1)
-        one.alignment = unembedding.alignment(direction, following, collection.token_counts(len(unembedding.weight)))
+        one.alignment = context_alignment(collection, layer, direction, unembedding)
+
+
+def context_alignment(collection: Collection, layer: int, direction: Tensor, unembedding: Unembedding) -> Tensor:
+    """Return how far each expert's direction (N, O) promotes what follows its top contexts, (N); see `Unembedding`."""
+    one, counts = collection.layers[layer], collection.token_counts(len(unembedding.weight))
+    return unembedding.alignment(direction, collection.tokens_at(one.top_rows, one.top_positions + 1), counts)
 
 
 def _compact(

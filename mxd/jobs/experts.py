@@ -15,7 +15,7 @@ from mxd.base.files import replace_text
 from mxd.base.progress import progress_bar
 from mxd.data.provenance import recorded_runs
 from mxd.data.texts import document_batches, evaluation_settings
-from mxd.evaluation.collecting import TOP, collect_experts
+from mxd.evaluation.collecting import TOP, collect_experts, context_alignment
 from mxd.evaluation.collection import Collection, ExpertCollection
 from mxd.evaluation.collection_file import EXPERTS_NAME, load_collection, save_collection
 from mxd.evaluation.contexts import INCOMPLETE, Context, TokenPieces, in_context
@@ -301,8 +301,10 @@ def experts_that_promote(opened: Opened, layer: int, word: str) -> list[int]:
     direction, vocabulary = opened.decomposition.directions(layer).direction, len(opened.unembedding.weight)
     targets, counts = torch.tensor(ids[:1]).expand(len(direction), 1), opened.collection.token_counts(vocabulary)
     found = opened.collection.layers[layer]
-    following = opened.collection.tokens_at(found.top_rows, found.top_positions + 1)
-    aligned = opened.unembedding.alignment(direction, following, counts).masked_fill(found.maximum <= 0, -torch.inf)
+    aligned = found.alignment
+    if aligned is None:  # of an earlier version's file
+        aligned = context_alignment(opened.collection, layer, direction, opened.unembedding)
+    aligned = aligned.masked_fill(found.maximum <= 0, -torch.inf)
     kept = aligned.topk(-(-int((found.maximum > 0).sum()) // 2)).indices
     return kept[opened.unembedding.alignment(direction, targets, counts)[kept].argsort(descending=True)].tolist()
 

@@ -50,13 +50,18 @@ class LayerPass(NamedTuple):
         return load_decomposition(name), made_how(name)["training"]
 
 
+def groups_of(layers: list[int], size: int) -> list[list[int]]:
+    """Return layers in groups of a size, in order; the last may have fewer."""
+    order = sorted(layers)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def split_layers(config: MxDConfig, folder: Path, layers_per_pass: int | None) -> list[LayerPass]:
     """Return the passes that train a decomposition: one in the output folder itself, or several in order of layers."""
     if layers_per_pass is None or layers_per_pass >= len(config.layers):
         return [LayerPass(config, folder, is_part=False)]
-    order, passes = sorted(config.layers), []
-    for start in range(0, len(order), layers_per_pass):
-        layers = order[start : start + layers_per_pass]
+    passes = []
+    for layers in groups_of(config.layers, layers_per_pass):
         part = MxDConfig.from_layer_configs(
             {layer: config.layer(layer) for layer in layers},
             base_model_name_or_path=config.base_model_name_or_path,

@@ -9,6 +9,7 @@ This module imports neither torch nor transformers, so that `mxd --help` is fast
 # ruff: noqa: RUF009
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mxd import demo
@@ -33,6 +34,11 @@ INTERRUPTED, TERMINATED = 130, 75
 """Exit codes of a command that Ctrl-C or SIGTERM ended: shells' own, and EX_TEMPFAIL, which says "run it again"."""
 STDOUT = "-"
 """As `output`: write no files; the command prints the results as JSON."""
+
+
+def resumable(folder: Path) -> bool:
+    """Return whether an output folder holds a checkpoint, or a finished part of a training."""
+    return any(any(folder.glob(pattern)) for pattern in RESUMABLE)
 
 
 def option(default: Any, help: str, panel: str = MORE, **details: Any) -> Any:  # noqa: A002, metadata's own name

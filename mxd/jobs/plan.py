@@ -24,6 +24,7 @@ from .costs import (
     scores_bytes,
 )
 from .decompose import build_config
+from .layer_passes import groups_of
 from .options import PlanOptions
 from .training import rows_per_step
 
@@ -121,13 +122,12 @@ class Plan:
         """Return ways to place the layers, each with memory of a device, passes of the base and seconds of training."""
         layers, devices = sorted(self.layers), self.options.devices
         per_pass = min(self.options.layers_per_pass or 1, len(layers))
-        passes = [layers[start : start + per_pass] for start in range(0, len(layers), per_pass)]
+        passes = groups_of(layers, per_pass)
         found = [("all layers on each device", [layers], devices)]
         if len(passes) > 1:
             found.append((f"{per_pass} layer{'s' if per_pass > 1 else ''} a pass", passes, devices))
         if devices > 1 and len(layers) > 1:
-            share = -(-len(layers) // devices)
-            spread = [layers[start : start + share] for start in range(0, len(layers), share)]
+            spread = groups_of(layers, -(-len(layers) // devices))
             found.append(("layers spread over devices", spread, 1))
         rows = []
         for name, groups, sharing in found:

@@ -19,7 +19,7 @@ from mxd.hub_cards.reading import read_json
 from mxd.modeling_mxd import MxDConfig
 from mxd.trainers.atomic_checkpoints import UNFINISHED_NAME
 
-from .options import INTERRUPTED, RESUMABLE, ResumableOptions, values
+from .options import INTERRUPTED, ResumableOptions, resumable, values
 
 logger = logging.getLogger(__name__)
 
@@ -143,11 +143,6 @@ def resumed_start(folder: Path, options: ResumableOptions) -> dict[str, Any]:
             was = f"{name} {before.get(name)!r}, not {now.get(name)!r}"
             raise ValueError(f"the run in {folder} had {was}: resume with the options of that run")
     return read_json(folder / START_NAME)
-
-
-def resumable(folder: Path) -> bool:
-    """Return whether an output folder holds a checkpoint, or a finished part of a training."""
-    return any(any(folder.glob(pattern)) for pattern in RESUMABLE)
 
 
 def check_same_documents(folder: Path, start: Mapping[str, Any], documents: int | None) -> None:

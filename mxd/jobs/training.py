@@ -23,8 +23,8 @@ from mxd.modeling_mxd import MxDModel
 from mxd.trainers.decomposition_arguments import DecompositionArguments
 from mxd.trainers.decomposition_trainer import DecompositionTrainer, DivergenceError
 
-from .options import INTERRUPTED, TERMINATED, RunOptions, values
-from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, finish, resumable
+from .options import INTERRUPTED, TERMINATED, RunOptions, resumable, values
+from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, finish
 
 logger = logging.getLogger(__name__)
 
