@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import safe_globals
 
-from mxd.data.streams import loses_rows
+from mxd.data.shared_rows import apart, loses_rows
 
 STATE_NAME = "training_rows.pt"
 
@@ -40,6 +40,7 @@ class TrainingRows(IterableDataset[Any]):
         self._epoch = self._first_epoch = start["epoch"]
         self._epochs = 0  # that have begun
         self._source: Iterator[Any] | None = None
+        self._opened = self.dataset
         self._of_dataset = of_dataset  # to load into the dataset before it is opened
         self._error: Exception | None = None
 
@@ -92,13 +93,13 @@ class TrainingRows(IterableDataset[Any]):
             raise
 
     def _open(self) -> Iterator[Any]:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(self._epoch)
+        if self._of_datasets:  # others may iterate over it meanwhile, an evaluation for example
+            self._opened = apart(self.dataset)
+        if hasattr(self._opened, "set_epoch"):
+            self._opened.set_epoch(self._epoch)
         if self._of_dataset is not None:
-            self.dataset.load_state_dict(self._of_dataset)
-        for row in self.dataset:
-            if self._of_dataset is not None and self._of_datasets:
-                self.dataset.load_state_dict(None)  # its other iterations would begin there, too
+            self._opened.load_state_dict(self._of_dataset)
+        for row in self._opened:
             self._of_dataset = None
             yield row
 
@@ -113,7 +114,7 @@ class TrainingRows(IterableDataset[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last row that was trained on."""
-        of_dataset = self.dataset.state_dict() if self._of_dataset is None else self._of_dataset
+        of_dataset = self._opened.state_dict() if self._of_dataset is None else self._of_dataset
         return {"dataset": of_dataset, "epoch": self._epoch, "first": self._first, "waiting": list(self._waiting)}
 
 

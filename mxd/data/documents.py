@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value, load_dataset
@@ -30,6 +29,7 @@ from .readers import (
     describe,
     first_line,
 )
+from .shared_rows import keeping, shared, shared_rows
 from .streams import ShardedRows
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ _SHOWN = 20
 HELDOUT_FRACTION = 0.05
 START_ROWS, _START_CHARACTERS = 100, 1 << 24
 """Bounds of the start of a stream, which is read to check it."""
+_SHARD_SEED = 0  # always the same, so that all runs on a stream begin with the same text, and recognise it
 _CONVERTED = "refs/convert/parquet"  # the Hub's branch of datasets in other formats
 
 
@@ -56,8 +57,11 @@ def load_text(
     streaming: bool = False,
     keep: Sequence[str] = (),
     chat: bool = False,
+    in_turn: bool = False,
 ) -> Dataset | IterableDataset:
     """Load documents from the Hub or from local files.
+
+    A stream is opened once for its checks and what is made of it: see `split_documents` and `pack`.
 
     Args:
         dataset: A Hub dataset, or one or several local paths: files, folders (searched recursively, without hidden
@@ -74,6 +78,8 @@ def load_text(
         chat: The documents are chats: `pack` reads the control tokens that a text spells. Without it, text is text.
             Lists of messages (`{"role", "content"}`) are chats in any case. They are in the text column, or in the
             column `"messages"` if there is no text column, or if `chat` is set.
+        in_turn: Read ten shards of a stream in turn, in a random order that is always the same. Without it `pack` does
+            that, and opens the stream again.
 
     Returns:
         Rows `{"text": str}`, with the columns of `keep`: of local files as strings. A chat is `CHAT` and its JSON,
@@ -85,14 +91,17 @@ def load_text(
     """
     sources = [dataset] if isinstance(dataset, str) else list(dataset)
     remote = [source for source in sources if not _is_local(source)]
+    shard_seed = _SHARD_SEED if in_turn else None
     if remote and len(sources) > 1:
         raise DataError(f"no such file or folder: {remote[0]!r}; a Hub dataset is given alone")
     if remote:
         loaded = _load_hub(sources[0], config_name, split, revision, streaming)
-        return _select_text(loaded, text_column, f"dataset {sources[0]!r}", keep, chat)
+        return _select_text(
+            loaded, text_column, f"dataset {sources[0]!r}", keep, chat, _SHARD_SEED if in_turn else None
+        )
     if config_name is not None or revision is not None:
         raise DataError(f"config_name and revision choose among Hub datasets, but {sources} are local paths")
-    return _load_files(sources, split, text_column, streaming, keep, chat)
+    return _load_files(sources, split, text_column, streaming, keep, chat, shard_seed)
 
 
 def _is_local(source: str) -> bool:
@@ -124,7 +133,13 @@ def _load_hub(name: str, config_name: str | None, split: str, revision: str | No
 
 
 def _load_files(
-    sources: Sequence[str], split: str, text_column: str, streaming: bool, keep: Sequence[str], chat: bool
+    sources: Sequence[str],
+    split: str,
+    text_column: str,
+    streaming: bool,
+    keep: Sequence[str],
+    chat: bool,
+    shard_seed: int | None,
 ) -> Dataset | IterableDataset:
     files = [file.absolute() for file in dict.fromkeys(itertools.chain.from_iterable(map(_expand, sources)))]
     facts = [(file, file.stat()) for file in files]
@@ -136,9 +151,10 @@ def _load_files(
             if split != "train":
                 raise DataError(f"local files have the split 'train' and no other, but the split is {split!r}")
             read = partial(read_rows_from, text_column=text_column, keep=keep, chat=chat)
-            stream = ShardedRows(read, [path for path, *_ in filled], features_of(keep))
-            if any(True for _ in stream):  # a wrong column shows here already
-                return IterableDataset(stream, info=DatasetInfo(features=stream.features))
+            rows = ShardedRows(read, [path for path, *_ in filled], features_of(keep))
+            stream = shared(IterableDataset(rows, info=DatasetInfo(features=rows.features)), shard_seed)
+            if stream_start(stream)[0]:  # a wrong column shows here already
+                return stream
         else:
             builder = LocalText(files=filled, text_column=text_column, keep=tuple(keep), chat=chat)
             builder.download_and_prepare()
@@ -189,10 +205,15 @@ def _folder_files(folder: Path) -> list[Path]:
     return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
-def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str], chat: bool) -> Any:
-    """Check the first row, and keep the text (renamed to "text") and the columns of `keep`."""
+def _select_text(
+    part: Any, text_column: str, name: str, keep: Sequence[str], chat: bool, shard_seed: int | None
+) -> Any:
+    """Check the first rows, and keep the text (renamed to "text") and the columns of `keep`."""
+    streamed = isinstance(part, IterableDataset)
+    if streamed and not part.column_names:  # the first row shows them
+        part = shared(part, shard_seed)
     # Columns that nobody asked for may be large: the rows are read without them.
-    columns = part.column_names or list(next(iter(part), {text_column: None}))
+    columns = part.column_names or list(next(read_rows(part), {text_column: None}))
     text_column = MESSAGES if MESSAGES in columns and (chat or text_column not in columns) else text_column
     try:
         check_columns(columns, text_column, keep)
@@ -200,7 +221,8 @@ def _select_text(part: Any, text_column: str, name: str, keep: Sequence[str], ch
         raise DataError(f"{name} {missing}") from None
     part = part.select_columns(list(dict.fromkeys([text_column, *keep])))
     part = part if text_column == "text" else part.rename_column(text_column, "text")
-    first = next(read_rows(part), None)
+    part = shared(part, shard_seed) if streamed else part
+    first = next(iter(stream_start(part)[0] if streamed else read_rows(part)), None)
     if first is None:
         raise DataError(f"no documents: {name} has no rows")
     where = f"column {text_column!r} of {name}"
@@ -236,6 +258,9 @@ def split_documents(
     the fraction holds on average. (Positions would leak held-out documents into training: shuffling the shards of the
     training side renumbers the documents.)
 
+    A stream is opened once for both sides if the held-out side is read first: what it passes over waits in memory for
+    the training side, which goes on behind it. That is about `1 / heldout_fraction` times the held-out text.
+
     Args:
         documents: Rows with a `"text"` column, as `load_text` returns them.
         heldout_fraction: The share of documents to hold out, between 0 and 1.
@@ -246,6 +271,7 @@ def split_documents(
     """
     if not 0 < heldout_fraction < 1:
         raise DataError(f"heldout_fraction must lie between 0 and 1, got {heldout_fraction}")
+    documents = documents if isinstance(documents, Dataset) else shared(documents)
     require_text(documents)
     if isinstance(documents, Dataset):
         batches = documents.with_format(None).select_columns("text").iter(1000)
@@ -258,59 +284,35 @@ def split_documents(
         train, heldout = (documents.select(np.flatnonzero(side), keep_in_memory=True) for side in (~held, held))
         return train, heldout
     on_side = partial(_on_side, fraction=heldout_fraction, seed=seed)
-    sides = [documents.filter(partial(on_side, heldout=heldout), input_columns=["text"]) for heldout in (False, True)]
-    start = stream_start(documents)
-    for heldout, side in enumerate(sides):
-        rows = [row for row in start.rows if on_side(row["text"], heldout=bool(heldout))]
-        _starts[side] = Start(rows, start.whole)
+    train, heldout = (
+        part.filter(partial(on_side, heldout=part is not documents), input_columns=["text"])
+        for part in (documents, keeping(documents))
+    )
+    for name, side in (("training", train), ("held-out", heldout)):
         if next(read_rows(side), None) is None:
-            name = ("training", "held-out")[heldout]
             raise DataError(f"heldout_fraction={heldout_fraction} leaves the {name} side of the stream empty")
-    return sides[0], sides[1]
+    return train, heldout
 
 
-class Start(NamedTuple):
-    """The first rows of a stream, and whether they are all."""
-
-    rows: list[dict[str, Any]]
-    whole: bool
-
-
-_starts: WeakKeyDictionary[IterableDataset, Start] = WeakKeyDictionary()
-
-
-def stream_start(documents: IterableDataset) -> Start:
-    """Return the first rows of a stream, which are read once and kept, so that checks do not open it again."""
-    if documents not in _starts:
-        _starts[documents] = _read_start(documents)
-    return _starts[documents]
+def stream_start(documents: IterableDataset) -> tuple[list[dict[str, Any]], bool]:
+    """Return the first rows of a stream, those among the first `START_ROWS` of its source, and whether they are all."""
+    documents = keeping(shared(documents))
+    sources = shared_rows(documents._ex_iterable)
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for row in documents:
+        read = sum(source.taken for source in sources)
+        if read <= START_ROWS:
+            rows.append(row)
+        size += len(str(row.get("text") or ""))
+        if read >= START_ROWS or size > _START_CHARACTERS:
+            return rows, False
+    return rows, True
 
 
 def read_rows(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
-    """Iterate over rows from the first one; a stream is opened only for those after its start."""
-    if isinstance(documents, Dataset):
-        yield from documents.with_format(None)
-        return
-    start = stream_start(documents)
-    yield from start.rows
-    if not start.whole:
-        yield from itertools.islice(documents, len(start.rows), None)
-
-
-def _read_start(documents: IterableDataset) -> Start:
-    rows: list[dict[str, Any]] = []
-    size = 0
-    try:
-        for row in documents:
-            rows.append(row)
-            size += len(str(row.get("text") or ""))
-            if len(rows) == START_ROWS or size > _START_CHARACTERS:
-                return Start(rows, whole=False)
-    except Exception:
-        if not rows:
-            raise
-        return Start(rows, whole=False)  # it is raised again for those who read on
-    return Start(rows, whole=True)
+    """Iterate over rows from the first one; those of a stream are kept for whoever reads it."""
+    yield from documents.with_format(None) if isinstance(documents, Dataset) else keeping(documents)
 
 
 def require_text(documents: Dataset | IterableDataset) -> None:

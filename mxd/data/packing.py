@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetInfo, Features, IterableDataset, List, Value, iterable_dataset
+from datasets import Dataset, DatasetInfo, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .documents import DataError, read_chats, read_rows, require_text
 from .readers import CHAT, MESSAGES
-from .streams import SHARDS_AT_ONCE, PackedRows, ShardedRows
+from .shared_rows import shared
+from .streams import PackedRows, ShardedRows
 from .tokens import begin_of_row, token_ids, warn_of_unknown_tokens, without_bos
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,13 @@ def pack(
     *,
     seed: int = 0,
     shuffle: bool = True,
-    buffer_size: int = 1000,
+    buffer_size: int | tuple[int, int, int] = 1000,
     repeat: bool = False,
 ) -> IterableDataset:
     """Pack documents into rows of exactly `context_length` token ids, lazily and in an order set by the seed.
 
-    Documents are shuffled (map-style: all of them; a stream: its shards, of which ten are read in turn, and its
-    documents through a buffer), cut at whitespace into
+    Documents are shuffled (map-style: all of them; a stream: its shards, of which ten are read in turn unless
+    `load_text` did so, and its documents through a buffer), cut at whitespace into
     passages of at most 16,384 characters so that a book is spread over the run, and shuffled again. Batches of
     passages are tokenised (see `token_ids`: control tokens that a text spells are text), joined with the EOS token if
     the tokenizer has one, and cut into rows that each start with one BOS token if it has one; the rows are shuffled
@@ -65,7 +66,7 @@ def pack(
         context_length: Tokens in a row, BOS included.
         seed: Seed of the order.
         shuffle: If False, keep the order of the documents, for held-out text.
-        buffer_size: Size of the shuffle buffers of streamed documents, passages and rows.
+        buffer_size: Size of the shuffle buffers of streamed documents, passages and rows, or a size of each.
         repeat: Start again after the last row, endlessly and in the same order.
 
     Returns:
@@ -73,18 +74,25 @@ def pack(
 
     Raises:
         DataError: `context_length` is below 2, there is no `"text"` column, or the text is too short for a single row.
-            The documents for a first row are read at once to find out.
+            The documents for a first row are read at once to find out; a stream's are not read again.
     """
     if context_length < 2:
         raise DataError(f"context_length must be at least 2, one token to predict another from; got {context_length}")
     if MESSAGES in (columns := documents.column_names or ()) and "text" not in columns:
         documents = read_chats(documents.select_columns([MESSAGES]), MESSAGES, "the column of messages")
+    if isinstance(documents, IterableDataset):
+        documents = shared(documents, seed if shuffle else None)
     require_text(documents)
     batch_size = _passages_per_batch(documents, tokenizer, context_length)
-    source, inputs, sizes = _source(documents, seed if shuffle else None, buffer_size)
+    sizes = buffer_size if isinstance(buffer_size, tuple) else (buffer_size,) * 3
+    if isinstance(documents, Dataset):
+        sizes = (1, *sizes[1:])
+        source: Any = _read_whole(documents, seed if shuffle else None)
+    else:
+        source = documents._ex_iterable
     features = Features({"input_ids": List(Value("int64"), length=context_length)})
     join = partial(_pack_batch, tokenizer=tokenizer, context_length=context_length)
-    packed = PackedRows(source, _cut, join, batch_size, sizes, features, inputs, (seed,))
+    packed = PackedRows(source, _cut, join, batch_size, sizes if shuffle else (1, 1, 1), features, (seed,))
     rows = IterableDataset(
         packed,
         info=DatasetInfo(features=features),
@@ -94,28 +102,13 @@ def pack(
     return rows.repeat(None) if repeat else rows
 
 
-def _source(
-    documents: Dataset | IterableDataset, seed: int | None, buffer_size: int
-) -> tuple[Any, int, tuple[int, int, int]]:
-    """Return the documents as a part of an `IterableDataset`, the number of shards to read in turn, and buffer sizes.
-
-    Without a seed the documents keep their order.
-    """
+def _read_whole(documents: Dataset, seed: int | None) -> ShardedRows:
+    """Return map-style documents as a part of an `IterableDataset`, in their order or in a random one."""
     documents = documents.with_format(None)
-    if isinstance(documents, Dataset):
-        if seed is not None:
-            documents = documents.shuffle(seed=seed, keep_in_memory=True)
-        shards = [range(*part.indices(len(documents))) for part in _parts(len(documents))]
-        source = ShardedRows(partial(_read_part, documents), shards, Features({"text": Value("string")}))
-        return source, 1, (1, 1, 1) if seed is None else (1, buffer_size, buffer_size)
-    source = documents._ex_iterable
-    if seed is None:
-        return source, 1, (1, 1, 1)
-    try:
-        source, inputs = source.shuffle_data_sources(np.random.default_rng(seed)), SHARDS_AT_ONCE
-    except iterable_dataset.DataSourcesShufflingDisallowed:  # of `take` and `skip`, which count in the order
-        inputs = 1
-    return source, inputs, (buffer_size,) * 3
+    if seed is not None:
+        documents = documents.shuffle(seed=seed, keep_in_memory=True)
+    shards = [range(*part.indices(len(documents))) for part in _parts(len(documents))]
+    return ShardedRows(partial(_read_part, documents), shards, Features({"text": Value("string")}))
 
 
 def _parts(count: int) -> list[slice]:

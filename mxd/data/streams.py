@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Features, IterableDataset, iterable_dataset
+from datasets import Features, iterable_dataset
 
 from .readers import first_line
 
@@ -72,6 +72,97 @@ class ShardedRows(iterable_dataset._BaseExamplesIterable):
         return len(self.shards)
 
 
+class StreamPart(iterable_dataset._BaseExamplesIterable):
+    """Rows made of those of `ex_iterable`. `_with` makes the same of the rows of other shards."""
+
+    def __init__(self, ex_iterable: Any):
+        super().__init__()
+        self.ex_iterable = ex_iterable
+
+    def _with(self, ex_iterable: Any) -> Any:
+        return type(self)(ex_iterable)
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether the types of the columns are known."""
+        return bool(self.ex_iterable.is_typed)
+
+    @property
+    def features(self) -> Features | None:
+        """Types of the columns."""
+        return self.ex_iterable.features
+
+    def shuffle_data_sources(self, generator: np.random.Generator) -> Any:
+        """Return the rows of the same shards in another order."""
+        return self._with(self.ex_iterable.shuffle_data_sources(generator))
+
+    def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> Any:
+        """Return the rows of a part of the shards."""
+        return self._with(self.ex_iterable.shard_data_sources(num_shards, index, contiguous=contiguous))
+
+    def reshard_data_sources(self) -> Any:
+        """Return the rows of smaller shards."""
+        return self._with(self.ex_iterable.reshard_data_sources())
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards of the source."""
+        return int(self.ex_iterable.num_shards)
+
+
+class RowsInTurn(StreamPart):
+    """Rows of `count` parts of a source, from one after the other; what fails to be read is read again."""
+
+    def __init__(self, ex_iterable: Any, count: int):
+        super().__init__(ex_iterable)
+        self.count = count
+        self._sources: list[Any] = []
+
+    def _with(self, ex_iterable: Any) -> "RowsInTurn":
+        return RowsInTurn(ex_iterable, self.count)
+
+    def _init_state_dict(self) -> dict[str, Any]:
+        count = min(self.count, self.num_shards)
+        whole = [self.ex_iterable] if count == 1 else []
+        self._sources = whole or [self.ex_iterable.shard_data_sources(count, index) for index in range(count)]
+        self._state_dict: dict[str, Any] = {
+            "sources": [source._init_state_dict() for source in self._sources],
+            "over": [False] * count,
+            "turn": 0,
+            "type": type(self).__name__,
+        }
+        return self._state_dict
+
+    def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        state: dict[str, Any] = self._state_dict or self._init_state_dict()
+        iterators, began, failures = [iter(source) for source in self._sources], set[int](), 0
+        while not all(state["over"]):
+            turn = state["turn"]
+            source, row = self._sources[turn], None
+            before = source.state_dict()
+            try:
+                row = None if state["over"][turn] else next(iterators[turn])
+            except StopIteration:
+                state["over"][turn] = True
+            except Exception as error:
+                state["sources"][turn] = source.load_state_dict(before)
+                # A source whose first row cannot be read is refused at once, by the checks before a run.
+                if turn not in began or not may_pass(error) or failures == len(RETRY_SECONDS):
+                    raise
+                pause = RETRY_SECONDS[failures]
+                failures += 1
+                of = f"{failures} of {len(RETRY_SECONDS)}"
+                logger.warning("the text could not be read (%s): again in %d s, %s", first_line(error), pause, of)
+                time.sleep(pause)
+                iterators[turn] = iter(source)
+                continue
+            state["turn"] = (turn + 1) % len(self._sources)
+            if row is not None:
+                began.add(turn)
+                failures = 0
+                yield row
+
+
 class ShuffleBuffer:
     """Mix items through a buffer, as `IterableDataset.shuffle` does: fill it, permute it, and release one half.
 
@@ -108,8 +199,8 @@ class ShuffleBuffer:
         self.state["characters"] = sum(len(item) for item in kept[:stay] if isinstance(item, str))
 
 
-class PackedRows(iterable_dataset._BaseExamplesIterable):
-    """Rows that are packed from documents, of which several shards are read in turn.
+class PackedRows(StreamPart):
+    """Rows that are packed from documents.
 
     Documents, the passages that `cut` makes of each, and the rows that `join` makes of `batch_size` passages each pass
     through a shuffle buffer.
@@ -120,7 +211,6 @@ class PackedRows(iterable_dataset._BaseExamplesIterable):
         batch_size: Passages to join.
         sizes: Of the buffers of documents, passages and rows.
         features: Types of the rows.
-        inputs: Number of shards to read in turn.
         seed: Seed of the buffers; further numbers are those of epochs and workers.
     """
 
@@ -134,13 +224,11 @@ class PackedRows(iterable_dataset._BaseExamplesIterable):
         batch_size: int,
         sizes: tuple[int, int, int],
         features: Features,
-        inputs: int,
         seed: Sequence[int],
     ):
-        super().__init__()
-        self.ex_iterable, self._features, self.seed = ex_iterable, features, tuple(seed)
-        self.cut, self.join, self.batch_size, self.sizes, self.inputs = cut, join, batch_size, sizes, inputs
-        self._sources: list[Any] = []
+        super().__init__(ex_iterable)
+        self._features, self.seed = features, tuple(seed)
+        self.cut, self.join, self.batch_size, self.sizes = cut, join, batch_size, sizes
 
     @property
     def features(self) -> Features:
@@ -148,13 +236,8 @@ class PackedRows(iterable_dataset._BaseExamplesIterable):
         return self._features
 
     def _init_state_dict(self) -> dict[str, Any]:
-        count = min(self.inputs, self.ex_iterable.num_shards)
-        whole = [self.ex_iterable] if count == 1 else []
-        self._sources = whole or [self.ex_iterable.shard_data_sources(count, index) for index in range(count)]
         self._state_dict: dict[str, Any] = {
-            "sources": [source._init_state_dict() for source in self._sources],
-            "over": [False] * count,
-            "turn": 0,
+            "source": self.ex_iterable._init_state_dict(),
             # None where `load_state_dict` puts a list or a dict of any length.
             **dict.fromkeys(("documents", "passages", "batch", "rows")),
             "type": type(self).__name__,
@@ -164,7 +247,7 @@ class PackedRows(iterable_dataset._BaseExamplesIterable):
     def __iter__(self) -> Iterator[tuple[str, dict[str, list[int]]]]:
         state: dict[str, Any] = self._state_dict or self._init_state_dict()
         state["batch"] = state["batch"] or []
-        texts, buffers = self._texts(state, self._sources), []
+        texts, buffers = (row.get("text") or "" for _, row in self.ex_iterable), []
         for place, (name, size) in enumerate(zip(("documents", "passages", "rows"), self.sizes, strict=True)):
             state[name] = state[name] or {}
             buffers.append(ShuffleBuffer(state[name], size, (*self.seed, place)))
@@ -188,59 +271,14 @@ class PackedRows(iterable_dataset._BaseExamplesIterable):
         while (row := rows.draw(join)) is not None:
             yield "row", {"input_ids": row}
 
-    def _texts(self, state: dict[str, Any], sources: list[Any]) -> Iterator[str]:
-        """Yield the texts of the sources in turn; a source that fails is read again from where it was."""
-        iterators = [iter(source) for source in sources]
-        failures = 0
-        while not all(state["over"]):
-            turn = state["turn"]
-            before = sources[turn].state_dict()
-            try:
-                row = None if state["over"][turn] else next(iterators[turn])[1]
-            except StopIteration:
-                row, state["over"][turn] = None, True
-            except Exception as error:
-                state["sources"][turn] = sources[turn].load_state_dict(before)
-                if not may_pass(error) or failures == len(RETRY_SECONDS):
-                    raise
-                pause = RETRY_SECONDS[failures]
-                failures += 1
-                of = f"{failures} of {len(RETRY_SECONDS)}"
-                logger.warning("the text could not be read (%s): again in %d s, %s", first_line(error), pause, of)
-                time.sleep(pause)
-                iterators[turn] = iter(sources[turn])
-                continue
-            state["turn"] = (turn + 1) % len(sources)
-            if row is not None:
-                failures = 0
-                yield row.get("text") or ""
-
     def _with(self, ex_iterable: Any, seed: Sequence[int] = ()) -> "PackedRows":
         return PackedRows(
-            ex_iterable, self.cut, self.join, self.batch_size, self.sizes, self._features, self.inputs,
-            (*self.seed, *seed),
-        )  # fmt: skip
+            ex_iterable, self.cut, self.join, self.batch_size, self.sizes, self._features, (*self.seed, *seed)
+        )
 
     def shift_rngs(self, value: int) -> "PackedRows":
         """Return the same documents in another order, that of an epoch or a worker."""
         return self._with(self.ex_iterable, (value,))
-
-    def shuffle_data_sources(self, generator: np.random.Generator) -> "PackedRows":
-        """Return the rows of the same shards in another order."""
-        return self._with(self.ex_iterable.shuffle_data_sources(generator))
-
-    def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> "PackedRows":
-        """Return the rows of a part of the shards."""
-        return self._with(self.ex_iterable.shard_data_sources(num_shards, index, contiguous=contiguous))
-
-    def reshard_data_sources(self) -> "PackedRows":
-        """Return the rows of smaller shards."""
-        return self._with(self.ex_iterable.reshard_data_sources())
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of the documents."""
-        return int(self.ex_iterable.num_shards)
 
 
 def may_pass(error: BaseException | None) -> bool:
@@ -252,17 +290,3 @@ def may_pass(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def loses_rows(dataset: Any) -> bool:
-    """Return whether the `state_dict` of a dataset lacks rows: those in a shuffle buffer of `datasets`."""
-
-    def parts(one: Any) -> Iterator[Any]:
-        yield one
-        for part in (getattr(one, "ex_iterable", None), *getattr(one, "ex_iterables", ())):
-            if part is not None:
-                yield from parts(part)
-
-    if not isinstance(dataset, IterableDataset):
-        return False
-    return any(isinstance(one, iterable_dataset.BufferShuffledExamplesIterable) for one in parts(dataset._ex_iterable))

@@ -31,6 +31,8 @@ def count_documents(*parts: Documents) -> int | None:
 def load_documents(text: TextOptions, seed: int) -> tuple[Documents, Documents]:
     """Load the training documents and the held-out documents.
 
+    Of a stream, read the held-out documents first: see `split_documents`.
+
     Raises:
         ValueError: `heldout_split` has no dataset, or the held-out text is trained on; and see `load_text`.
     """
@@ -58,7 +60,7 @@ def _load(text: TextOptions, split: str, sample: Literal["train", "heldout"], ke
 
 
 def _how(text: TextOptions) -> dict[str, Any]:
-    return {"text_column": text.text_column, "streaming": text.streaming, "chat": text.chat}
+    return {"text_column": text.text_column, "streaming": text.streaming, "chat": text.chat, "in_turn": text.streaming}
 
 
 def warn_of_embedded_text(text: TextOptions, model: str | None) -> None:
@@ -72,9 +74,11 @@ def evaluation_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Pack documents into batches of about 2,048 tokens, shuffled with a fixed seed, until they hold `tokens`.
 
-    If the text is shorter, all of it is used, with a warning unless `warn` is False.
+    Of a stream, no more is read than that takes. If the text is shorter, all of it is used, with a warning unless
+    `warn` is False.
     """
-    packed = pack(documents, tokenizer, context_length, seed=0)
+    sizes = (1, 1, -(-tokens // context_length)) if isinstance(documents, IterableDataset) else 1000
+    packed = pack(documents, tokenizer, context_length, seed=0, buffer_size=sizes)
     rows = materialize(packed, tokens) if warn else materialize(take_tokens(packed, tokens))
     batches = (part["input_ids"] for part in rows.iter(max(1, 2048 // context_length)))  # (batch, tokens)
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]

@@ -174,8 +174,9 @@ def _texts(options: FrontierOptions, tokenizer: PreTrainedTokenizerBase) -> tupl
     warn_of_embedded_text(options.text, options.model)
     documents, heldout_documents = load_documents(options.text, options.seed)
     context = options.context_length
+    heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
     rows = materialize(pack(documents, tokenizer, context, seed=options.seed), options.tokens)
-    return rows[:]["input_ids"], evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
+    return rows[:]["input_ids"], heldout
 
 
 def _run(points: list[_Point], total: int, shared: _Shared, write: Callable[[], Any]) -> None:

@@ -167,17 +167,18 @@ def test_a_changed_file_is_read_again(tmp_path):
 
 def test_streams_are_lazy_sharded_and_resumable(tmp_path, monkeypatch):
     for name in range(3):
-        write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {row}"} for row in range(4)])
-    stream = load_text(str(tmp_path), streaming=True)
+        write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {row}"} for row in range(60)])
     opened, read_tables = [], local_text.read_tables
     monkeypatch.setattr(local_text, "read_tables", lambda path, *how: opened.append(path) or read_tables(path, *how))
+    stream = load_text(str(tmp_path), streaming=True)
     assert stream.num_shards == 3 and stream.column_names == ["text"]
     rows = iter(stream)
     first = [next(rows)["text"] for _ in range(5)]
     assert len(opened) == 2
     state = stream.state_dict()
     rest = [row["text"] for row in rows]
-    assert first + rest == [f"{name} {row}" for name in range(3) for row in range(4)]
+    assert first + rest == [f"{name} {row}" for name in range(3) for row in range(60)]
+    assert len(opened) == 3
     stream.load_state_dict(state)
     assert [row["text"] for row in stream] == rest
 

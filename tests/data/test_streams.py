@@ -7,44 +7,16 @@ from itertools import islice
 import pyarrow as pa
 import pytest
 from datasets import Dataset, IterableDataset
-from text_cases import document, documents, ids_of, texts
+from text_cases import documents, ids_of, texts, to_json, write
 
 from mxd.data import streams
-from mxd.data.documents import DataError, load_text, split_documents
+from mxd.data.documents import START_ROWS, DataError, load_text, split_documents
 from mxd.data.local_text import read_rows_from
 from mxd.data.packing import pack
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
 ENDINGS = ["parquet", "arrow", "jsonl", "json", "csv", "tsv", "jsonl.gz", "txt"]
-
-
-def write(folder, ending, files=4, per_file=30):
-    """Write files of an ending, each with documents of its own."""
-    folder.mkdir()
-    for file in range(files):
-        found = [document(number) for number in range(file * per_file, (file + 1) * per_file)]
-        path, rows = folder / f"{file}.{ending}", Dataset.from_dict({"text": found})
-        if ending == "txt":
-            for number, text in enumerate(found[:10]):
-                (folder / f"{file}-{number}.txt").write_text(text)
-        elif ending == "parquet":
-            rows.to_parquet(path, batch_size=7)
-        elif ending == "arrow":
-            with pa.ipc.new_stream(str(path), rows.data.table.schema) as stream:
-                stream.write_table(rows.data.table, max_chunksize=8)
-        elif ending in ("csv", "tsv"):
-            rows.to_csv(path, sep="," if ending == "csv" else "\t", index=False)
-        else:
-            to_json(rows, path)
-    return str(folder)
-
-
-def to_json(rows, path):
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows.to_list(), indent=1))
-    else:
-        rows.to_json(path, compression="gzip" if path.suffix == ".gz" else None)
 
 
 def counted(dataset, read):
@@ -135,30 +107,32 @@ def test_the_state_of_another_epoch_is_that_of_its_order(tokenizer):
     assert found == left
 
 
+@pytest.mark.parametrize("at", [40, 600])
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv"])
-def test_no_document_is_read_again(tmp_path, tokenizer, monkeypatch, ending):
-    source, read, at_the_reader = write(tmp_path / "text", ending), [], []
+def test_no_document_is_read_again(tmp_path, tokenizer, monkeypatch, ending, at):
+    source, read = write(tmp_path / "text", ending, per_file=100), []
 
     def noted(path, start, *how, **named):
         for row in read_rows_from(path, start, *how, **named):
-            at_the_reader.append(row["text"])
+            read.append(row["text"])
             yield row
 
     monkeypatch.setattr("mxd.data.documents.read_rows_from", noted)
 
     def make():
-        rows = pack(counted(load_text(source, streaming=True), read), tokenizer, 16, seed=3, buffer_size=20)
-        read.clear(), at_the_reader.clear()
-        return rows
+        read.clear()
+        return pack(load_text(source, streaming=True, in_turn=True), tokenizer, 16, seed=3, buffer_size=20)
 
     first = make()
-    list(islice(first, 40))
+    assert len(read) == START_ROWS
+    list(islice(first, at))
     before, state = list(read), first.state_dict()
-    assert at_the_reader == before and 20 < len(before) < 120
+    assert (len(before) == START_ROWS) == (at == 40)
     second = make()
+    assert read == before[:START_ROWS]  # the checks
     second.load_state_dict(state)
     assert len(list(second)) > 100
-    assert Counter(before + read) == Counter(texts(120)) and at_the_reader == read
+    assert Counter(before + read[START_ROWS:]) == Counter(texts(400))
 
 
 def test_ten_shards_are_read_in_turn(tmp_path, tokenizer):
