@@ -148,8 +148,7 @@ def table(results: dict[str, Any]) -> str:
     seconds = f"{tables['update_seconds']:.0f} s, and {tables['finish_seconds']:.0f} s at the end"
     name = f"the tables alone, {tables['tokens']:,} random tokens"
     rows.append((name, seconds, f"{tables['memory_bytes'] / 1e6:,.0f} MB", f"{tables['file_bytes'] / 1e6:.1f} MB"))
-    lines = ["| | CPU time | memory above the model | file |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    return pages.markdown_table(["", "CPU time", "memory above the model", "file"], rows)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from pages import machine
+from pages import machine, markdown_table
 from transformers import PreTrainedModel, TrainerCallback
 
 from mxd import DecompositionOptions, FinetuningOptions, decompose, demo, finetune
@@ -26,6 +26,7 @@ from mxd.base.capture import capture_mlps
 from mxd.data.packing import materialize, pack
 from mxd.data.texts import load_documents
 from mxd.evaluation import load_evaluation
+from mxd.evaluation.paired import half_width
 from mxd.jobs.decompose import build_config
 from mxd.jobs.run_folder import START_NAME, resumable
 from mxd.modeling_mxd import MxDModel
@@ -217,62 +218,56 @@ def sequential(work: Path, tokens: int, finetuning_tokens: int, seed: int) -> di
 
 def throughput_table(results: dict[str, Any]) -> str:
     """Return the table of the part "throughput" in Markdown."""
-    lines = ["| layers | one pass | separate runs | ratio |", "|---|---|---|---|"]
+    rows = []
     for count, row in results["throughput"]["one_pass"].items():
         one, separate = row["seconds"], row["separate_seconds"]
-        lines.append(f"| {count} | {one:.1f} s | {separate:.1f} s | {separate / one:.2f} × |")
-    return "\n".join(lines) + "\n"
+        rows.append((count, f"{one:.1f} s", f"{separate:.1f} s", f"{separate / one:.2f} ×"))
+    return markdown_table(["layers", "one pass", "separate runs", "ratio"], rows)
 
 
 def costs_table(results: dict[str, Any]) -> str:
     """Return the table of the costs of a repeated pass and of a cache in Markdown."""
-    lines = [
-        "| model | layers | a pass of the base | write to the cache | read from it | bytes |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, row in results["costs"].items():
         cells = [f"{row['microseconds'][what]:,.0f} µs" for what in ("pass", "write", "read")]
-        lines.append(f"| {name} | {row['layers']} | {' | '.join(cells)} | {row['bytes']:,.0f} |")
-    return "\n".join(lines) + "\n"
+        rows.append((name, str(row["layers"]), *cells, f"{row['bytes']:,.0f}"))
+    head = ["model", "layers", "a pass of the base", "write to the cache", "read from it", "bytes"]
+    return markdown_table(head, rows)
 
 
-def _row(name: str, row: dict[str, Any]) -> str:
-    low, high = row["rise_interval"]
-    rise = f"{row['spliced'] - row['untouched']:+.3f} ± {(high - low) / 2:.3f}"
-    cells = (
-        rise,
-        f"{row['kl']:.3f}",
-        f"{100 * row['top1_agreement']:.1f} %",
-        f"{row['nmse']:.3f}",
-        f"{row['worst_nmse']:.3f}",
-    )
-    return f"| {name} | {' | '.join(cells)} |"
-
-
-_HEAD = [" CE rise | KL | same most likely token | mean NMSE | worst layer's |", "---|---|---|---|---|"]
+def _faithfulness_table(rows: dict[str, dict[str, Any]]) -> str:
+    cells = [
+        (
+            name,
+            f"{row['spliced'] - row['untouched']:+.3f} ± {half_width(row['rise_interval']):.3f}",
+            f"{row['kl']:.3f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['nmse']:.3f}",
+            f"{row['worst_nmse']:.3f}",
+        )
+        for name, row in rows.items()
+    ]
+    return markdown_table(["", "CE rise", "KL", "same most likely token", "mean NMSE", "worst layer's"], cells)
 
 
 def together_table(results: dict[str, Any]) -> str:
     """Return the table of the part "together" in Markdown."""
-    rows = [_row(METHODS[method], row) for method, row in results["together"]["methods"].items()]
-    return "\n".join([f"| |{_HEAD[0]}", f"|---|{_HEAD[1]}", *rows]) + "\n"
+    return _faithfulness_table({METHODS[method]: row for method, row in results["together"]["methods"].items()})
 
 
 def texts_table(results: dict[str, Any]) -> str:
     """Return the continuations in Markdown."""
     names = ["prompt", "untouched", *results["together"]["methods"]]
-    heads = " | ".join(METHODS.get(name, name) for name in names)
-    lines = [f"| {heads} |", "|---" * len(names) + "|"]
+    rows = []
     for row in results["together"]["texts"]:
         texts = (" ".join(row[name].split()) for name in names)
-        lines.append("| " + " | ".join(text.replace("|", r"\|").replace("<", "&lt;") for text in texts) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([text.replace("|", r"\|").replace("<", "&lt;") for text in texts])
+    return markdown_table([METHODS.get(name, name) for name in names], rows)
 
 
 def sequential_table(results: dict[str, Any]) -> str:
     """Return the table of the part "sequential" in Markdown."""
-    rows = [_row(name, row) for name, row in results["sequential"]["rows"].items()]
-    return "\n".join([f"| |{_HEAD[0]}", f"|---|{_HEAD[1]}", *rows]) + "\n"
+    return _faithfulness_table(results["sequential"]["rows"])
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pages import machine
+from pages import machine, markdown_table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxd.base.base_model import load_base_model
@@ -225,18 +225,18 @@ def shown(found: dict[str, Any], digits: int = 2, percent: bool = False) -> str:
 def steering_table(results: dict[str, Any]) -> str:
     """Return the steering scores as a Markdown table."""
     head = ["", "moves", "among random directions", "among targets", "cost, nats per token", "of random directions"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for way, found in results["steering"].items():
-        cells = [
-            shown(found["moves"], 0, percent=True), shown(found["percentile_random"]),
-            shown(found["percentile_targets"]),
-            shown(found["loss"]), shown(found["control_loss"]),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join([way, *cells]) + " |")
+    rows = [
+        (
+            way, shown(found["moves"], 0, percent=True), shown(found["percentile_random"]),
+            shown(found["percentile_targets"]), shown(found["loss"]), shown(found["control_loss"]),
+        )
+        for way, found in results["steering"].items()
+    ]  # fmt: skip
     settings = results["settings"]
-    lines += ["", f"Prompts: {settings['prompts']} of {settings['prompt_tokens']} tokens; mean KL 0.5 at their ends. "
-              f"{settings['controls']} random directions. In brackets: 95 % interval over features."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return markdown_table(head, rows) + (
+        f"\nPrompts: {settings['prompts']} of {settings['prompt_tokens']} tokens; mean KL 0.5 at their ends. "
+        f"{settings['controls']} random directions. In brackets: 95 % interval over features.\n"
+    )
 
 
 def meaning_table(results: dict[str, Any]) -> str:
@@ -248,26 +248,23 @@ def meaning_table(results: dict[str, Any]) -> str:
         "detection, embeddings": ("detection by embeddings", "balanced_accuracy", 2),
         "fuzzing, keywords": ("fuzzing", "balanced_accuracy", 2),
     }  # fmt: skip
-    lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    rows = []
     for method, found in results["meaning"].items():
         cells = [
             shown(found[score][name], digits) if score in found else "–" for score, name, digits in columns.values()
         ]
-        lines.append("| " + " | ".join([method, *cells]) + " |")
+        rows.append([method, *cells])
     counts = ", ".join(f"{count} of {name}" for name, count in results["settings"]["features"].items())
     of_others = {
         name: np.mean([found[name]["control"]["mean"] for found in results["meaning"].values()])
         for name in next(iter(results["meaning"].values()))
         if name != "coherence"
     }
-    lines += [
-        "",
-        f"Features: {counts}, in {results['settings']['tokens']:,} tokens. With another "
-        "feature's explanation, mean over methods: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in of_others.items())
-        + ". In brackets: 95 % interval over features.",
-    ]
-    return "\n".join(lines) + "\n"
+    means = ", ".join(f"{name} {value:.2f}" for name, value in of_others.items())
+    return markdown_table(["", *columns], rows) + (
+        f"\nFeatures: {counts}, in {results['settings']['tokens']:,} tokens. With another feature's explanation, mean "
+        f"over methods: {means}. In brackets: 95 % interval over features.\n"
+    )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mxd.base.layer_names import layer_ranges
 
 
 def machine(threads: int, device: str) -> str:
@@ -19,6 +21,12 @@ def machine(threads: int, device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else processor
     versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
     return f"{name}, {threads} thread{'s' if threads != 1 else ''}, {versions}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; cells are written as they are."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,36 +73,29 @@ def tables() -> dict[str, Callable[[], str]]:
 
 def architectures_table(types: dict[str, dict[str, Any]]) -> str:
     """Return a row for every kind of MLP in every stack of every model type."""
-
-    def row(*cells: str) -> str:
-        return "| " + " | ".join(re.sub(r"([|*_])", r"\\\1", cell) for cell in cells) + " |"
-
-    lines = ["| type | stack | site | layers | kind | works |", "|---|---|---|---|---|---|"]
+    rows = []
     for model_type, result in types.items():
         if not result["mlps"]:
-            lines.append(row(model_type, "", "", "", "", f"no: {result['error'] or 'no MLP runs'}"))
+            rows.append((model_type, "", "", "", "", f"no: {result['error'] or 'no MLP runs'}"))
         for mlp in result["mlps"]:
             works = "yes" if mlp["slots"] else f"no: {mlp['reason']}"
             works += f" ({mlp['reason']})" if mlp["slots"] and mlp["reason"] else ""
-            lines.append(row(model_type, mlp["stack"], mlp["site"], _ranges(mlp["layers"]), mlp["kind"], works))
-    return "\n".join(lines)
-
-
-def _ranges(layers: list[int]) -> str:
-    consecutive = len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if consecutive else ", ".join(map(str, layers))
+            rows.append((model_type, mlp["stack"], mlp["site"], layer_ranges(mlp["layers"], ", "), mlp["kind"], works))
+    escaped = ([re.sub(r"([|*_])", r"\\\1", cell) for cell in row] for row in rows)
+    return markdown_table(["type", "stack", "site", "layers", "kind", "works"], escaped)
 
 
 def architectures_page(measured: dict[str, Any]) -> str:
     """Return the counts, the times and the table of all architectures."""
-    counts = "\n".join(f"| {kind} | {works} of {of} |" for kind, (works, of) in measured["counts"].items())
+    counts = [(kind, f"{works} of {of}") for kind, (works, of) in measured["counts"].items()]
+    counted = markdown_table([f"transformers {measured['transformers']}", "work"], counts)
     passes = {name: measured[f"verification_of_{name}_in_forward_passes"] for name in ("last_layer", "all_layers")}
     not_built = "; ".join(f"{name} ({why})" for name, why in measured["not_built"].items())
     return (
-        f"| transformers {measured['transformers']} | work |\n|---|---|\n{counts}\n\nNot built: {not_built}.\n\n"
+        f"{counted}\nNot built: {not_built}.\n\n"
         f"Finding the MLPs of a 32-layer model takes {measured['find_mlps_milliseconds']:.1f} ms. Verifying a splice "
         f"takes {passes['last_layer']:.2f} forward passes of 8 tokens for the last layer and "
-        f"{passes['all_layers']:.2f} for all 32.\n\n{architectures_table(measured['types'])}\n"
+        f"{passes['all_layers']:.2f} for all 32.\n\n{architectures_table(measured['types'])}"
     )
 
 

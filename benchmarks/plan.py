@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pages import machine
+from pages import machine, markdown_table
 from transformers import TrainerCallback
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
@@ -219,37 +219,38 @@ def llamas() -> dict[str, Any]:
 
 def llama_table(results: dict[str, Any]) -> str:
     """Return a row for every way to place the layers of Llama 3.1, in Markdown."""
-    lines = ["| what | N | layers' parameters | placement | devices | memory of a device | passes | time |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = ["what", "N", "layers' parameters", "placement", "devices", "memory of a device", "passes", "time"]
+    rows = []
     for name, made in results["llama"].items():
         experts = next(iter(made["layers"].values()))["num_experts"]
         for row in made["strategies"]:
-            lines.append(
-                f"| {name} | {experts:,} | {made['parameters'] / 1e9:,.1f} B | {row['strategy']} | {row['devices']} | "
-                f"{row['memory_bytes'] / 1e9:,.0f} GB | {row['base_passes']} | "
-                f"{row['training_seconds'] / 3600:,.0f} h |"
-            )
-    return "\n".join(lines)
+            rows.append((
+                name, f"{experts:,}", f"{made['parameters'] / 1e9:,.1f} B", row["strategy"], str(row["devices"]),
+                f"{row['memory_bytes'] / 1e9:,.0f} GB", str(row["base_passes"]),
+                f"{row['training_seconds'] / 3600:,.0f} h",
+            ))  # fmt: skip
+    return markdown_table(head, rows)
 
 
 def largest_table(results: dict[str, Any]) -> str:
     """Return a row for every large layer that was stepped here, in Markdown."""
-    lines = ["| layer | N | parameters | tokens | memory, plan | measured | a step, plan | measured |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = ["layer", "N", "parameters", "tokens", "memory, plan", "measured", "a step, plan", "measured"]
+    rows = []
     for name, row in results.get("largest", {}).items():
         plan, measured = row["plan"], row["measured"]
-        lines.append(
-            f"| {name} | {row['num_experts']:,} | {(row['parameters'] + row['auxiliary']) / 1e6:,.0f} M | "
-            f"{row['tokens']} | {plan['memory'] / 1e9:.1f} GB | {measured['memory'] / 1e9:.1f} GB | "
-            f"{plan['step_seconds']:.0f} s | {measured['step_seconds']:.0f} s |"
-        )
-    return "\n".join(lines)
+        rows.append((
+            name, f"{row['num_experts']:,}", f"{(row['parameters'] + row['auxiliary']) / 1e6:,.0f} M",
+            str(row["tokens"]), f"{plan['memory'] / 1e9:.1f} GB", f"{measured['memory'] / 1e9:.1f} GB",
+            f"{plan['step_seconds']:.0f} s", f"{measured['step_seconds']:.0f} s",
+        ))  # fmt: skip
+    return markdown_table(head, rows)
 
 
 def table(results: dict[str, Any]) -> str:
     """Return a row for every run, in Markdown."""
-    lines = ["| run | memory, plan | measured | | a step, plan | measured | | evaluation, plan | measured | |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    head, rows = ["run"], []
+    for part in ("memory", "a step", "evaluation"):
+        head += [f"{part}, plan", "measured", ""]
     for name, row in results["runs"].items():
         cells = [name]
         for part, unit, style in (("memory", 1e6, ",.0f"), ("step", 1, ".2f"), ("evaluation", 1, ".1f")):
@@ -257,8 +258,8 @@ def table(results: dict[str, Any]) -> str:
                 f"{row[of][part] / unit:{style}} {'MB' if part == 'memory' else 's'}" for of in ("plan", "measured")
             ]
             cells.append(f"{100 * row['errors'][part]:+.0f} %")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def child(*arguments: str) -> dict[str, Any]:

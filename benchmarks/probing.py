@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import markdown_table
 from probing_problems import problems
 from scipy.sparse import load_npz, save_npz
 from transformers import PreTrainedTokenizerBase
@@ -155,8 +156,7 @@ def table(results: Mapping[str, Any]) -> str:
     problems_of = list(next(iter(found.values())))
     head = ["", "mean F1", f"to {reference}", "best test F1", *(f"k = {k}" for k in SPARSITIES)]
     chance = np.mean([np.mean([*of_classes.values()]) for of_classes in results["always_yes_f1"].values()])
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines.append(f"| (always yes) | {chance:.3f} | – | – |" + " 0.500 |" * len(SPARSITIES))
+    rows = [["(always yes)", f"{chance:.3f}", "–", "–", *["0.500"] * len(SPARSITIES)]]
     for name, figures_of in found.items():
         figures = [figures_of[problem]["published"] for problem in problems_of]
         mean, error = mean_f1(figures_of)
@@ -168,27 +168,24 @@ def table(results: Mapping[str, Any]) -> str:
             f"{np.mean([each['best_test_f1'] for each in figures]):.3f}",
             *(f"{np.mean([each['k_sparse'][str(k)] for each in figures]):.3f}" for k in SPARSITIES),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     counts, settings = results["problems"], results["settings"]
     texts = sum(count["texts"] for of_problem in counts.values() for count in of_problem.values())
-    lines += [
-        "",
-        f"{len(counts)} problems, {sum(map(len, counts.values()))} classes, {texts:,} texts of at most {CONTEXT} "
+    return markdown_table(head, rows) + (
+        f"\n{len(counts)} problems, {sum(map(len, counts.values()))} classes, {texts:,} texts of at most {CONTEXT} "
         f"tokens, layer {settings['layer']}, {settings['pooling']} pooling, {FOLDS} folds by document. ±: one standard "
         f"error over folds, of differences to {reference} paired by fold. k: accuracy of k-sparse probes on balanced "
-        "texts.",
-    ]
-    return "\n".join(lines) + "\n"
+        "texts.\n"
+    )
 
 
 def table_by_problem(results: Mapping[str, Any]) -> str:
     """Return the F1 of the best single feature as a Markdown table, a row for each problem."""
-    lines = ["| | (always yes) | " + " | ".join(SHOWN) + " |", "|" + "---|" * (len(SHOWN) + 2)]
+    rows = []
     for problem, of_classes in results["always_yes_f1"].items():
         found = [results["representations"][name][problem]["published"]["f1"] for name in SHOWN]
-        cells = [f"{each:.3f}" for each in (np.mean([*of_classes.values()]), *found)]
-        lines.append(f"| {problem} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([problem, *(f"{each:.3f}" for each in (np.mean([*of_classes.values()]), *found))])
+    return markdown_table(["", "(always yes)", *SHOWN], rows)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

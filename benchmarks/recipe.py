@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from pages import markdown_table
 
 from mxd.evaluation.paired import half_width
 from mxd.evaluation.plots import COLOURS
@@ -35,18 +36,17 @@ SERIES = {
 
 def table(title: str) -> str:
     """Return one table of the results in Markdown. A dagger marks matrix products in bfloat16."""
-    lines = ["| " + " | ".join(["", *COLUMNS]) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+    rows = []
     for name, row in json.loads(RESULTS.read_text())["tables"][title].items():
         for earlier, now in EARLIER_NAMES.items():
             name = name.replace(earlier, now)  # noqa: PLW2901
-        cells = [name + (" †" if row["bf16"] else ""), *(column(row) for column in COLUMNS.values())]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name + (" †" if row["bf16"] else ""), *(column(row) for column in COLUMNS.values())])
+    return markdown_table(["", *COLUMNS], rows)
 
 
 def massive_tokens(results: dict[str, Any]) -> str:
     """Return the table of results/massive-tokens.json in Markdown."""
-    lines = ["| layer | massive outputs | CE rise | KL | NMSE | expert share |", "|---|---|---|---|---|---|"]
+    rows = []
     for name, measured in results.items():
         (metrics,) = measured["layers"].values()
         massive, rise = measured["massive_outputs"], measured["cross_entropy"]
@@ -58,8 +58,8 @@ def massive_tokens(results: dict[str, Any]) -> str:
             f"{metrics['nmse']:.3f}",
             f"{100 * metrics['expert_share']:.0f} %",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return markdown_table(["layer", "massive outputs", "CE rise", "KL", "NMSE", "expert share"], rows)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from held_out import HeldOut
-from pages import machine
+from pages import machine, markdown_table
 from python_library import python_library_documents
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -223,9 +223,8 @@ def table(results: dict[str, Any]) -> str:
         f"their times on {TIMED_TOKENS:,} tokens, float32; many: the layer's on {MANY_TOKENS:,}; step: on one token, "
         "weights not in the cache.",
         "",
-        "|  | recall | of coefficients | gate | layer | many | step |",
-        "|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for name in results["rows_scored"]:
         recall = timed["recall"][name]
         cells = [name, f"{100 * recall['experts']:.1f} %", f"{100 * recall['coefficients']:.1f} %"]
@@ -237,7 +236,8 @@ def table(results: dict[str, Any]) -> str:
         ):
             seconds = timed["layers"][kind]
             cells.append(f"{seconds[EXACT][part] / seconds[name][part]:.1f} ×")
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines.append(markdown_table(["", "recall", "of coefficients", "gate", "layer", "many", "step"], rows))
     for kind, count in (("seconds", TIMED_TOKENS), ("seconds_of_many_tokens", MANY_TOKENS)):
         layer, rest, bare = timed["layers"][kind][EXACT]["layer"], timed["rest"][kind], timed["bare"][kind]
         lines += [
@@ -258,13 +258,8 @@ def table(results: dict[str, Any]) -> str:
         if kind not in results:
             continue
         exact = results[kind][EXACT]
-        lines += [
-            "",
-            f"**{title}**, {exact['held_out_tokens']:,} tokens",
-            "",
-            "|  | NMSE | KL | CE rise | over exact |",
-            "|---|---|---|---|---|",
-        ]
+        lines += ["", f"**{title}**, {exact['held_out_tokens']:,} tokens", ""]
+        rows = []
         for name, row in results[kind].items():
             over = row["rise_over"]
             cells = [
@@ -274,7 +269,8 @@ def table(results: dict[str, Any]) -> str:
                 f"{row['rise']:+.4f} ± {half_width(row['rise_interval']):.4f}",
                 f"{over:+.4f} ± {half_width(row['rise_over_interval']):.4f}",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            rows.append(cells)
+        lines.append(markdown_table(["", "NMSE", "KL", "CE rise", "over exact"], rows))
     return "\n".join(lines) + "\n"
 
 

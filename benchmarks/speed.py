@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from contestants import BESIDE, CONTESTANTS, OF_ONE_MODE
-from pages import machine
+from pages import machine, markdown_table
 from tqdm.auto import tqdm
 
 from mxd.base.base_model import bfloat16_is_emulated
@@ -217,12 +217,12 @@ def table(results: dict[str, Any]) -> str:
         sizes += f"; commit {measured.get('commit', 'before they were noted')}"
         lines += [f"**{what}, {case.rpartition(',')[0]} shapes** ({sizes})", ""]
         head = ["", "ms", "tokens/s", "against dense", "share of limit", "peak MB"]
-        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        made = []
         for name, row in rows.items():
             beside = row.get("beside") or rows
             dense = beside.get("dense PyTorch", {}).get("seconds")
             if "failed" in row:
-                lines.append(f"| {name} | failed: {row['failed'][:60]} |" + " |" * (len(head) - 2))
+                made.append([name, f"failed: {row['failed'][:60]}", *[""] * (len(head) - 2)])
                 continue
             bare = beside.get("bare products, bf16" if "bf16" in name else "bare products", {})
             limit, exact = bare.get("seconds"), name.startswith(("exact", "dense"))
@@ -234,22 +234,18 @@ def table(results: dict[str, Any]) -> str:
                 f"{100 * limit / row['seconds']:.0f} %" if limit and exact else "",
                 f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+            made.append(cells)
+        lines.append(markdown_table(head, made))
     for mode, title in (("forward", "Forward"), ("train", "Training step")):
         curves = swept(results, mode)
         experts = sorted({n for curve in curves.values() for n in curve})
         if not experts:
             continue
         lines += [f"**{title} in ms by number of experts, GPT-2 shapes**", ""]
-        lines += ["| N | " + " | ".join(curves) + " |", "|" + "---|" * (len(curves) + 1)]
-        for n in experts:
-            cells = [f"{curve[n]:,.1f}" if n in curve else "" for curve in curves.values()]
-            lines.append(f"| {n:,} | " + " | ".join(cells) + " |")
+        made = [[f"{n:,}", *(f"{curve[n]:,.1f}" if n in curve else "" for curve in curves.values())] for n in experts]
         slopes = [exponent(curve) for curve in curves.values()]
-        cells = ["" if slope is None else f"{slope:.2f}" for slope in slopes]
-        lines.append(f"| exponent from {FITTED_FROM:,} | " + " | ".join(cells) + " |")
-        lines.append("")
+        made.append([f"exponent from {FITTED_FROM:,}", *("" if each is None else f"{each:.2f}" for each in slopes)])
+        lines.append(markdown_table(["N", *curves], made))
     return "\n".join(lines).rstrip() + "\n"
 
 

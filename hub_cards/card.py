@@ -17,7 +17,7 @@ from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from mxd.base.progress import layer_names, layer_ranges
+from mxd.base.layer_names import layer_names, layer_ranges
 from mxd.evaluation import weak_experts
 from mxd.modeling_mxd import MxDConfig, MxDLayerConfig
 from mxd.modeling_mxd.configuration_mxd import DEMO_MODEL

@@ -19,9 +19,9 @@ from transformers.trainer_utils import TrainOutput
 
 from mxd.base.activation_cache import ActivationCache
 from mxd.base.capture import Activations, capture_mlps
+from mxd.base.layer_names import layer_names
 from mxd.base.masks import activation_mask, token_mask
 from mxd.base.pretrained_weights import check_widths, record_base
-from mxd.base.progress import layer_names
 from mxd.evaluation import normalised_error
 from mxd.modeling_mxd import MLPSite, MxDConfig, MxDModel, find_mlps, site_of
 

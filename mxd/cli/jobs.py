@@ -63,9 +63,9 @@ class Command(NamedTuple):
         (tables.print_domain_use if by else self.show)(results)
         typer.echo(f"\nSaved in {folder}: {'domain_use.json, figures/' if by else self.saved}")
         if isinstance(options, classes.DecompositionOptions):
-            typer.echo(f"Next:  mxd evaluate {shlex.quote(folder)} --dataset TEXT   # on another text")
-            load = f"from mxd import MxDModel; mxd = MxDModel.from_pretrained({folder!r})"
-            typer.echo(f"       {load}   # to read and steer experts: see the README")
+            quoted = shlex.quote(folder)
+            typer.echo(f"Next:  mxd evaluate {quoted} --dataset TEXT   # on another text")
+            typer.echo(f"       mxd experts {quoted}   # what the experts are active on and do")
 
 
 def push(options: classes.PushOptions) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
+from mxd.base.layer_names import layer_names
 from mxd.modeling_mxd import MxDConfig
 
 from .expert_use import SPECIALISED_FREQUENCY
@@ -46,18 +47,22 @@ def _figure(
 
 def model_title(model: str | None, layers: Sequence[int]) -> str:
     """Return the part of a figure's title that names a base model and its layers."""
-    name = Path(model or "model").name
-    if len(layers) > 4:
-        return f"{name}, {len(layers)} layers"
-    return f"{name}, layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+    return f"{Path(model or 'model').name}, {layer_names(layers)}"
 
 
 def decomposition_title(config: MxDConfig) -> str:
-    """Return the title of a decomposition's figures: base model, layers, and method and sizes of the first layer."""
-    first = config.layer(config.layers[0])
-    units = "experts" if first.method == "mxd" else "latents"
-    sizes = f"{first.num_experts:,} {units}, K = {first.num_experts_per_tok}"
-    return f"{model_title(config.base_model_name_or_path, config.layers)}: {_METHODS[first.method][0]}, {sizes}"
+    """Return the title of a decomposition's figures: base model, layers, methods and sizes, from least to most."""
+    layers = [config.layer(layer) for layer in config.layers]
+    methods = " and ".join(dict.fromkeys(_METHODS[layer.method][0] for layer in layers))
+    units = "experts" if any(layer.method == "mxd" for layer in layers) else "latents"
+    experts = _span([layer.num_experts for layer in layers])
+    active = _span([layer.num_experts_per_tok for layer in layers])
+    return f"{model_title(config.base_model_name_or_path, config.layers)}: {methods}, {experts} {units}, K = {active}"
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _save(figure: Figure, path: PathLike, labels: int = 0, title: str = "") -> None:

@@ -13,9 +13,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mxd.base.base_model import base_skeleton, check_safetensors, load_base_model, resolve_name
+from mxd.base.layer_names import layer_names
 from mxd.base.pretrained_weights import mlp_active_units, mlp_encoder_type, mlp_hidden_act, mlp_widths, record_base
 from mxd.base.processes import in_first_process
-from mxd.base.progress import layer_names
 from mxd.data.packing import pack
 from mxd.data.provenance import is_held_out, sketch
 from mxd.data.texts import (

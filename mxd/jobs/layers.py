@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from mxd.base.base_model import BaseModelError, model_source
+from mxd.base.layer_names import layer_ranges
 from mxd.base.pretrained_weights import mlp_hidden_act, mlp_layout, mlp_widths
-from mxd.base.progress import layer_ranges
 from mxd.base.weight_layout import SHARED_EXPERT_NAMES
 from mxd.modeling_mxd import MLPSite, MxDConfig, SurgeryError, find_mlps, find_stacks
 from mxd.modeling_mxd.architectures import layer_chains

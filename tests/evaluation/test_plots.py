@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mxd.evaluation import (
     plot_training_loss,
 )
 from mxd.evaluation.plots import decomposition_title, model_title
+from mxd.modeling_mxd import MxDConfig
 
 pytestmark = pytest.mark.usefixtures("drawn_figures")
 PNG = b"\x89PNG\r\n"
@@ -178,8 +180,24 @@ def test_a_title_names_the_model_the_layers_and_the_sizes(figures, tmp_path):
     config.base_model_name_or_path = "somebody/Model-1B"
     title = decomposition_title(config)
     first = config.layer(1)
-    assert title == f"Model-1B, layers 1, 2: MxD, {first.num_experts} experts, K = {first.num_experts_per_tok}"
-    assert model_title("folder/of/model", range(30)) == "model, 30 layers"
+    assert title == f"Model-1B, layers 1-2: MxD, {first.num_experts} experts, K = {first.num_experts_per_tok}"
+    assert model_title("folder/of/model", range(30)) == "model, layers 0-29"
+    assert model_title("model", range(0, 30, 2)) == "model, layers 0, 2, 4, 6, …, 28"
     assert model_title(None, [8]) == "model, layer 8"
     plot_training_loss([{"loss": 1.0, "step": 1}], tmp_path / "a.png", title=title)
     assert figures[0].get_suptitle() == title
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_experts": 2000}, "Mixture, layers 0-1, 4: MxD, 24 to 2,000 experts, K = 4"),
+        ({"num_experts_per_tok": 2}, "Mixture, layers 0-1, 4: MxD, 24 experts, K = 2 to 4"),
+        ({"method": "transcoder"}, "Mixture, layers 0-1, 4: MxD and Transcoder, 24 experts, K = 4"),
+    ],
+)
+def test_a_title_is_of_layers_that_differ(changes, expected):
+    sizes = mxd_config(layers=[0]).layer(0)
+    layers = {0: sizes, 1: replace(sizes, **changes), 4: sizes}
+    config = MxDConfig.from_layer_configs(layers, base_model_name_or_path="somebody/Mixture")
+    assert decomposition_title(config) == expected
