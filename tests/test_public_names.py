@@ -37,6 +37,15 @@ def test_folders_of_a_project_hide_no_module_of_ours(tmp_path):
     assert done.stdout.startswith("<function decompose"), done.stderr
 
 
+def test_commands_that_train_nothing_do_not_load_the_trainers():
+    """They load transformers' Trainer, and with it PEFT and what that finds, which takes seconds."""
+    jobs = ", ".join(
+        f"mxd.jobs.{name}" for name in ("steer", "experts", "inspect_text", "explore", "evaluate", "layers")
+    )
+    done = warm_process.run("-c", f"import sys, {jobs}; sys.exit('mxd.trainers' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
 def imported_modules(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0:

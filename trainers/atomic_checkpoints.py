@@ -9,8 +9,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-UNFINISHED_NAME = "unfinished"
-"""Name of the folder in `output_dir` that holds the checkpoint that is being written."""
+from mxd.base.files import UNFINISHED_NAME
 
 
 class AtomicCheckpoints(Trainer):

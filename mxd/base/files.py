@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+UNFINISHED_NAME = "unfinished"
+"""Name of the folder in a training's output that holds the checkpoint that is being written."""
+
 
 def json_text(value: Any) -> str:
     """Return `value` as JSON, with null for NaN and infinity, which JSON does not have."""

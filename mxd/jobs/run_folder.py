@@ -14,10 +14,9 @@ from typing import Any
 import yaml
 
 from mxd.base.base_model import resolve_name
-from mxd.base.files import replace_text
+from mxd.base.files import UNFINISHED_NAME, replace_text
 from mxd.hub_cards.reading import read_json
 from mxd.modeling_mxd import MxDConfig
-from mxd.trainers.atomic_checkpoints import UNFINISHED_NAME
 
 from .options import INTERRUPTED, ResumableOptions, resumable, values
 

@@ -9,8 +9,8 @@ import torch
 from trainer_cases import arguments, decomposition, rows
 from transformers import TrainerCallback
 
+from mxd.base.files import UNFINISHED_NAME
 from mxd.trainers import DistillationTrainer, DivergenceError, last_complete_checkpoint
-from mxd.trainers.atomic_checkpoints import UNFINISHED_NAME
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": 1}
 
