@@ -33,6 +33,8 @@ class Command(NamedTuple):
     """Name of a function in `mxd.jobs` that returns results, or a function that shows them itself."""
     show: Callable[[Any], None] = partial(tables.print_evaluation, warn=False)
     saved: str = ""
+    says: str = "loading {decomposition} and its base model"
+    """What happens in the seconds before anything else is shown: torch is imported, and models are loaded."""
 
     def run(self, options: Any) -> None:
         """Do the command. Several processes train together; anything else is done, and all is shown, by the first."""
@@ -42,11 +44,11 @@ class Command(NamedTuple):
                 return
             leave()
             logger.warning("this command takes one process: the other %d have ended", processes - 1)
+        if rank == 0:
+            typer.echo(f"{self.says.format(**vars(options))} …", err=True)
         if not isinstance(self.job, str):
             self.job(options)
             return
-        if rank == 0 and hasattr(options, "decomposition"):
-            _say_loading(options.decomposition)
         _quiet(bars=rank == 0)
         module, _, name = self.job.partition(":")
         with _exit_on_sigterm() if isinstance(options, classes.RunOptions) else nullcontext():
@@ -70,7 +72,6 @@ class Command(NamedTuple):
 
 def push(options: classes.PushOptions) -> None:
     """Push, and show how to load what was pushed."""
-    typer.echo(f"checking {options.folder}, then uploading it …", err=True)
     from mxd.hub_cards import push_decomposition
     from mxd.hub_cards.reading import read_config
     from mxd.modeling_mxd.loading import is_causal
@@ -126,7 +127,6 @@ def plan(options: classes.PlanOptions) -> None:
 
 def explore(options: use_options.ExploreOptions) -> None:
     """Serve or export a page on experts."""
-    typer.echo(f"reading what {options.decomposition} has of its experts …", err=True)
     from mxd.jobs.explore import explore
 
     _quiet()
@@ -141,18 +141,12 @@ def explore(options: use_options.ExploreOptions) -> None:
 
 def steer(options: use_options.SteeringOptions) -> None:
     """Show the untouched and the steered text."""
-    _say_loading(options.decomposition)
     from mxd.jobs.steer import steer as continued
 
     _quiet()
     tables.print_steered(continued(options))
     if options.save is not None:
         typer.echo(f"Saved in {options.save}; in Python: model.steer({options.save!r})")
-
-
-def _say_loading(decomposition: str) -> None:
-    """Say what happens in the seconds before the first progress bar: torch is imported, and models are loaded."""
-    typer.echo(f"loading {decomposition} and its base model …", err=True)
 
 
 @contextmanager
@@ -182,8 +176,10 @@ def _quiet(bars: bool = True) -> None:
         huggingface_hub.utils.disable_progress_bars()
 
 
+_MODEL = "loading {model}"
+_CONFIG = "reading the config of {model}"
 COMMANDS = {
-    "decompose": Command(classes.DecompositionOptions, "decompose:decompose", saved=_TRAINED),
+    "decompose": Command(classes.DecompositionOptions, "decompose:decompose", saved=_TRAINED, says=_MODEL),
     "evaluate": Command(classes.EvaluationOptions, "evaluate:evaluate", saved="evaluation.json"),
     "experts": Command(
         classes.ExpertsOptions, "experts:read_experts", tables.print_experts, "experts.safetensors, experts.html"
@@ -192,9 +188,12 @@ COMMANDS = {
     "inspect": Command(
         use_options.InspectOptions, "inspect_text:inspect_text", tables.print_inspection, "inspect.html"
     ),
-    "probe": Command(classes.ProbingOptions, "probe:probe", tables.print_probing, "probing.json, probing.png"),
+    "probe": Command(
+        classes.ProbingOptions, "probe:probe", tables.print_probing, "probing.json, probing.png",
+        "loading the decompositions and their base model",
+    ),
     "frontier": Command(
-        classes.FrontierOptions, "frontier:measure_frontier", tables.print_frontier, "frontier.json, points/"
+        classes.FrontierOptions, "frontier:measure_frontier", tables.print_frontier, "frontier.json, points/", _MODEL
     ),
     "finetune": Command(
         classes.FinetuningOptions,
@@ -202,10 +201,10 @@ COMMANDS = {
         lambda results: tables.print_evaluation(results, results["settings"]["finetuning"][-1]["before"], warn=False),
         _TRAINED,
     ),
-    "explore": Command(use_options.ExploreOptions, explore),
-    "push": Command(classes.PushOptions, push),
-    "search": Command(classes.SearchOptions, search),
-    "show": Command(classes.ShowOptions, show),
-    "layers": Command(classes.LayersOptions, layers),
-    "plan": Command(classes.PlanOptions, plan),
-}
+    "explore": Command(use_options.ExploreOptions, explore, says="reading what {decomposition} has of its experts"),
+    "push": Command(classes.PushOptions, push, says="checking {folder}, then uploading it"),
+    "search": Command(classes.SearchOptions, search, says="asking the Hub"),
+    "show": Command(classes.ShowOptions, show, says="reading {repo}"),
+    "layers": Command(classes.LayersOptions, layers, says=_CONFIG),
+    "plan": Command(classes.PlanOptions, plan, says=_CONFIG),
+}  # fmt: skip

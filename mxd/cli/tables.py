@@ -327,7 +327,7 @@ def print_found(found: list[Any]) -> None:
     rows = []
     for info in found:
         date = "–" if info.last_modified is None else f"{info.last_modified:%Y-%m-%d}"
-        counts = ("–" if value is None else value for value in (info.num_experts_per_tok, info.num_experts))
+        counts = ("–" if value is None else f"{value:,}" for value in (info.num_experts_per_tok, info.num_experts))
         layers, rise = ", ".join(map(str, info.layers[:20])) or "–", _shown(info.cross_entropy_rise, "+.4f")
         rows.append((info.repo_id, info.base_model or "–", layers, *counts, rise, info.likes, date))
     columns = ("repo", "base model", "layers", "K", "experts", "CE rise", "likes", "date")
@@ -343,7 +343,7 @@ def print_details(details: Any) -> None:
     for layer in config.layers[:MAX_LAYERS]:
         size = config.layer(layer)
         encoder = f"{size.intermediate_size} {size.hidden_act} {size.encoder_type}" if size.method == "mxd" else "–"
-        counts = (size.num_experts_per_tok, size.num_experts)
+        counts = (f"{size.num_experts_per_tok:,}", f"{size.num_experts:,}")
         rows.append((layer, size.method, *counts, encoder, f"{size.num_parameters:,}"))
     columns = ("layer", "method", "K", "experts", "encoder", "parameters")
     base = f"{config.base_model_name_or_path} at {config.base_model_revision or 'its newest commit'}"

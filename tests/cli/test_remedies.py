@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from dataclasses import MISSING, fields
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from commands import run
 from factories import random_mxd_model
 
 from mxd import demo
+from mxd.cli.jobs import COMMANDS
 from mxd.cli.main import app
 
 ROOMS = ["modeling_mxd", "hub_cards", "trainers", "base", "data", "evaluation", "jobs", "cli"]
@@ -110,3 +112,12 @@ def test_a_decomposition_of_the_base_that_ships_loads_by_its_folder_alone(tmp_pa
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.decomposition.config.layers == [2]
     assert model.unsplice().config.num_hidden_layers == 5
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_says_at_once_what_it_waits_for(name, capsys):
+    command = COMMANDS[name]
+    required = [one.name for one in fields(command.options) if one.default is one.default_factory is MISSING]
+    command._replace(job=lambda options: None).run(command.options(**dict.fromkeys(required, "user/name")))
+    said = capsys.readouterr().err
+    assert said.endswith(" …\n") and said.count("\n") == 1 and "{" not in said
