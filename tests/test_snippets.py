@@ -23,14 +23,19 @@ from mxd import (
 
 ROOT = Path(__file__).parent.parent
 SMOL, GPT2 = "HuggingFaceTB/SmolLM2-135M", "openai-community/gpt2"
+BASE = f"base_model_name_or_path={str(demo.model_path())!r}"
 SHORT = "tokens=2048, match_transcoder=8, evaluation_tokens=1024"
 # page: replacements in its snippets, for speed or since no Hub is at hand
 PAGES: dict[str, dict[str, str]] = {
     "README": {
-        '"user/mxd-gpt2-l8"': f'"demo-output", base_model_name_or_path={str(demo.model_path())!r}',
+        '"user/mxd-gpt2-l8"': f'"demo-output", {BASE}',
         '"strength": 4': '"strength": 300',  # it is hardly trained
     },
     "docs/start/quickstart": {},
+    "docs/how-to/share": {
+        'LM.from_pretrained("user/mxd-smollm2-l15"': f'LM.from_pretrained("demo-output", {BASE}',
+        "user/mxd-smollm2-l15": "demo-output",
+    },
     "docs/how-to/steer": {"2191": "21"},
     "docs/how-to/experts": {"812": "12"},
     "docs/how-to/evaluate": {},
