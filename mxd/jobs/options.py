@@ -304,7 +304,7 @@ class EvaluationOptions(MeasuringOptions):
 
 @dataclass(kw_only=True)
 class ExpertsOptions(MeasuringOptions):
-    """Collect on a text what all experts are active on and do; show some on screen and as a page, experts.html.
+    """Find what every expert is active on and does in a text; show some on screen and as a page, experts.html.
 
     A file experts.safetensors in the folder is read instead, if it is of the same text, or no text is named.
     """
@@ -324,7 +324,7 @@ class ExpertsOptions(MeasuringOptions):
 
 @dataclass(kw_only=True)
 class ProbingOptions(DatasetOptions):
-    """Sparse probing: how well single experts, or a few, tell classes of texts apart, and the MLP's own neurons."""
+    """Measure how well single experts, or a few, tell classes of texts apart, beside the MLP's own neurons."""
 
     yaml_only = ("context_length", "dataset_config", "split", "dtype", "chat")
 

@@ -17,7 +17,7 @@ class SteeringOptions:
     decomposition: str = option(..., "Folder or Hub id (user/repo[@revision]) of a decomposition.", argument="FOLDER")
     prompt: str = option(..., "Text to continue.", argument="PROMPT")
     expert: int | None = option(None, "Expert to steer by.", MEASURE, minimum=0)
-    strength: float = option(1.0, "Strength, in units of the expert's own maximum; of scale a factor.", MEASURE)
+    strength: float = option(1.0, "Strength, in units of the expert's own maximum; with --by scale, a factor.", MEASURE)
     by: Literal["direction", "add", "set", "scale", "ablate"] = option(
         "direction", "Along the expert's direction, or by its coefficient.", MEASURE
     )
