@@ -189,7 +189,7 @@ def test_a_transcoder_s_layers_are_joined_too(tmp_path):
 @pytest.mark.parametrize(
     ("per_layer", "message"),
     [
-        ({9: {"num_experts": 8}}, "per_layer sets layer 9, which is not decomposed: layers 4,0-1 are"),
+        ({9: {"num_experts": 8}}, "per_layer sets layer 9, which is not decomposed: layers 4, 0-1 are"),
         ({"first": {"num_experts": 8}}, "per_layer: 'first'"),
         ({0: 8}, "per_layer: 0: 8: write a layer and its options"),
         ({0: {"experts": 8}}, "layer 0 sets 'experts'; it may set num_experts, num_experts_per_tok"),
@@ -238,7 +238,7 @@ def test_a_run_repeats_from_its_yaml_with_settings_of_layers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("site", "chosen", "left"), [("mlp", [0, 1, 2, 3], ""), ("mlp.experts", [1, 2], "layers 0,3 left out: Qwen2MoeDec")]
+    ("site", "chosen", "left"), [("mlp", [0, 1, 2, 3], ""), ("mlp.experts", [1, 2], "layers 0, 3 left out: Qwen2MoeDec")]
 )
 def test_all_layers_are_those_that_have_the_mlp(caplog, site, chosen, left):
     sizes = dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size"), 8)
