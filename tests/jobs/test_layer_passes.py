@@ -238,7 +238,7 @@ def test_a_run_repeats_from_its_yaml_with_settings_of_layers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("site", "chosen", "left"), [("mlp", [0, 1, 2, 3], ""), ("mlp.experts", [1, 2], "layers 0, 3 left out: Qwen2MoeDec")]
+    ("site", "chosen", "left"), [("mlp", [0, 1, 2, 3], ""), ("mlp.experts", [1, 2], "layers 0, 3 left out: Qwen2Moe")]
 )
 def test_all_layers_are_those_that_have_the_mlp(caplog, site, chosen, left):
     sizes = dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size"), 8)
