@@ -17,9 +17,9 @@ from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from mxd.base.layer_names import layer_names, layer_ranges
+from mxd.base.layer_names import layer_label, layer_names, layer_ranges
 from mxd.evaluation import weak_experts
-from mxd.modeling_mxd import MxDConfig, MxDLayerConfig
+from mxd.modeling_mxd import MxDConfig
 from mxd.modeling_mxd.configuration_mxd import DEMO_MODEL
 from mxd.modeling_mxd.loading import is_causal
 
@@ -96,7 +96,7 @@ def build_card(
     layers = [config.layer(layer) for layer in config.layers]
     methods = {_METHODS[layer.method] for layer in layers}
     kind = methods.pop() if len(methods) == 1 else "decomposition"
-    where = layer_names(config.layers)
+    where = layer_names(sorted(config.written_layers()))
     share = partial(get_nested, evaluation, "layers")
     shares = {
         f"layer {layer}": {"expert_share": finite_number(share(str(layer), "expert_share"))} for layer in config.layers
@@ -116,7 +116,9 @@ def build_card(
             "experts": f"{max(layer.num_experts for layer in layers):,}",
             "active": max(layer.num_experts_per_tok for layer in layers),
             "weak": weak_experts(shares),
-            "rows": [_layer_row(layer, config.layer(layer), evaluation) for layer in config.layers],
+            "rows": [row for layer in config.layers for row in _layer_rows(layer, config, evaluation)],
+            "several": len(config.written_layers()) > len(layers),
+            "layers": len(layers),
             "results": None if evaluation is None else _results(evaluation),
             "runs": _runs(config, base_name, evaluation, folder),
             "figures": _figures(folder / "figures"),
@@ -147,7 +149,7 @@ def _metadata(config: MxDConfig, evaluation: Mapping[str, Any], base_id: str | N
         base_model_relation="adapter" if base_id else None,
         library_name="mxd",
         pipeline_tag="text-generation" if is_causal(config.base_model_type) else None,
-        tags=["mxd", *methods, "interpretability", *(f"mxd-layer-{layer}" for layer in config.layers)],
+        tags=["mxd", *methods, "interpretability", *(f"mxd-layer-{layer}" for layer in config.written_layers())],
         datasets=list(dict.fromkeys(datasets))[:_MAX_ITEMS] or None,
         mxd={"layers": config.layers, **sizes, **({} if rise is None else {"cross_entropy_rise": rise})},
     )
@@ -174,14 +176,21 @@ def _text_names(text: Any) -> str:
     return "the text sample that ships with mxd" if names == [] else ", ".join(strings_in(names))
 
 
-def _layer_row(layer: int, config: MxDLayerConfig, evaluation: Any) -> list[Any]:
-    """Return the cells of a layer in the table of results: its sizes, then its metrics."""
+def _layer_rows(layer: int, whole: MxDConfig, evaluation: Any) -> list[list[Any]]:
+    """Return the cells of a layer in the table of results, its sizes, then its metrics; then of each of its outputs, if
+    there are several, the errors."""
+    config, written = whole.layer(layer), whole.written_layers(layer)
     get = partial(get_nested, evaluation, "layers", str(layer))
     sizes = [f"{config.num_experts:,}", config.num_experts_per_tok, f"{config.num_parameters:,}"]
     shares = (format_percent(get(name)) for name in ("expert_share", "specialised_share"))
     errors = [format_number(get("nmse")), *shares, format_number(get("fvu"))]
     use = [format_number(get("l0"), ".1f"), format_percent(get("dead_experts"))]
-    return [layer, _METHODS[config.method], *sizes, *errors, *use]
+    rows = [[layer_label(layer, written), _METHODS[config.method], *sizes, *errors, *use]]
+    outputs = get("outputs")
+    for place, output in zip(written, outputs if isinstance(outputs, list) else (), strict=False):
+        nmse, fvu = (format_number(get_nested(output, name)) for name in ("nmse", "fvu"))
+        rows.append([f"{layer} → {place}", *[""] * 4, nmse, "", "", fvu, "", ""])
+    return rows
 
 
 def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,6 +225,8 @@ def _runs(config: MxDConfig, base_name: str, evaluation: Any, folder: Path) -> l
             f"--layers {layer_ranges(config.layers)}",
             f"--method {method}",
         ]
+        if (outputs := config.layer(config.layers[0]).num_output_layers) > 1:
+            start.append(f"--num-output-layers {outputs}")
         runs.append(_run("Training", start, training))
     elif (arguments := folder / "training_arguments.json").is_file():  # by a Trainer from Python
         lines = _lines(without_folders(read_json(arguments)), (*_FACTS, *_FLAGS))

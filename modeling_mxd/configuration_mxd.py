@@ -7,6 +7,7 @@ import math
 import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ FORMAT_VERSION = 1
 METHODS = ("mxd", "transcoder", "skip_transcoder")
 ENCODER_TYPES = ("mlp", "glu")
 _LEARNED_ACTIVATIONS = ("prelu", "xielu")
+_SIZES = ("num_output_layers", "hidden_size", "output_size", "intermediate_size", "num_experts", "num_experts_per_tok")
 # Token and expert indices are sorted as one flat int64 range.
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1024
@@ -101,6 +103,8 @@ class MxDLayerConfig:
         num_expert_groups: groups G of neighbouring experts that a router chooses from (about √N), see
             `functional`. None for the exact gate, which scores every expert.
         num_groups_per_tok: groups M that each token opens, from fast (few) to exact (all).
+        num_output_layers: neighbouring MLPs J that the layer writes to, from its own on. `output_size` is the width of
+            their outputs joined.
     """
 
     hidden_size: int
@@ -116,10 +120,14 @@ class MxDLayerConfig:
     output_bias: bool = True
     num_expert_groups: int | None = None
     num_groups_per_tok: int | None = None
+    num_output_layers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "output_size", "intermediate_size", "num_experts", "num_experts_per_tok"):
+        for name in _SIZES:
             _check_size(name, getattr(self, name))
+        if self.num_output_layers > MAX_LAYERS or self.output_size % self.num_output_layers:
+            wrong = f"num_output_layers ({self.num_output_layers}) must divide output_size ({self.output_size})"
+            raise ValueError(f"{wrong}, and be at most {MAX_LAYERS}")
         experts, k = self.num_experts, self.num_experts_per_tok
         if k > experts:
             raise ValueError(f"num_experts_per_tok ({k}) must not exceed num_experts ({experts})")
@@ -205,8 +213,8 @@ class MxDConfig(PretrainedConfig):
         site: `"mlp"` for a layer's main MLP, from its input (after the layer norm) to its output (before the residual
             is added), or the dotted paths of the modules that make up another MLP; see `find_mlps`.
         stack: the list of transformer layers that `layers` counts; see `choose_stack`.
-        hidden_size and the other fields of `MxDLayerConfig`: `output_size` defaults to `hidden_size`,
-            `intermediate_size` to four times `hidden_size`.
+        hidden_size and the other fields of `MxDLayerConfig`: `output_size` defaults to `hidden_size` for each of the
+            `num_output_layers`, `intermediate_size` to four times `hidden_size`. No two layers write to the same MLP.
         layer_overrides: `{"8": {"num_experts": 1024}}`, layer index as text to the fields that differ there.
         format_version: version of the stored format.
 
@@ -224,17 +232,18 @@ class MxDConfig(PretrainedConfig):
         intermediate_size: int | None = None, num_experts: int = 4096, num_experts_per_tok: int = 32,
         hidden_act: str = "gelu", encoder_type: str = "mlp", method: str = "mxd", gate_bias: bool = True,
         encoder_bias: bool = True, output_bias: bool = True, num_expert_groups: int | None = None,
-        num_groups_per_tok: int | None = None, layer_overrides: Mapping[str, Mapping[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION, **kwargs: Any,
+        num_groups_per_tok: int | None = None, num_output_layers: int = 1,
+        layer_overrides: Mapping[str, Mapping[str, Any]] | None = None, format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
     ):  # fmt: skip
         _check_format(format_version, kwargs)
         given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         for name, value in given.items():
             setattr(self, name, value)
         self.layers = _as_list(layers)
-        self.output_size = hidden_size if output_size is None else output_size
-        if intermediate_size is None:  # a hidden_size that is no number is refused below, by name
-            self.intermediate_size = 4 * hidden_size if isinstance(hidden_size, int) else hidden_size
+        if isinstance(hidden_size, int) and isinstance(num_output_layers, int):  # others are refused below, by name
+            self.output_size = hidden_size * num_output_layers if output_size is None else output_size
+            self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
         overrides = {} if layer_overrides is None else layer_overrides
         if not isinstance(overrides, Mapping) or not all(isinstance(value, Mapping) for value in overrides.values()):
             raise ValueError(f"layer_overrides must map layers to fields, got {shorten(overrides)}")
@@ -262,13 +271,14 @@ class MxDConfig(PretrainedConfig):
         for key, override in self.layer_overrides.items():
             if key not in map(str, self.layers):
                 raise ValueError(f"layer_overrides names layer {shorten(key)}, which is not in {shorten(self.layers)}")
-            odd = sorted(set(override) - set(_LAYER_FIELDS))
-            if odd:
+            if odd := sorted(set(override) - set(_LAYER_FIELDS)):
                 raise ValueError(f"layer_overrides[{key!r}] has the unknown field {shorten(odd[0])}")
             try:
                 self.layer(int(key))
             except ValueError as error:
                 raise ValueError(f"layer {key}: {error}") from None
+        if twice := [layer for layer, count in Counter(self.written_layers()).items() if count > 1]:
+            raise ValueError(f"several layers write to layer {twice[0]}: name layers that are num_output_layers apart")
 
     def _check_names(self) -> None:
         if not isinstance(self.site, str) or not _SITE.fullmatch(self.site):
@@ -311,8 +321,7 @@ class MxDConfig(PretrainedConfig):
         config.check()
         if not config.layers:
             raise ValueError("config.layers is empty: a decomposition needs at least one layer")
-        unknown = [layer for layer in config.layers if layer not in there]
-        if unknown:
+        if unknown := [layer for layer in config.layers if layer not in there]:
             raise ValueError(f"layer {unknown[0]} is not in the decomposition {name}, which has layers {there}")
         config.check_memory(torch.float8_e4m3fn)  # the narrowest dtype of weights
         return config
@@ -323,6 +332,11 @@ class MxDConfig(PretrainedConfig):
             raise KeyError(f"layer {layer} is not in this decomposition, which has layers {self.layers}")
         values = {name: getattr(self, name) for name in _LAYER_FIELDS}
         return MxDLayerConfig(**{**values, **self.layer_overrides.get(str(layer), {})})
+
+    def written_layers(self, layer: int | None = None) -> list[int]:
+        """Return the layers whose MLPs one layer of the decomposition, or all, write to."""
+        layers = self.layers if layer is None else [layer]
+        return [written + i for written in layers for i in range(self.layer(written).num_output_layers)]
 
     @classmethod
     def from_layer_configs(cls, layer_configs: Mapping[int, MxDLayerConfig], **kwargs: Any) -> "MxDConfig":
@@ -352,8 +366,7 @@ class MxDConfig(PretrainedConfig):
     @property
     def weight_shapes(self) -> dict[str, list[int]]:
         """Name → shape of every weight that is saved."""
-        shapes = {layer: self.layer(layer).weight_shapes for layer in self.layers}
-        return {f"layers.{layer}.{name}": shape for layer in self.layers for name, shape in shapes[layer].items()}
+        return {f"layers.{i}.{name}": shape for i in self.layers for name, shape in self.layer(i).weight_shapes.items()}
 
     def check_memory(self, dtype: torch.dtype) -> None:
         """Raise a ValueError if this machine cannot hold the decomposition, before anything is allocated."""
@@ -374,8 +387,7 @@ def _check_format(version: Any, others: Mapping[str, Any]) -> None:
         newer = f"saved by a newer mxd (format {version}, this one reads {FORMAT_VERSION})"
         raise ValueError(f"this decomposition was {newer}: update with pip, as its README says")
     # Names with an underscore are transformers' own state, in the dictionaries of to_dict().
-    unknown = sorted(name for name in others if name not in _STOCK_FIELDS and not name.startswith("_"))
-    if unknown:
+    if unknown := sorted(name for name in others if name not in _STOCK_FIELDS and not name.startswith("_")):
         raise ValueError(f"{shorten(unknown[0])} is not a field of a decomposition's config")
 
 
@@ -385,5 +397,4 @@ def machine_memory() -> int:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
     if torch.cuda.is_available():
         total += sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    # Where the system does not say, only what no machine holds is refused.
-    return total or 2**46
+    return total or 2**46  # where the system does not say, only what no machine holds is refused

@@ -6,6 +6,9 @@ With x the MLP's input (..., I), N experts (latents) of which at most K are acti
     MxDLayer         y = (Cᵀa) * (Dᵀz) + b,   z = act(Ex + e)  or  z = act(Ex + e) * (Ux + u)
     TranscoderLayer  y = Cᵀa + b              and + Sᵀx with a skip
 
+A layer that writes to J neighbouring MLPs has their outputs one after another, O = J × their width: its own rows of D
+and b, and columns of C, for each, with one gate and one z.
+
 Parameters of an MxD: N(I + O + 1) for gate and modulations, H(I + 1) for the encoder (twice that for a GLU),
 H·O for the shared decoder, O for the bias. Each expert is the full-rank map W_n = D diag(c_n).
 
@@ -70,6 +73,11 @@ class SparseLayer(nn.Module):
             nn.init.zeros_(self.output_bias)
         nn.init.zeros_(self.expert_frequency)
         nn.init.zeros_(self.expert_mean)
+
+    @property
+    def num_output_layers(self) -> int:
+        """Number of MLPs that the layer writes to."""
+        return self.config.num_output_layers
 
     @property
     def expert_table(self) -> nn.Parameter:

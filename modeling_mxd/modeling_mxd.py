@@ -58,7 +58,7 @@ class MxDOutput(ModelOutput):
     """Output of `MxDModel.forward`."""
 
     output: Tensor | None = None
-    """(..., O), the layer's approximation of the MLP's output"""
+    """(..., O), the layer's approximation of the MLP's output, of several MLPs' outputs one after another"""
 
 
 class MxDModel(PreTrainedModel):

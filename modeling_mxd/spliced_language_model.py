@@ -86,7 +86,9 @@ class SplicedLanguageModel:
     def _fetch(self, replaced: ReplacedMLP) -> None:
         # Modules that are out of the model were left out when it was moved, cast or put into another mode.
         assert isinstance(self, PreTrainedModel)
-        device = next(replaced.replacement.parameters()).device
+        # The replacement of an MLP that an earlier layer writes to has no weights.
+        weights = [*replaced.replacement.parameters()] or [*self.get_submodule(replaced.site.path).parameters()]
+        device = weights[0].device
         dtype = None if self.dtype == self._splice.dtype else self.dtype
         for module in replaced.original:
             module.train(self.training)

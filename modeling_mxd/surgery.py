@@ -1,7 +1,8 @@
 """Replace the MLPs of any transformers model, and restore them.
 
 The new module goes into the first slot of the MLP and the identity into the others. It is called with the block's
-first input, and its output becomes the block's first output.
+first input, and its output becomes the block's first output. A layer that writes to several MLPs is called in place of
+the first; its `OutputSlice` in place of each other returns what it computed in the same pass.
 
 Surgery is verified before the first replacement: a few tokens run through the model as it is, and with its own MLPs
 called the way a replacement is. Unless both give equal outputs, to the last bit, the model is refused.
@@ -43,6 +44,47 @@ class MLPReplacement(nn.Module):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer(next(iter([*args, *kwargs.values()])))
+
+
+class _Computed:
+    """Hold the outputs that a layer has computed for several MLPs, until its next pass. A copy holds none."""
+
+    outputs: tuple[Tensor, ...] = ()
+    with_gradient = False
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class OutputSlice(nn.Module):
+    """One of the outputs of a layer that writes to several MLPs. The first runs the layer, the others read from it."""
+
+    def __init__(self, layer: nn.Module | None, index: int, count: int, computed: _Computed):
+        super().__init__()
+        self.layer = layer
+        self.index, self.count, self.computed = index, count, computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        computed = self.computed
+        if self.layer is not None:
+            # Kept until the next pass: a backward pass with gradient checkpointing reads them again.
+            computed.outputs, computed.with_gradient = self.layer(x).chunk(self.count, -1), torch.is_grad_enabled()
+        if not computed.outputs:
+            raise SurgeryError("the layer that computes this MLP's output has not run: call the whole model")
+        if torch.is_grad_enabled() and not computed.with_gradient:
+            lost = "a layer that writes to several MLPs would get no gradient"
+            raise SurgeryError(f"{lost}: set gradient_checkpointing_kwargs={{'use_reentrant': False}}")
+        return computed.outputs[self.index].reshape(*x.shape[:-1], -1).to(x)
+
+
+def _slices(module: nn.Module) -> list[nn.Module]:
+    """Return the modules in place of the MLPs that a module writes to."""
+    count, computed = _num_outputs(module), _Computed()
+    return [OutputSlice(None if i else module, i, count, computed) for i in range(count)] if count > 1 else [module]
+
+
+def _num_outputs(module: Any) -> int:
+    return int(getattr(module, "num_output_layers", 1))
 
 
 class _Original(MLPReplacement):
@@ -123,7 +165,20 @@ class _SavingRefused:
 
 def replace_mlp(model: nn.Module, layer: int, module: nn.Module, **options: Any) -> ReplacedMLP:
     """Replace the MLP of one layer; returns the replacement, and takes the options of `replace_mlps`."""
+    if _num_outputs(module) > 1:
+        raise SurgeryError(f"the module for layer {layer} writes to several MLPs: use replace_mlps")
     return replace_mlps(model, {layer: module}, **options)[0]
+
+
+def written_sites(found: Mapping[int, MLPSite], layer: int, count: int) -> list[MLPSite]:
+    """Return the `count` MLPs that a layer writes to, or raise a SurgeryError that names the one it cannot."""
+    sites = [site_of(found, written) for written in range(layer, layer + count)]
+    for site in sites if count > 1 else ():
+        chunked: Any = getattr(getattr(site.model, "config", None), "chunk_size_feed_forward", 0)
+        if site.repeated or chunked:
+            several = f"the MLP of layer {site.layer} runs several times in a pass"
+            raise SurgeryError(f"{several}: a layer that writes to {count} MLPs cannot replace it")
+    return sites
 
 
 def replace_mlps(
@@ -140,37 +195,48 @@ def replace_mlps(
 
     Args:
         model: a transformers model, itself rather than inside a wrapper.
-        modules: new module by index of the transformer layer; maps (..., I) to (..., O).
+        modules: new module by index of the transformer layer; maps (..., I) to (..., O). One with `num_output_layers`
+            J > 1 replaces also the J − 1 MLPs after it, and returns all outputs joined.
         cast: move each module, in place, to the replaced MLP's device and dtype. If False, only to its device.
         stack, site: which list of layers, and which MLP of a layer; see `find_mlps`.
         verify: run 8 tokens through the model first, to check that surgery is exact and the widths fit.
         example_inputs: inputs to verify with, for a model that cannot run on 8 tokens.
 
     Returns:
-        The replacements in the order of `modules`, each of which can `restore()`.
+        The replacements of all MLPs in the order of `modules`, each of which can `restore()`.
 
     Raises:
-        SurgeryError: there is nothing to replace, no such stack, layer or MLP, the MLP is already replaced or has
-            other widths, or surgery is not exact.
+        SurgeryError: there is nothing to replace, no such stack, layer or MLP, the MLP is already replaced (also by
+            another of `modules`) or has other widths, or surgery is not exact.
     """
     if not modules:
         raise SurgeryError("nothing to splice: name at least one layer")
     found = find_mlps(model, stack, site)
-    sites = {layer: site_of(found, layer) for layer in modules}
-    for place in sites.values():
-        if any(isinstance(part, SparseLayer | MLPReplacement) for part in place.modules):
+    written = {layer: written_sites(found, layer, _num_outputs(module)) for layer, module in modules.items()}
+    sites = [place for places in written.values() for place in places]
+    for number, place in enumerate(sites):
+        taken = any(isinstance(part, SparseLayer | MLPReplacement | OutputSlice) for part in place.modules)
+        if taken or place in sites[:number]:
             raise SurgeryError(f"the MLP of layer {place.layer} is already replaced: restore it or unsplice() first")
-    widths = verify_sites(model, list(sites.values()), example_inputs) if verify else {}
+    widths = verify_sites(model, sites, example_inputs) if verify else {}
     for layer, module in modules.items():
-        if isinstance(module, SparseLayer) and (have := widths.get(sites[layer].slots)):
-            want = (module.config.hidden_size, module.config.output_size)
+        _check_widths(module, written[layer], widths)
+    for layer, module in modules.items():
+        _move_to(written[layer][0], model, module, cast)
+    parts = [part for module in modules.values() for part in _slices(module)]
+    return [ReplacedMLP(place, part) for place, part in zip(sites, parts, strict=True)]
+
+
+def _check_widths(module: Any, sites: list[MLPSite], widths: Widths) -> None:
+    """Raise a SurgeryError if a decomposition's layer has other widths than the MLPs that it replaces."""
+    for place in sites if isinstance(module, SparseLayer) else ():
+        if have := widths.get(place.slots):
+            inputs = module.config.hidden_size if place is sites[0] else have[0]
+            want = (inputs, module.config.output_size // len(sites))
             if have != want:
                 theirs, ours = (f"{inputs} to {outputs}" for inputs, outputs in (have, want))
-                wrong = f"the MLP of layer {layer} maps {theirs} dimensions, the decomposition's layer {ours}"
+                wrong = f"the MLP of layer {place.layer} maps {theirs} dimensions, the decomposition's layer {ours}"
                 raise SurgeryError(wrong)
-    for layer, module in modules.items():
-        _move_to(sites[layer], model, module, cast)
-    return [ReplacedMLP(sites[layer], module) for layer, module in modules.items()]
 
 
 @contextmanager

@@ -182,6 +182,8 @@ def export_transcoder(
         ValueError: the tool has no layer of this kind.
     """
     c, folder = layer.config, Path(path)
+    if c.num_output_layers > 1:
+        raise ValueError(f"{tool} has no transcoder that writes to {c.num_output_layers} MLPs")
     if not isinstance(layer, TranscoderLayer) or c.num_expert_groups is not None or isinstance(layer, JumpReLULayer):
         raise ValueError(
             "only a transcoder with TopK and the exact gate can be exported: an MxD needs its input to decode"

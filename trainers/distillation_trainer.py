@@ -9,6 +9,7 @@ time. The Trainer's model is the decomposition: it alone is wrapped, optimised a
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +19,19 @@ from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from mxd.base.activation_cache import ActivationCache
-from mxd.base.capture import Activations, capture_mlps
+from mxd.base.capture import Activations, capture_layers, joined_outputs
 from mxd.base.layer_names import layer_names
 from mxd.base.masks import activation_mask, token_mask
 from mxd.base.pretrained_weights import check_widths, record_base
 from mxd.evaluation import normalised_error
-from mxd.modeling_mxd import MLPSite, MxDConfig, MxDModel, find_mlps, site_of
+from mxd.modeling_mxd import MLPSite, MxDConfig, MxDLayer, MxDModel, find_mlps
+from mxd.modeling_mxd.surgery import written_sites
 
 from .auxiliary_transcoder import ATTRIBUTE as AUXILIARY
 from .auxiliary_transcoder import AuxiliaryTranscoders
 from .decomposition_trainer import DecompositionTrainer
 from .distillation_arguments import DistillationArguments
-from .initialization import check_encoder_init, init_decomposition
+from .initialization import check_encoder_init, fit_later_outputs, init_decomposition
 from .process_sums import sum_over_processes
 
 
@@ -104,12 +106,12 @@ class DistillationTrainer(DecompositionTrainer):
 
     def capture(self, inputs: Mapping[str, Tensor]) -> Activations:
         """Return {layer: (x, y)} of the teacher's MLPs for a batch; x (batch, tokens, I), y (batch, tokens, O)."""
-        device, layers = self.args.device, self.model.config.layers
+        device, config = self.args.device, self.model.config
         if self.activations is not None:
             dtype = next(self.teacher.parameters()).dtype
-            cached = self.activations(inputs, layers)
+            cached = joined_outputs(self.activations(inputs, config.written_layers()), config)
             return {layer: (x.to(device, dtype), y.to(device, dtype)) for layer, (x, y) in cached.items()}
-        captured = capture_mlps(self.teacher, layers, **dict[str, Any](inputs), **self.model.config.where)
+        captured = capture_layers(self.teacher, config, **dict[str, Any](inputs))
         return {layer: (x.to(device), y.to(device)) for layer, (x, y) in captured.items()}
 
     def loss_mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -255,6 +257,11 @@ class DistillationTrainer(DecompositionTrainer):
         self.auxiliary.reset_parameters()
         if not args.warm_start:
             init_decomposition(self.model, self.teacher, calibrations, args, self.shows_progress)
+            if args.encoder_init == args.decoder_init == "pretrained":
+                several = [i for i in self.model.config.layers if self.model.layer(i).num_output_layers > 1]
+                fitted = {i: self.least_norm(i) for i in several if isinstance(self.model.layer(i), MxDLayer)}
+                count = -(-self.calibration_tokens() // self._batch_tokens) if fitted else 0
+                fit_later_outputs(self.model, self.capture, islice(self.training_batches(), count), fitted)
 
     def expert_directions(self) -> tuple[dict[int, Tensor] | None, str]:
         """Return the decoders of the auxiliary transcoders, those of the checkpoint that the training ended with."""
@@ -307,17 +314,19 @@ class DistillationTrainer(DecompositionTrainer):
 
 
 def check_layers(config: MxDConfig, teacher: PreTrainedModel, args: DistillationArguments) -> list[MLPSite]:
-    """Return the MLPs that a decomposition replaces.
+    """Return the MLPs that a decomposition's layers read.
 
     Raises:
-        SurgeryError: the teacher has no such layer, or one of other widths.
+        SurgeryError: the teacher has no such layer, or one of other widths, also among those that layers write to.
         ValueError: the encoder is initialised from a pretrained MLP of another form or width.
     """
     found = find_mlps(teacher, **config.where)
-    sites = [site_of(found, layer) for layer in config.layers]
-    for site in sites:
-        layer = config.layer(site.layer)
-        check_widths(site, layer)
+    sites = []
+    for index in config.layers:
+        layer = config.layer(index)
+        site, *others = written_sites(found, index, layer.num_output_layers)
+        sites.append(site)
+        check_widths([site, *others], layer)
         if layer.method == "mxd" and args.encoder_init == "pretrained" and not args.warm_start:
             check_encoder_init(layer, site)
     return sites
@@ -326,10 +335,11 @@ def check_layers(config: MxDConfig, teacher: PreTrainedModel, args: Distillation
 def _check_cached(activations: ActivationCache, model: MxDModel) -> None:
     config, manifest = model.config, activations.manifest
     cached = {name: manifest[name] for name in config.where}
-    if config.where != cached or not set(config.layers) <= set(manifest["layers"]):
+    written = config.written_layers()
+    if config.where != cached or not set(written) <= set(manifest["layers"]):
         raise ValueError(
             f"the activation cache has layers {manifest['layers']} of {cached}, and the decomposition has layers "
-            f"{config.layers} of {config.where}"
+            f"{written} of {config.where}"
         )
 
 

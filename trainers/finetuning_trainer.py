@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mxd.base.capture import Activations, capture_mlps
+from mxd.base.capture import Activations, capture_layers
 from mxd.base.forward import Batch, capture_with_output, check_predictions, right_padded
 from mxd.base.masks import next_token_mask, token_mask
 from mxd.data.packing import CausalCollator
@@ -77,10 +77,9 @@ class FinetuningTrainer(DecompositionTrainer):
 
     def capture(self, inputs: Mapping[str, Tensor]) -> Activations:
         """Return {layer: (x, y)} of the untouched model's MLPs for a batch of ids; x (batch, tokens, I), y (…, O)."""
-        config = self.decomposition.config
         batch = inputs["input_ids"], inputs.get("attention_mask")
         with self.model.untouched():
-            return capture_mlps(self.model, config.layers, *batch, **config.where)
+            return capture_layers(self.model, self.decomposition.config, *batch)
 
     def loss_mask(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the predictions that the loss includes, (batch, tokens − 1) bool."""

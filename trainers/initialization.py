@@ -26,6 +26,7 @@ from mxd.base.capture import Capture
 from mxd.base.masks import activation_mask
 from mxd.base.pretrained_weights import mlp_encoder_type, mlp_weights, mlp_widths
 from mxd.base.progress import progress_bar
+from mxd.evaluation.expert_use import captured_activations
 from mxd.evaluation.metrics import squared_norm
 from mxd.modeling_mxd import MLPSite, MxDLayer, MxDLayerConfig, MxDModel, SparseLayer, find_mlp
 
@@ -35,6 +36,7 @@ from .router import fit_router
 logger = logging.getLogger(__name__)
 
 MASSIVE_FACTOR = 16
+RIDGE = 1e-3
 # A linear module's parameters, where PEFT may have wrapped it: "weight", "base_layer.weight", "lora_A.default.weight".
 _KIND = re.compile(
     r"(?:base_layer\.|original_module\.|modules_to_save\.[^.]+\.)*"
@@ -215,7 +217,8 @@ def check_encoder_init(config: MxDLayerConfig, site: MLPSite) -> None:
 def init_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool = False) -> None:
     """Copy the pretrained MLP's encoder (and up projection) into E and U.
 
-    With `decoder`, also its decoder into D and b: where Cᵀa is 1, the layer then is the MLP.
+    With `decoder`, also its decoder into D and b: where Cᵀa is 1, the layer then is the MLP. A layer that writes to
+    several MLPs has the decoder in their first output; see `fit_later_outputs`.
     """
     check_encoder_init(layer.config, site)
     weights = mlp_weights(site)
@@ -226,10 +229,45 @@ def init_from_pretrained(layer: MxDLayer, site: MLPSite, decoder: bool = False) 
     if layer.encoder_up is not None:
         pairs += [(layer.encoder_up.weight, weights.up), (layer.encoder_up.bias, weights.up_bias)]
     if decoder:
-        pairs += [(layer.decoder.weight, weights.decoder), (layer.output_bias, weights.decoder_bias)]
+        bias, size = layer.output_bias, len(weights.decoder)
+        pairs += [(layer.decoder.weight[:size], weights.decoder)]
+        pairs += [(None if bias is None else bias[:size], weights.decoder_bias)]
     for parameter, pretrained in pairs:
         if parameter is not None:
             nn.init.zeros_(parameter) if pretrained is None else parameter.copy_(pretrained)
+
+
+@torch.no_grad()
+def fit_later_outputs(
+    decomposition: MxDModel, capture: Capture, batches: Iterable[Mapping[str, Tensor]], least_norms: Mapping[int, float]
+) -> None:
+    """Fit D and b of the MLPs after the first that a layer writes to, as the best linear map of its units z.
+
+        min over D, b of   Σ_t w_t ‖y_t − Dᵀz_t − b‖² + r Σ_h ‖d_h‖² Σ_t w_t z_th²,   w_t = 1 / max(‖ȳ_t‖², m)
+
+    with ȳ all outputs joined, m of `least_norms` by layer, and r = `RIDGE`: where Cᵀa is 1, this is the distillation
+    loss.
+    """
+    layers: dict[int, Any] = {index: decomposition.layer(index) for index in least_norms}
+    moments: dict[int, Tensor] = {}
+    for batch in batches:
+        captured, masks = captured_activations(capture, decomposition, batch, include_first=False)
+        for index, layer in layers.items():
+            x, y = (tensor[masks[index]].to(layer.expert_table) for tensor in captured[index])
+            weight = squared_norm(y).clamp_min(max(least_norms[index], 1e-30)).rsqrt()[:, None].to(y)
+            ones = torch.full_like(weight, float(layer.output_bias is not None))
+            later = y[:, y.shape[1] // layer.num_output_layers :]
+            known = weight * torch.cat([layer.hidden(x), ones], 1)
+            moment = (known.T @ torch.cat([known, weight * later], 1)).double()
+            moments[index] = moments.get(index, 0) + moment
+    for index, layer in layers.items():
+        square, products = moments[index].tensor_split([len(moments[index])], 1)
+        scale = square.diagonal()
+        ridge = (RIDGE * scale).clamp_min(1e-12 * float(scale.max()))
+        *decoder, bias = torch.linalg.solve(square + torch.diag(ridge), products)
+        layer.decoder.weight[-len(bias) :] = torch.stack(decoder, 1).to(layer.decoder.weight)
+        if layer.output_bias is not None:
+            layer.output_bias[-len(bias) :] = bias.to(layer.output_bias)
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mxd.modeling_mxd import MxDConfig
 from mxd.modeling_mxd.sites import MAIN, MLPSite, SurgeryError, find_mlps, site_of
 
 Activations = dict[int, tuple[Tensor, Tensor]]
-"""{layer: (x, y)}, as `capture_mlps` returns."""
+"""{layer: (x, y)}, as `capture_mlps` and `capture_layers` return."""
 Capture = Callable[[Mapping[str, Tensor]], Activations]
 """A function from a batch (`input_ids`, optionally `attention_mask`) to the activations of MLPs."""
 
@@ -72,6 +73,32 @@ def capture_mlps(
             handle.remove()
     shapes = [value.shape[:2] for name, value in given.items() if name.endswith("input_ids")]
     return {recorder.site.layer: recorder.captured(shapes) for recorder in recorders}
+
+
+def capture_layers(
+    model: nn.Module,
+    config: MxDConfig,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Activations:
+    """Return {layer: (x, y)} of a decomposition's layers: `joined_outputs` of `capture_mlps`, with its other inputs."""
+    options |= config.where
+    captured = capture_mlps(model, config.written_layers(), input_ids, attention_mask, **options)
+    return joined_outputs(captured, config)
+
+
+def joined_outputs(captured: Activations, config: MxDConfig) -> Activations:
+    """Return the activations that each layer of a decomposition reads and writes; those of `captured` are removed.
+
+    y is the outputs of all MLPs that a layer writes to, one after another, on the device of the first.
+    """
+    joined = {}
+    for layer in config.layers:
+        pairs = [captured.pop(written) for written in config.written_layers(layer)]
+        x, y = pairs[0]
+        joined[layer] = x, y if len(pairs) == 1 else torch.cat([y, *(other.to(y) for _, other in pairs[1:])], -1)
+    return joined
 
 
 class _Recorder:

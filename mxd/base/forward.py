@@ -12,7 +12,7 @@ from mxd.modeling_mxd import MxDConfig, SurgeryError, spliced_mlps
 from mxd.modeling_mxd.surgery import example_tokens, run_once, running_device
 
 from .allocation import freed_memory_kept
-from .capture import capture_mlps
+from .capture import capture_layers
 
 Batch = tuple[Tensor, Tensor | None]
 """`input_ids` and `attention_mask`, both (batch, tokens)."""
@@ -109,31 +109,31 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
 def capture_with_output(
     model: nn.Module, config: MxDConfig, **inputs: Any
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], Any]:
-    """Return `capture_mlps` of a decomposition's layers and the model's output, from one forward pass."""
+    """Return `capture_layers` of a decomposition and the model's output, from one forward pass."""
     kept: list[Any] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         kept.append(output)
 
     with model.register_forward_hook(keep):
-        captured = capture_mlps(model, config.layers, stop_after_last=False, **inputs, **config.where)
+        captured = capture_layers(model, config, stop_after_last=False, **inputs)
     return captured, kept[0]
 
 
 def capture_with_logits(
     model: nn.Module, config: MxDConfig, batch: Batch
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], Tensor]:
-    """Return `capture_mlps` of a decomposition's layers and `next_token_logits`, from one forward pass."""
+    """Return `capture_layers` of a decomposition and `next_token_logits`, from one forward pass."""
     captured, output = capture_with_output(model, config, input_ids=batch[0], attention_mask=batch[1])
     return captured, output.logits
 
 
 class ZeroMLP(nn.Module):
-    """An ablated MLP: map (..., I) to zeros (..., O), in the dtype of x."""
+    """An ablated layer: map (..., I) to zeros (..., O), in the dtype of x."""
 
-    def __init__(self, output_size: int):
+    def __init__(self, output_size: int, num_output_layers: int = 1):
         super().__init__()
-        self.output_size = output_size
+        self.output_size, self.num_output_layers = output_size, num_output_layers
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], self.output_size)
@@ -141,7 +141,8 @@ class ZeroMLP(nn.Module):
 
 @contextmanager
 def zero_ablated(model: nn.Module, config: MxDConfig) -> Iterator[None]:
-    """Replace the MLPs of a decomposition's layers by `ZeroMLP` inside the block."""
-    zeros = {layer: ZeroMLP(config.layer(layer).output_size) for layer in config.layers}
+    """Replace the MLPs that a decomposition writes to by `ZeroMLP` inside the block."""
+    layers = {layer: config.layer(layer) for layer in config.layers}
+    zeros = {layer: ZeroMLP(one.output_size, one.num_output_layers) for layer, one in layers.items()}
     with spliced_mlps(model, zeros, **config.where):
         yield

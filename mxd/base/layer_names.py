@@ -10,6 +10,11 @@ def layer_ranges(layers: Sequence[int], separator: str = ",") -> str:
     return separator.join(_ranges(layers))
 
 
+def layer_label(layer: int, written: Sequence[int]) -> str:
+    """Return the label of a layer in a table: `"8"`, or `"8 → 8-10"` of one that writes to several MLPs."""
+    return str(layer) if len(written) == 1 else f"{layer} → {layer_ranges(written)}"
+
+
 def layer_names(layers: Sequence[int]) -> str:
     """Name layers in words: `"layer 8"`, `"layers 4-6, 10"`; of many ranges, the first ones and the last."""
     ranges = _ranges(layers)

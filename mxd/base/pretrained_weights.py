@@ -1,6 +1,6 @@
 """Read the weights, widths and activation of the MLP at a site, whichever way the model stores them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from typing import Any
@@ -108,14 +108,17 @@ def mlp_active_units(site: MLPSite) -> int | None:
     return shared + (widths[1] - shared) // layout.experts * min(active, layout.experts)
 
 
-def check_widths(site: MLPSite, config: MxDLayerConfig) -> None:
-    """Raise `SurgeryError` if a layer of this configuration has other widths than the MLP."""
-    widths, want = mlp_widths(site), (config.hidden_size, config.output_size)
-    if widths is not None and (widths[0], widths[2]) != want:
-        raise SurgeryError(
-            f"the MLP of layer {site.layer} maps {widths[0]} to {widths[2]} dimensions, the decomposition's layer "
-            f"{want[0]} to {want[1]}: is it of another base model?"
-        )
+def check_widths(sites: Sequence[MLPSite], config: MxDLayerConfig) -> None:
+    """Raise `SurgeryError` if a layer has other widths than the MLPs that it writes to, of which it reads the first."""
+    for site in sites:
+        if (widths := mlp_widths(site)) is not None:
+            inputs = config.hidden_size if site is sites[0] else widths[0]
+            want = (inputs, config.output_size // config.num_output_layers)
+            if (widths[0], widths[2]) != want:
+                raise SurgeryError(
+                    f"the MLP of layer {site.layer} maps {widths[0]} to {widths[2]} dimensions, the decomposition's "
+                    f"layer {want[0]} to {want[1]}: is it of another base model?"
+                )
 
 
 def record_base(decomposition: MxDModel, model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mxd.base.layer_names import layer_label
 from mxd.jobs.options import text_name
 
 MAX_LAYERS = 100
@@ -50,11 +51,11 @@ def _shown(value: float | None, style: str = ".4f") -> str:
 
 
 def _number(name: str) -> Show:
-    return lambda row: _shown(row[name])
+    return lambda row: _shown(row.get(name))
 
 
 def _percent(name: str) -> Show:
-    return lambda row: "–" if row[name] is None else f"{100 * row[name]:.1f} %"
+    return lambda row: "–" if row.get(name) is None else f"{100 * row[name]:.1f} %"
 
 
 def _rise(results: dict[str, Any]) -> str:
@@ -69,7 +70,7 @@ def _rise(results: dict[str, Any]) -> str:
 _LAYER: dict[str, Show] = {
     "NMSE": _number("nmse"),
     "FVU": _number("fvu"),
-    "L0": lambda row: _shown(row["l0"], ".1f"),
+    "L0": lambda row: _shown(row.get("l0"), ".1f"),
     "dead\nexperts": _percent("dead_experts"),
     "expert\nshare": _percent("expert_share"),
     "specialised\nshare": _percent("specialised_share"),
@@ -110,8 +111,9 @@ def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = No
 
     columns = tuple(_LAYER) if before is None else _SHORT
     rows = [
-        (layer, *figures([_LAYER[column] for column in columns], row, before and before["layers"][layer]))
+        (name, *figures([_LAYER[column] for column in columns], row, was))
         for layer, row in results["layers"].items()
+        for name, row, was in _with_outputs(layer, row, before and before["layers"][layer])
     ]
     unpredicted = results.get("settings", {}).get("no_predictions")
     model = zip(_MODEL, figures(_MODEL.values(), results, before), strict=True)
@@ -129,6 +131,14 @@ def print_evaluation(results: dict[str, Any], before: dict[str, Any] | None = No
         print_parts(_rank_table(results["ranks"]))
     if "tasks" in results:
         print_parts(_task_table(results["tasks"]))
+
+
+def _with_outputs(layer: str, row: dict[str, Any], before: dict[str, Any] | None) -> list[tuple[str, Any, Any]]:
+    """Return the row of a layer, and one of each MLP that it writes to if there are several: `8 → 9`."""
+    outputs = row.get("outputs", [])
+    earlier = (before or {}).get("outputs", []) or [None] * len(outputs)
+    parts = [(f"{layer} → {int(layer) + i}", *pair) for i, pair in enumerate(zip(outputs, earlier, strict=True))]
+    return [(layer, row, before), *parts]
 
 
 def _weak(rows: dict[str, Any]) -> list[Text]:
@@ -344,7 +354,8 @@ def print_details(details: Any) -> None:
         size = config.layer(layer)
         encoder = f"{size.intermediate_size} {size.hidden_act} {size.encoder_type}" if size.method == "mxd" else "–"
         counts = (f"{size.num_experts_per_tok:,}", f"{size.num_experts:,}")
-        rows.append((layer, size.method, *counts, encoder, f"{size.num_parameters:,}"))
+        name = layer_label(layer, config.written_layers(layer))
+        rows.append((name, size.method, *counts, encoder, f"{size.num_parameters:,}"))
     columns = ("layer", "method", "K", "experts", "encoder", "parameters")
     base = f"{config.base_model_name_or_path} at {config.base_model_revision or 'its newest commit'}"
     print_parts(

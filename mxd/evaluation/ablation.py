@@ -24,8 +24,7 @@ class ChangedExperts(nn.Module):
 
     def __init__(self, layer: SparseLayer, sum_experts: SumExperts):
         super().__init__()
-        self.layer = layer
-        self.sum_experts = sum_experts
+        self.layer, self.sum_experts, self.num_output_layers = layer, sum_experts, layer.num_output_layers
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output with Cᵀa from `sum_experts`."""
@@ -83,7 +82,9 @@ class _Curve:
                 index: ChangedExperts(layer, MeanExperts(layer, statistics[index], threshold))
                 for index, layer in layers.items()
             }
-        self.variants["zero_ablated"] = {index: ZeroMLP(layer.config.output_size) for index, layer in layers.items()}
+        self.variants["zero_ablated"] = {
+            index: ZeroMLP(layer.config.output_size, layer.num_output_layers) for index, layer in layers.items()
+        }
         self.errors = {index: {count: ErrorSums() for count in self.counts} for index in layers}
         self.losses = {name: LogitSums() for name in ["untouched", *self.variants]}
         self.tokens = self.rows = 0

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mxd.base.capture import Capture, capture_mlps
+from mxd.base.capture import Capture, capture_layers
 from mxd.base.forward import batch_for, check_causal, evaluating
 from mxd.base.masks import activation_mask
 from mxd.base.progress import progress_bar
@@ -126,7 +126,7 @@ def captured_activations(
     config = decomposition.config
     if isinstance(model, nn.Module):
         ids, attention_mask = batch_for(model, batch)
-        captured = capture_mlps(model, config.layers, ids, attention_mask, **config.where)
+        captured = capture_layers(model, config, ids, attention_mask)
         batch = {"input_ids": ids} if attention_mask is None else {"input_ids": ids, "attention_mask": attention_mask}
     else:
         captured = model(batch)

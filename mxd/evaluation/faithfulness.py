@@ -39,6 +39,8 @@ class LayerEvaluation:
         self.means = [(ErrorSums(), MeanExperts(layer, statistics, least)) for least in (1.0, specialised_frequency)]
         self.use = ExpertUse(layer.config.num_experts)
         self.errors, self.errors_without_first = ErrorSums(), ErrorSums()
+        several = range(layer.num_output_layers if layer.num_output_layers > 1 else 0)
+        self.errors_of_outputs = [ErrorSums() for _ in several]
 
     def update(self, x: Tensor, y: Tensor, mask: Tensor, mask_without_first: Tensor) -> None:
         """Add a batch: x (batch, tokens, I), y (batch, tokens, O), masks (batch, tokens)."""
@@ -52,11 +54,14 @@ class LayerEvaluation:
         prediction = self.layer.combine(summed, x)
         self.errors.update(prediction, y)
         self.errors_without_first.update(prediction[~first], y[~first])
+        for number, errors in enumerate(self.errors_of_outputs):
+            errors.update(*(tensor.chunk(len(self.errors_of_outputs), -1)[number] for tensor in (prediction, y)))
         for errors, mean in self.means:
             errors.update(self.layer.combine(mean(self.layer, coefficients), x), y)
 
-    def result(self) -> dict[str, float]:
+    def result(self) -> dict[str, Any]:
         """Return the layer's entry of evaluation.json; see `faithfulness`."""
+        outputs = [{"nmse": errors.nmse, "fvu": errors.fvu} for errors in self.errors_of_outputs]
         nmse, clipped = self.errors.nmse, self.errors.clipped_nmse
         mean, mean_specialised = (errors for errors, _ in self.means)
         return {
@@ -69,6 +74,7 @@ class LayerEvaluation:
             "clipped_expert_share": explained_share(clipped, mean.clipped_nmse),
             "clipped_specialised_share": explained_share(clipped, mean_specialised.clipped_nmse),
             **self.use.summary(self.specialised_frequency),
+            **({"outputs": outputs} if outputs else {}),
         }
 
 
@@ -187,7 +193,8 @@ def faithfulness(
 
     Returns:
         {"layers": {"15": {"nmse", "nmse_without_first", "fvu", "fvu_without_first", "expert_share",
-        "specialised_share", "clipped_expert_share", "clipped_specialised_share", and `ExpertUse.summary`}},
+        "specialised_share", "clipped_expert_share", "clipped_specialised_share", and `ExpertUse.summary`; of a layer
+        that writes to several MLPs these are over their outputs joined, and "outputs" has the errors of each}},
         "always_on": {"15": `ExpertUse.always_on`}, "cross_entropy": {"untouched", "spliced", "zero_ablated", "rise",
         "rise_interval": [low, high], "recovered"}, "kl", "top1_agreement", "settings"}; in nats per token.
 

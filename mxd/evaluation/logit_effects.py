@@ -4,7 +4,8 @@
 
 v is the direction, γ the scale of the final norm; a norm that subtracts the mean subtracts v's. The division by the
 residual stream's size is left out: it scales all effects of a token alike. Later layers are not applied, so this is the
-direct path from the MLP to the logits.
+direct path from the MLP to the logits. An expert that writes to several MLPs has a direction for each; all add to the
+residual stream, so v is their sum.
 """
 
 from typing import Any, NamedTuple
@@ -34,8 +35,8 @@ class Unembedding(NamedTuple):
     """W_U, (vocabulary, O)"""
 
     def normed(self, directions: Tensor) -> Tensor:
-        """Return γ * v, float32."""
-        v = directions.to(self.weight.device, torch.float32)
+        """Return γ * v for directions (n, O), or (n, J·O) of experts that write to J MLPs; (n, O) float32."""
+        v = directions.to(self.weight.device, torch.float32).unflatten(-1, (-1, len(self.scale))).sum(-2)
         return (v - v.mean(-1, keepdim=True) if self.subtracts_mean else v) * self.scale
 
     def effects(self, directions: Tensor) -> Tensor:

@@ -78,4 +78,4 @@ def _losses(model: nn.Module, rows: Batch, sums: LogitSums) -> Tensor:
 
 
 def _ablation_of(config: MxDConfig) -> dict[str, Any]:
-    return {"layers": sorted(config.layers), **config.where}
+    return {"layers": sorted(config.written_layers()), **config.where}

@@ -32,7 +32,7 @@ class LayerCost(NamedTuple):
     """Parameters of the auxiliary transcoder, which only trains along."""
     inference_flops: float
     mlp_flops: float
-    """FLOPs of the MLP that the layer replaces."""
+    """FLOPs of the MLPs that the layer replaces."""
     training_flops: float
     training_bytes: float
     """Bytes moved by what is no large product: rows of experts, scores, elementwise functions."""
@@ -44,8 +44,8 @@ class LayerCost(NamedTuple):
     cache_bytes: int
 
 
-def layer_cost(config: MxDLayerConfig, site: MLPSite, dtype_bytes: int, auxiliary: bool) -> LayerCost:
-    """Return the cost of a layer that replaces the MLP of `site`, in a base of `dtype_bytes` a number."""
+def layer_cost(config: MxDLayerConfig, sites: Sequence[MLPSite], dtype_bytes: int, auxiliary: bool) -> LayerCost:
+    """Return the cost of a layer that replaces the MLPs of `sites`, in a base of `dtype_bytes` a number."""
     inputs, outputs, k = config.hidden_size, config.output_size, config.num_experts_per_tok
     units = config.intermediate_size if config.method == "mxd" else 0
     entries = inputs * (2 if config.encoder_type == "glu" else 1)  # numbers that a hidden unit's rows have
@@ -62,7 +62,7 @@ def layer_cost(config: MxDLayerConfig, site: MLPSite, dtype_bytes: int, auxiliar
     backward = encoder + 2 * decoder + skip + k * inputs + 2 * k * outputs
     coded = inputs * outputs if auxiliary else 0
     rows = k * (3 * outputs + inputs) + (3 * k * outputs if auxiliary else 0)
-    mlp = (mlp_active_units(site) or units) * (entries + outputs)
+    mlp = sum((mlp_active_units(site) or units) * (entries + outputs // len(sites)) for site in sites)
     elementwise = HIDDEN_TENSORS * units + OUTPUT_TENSORS * outputs
     return LayerCost(
         parameters=config.num_parameters,
@@ -74,7 +74,7 @@ def layer_cost(config: MxDLayerConfig, site: MLPSite, dtype_bytes: int, auxiliar
         graph_bytes=FLOAT * (elementwise + 3 * k + (2 * inputs if dtype_bytes < FLOAT else 0)),
         input_bytes=inputs * dtype_bytes,
         activation_bytes=(inputs + outputs) * dtype_bytes,
-        cache_bytes=2 * (inputs + outputs),
+        cache_bytes=2 * (inputs * len(sites) + outputs),
     )
 
 

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mxd.base.base_model import base_skeleton, check_safetensors, load_base_model, resolve_name
 from mxd.base.layer_names import layer_names
-from mxd.base.pretrained_weights import mlp_active_units, mlp_encoder_type, mlp_hidden_act, mlp_widths, record_base
+from mxd.base.pretrained_weights import (
+    check_widths,
+    mlp_active_units,
+    mlp_encoder_type,
+    mlp_hidden_act,
+    mlp_widths,
+    record_base,
+)
 from mxd.base.processes import in_first_process
 from mxd.data.packing import pack
 from mxd.data.provenance import is_held_out, sketch
@@ -27,6 +34,7 @@ from mxd.data.texts import (
 )
 from mxd.evaluation import faithfulness
 from mxd.modeling_mxd import MLPSite, MxDConfig, MxDLayerConfig, MxDModel, SurgeryError, find_mlps, site_of
+from mxd.modeling_mxd.surgery import written_sites
 from mxd.trainers import DistillationArguments, DistillationTrainer
 from mxd.trainers.checkpoints import write_decomposition
 from mxd.trainers.distillation_trainer import check_layers
@@ -48,7 +56,7 @@ def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig
         raise SurgeryError(
             f"no rule finds the weights of layer {site.layer}: build the MxDConfig yourself and use DistillationTrainer"
         )
-    inputs, _, outputs = widths
+    inputs, outputs = widths[0], widths[2] * options.num_output_layers
     units = options.intermediate_size or mlp_active_units(site) or inputs
     encoder_type = mlp_encoder_type(site)
     if options.num_experts is not None:
@@ -70,6 +78,7 @@ def layer_config(site: MLPSite, options: DecompositionOptions) -> MxDLayerConfig
         method=options.method,
         num_expert_groups=None if options.num_groups_per_tok is None else default_num_expert_groups(experts),
         num_groups_per_tok=options.num_groups_per_tok,
+        num_output_layers=options.num_output_layers,
     )
 
 
@@ -104,13 +113,16 @@ def build_config(model: PreTrainedModel, commit: str | None, options: Decomposit
     if unknown := options.per_layer.keys() - set(layers):
         raise ValueError(f"per_layer sets layer {min(unknown)}, which is not decomposed: {layer_names(layers)} are")
     configs = {layer: layer_config(sites[layer], options_of_layer(options, layer)) for layer in layers}
-    return MxDConfig.from_layer_configs(
+    config = MxDConfig.from_layer_configs(
         configs,
         base_model_name_or_path=resolve_name(options.model),
         base_model_revision=commit,
         stack=options.stack,
         site=options.site,
     )
+    for layer, one in configs.items():
+        check_widths(written_sites(sites, layer, one.num_output_layers), one)
+    return config
 
 
 def decompose(options: DecompositionOptions) -> dict[str, Any]:

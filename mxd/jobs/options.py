@@ -24,7 +24,7 @@ MEASURE = PANELS[3]
 
 LEARNING_RATES = {"mxd": 1e-3, "transcoder": 3e-3, "skip_transcoder": 3e-3}
 """Default peak learning rate of each method, for about a million tokens."""
-PER_LAYER = ("num_experts", "num_experts_per_tok", "match_transcoder", "num_groups_per_tok")
+PER_LAYER = ("num_experts", "num_experts_per_tok", "match_transcoder", "num_groups_per_tok", "num_output_layers")
 """Options that `per_layer` may set for single layers."""
 CHECKPOINTS = "checkpoint-*/trainer_state.json"
 """Last files of the checkpoints in a training's folder."""
@@ -167,6 +167,7 @@ class DecompositionOptions(WhereOptions, ResumableOptions):
     num_groups_per_tok: int | None = option(
         None, "Hierarchical routing: groups, of about √N, that a token opens. [exact gate]", flag=False, minimum=1
     )
+    num_output_layers: int = option(1, "MLPs that each layer writes to, from its own on.", minimum=1)
     per_layer: dict[int, dict[str, int]] = option(
         dict, f"Other values for single layers, {{3: {{num_experts: 4096}}}}, of {', '.join(PER_LAYER)}.", flag=False
     )

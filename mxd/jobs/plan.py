@@ -60,7 +60,8 @@ class Plan:
         auxiliary = options.method == "mxd" and options.auxiliary_weight > 0
         self.configs: dict[int, MxDLayerConfig] = {layer: config.layer(layer) for layer in config.layers}
         self.layers: dict[int, LayerCost] = {
-            layer: layer_cost(each, sites[layer], size, auxiliary) for layer, each in self.configs.items()
+            layer: layer_cost(each, [sites[i] for i in config.written_layers(layer)], size, auxiliary)
+            for layer, each in self.configs.items()
         }
         self.batch = rows_per_step(options) * self.context
         self.steps = max(1, options.tokens // self.batch)
@@ -75,7 +76,8 @@ class Plan:
 
     def training_seconds(self, layers: Sequence[int], devices: int = 1) -> dict[str, float]:
         """Return the seconds to train layers in one pass, whose tokens several devices share, by part."""
-        costs, last = [self.layers[layer] for layer in layers], max(layers)
+        costs = [self.layers[layer] for layer in layers]
+        last = max(self.config.written_layers(max(layers)))
         tokens, rates = self.tokens / devices, self.rates
         trained = sum(cost.parameters + cost.auxiliary for cost in costs)
         calibrated = self.calibration_tokens()
@@ -149,7 +151,7 @@ class Plan:
     def result(self) -> dict[str, Any]:
         """Return the content of the plan."""
         costs, base = self.layers, self.base
-        trained, last = sum(cost.parameters for cost in costs.values()), max(costs)
+        trained, last = sum(cost.parameters for cost in costs.values()), max(self.config.written_layers())
         auxiliary = sum(cost.auxiliary for cost in costs.values())
         directions = sum(c.num_experts * (c.output_size + 1) for c in self.configs.values() if c.method == "mxd")
         buffers = 2 * sum(config.num_experts for config in self.configs.values())

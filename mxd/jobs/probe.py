@@ -165,7 +165,7 @@ def make_representations(
     found = {name: make(site) for name, make in (OF_THE_MLP[key] for key in against)}
     for name, decomposition in decompositions.items():
         try:
-            check_widths(site, decomposition.config.layer(site.layer))
+            check_widths([site], decomposition.config.layer(site.layer))
         except SurgeryError as error:
             raise SurgeryError(f"{name}: {error}") from error
         found[name] = expert_representation(decomposition.eval().layer(site.layer))

@@ -148,7 +148,7 @@ def test_finds_every_mlp_with_its_sizes(model):
         assert site.input_module is site.modules[0]
         assert site.output_module is site.modules[-1]
         assert len({s.path for s in sites.values()}) == LAYERS
-        check_widths(site, MxDLayerConfig(HIDDEN, HIDDEN, 8, 8, 2))
+        check_widths([site], MxDLayerConfig(HIDDEN, HIDDEN, 8, 8, 2))
 
 
 @torch.no_grad()
