@@ -7,6 +7,8 @@ WORKERS ?= 3
 TREE = rm -rf build/tree && mkdir -p build/tree && cp -rs $(CURDIR)/mxd build/tree/mxd \
 	&& ln -s $(CURDIR)/modeling_mxd $(CURDIR)/hub_cards $(CURDIR)/trainers build/tree/mxd/
 PYTEST = -m pytest --numprocesses $(WORKERS)
+# Python keeps bytecode, though the environment says not to: without it every process compiles all modules anew.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test tasks coverage oldest quality docs dist format clean
 

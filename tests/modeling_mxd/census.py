@@ -20,6 +20,8 @@ from mxd.modeling_mxd.surgery import tensors_in
 WITHOUT_EFFECT = {
     ("blt", "model.patcher.layers"): "it only chooses where patches end, a choice that a tiny model makes alike",
 }
+# Stack, site and encoder of decompositions that were saved and loaded: the files are the same whatever the architecture.
+SAVED: set[tuple[str, str, str]] = set()
 # Models that refuse to run backward in eval mode, and the row length that they then want.
 ONLY_TRAINING = {"reformer": 64}
 
@@ -80,23 +82,33 @@ def decomposition_of(model, sites: list[MLPSite]) -> MxDModel:
     return decomposition.eval()
 
 
-def examine_splice(model, sites, inputs, untouched, has_effect):
-    """Splice a decomposition, which checks that surgery is exact, run forward and backward, come off; save it, load one
-    layer, splice that alone."""
+def examine_splice(model, sites, inputs, untouched, has_effect, generates):
+    """Splice a decomposition, which checks that surgery is exact, run forward and backward, generate, come off; save
+    it, load one layer, splice that alone."""
     decomposition = decomposition_of(model, sites)
     with decomposition.spliced(model, example_inputs=inputs):
         check_outputs(outputs(model, inputs), untouched, has_effect)
         if has_effect:
             examine_backward(model, decomposition, inputs)
-    layer = sites[len(sites) // 2].layer
+        if generates:
+            examine_generation(model, model_inputs(model))
+    one = sites[len(sites) // 2]
+    key = (one.stack, one.name, decomposition.config.layer(one.layer).encoder_type)
+    alone = decomposition_of(model, [one]) if key in SAVED else saved_and_loaded(decomposition, one.layer)
+    SAVED.add(key)
+    with alone.spliced(model, example_inputs=inputs):
+        check_outputs(outputs(model, inputs), untouched, has_effect)
+
+
+def saved_and_loaded(decomposition, layer):
+    """Return one layer of a decomposition from its folder."""
     with tempfile.TemporaryDirectory() as folder:
         decomposition.save_pretrained(folder)
         loaded = MxDModel.from_pretrained(folder, layers=[layer])
     weights, saved = (one.layer(layer).state_dict() for one in (loaded, decomposition))
     assert weights.keys() == saved.keys()
     assert all(torch.equal(weights[name], saved[name]) for name in saved), "other weights after saving and loading"
-    with loaded.spliced(model, example_inputs=inputs):
-        check_outputs(outputs(model, inputs), untouched, has_effect)
+    return loaded
 
 
 def check_outputs(spliced, untouched, has_effect):
@@ -125,9 +137,9 @@ def examine_backward(model, decomposition, inputs):
     model.zero_grad()
 
 
-def examine_generation(model, decomposition, inputs):
+def examine_generation(model, inputs):
     """Greedy generation from the same inputs, with the cache that the model keeps."""
-    with decomposition.spliced(model, example_inputs=inputs), same_randomness(), torch.no_grad():
+    with same_randomness(), torch.no_grad():
         tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert tokens.shape[-1] >= 3, "generate gives no tokens"
 
@@ -144,13 +156,11 @@ def examine(model_type: str) -> list[Examined]:
     whole = [site for site in find_all_mlps(model) if not site.name.startswith("mlp.")]
     kinds = dict.fromkeys((site.stack, site.name) for site in whole)
     kinds |= dict.fromkeys((site.stack, f"{site.name}.experts") for site in whole if has_routed_experts(site))
-    examined = [row for stack, name in kinds for row in _examine_sites(model, inputs, stack, name, untouched, running)]
-    generates = model.can_generate() and model_type not in GENERATE_FAILS
-    if generates and model.main_input_name == "input_ids":
-        stack = next((row.stack for row in examined if row.slots), None)
-        if stack is not None:
-            sites = [site for site in find_mlps(model, stack).values() if site.slots and site.path in running]
-            examine_generation(model, decomposition_of(model, sites), model_inputs(model))
+    generates = model.can_generate() and model_type not in GENERATE_FAILS and model.main_input_name == "input_ids"
+    examined = []
+    for stack, name in kinds:
+        examined += _examine_sites(model, inputs, stack, name, untouched, running, generates)
+        generates = generates and not any(row.slots for row in examined)  # the first stack alone
     return examined
 
 
@@ -172,12 +182,12 @@ def has_routed_experts(site: MLPSite) -> bool:
     return isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList)
 
 
-def _examine_sites(model, inputs, stack, name, untouched, running) -> list[Examined]:
+def _examine_sites(model, inputs, stack, name, untouched, running, generates) -> list[Examined]:
     found = {layer: site for layer, site in find_mlps(model, stack, name).items() if site.path in running}
     sites = [site for site in found.values() if site.slots]
     if sites:
         has_effect = (model.config.model_type, stack) not in WITHOUT_EFFECT
-        examine_splice(model, sites, inputs, untouched, has_effect)
+        examine_splice(model, sites, inputs, untouched, has_effect, generates)
         assert equal(outputs(model, inputs), untouched), "not as it was after splicing"
     rows: dict[tuple[str, ...], Examined] = {}
     for site in found.values():
