@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import functools
+import logging
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,11 @@ from mxd import demo
 from mxd.evaluation import plots
 
 DRAW = plots._save
+if not torch.cuda.is_available():  # `torch.manual_seed` formats three stack traces, for devices that are not there
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = torch.mtia.manual_seed_all = lambda seed: None
+for _logger in logging.root.manager.loggerDict.values():  # pytest gives six handlers to each that does not propagate
+    if isinstance(_logger, logging.Logger) and _logger.name.startswith("torch"):
+        _logger.propagate = True
 # Every call of a Typer app makes its commands anew, in a sixth of a second.
 typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 

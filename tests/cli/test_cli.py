@@ -286,7 +286,7 @@ def test_a_command_of_one_process_takes_the_first_of_several(monkeypatch, caplog
 def test_a_cluster_ends_a_run_and_resumes_it(tmp_path):
     folder, config = tmp_path / "out", tmp_path / "few.yaml"
     config.write_text("{training: {calibration_tokens: 512, statistics_tokens: 512}, evaluation_tokens: 512}")
-    arguments = ["--num-experts", "64", "-k", "4", "--tokens", "8k", "--batch-tokens", "256"]
+    arguments = ["--num-experts", "64", "-k", "4", "--tokens", "4k", "--batch-tokens", "256"]
     arguments += ["--dataset", demo.text_path("train"), "--config", config, "--output", folder]
     process = warm_process.WarmProcess("-m", "mxd", "decompose", *arguments)
     deadline = time.monotonic() + 300

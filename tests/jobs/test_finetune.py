@@ -16,7 +16,7 @@ FEW = {
     "tokens": 2048,
     "batch_tokens": 512,
     "evaluation_tokens": 512,
-    "training": {"disable_tqdm": True, "statistics_tokens": 512},
+    "training": {"disable_tqdm": True, "statistics_tokens": 512, "save_steps": 100},
 }
 
 

@@ -22,6 +22,7 @@ from mxd.jobs.run_folder import RUN_NAME, START_NAME, Interrupted
 from mxd.modeling_mxd import find_mlps
 
 TRAINING = {"disable_tqdm": True, "calibration_tokens": 512, "statistics_tokens": 512, "logging_steps": 1}
+TRAINING["save_steps"] = 100
 LAYERS = [4, 0, 1]
 
 
@@ -104,18 +105,18 @@ def test_a_pass_equals_a_run_of_its_layers(grouped, tmp_path, layers):
     ],
 )
 def test_a_run_that_stops_in_a_later_pass_goes_on_from_there(grouped, tmp_path, monkeypatch, step, error, ends, said):
-    folder = tmp_path / "out"
+    folder, saving = tmp_path / "out", {**TRAINING, "save_steps": 1}
     with monkeypatch.context() as patched:
         patched.setattr(
             job, "DistillationTrainer", partial(DistillationTrainer, callbacks=[EndIn("layers-4", step, error)])
         )
         with pytest.raises(ends, match=said):
-            decompose(options(folder, layers_per_pass=2))
+            decompose(options(folder, layers_per_pass=2, training=saving))
     assert {path.name for path in folder.iterdir()} == {"layers-0-1", "layers-4", RUN_NAME, START_NAME}
     assert not list((folder / "layers-0-1").glob("checkpoint-*"))
     counter = EndIn()
     monkeypatch.setattr(job, "DistillationTrainer", partial(DistillationTrainer, callbacks=[counter]))
-    results = decompose(options(folder, layers_per_pass=2, resume=True))
+    results = decompose(options(folder, layers_per_pass=2, training=saving, resume=True))
     assert counter.steps == ({} if error is None else {"layers-4": 2 - step})
     assert_same_weights(weights(folder), weights(grouped[0]))
     assert results["layers"] == grouped[1]["layers"]

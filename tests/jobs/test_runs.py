@@ -33,7 +33,7 @@ from mxd.jobs.run_folder import (
 from mxd.jobs.training import make_arguments
 from mxd.trainers import DistillationArguments, FinetuningArguments
 
-TRAINING = {"disable_tqdm": True, "calibration_tokens": 512, "statistics_tokens": 512}
+TRAINING = {"disable_tqdm": True, "calibration_tokens": 512, "statistics_tokens": 512, "save_steps": 100}
 
 
 def options(folder, **changes):
@@ -356,5 +356,5 @@ def test_a_diverged_run_saves_nothing_and_keeps_its_checkpoints(tmp_path, monkey
 
     monkeypatch.setattr(job, "DistillationTrainer", Diverging)
     with pytest.raises(ValueError, match=r"diverged: .* is not finite after step 3"):
-        decompose(options(tmp_path / "run"))
+        decompose(options(tmp_path / "run", training={**TRAINING, "save_steps": 1}))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-2", RUN_NAME, START_NAME}
