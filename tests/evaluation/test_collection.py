@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from evaluation_cases import activations, batches, decomposition, pad
@@ -127,13 +129,23 @@ def places(found, layer, kind):
     }
 
 
+def runs_of_rows(model, decomposed, layer):
+    """Return the dense coefficients of a row that is run alone, (runs, tokens, experts), computed once a row."""
+
+    @functools.cache
+    def runs(row):
+        x = capture_mlps(model, [layer], torch.tensor([row]), **decomposed.config.where)[layer][0]
+        return dense_coefficients(decomposed.layer(layer), x).detach()
+
+    return runs
+
+
 def check_places(model, decomposed, found, layer, include_first=False):
     """Every entry has the coefficient that its row, run alone, gives at its position, in one of the layer's runs."""
-    known = 0
+    known, runs_of = 0, runs_of_rows(model, decomposed, layer)
     for kind in ("top", "sample"):
         for (expert, value), (row, position) in places(found, layer, kind).items():
-            x = capture_mlps(model, [layer], torch.tensor([row]), **decomposed.config.where)[layer][0][:, position]
-            runs = dense_coefficients(decomposed.layer(layer), x).detach()[:, expert]
+            runs = runs_of(row)[:, position, expert]
             assert (runs - value).abs().min() < 1e-3
             assert include_first or position > 0
             known += 1
@@ -142,15 +154,14 @@ def check_places(model, decomposed, found, layer, include_first=False):
 
 def check_windows(model, decomposed, found, layer):
     """Every window has the bins of the expert's coefficients around its place, and nothing beyond the row."""
-    one = found.layers[layer]
+    one, runs_of = found.layers[layer], runs_of_rows(model, decomposed, layer)
     for kind in ("top", "sample"):
         values, rows, positions, windows = (
             getattr(one, f"{kind}_{name}") for name in ("values", "rows", "positions", "windows")
         )
         for expert, slot in (values > 0).nonzero().tolist():
             row, position = found.row(rows[expert, slot]), int(positions[expert, slot])
-            x = capture_mlps(model, [layer], torch.tensor([row]), **decomposed.config.where)[layer][0]
-            runs = dense_coefficients(decomposed.layer(layer), x).detach()[..., expert]
+            runs = runs_of(tuple(row))[..., expert].clone()
             runs[:, 0] = 0
             run = runs[(runs[:, position] - values[expert, slot]).abs().argmin()]
             expected = torch.zeros(2 * AROUND + 1)

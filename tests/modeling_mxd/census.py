@@ -20,7 +20,7 @@ from mxd.modeling_mxd.surgery import tensors_in
 WITHOUT_EFFECT = {
     ("blt", "model.patcher.layers"): "it only chooses where patches end, a choice that a tiny model makes alike",
 }
-# Stack, site and encoder of decompositions that were saved and loaded: the files are the same whatever the architecture.
+# Stack, site and encoder of what was saved and loaded: the files are the same whatever the architecture.
 SAVED: set[tuple[str, str, str]] = set()
 # Models that refuse to run backward in eval mode, and the row length that they then want.
 ONLY_TRAINING = {"reformer": 64}
