@@ -39,9 +39,11 @@ class AuxiliaryTranscoder(nn.Module):
 
     def forward(self, coefficients: ExpertCoefficients, x: Tensor) -> Tensor:
         """Return ŷ (..., O) for coefficients (..., K) and the MLP's input x (..., I)."""
-        values, indices = coefficients
-        coded = expert_sum(values.to(self.decoder.dtype), indices, self.decoder)
-        return coded + self.skip(x.to(self.decoder.dtype)) + self.output_bias
+        return self.sum_experts(coefficients) + self.skip(x.to(self.decoder.dtype)) + self.output_bias
+
+    def sum_experts(self, coefficients: ExpertCoefficients) -> Tensor:
+        """Return Vᵀa (..., O)."""
+        return expert_sum(coefficients.values.to(self.decoder.dtype), coefficients.indices, self.decoder)
 
 
 class AuxiliaryTranscoders(nn.ModuleDict):

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .atomic_checkpoints import AtomicCheckpoints
+from .decomposition_arguments import DecompositionArguments
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class InterruptCallback(TrainerCallback):
         self.signal = 0  # the number of the signal to any process
         self.saved_step: int | None = None  # of the last checkpoint; None before the training has begun
         self.epochs_before = 0.0  # of a resumed training whose Trainer counts from 0
-        self._stops_at_once = False
+        self._processes = 1  # that take steps together
 
     @property
     def interrupted(self) -> bool:
@@ -67,9 +68,9 @@ class InterruptCallback(TrainerCallback):
         return self.signal > 0
 
     @contextmanager
-    def listening(self, args: TrainingArguments) -> Iterator[None]:
+    def listening(self, args: DecompositionArguments) -> Iterator[None]:
         """Handle the signals inside the block. Python allows this in the main thread only; other threads skip it."""
-        self.signal, self.saved_step, self._stops_at_once = 0, None, args.world_size == 1
+        self.signal, self.saved_step, self._processes = 0, None, args.world_size * args.shards
         limit = args.save_total_limit
         in_main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
@@ -86,17 +87,17 @@ class InterruptCallback(TrainerCallback):
         self.saved_step = state.global_step
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and self._stops_at_once and number == signal.SIGINT:
+        if self.signal and self._processes == 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.signal:
-            again = " (interrupt again to stop at once)" if self._stops_at_once else ""
+            again = " (interrupt again to stop at once)" if self._processes == 1 else ""
             logger.warning("interrupted: finishing this step and saving a checkpoint%s", again)
         self.signal = max(self.signal, number)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Request a checkpoint and the end of the training once any process was signalled."""
         state.epoch = (state.epoch or 0.0) + self.epochs_before
-        if args.world_size > 1:
+        if self._processes > 1:
             signalled = torch.tensor(self.signal, device=args.device)
             torch.distributed.all_reduce(signalled, torch.distributed.ReduceOp.MAX)
             self.signal = int(signalled)

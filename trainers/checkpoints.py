@@ -28,7 +28,12 @@ def write_decomposition(
     if ignored := model._keys_to_ignore_on_save:  # an auxiliary transcoder's
         weights = state_dict or model.state_dict()
         state_dict = {name: value for name, value in weights.items() if name not in ignored}
-    model.save_pretrained(folder, state_dict=state_dict)
+    # By itself transformers saves in the first process only, and others may save layers of their own.
+    vars(model)["should_save_on_this_rank"] = bool
+    try:
+        model.save_pretrained(folder, state_dict=state_dict)
+    finally:
+        del vars(model)["should_save_on_this_rank"]
     if before is not None and _digests(folder) != before:
         evaluation.unlink()
     arguments = {k: v for k, v in args.to_sanitized_dict().items() if k not in _LOCAL_ARGUMENTS}

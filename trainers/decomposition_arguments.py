@@ -46,6 +46,10 @@ class DecompositionArguments(TrainingArguments):
     greater_is_better: bool | None = argument(False, "The trainers' metrics are errors: less is better.")
     hub_base_model: str | None = argument(None, "Hub id of the base model, if it was loaded from a folder.")
 
+    # Of processes that train apart (`mxd.base.processes.train_apart`), which transformers takes for one each: the
+    # index of this one, and how many hold parts of the same layers.
+    rank, shards = 0, 1
+
     def __post_init__(self) -> None:
         self.check_range("calibration_tokens", "statistics_tokens", least=1)
         self.check_range("learning_rate", "gate_learning_rate_factor", "modulation_learning_rate_factor")
@@ -57,6 +61,18 @@ class DecompositionArguments(TrainingArguments):
         super().__post_init__()
         if self.bf16 and self.device.type == "cpu" and bfloat16_is_emulated():
             logger.warning("this processor emulates bfloat16: training is faster without bf16")
+
+    @property
+    def process_index(self) -> int:
+        """Index of this process: the first one logs and, of those that train together, saves."""
+        return self.rank or int(super().process_index)
+
+    local_process_index = process_index
+
+    @property
+    def should_save(self) -> bool:
+        """Whether this process writes checkpoints."""
+        return bool(super().should_save) or (self.rank > 0 and self.shards == 1)
 
     def check_range(self, *names: str, least: float = 0, most: float = math.inf) -> None:
         """Raise a ValueError unless the fields are None or finite numbers from `least` to `most`."""

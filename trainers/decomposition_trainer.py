@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -170,10 +170,10 @@ class DecompositionTrainer(RowReading):
                 self.optimizer = self.lr_scheduler = None  # those of an earlier training
             self.init_weights()
         self._use_token_progress()
-        on_cpu, skips_no_data = self.args.device.type == "cpu", self.args.ignore_data_skip
+        skips_no_data = self.args.ignore_data_skip
         self.args.ignore_data_skip = skips_no_data or self.reads_on
         try:
-            with self._interrupt.listening(self.args), freed_memory_kept() if on_cpu else nullcontext():
+            with self._interrupt.listening(self.args), self.stepping():
                 try:
                     output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
                 finally:
@@ -187,6 +187,12 @@ class DecompositionTrainer(RowReading):
                 self._interrupt.save_after_failure(self)
             raise
         return output
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Prepare for the steps of a training inside the block."""
+        with freed_memory_kept() if self.args.device.type == "cpu" else nullcontext():
+            yield
 
     @property
     def saved_step(self) -> int:
@@ -320,7 +326,11 @@ class DecompositionTrainer(RowReading):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         if grad_norm is None and (self.state.global_step + 1) % self.state.logging_steps:
             return None  # it is not logged
-        return super()._get_grad_norm(model, grad_norm)
+        return super()._get_grad_norm(model, self.norm_of_gradients(model) if grad_norm is None else grad_norm)
+
+    def norm_of_gradients(self, model: nn.Module) -> Tensor | None:
+        """Return the norm of all gradients, or None to let transformers compute it."""
+        return None
 
     def add_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's losses, by the names under which their means are logged."""
@@ -344,8 +354,12 @@ class DecompositionTrainer(RowReading):
     def check_weights(self) -> None:
         """Raise a DivergenceError if a weight is not finite."""
         for name, parameter in self.decomposition.named_parameters():
-            if not parameter.detach().sum(dtype=torch.float32).isfinite():  # a sum needs no memory
+            if not self.finite(parameter):
                 self._diverged(f"{name} is not finite after step {self.state.global_step}")
+
+    def finite(self, parameter: nn.Parameter) -> Tensor:
+        """Return 1 if a parameter is finite, else 0."""
+        return parameter.detach().sum(dtype=torch.float32).isfinite().int()  # a sum needs no memory
 
     def _diverged(self, what: str) -> None:
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps

@@ -234,7 +234,7 @@ class DistillationTrainer(DecompositionTrainer):
                 of_layer, of_router = self._as_forward(model, self._all_losses, layer, x, y, mask)
             of_layer = LayerLosses(*of_layer)
             loss = scale * sum(of_layer) + of_router
-            self.accelerator.backward(loss / len(layers))
+            self.accelerator.backward(loss)  # not of the mean: a layer learns alike whichever others learn beside it
             losses[f"layer_{layer}/loss"] = scale * of_layer.distillation.detach()
         mean = torch.stack([*losses.values()]).mean()
         self.add_losses(losses if len(layers) > 1 else {"loss": mean})

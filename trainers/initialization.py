@@ -310,8 +310,12 @@ def init_decomposition(
     args: DistillationArguments,
     progress: bool = False,
 ) -> None:
-    """Initialise every layer as the arguments say. A decoder is the pretrained MLP's only if the encoder is, too."""
+    """Initialise every layer as the arguments say. A decoder is the pretrained MLP's only if the encoder is, too.
+
+    A layer draws the same random numbers whichever layers are initialised before it.
+    """
     for index in progress_bar(decomposition.config.layers, desc="init", unit="layer", show=progress):
+        torch.manual_seed(args.seed)
         layer, calibration = decomposition.layer(index), calibrations[index]
         init_layer(layer, calibration, args.gate_init, args.scale_activations)
         if layer.router is not None:

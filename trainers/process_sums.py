@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxd.base.processes import joined
+from mxd.base.processes import are_apart, joined
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Return the sum of the tensors of all processes, each of which has to call this; itself if there is one only."""
-    return values if joined() == 1 else _Sum.apply(values)
+    """Return the sum of the tensors of all processes that share the rows, each of which has to call this."""
+    return values if joined() == 1 or are_apart() else _Sum.apply(values)
 
 
 class _Sum(torch.autograd.Function):

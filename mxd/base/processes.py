@@ -10,11 +10,16 @@ Result = TypeVar("Result")
 
 # The variables from which accelerate, and so every Trainer, learns of other processes.
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_YEAR = timedelta(days=365)
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 class FirstProcessError(RuntimeError):
     """The first process raised an error that is no `ValueError`; the message is that of the error."""
+
+
+class OtherProcessError(RuntimeError):
+    """Another process ended before this one was done."""
 
 
 def launched() -> tuple[int, int]:
@@ -41,6 +46,58 @@ def check_one_process() -> None:
                 f"{count} processes ({name}) would write into the same folder: call this in one process, without "
                 "torchrun, accelerate launch or mpirun, and unset the variable if it was left by one of them"
             )
+
+
+_apart: list[tuple[int, int]] = []  # rank and number of processes, once this one trains apart
+
+
+def train_apart() -> tuple[int, int]:
+    """Make every Trainer of this process train as if there were no other; return `launched()` as it was before.
+
+    A process sees one GPU only, that of its `LOCAL_RANK`, so this has to come before anything looks for GPUs.
+    """
+    if not _apart:
+        rank, count = launched()
+        if count == 1:
+            return rank, count
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[local % len(visible)] if visible[0] else str(local)
+        _apart.append((rank, count))
+        leave()
+    return _apart[0]
+
+
+def are_apart() -> bool:
+    """Return whether `train_apart` took effect: each process trains on all rows of a step."""
+    return bool(_apart)
+
+
+def join_apart() -> None:
+    """Make a process group of the processes that `train_apart` told apart, which waits for a year."""
+    from torch import distributed
+
+    if not _apart or distributed.is_initialized():
+        return
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):  # mpirun sets none
+        os.environ.setdefault(name, value)
+    distributed.init_process_group(rank=_apart[0][0], world_size=_apart[0][1], timeout=_YEAR)
+
+
+def wait_for_all() -> None:
+    """Wait without a time-out until all processes are here.
+
+    Raises:
+        OtherProcessError: Another one has ended.
+    """
+    if joined() == 1:
+        return
+    from torch import distributed
+
+    try:
+        distributed.barrier(_waiting_group(distributed.group.WORLD))
+    except RuntimeError as error:
+        raise OtherProcessError("another process has ended, see its message: run again with --resume") from error
 
 
 def joined() -> int:
@@ -80,4 +137,4 @@ def _waiting_group(world: Any) -> Any:
     """Return a group of all processes of `world` that waits for a year, whatever the time-out of the world is."""
     from torch import distributed
 
-    return distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+    return distributed.new_group(backend="gloo", timeout=_YEAR)

@@ -83,7 +83,8 @@ def main() -> None:
 def _said_by_the_first(error: Exception) -> bool:
     """Return whether an error is of the user's input or of the run, which the first process reports, too."""
     names = {one.__name__ for one in type(error).mro()}
-    return bool(names & {"ValueError", "FirstProcessError", "ClickException", "Abort", *TRAINING_ENDS})
+    said = bool(names & {"ValueError", "FirstProcessError", "ClickException", "Abort", *TRAINING_ENDS})
+    return said and not getattr(error, "of_one_process", False)
 
 
 def _exit_code(error: Exception) -> int:

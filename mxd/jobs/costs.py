@@ -4,7 +4,7 @@ A multiply-add is two FLOPs. Symbols: I, O widths of the MLP's input and output,
 N experts, K active ones, T tokens of a batch. Weights of layers are in float32; b is the bytes of a base's number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mxd.base.pretrained_weights import mlp_active_units, mlp_widths
 from mxd.evaluation.metrics import CHUNK_ELEMENTS as LOGIT_CHUNK
-from mxd.modeling_mxd import MLPSite, MxDLayerConfig
+from mxd.modeling_mxd import MLPSite, MxDConfig, MxDLayerConfig, find_mlps
 from mxd.modeling_mxd.functional import CHUNK_ELEMENTS
 
 FLOAT = 4
@@ -130,6 +130,14 @@ def base_cost(model: PreTrainedModel, sites: dict[int, MLPSite], dtype_bytes: in
         layers=len(sites),
         vocabulary=config.vocab_size,
     )
+
+
+def work_of(config: MxDConfig, model: PreTrainedModel, context_length: int) -> Callable[[list[int]], float]:
+    """Return a function from layers that train in one pass to its FLOPs a token."""
+    sites = find_mlps(model, **config.where)
+    base = base_cost(model, sites, FLOAT, context_length).flops_to
+    own = {layer: layer_cost(config.layer(layer), sites[layer], FLOAT, True).training_flops for layer in config.layers}
+    return lambda layers: base[max(layers)] + sum(own[layer] for layer in layers)
 
 
 def _layer_flops(model: PreTrainedModel, site: MLPSite, context_length: int) -> float:

@@ -22,7 +22,7 @@ from mxd.base.pretrained_weights import (
     mlp_widths,
     record_base,
 )
-from mxd.base.processes import in_first_process
+from mxd.base.processes import in_first_process, joined, wait_for_all
 from mxd.data.packing import pack
 from mxd.data.provenance import is_held_out, sketch
 from mxd.data.texts import (
@@ -38,10 +38,12 @@ from mxd.modeling_mxd.surgery import written_sites
 from mxd.trainers import DistillationArguments, DistillationTrainer
 from mxd.trainers.checkpoints import write_decomposition
 from mxd.trainers.distillation_trainer import check_layers
+from mxd.trainers.expert_shards import ShardedTrainer
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 from mxd.trainers.router import default_num_expert_groups
 
-from .layer_passes import LayerPass, join_layers, join_logs, join_runs, split_layers
+from .costs import work_of
+from .layer_passes import LayerPass, groups_of, join_layers, join_logs, join_runs, level_groups, split_layers
 from .options import DecompositionOptions
 from .run_folder import begun, check_same_documents, prepare_output
 from .training import asked_for, make_arguments, run_training, save_beside, save_results
@@ -153,13 +155,17 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     model, tokenizer, commit = load_base_model(options.model, revision, options.dtype, context_length=context)
     check_safetensors(options.model, commit)
     heldout = evaluation_batches(heldout_documents, tokenizer, context, options.evaluation_tokens)
-    training = LayersTraining(build_config(model, commit, options), model, tokenizer, documents, options, arguments)
+    config = build_config(model, commit, options)
+    groups = start.get("groups") or layer_groups(config, model, options)
+    training = LayersTraining(config, model, tokenizer, documents, options, arguments, groups)
     training.begin()
     if not start:  # nothing is refused from here on
-        in_first_process(lambda: prepare_output(folder, "decompose", options, documents=count, commit=commit))
-    decomposition, made = training.run()
+        facts = {"documents": count, "commit": commit, "groups": groups}
+        in_first_process(lambda: prepare_output(folder, "decompose", options, **facts))
+    training.run()
 
     def measure() -> dict[str, Any]:
+        decomposition, made = training.result()
         how = {**made, "documents": count, "sketch": sketch(options.text, documents, options.seed)}
         settings: dict[str, Any] = {"training": how}
         if options.text.heldout_dataset or options.text.heldout_split:  # it may hold documents of the training's
@@ -171,9 +177,28 @@ def decompose(options: DecompositionOptions) -> dict[str, Any]:
     return in_first_process(measure)
 
 
+def layer_groups(config: MxDConfig, model: PreTrainedModel, options: DecompositionOptions) -> list[list[int]]:
+    """Return the groups of layers that train in one pass each: of `layers_per_pass`, or one a process that shards them.
+
+    Raises:
+        ValueError: there are fewer layers than processes, or layers that wait for one another.
+    """
+    layers, spread = config.layers, joined() if options.shard == "layers" else 1
+    if spread > 1 and options.sequential:
+        raise ValueError("sequential layers train one after another, and cannot be shared: no --shard layers")
+    if options.layers_per_pass is not None or spread == 1:
+        return groups_of(layers, options.layers_per_pass or len(layers))
+    if spread > len(layers):
+        raise ValueError(f"{spread} processes cannot share {len(layers)} layers: start at most {len(layers)}")
+    return level_groups(layers, spread, work_of(config, model, options.context_length))
+
+
 @dataclass
 class LayersTraining:
-    """Train the layers of a decomposition in one pass of the base model over the rows, or in several."""
+    """Train the layers of a decomposition in one pass of the base model over the rows, or in several.
+
+    With `shard="layers"`, every process takes its turn of the passes, and trains them by itself.
+    """
 
     config: MxDConfig
     model: PreTrainedModel
@@ -181,9 +206,12 @@ class LayersTraining:
     documents: Dataset | IterableDataset
     options: DecompositionOptions
     arguments: DistillationArguments
+    groups: list[list[int]]
 
     def __post_init__(self) -> None:
-        self.passes = split_layers(self.config, Path(self.options.output), self.options.layers_per_pass)
+        self.passes = split_layers(self.config, Path(self.options.output), self.groups)
+        self.processes = joined() if self.options.shard == "layers" else 1
+        self.own = self.passes[self.arguments.rank :: self.processes] if self.processes > 1 else self.passes
 
     def make_trainer(self, one: LayerPass) -> DistillationTrainer:
         """Return the trainer of a pass, which is the same whether other passes came before it or not."""
@@ -191,7 +219,8 @@ class LayersTraining:
         rows = pack(self.documents, self.tokenizer, self.options.context_length, seed=self.options.seed, repeat=True)
         arguments = copy(self.arguments)
         arguments.output_dir = str(one.folder)
-        return DistillationTrainer(MxDModel(one.config), self.model, arguments, train_dataset=rows)
+        kind = DistillationTrainer if arguments.shards == 1 else ShardedTrainer
+        return kind(MxDModel(one.config), self.model, arguments, train_dataset=rows)
 
     def begin(self) -> None:
         """Make the trainer of the first pass that is not finished; raise what any layer or argument is refused for.
@@ -202,37 +231,44 @@ class LayersTraining:
             raise ValueError("push_to_hub would push the layers of each pass alone: push the result with `mxd push`")
         self.config.check_memory(torch.get_default_dtype())
         check_layers(self.config, self.model, self.arguments)
-        waiting = [one for one in self.passes if not (self.options.resume and one.finished)]
+        waiting = [one for one in self.own if not (self.options.resume and one.finished)]
         self.trainer = self.make_trainer(waiting[0]) if waiting else None
 
-    def run(self) -> tuple[MxDModel, dict[str, Any]]:
-        """Train, save the decomposition in the output folder, and return it and how it was made.
+    def run(self) -> None:
+        """Train what is not finished. With `sequential`, the layers of finished passes stay in the base model."""
+        try:
+            with ExitStack() as replaced:
+                for one in self.own:
+                    if not one.finished:
+                        self.train(one)
+                        gc.collect()  # the optimizer of a training is in reference cycles
+                    if self.options.sequential and one is not self.own[-1]:
+                        replaced.enter_context(one.load().spliced(self.model, cast=False))
+        except Exception as error:
+            vars(error)["of_one_process"] = self.processes > 1
+            raise
+        wait_for_all()
 
-        With `sequential`, the layers of finished passes stay in the base model until all are trained.
-        """
-        runs: list[dict[str, Any]] = []
-        with ExitStack() as replaced:
-            for one in self.passes:
-                decomposition, made = one.load() if one.finished else self.train(one)
-                gc.collect()  # the optimizer of a training is in reference cycles
-                runs.append(made)
-                if self.options.sequential:
-                    replaced.enter_context(decomposition.spliced(self.model, cast=False))
+    def result(self) -> tuple[MxDModel, dict[str, Any]]:
+        """Return the decomposition, saved in the output folder, and how it was made; in the first process."""
         if len(self.passes) == 1:
-            return decomposition, made
+            return self.trained
         decomposition = join_layers(self.passes, self.config)
         record_base(decomposition, self.model)
-        in_first_process(lambda: self.save(decomposition))
-        return decomposition, join_runs(runs, self.config.layers)
+        self.save(decomposition)
+        return decomposition, join_runs(self.passes, self.config.layers, self.processes)
 
-    def train(self, one: LayerPass) -> tuple[MxDModel, dict[str, Any]]:
-        """Train the layers of a pass, or go on, and return them and how they were trained; keep no trainer."""
+    def train(self, one: LayerPass) -> None:
+        """Train the layers of a pass, or go on; keep no trainer."""
         trainer, self.trainer = self.trainer or self.make_trainer(one), None
         how = run_training(trainer, self.tokenizer, self.options, one.checkpoint)
         made = run_settings(self.options, trainer, how)
-        if one.is_part:
+        if not one.is_part:
+            self.trained = trainer.model, made
+        elif self.processes > 1:
+            one.keep(made)
+        else:
             in_first_process(lambda: one.keep(made))
-        return trainer.model, made
 
     def save(self, decomposition: MxDModel) -> None:
         """Save the layers of all passes in the output folder, as the training of one pass does."""

@@ -4,6 +4,8 @@ Each finished group is kept as a decomposition in a folder of the output folder,
 """
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +46,9 @@ class LayerPass(NamedTuple):
         save_evaluation({"settings": {"training": made}}, self.folder)
         finish(self.folder)
 
-    def load(self) -> tuple[MxDModel, dict[str, Any]]:
-        """Return trained layers, and how they were trained."""
-        name = str(self.folder)
-        return load_decomposition(name), made_how(name)["training"]
+    def load(self) -> MxDModel:
+        """Return trained layers."""
+        return load_decomposition(str(self.folder))
 
 
 def groups_of(layers: list[int], size: int) -> list[list[int]]:
@@ -56,12 +57,30 @@ def groups_of(layers: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def split_layers(config: MxDConfig, folder: Path, layers_per_pass: int | None) -> list[LayerPass]:
-    """Return the passes that train a decomposition: one in the output folder itself, or several in order of layers."""
-    if layers_per_pass is None or layers_per_pass >= len(config.layers):
+def level_groups(layers: list[int], count: int, work: Callable[[list[int]], float]) -> list[list[int]]:
+    """Return layers in so many groups of neighbours, or one a group if there are fewer, of which the one with the most
+    work has as little as possible."""
+    order = sorted(layers)
+
+    @cache
+    def best(start: int, groups: int) -> tuple[float, list[list[int]]]:
+        if groups == 1:
+            return work(order[start:]), [order[start:]]
+        found = []
+        for end in range(start + 1, len(order) - groups + 2):
+            most, rest = best(end, groups - 1)
+            found.append((max(work(order[start:end]), most), [order[start:end], *rest]))
+        return min(found)
+
+    return best(0, min(count, len(order)))[1]
+
+
+def split_layers(config: MxDConfig, folder: Path, groups: list[list[int]]) -> list[LayerPass]:
+    """Return the passes that train groups of layers: one in the output folder itself, or several in their order."""
+    if len(groups) == 1:
         return [LayerPass(config, folder, is_part=False)]
     passes = []
-    for layers in groups_of(config.layers, layers_per_pass):
+    for layers in groups:
         part = MxDConfig.from_layer_configs(
             {layer: config.layer(layer) for layer in layers},
             base_model_name_or_path=config.base_model_name_or_path,
@@ -80,7 +99,7 @@ def join_layers(passes: list[LayerPass], config: MxDConfig) -> MxDModel:
     maxima: dict[int, Tensor] = {}
     directions: dict[int, Tensor] = {}
     for one in passes:
-        part, _ = one.load()
+        part = one.load()
         for layer in part.config.layers:
             whole.layers[str(layer)] = part.layer(layer)
             direction, maxima[layer] = part.directions(layer)
@@ -105,8 +124,12 @@ def join_logs(passes: list[LayerPass]) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def join_runs(runs: list[dict[str, Any]], layers: list[int]) -> dict[str, Any]:
-    """Return how all layers were trained, given the records of the passes; `seconds` is the sum if all have it."""
-    seconds = [run["seconds"] for run in runs if "seconds" in run]
-    known = {"seconds": round(sum(seconds), 1)} if len(seconds) == len(runs) else {}
-    return {**{name: value for name, value in runs[-1].items() if name != "seconds"}, **known, "layers": layers}
+def join_runs(passes: list[LayerPass], layers: list[int], processes: int = 1) -> dict[str, Any]:
+    """Return how all layers were trained, from the records of the passes, which so many processes took in turn.
+
+    `seconds` is that of the process that took longest, if all passes have it.
+    """
+    runs = [made_how(str(one.folder))["training"] for one in passes]
+    seconds = [run.pop("seconds", None) for run in runs]
+    known = {} if None in seconds else {"seconds": max(sum(seconds[rank::processes]) for rank in range(processes))}
+    return {**runs[-1], **{name: round(value, 1) for name, value in known.items()}, "layers": layers}

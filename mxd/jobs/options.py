@@ -177,6 +177,9 @@ class DecompositionOptions(WhereOptions, ResumableOptions):
     sequential: bool = option(
         False, "Train each group of layers in the model whose earlier layers are replaced already.", flag=False
     )
+    shard: Literal["layers", "experts"] | None = option(
+        None, "Share layers, or each layer's experts, among processes. [the rows of a step]"
+    )
     min_mean_ablation_error: float = option(0.45, HELP["min_mean_ablation_error"], trainer=True)
     auxiliary_weight: float = option(1.0, HELP["auxiliary_weight"], trainer=True)
     gate_init: Literal["data", "random"] = option("data", HELP["gate_init"], flag=False, trainer=True)
@@ -217,7 +220,7 @@ class PlanOptions(DecompositionOptions):
     yaml_only = (
         "revision", "site", "dataset", "dataset_config", "dataset_revision", "split", "text_column", "chat",
         "streaming", "heldout_dataset", "bf16", "evaluation_tokens", "seed", "overwrite", "learning_rate", "resume",
-        "min_mean_ablation_error", "auxiliary_weight", "match_transcoder",
+        "min_mean_ablation_error", "auxiliary_weight", "match_transcoder", "shard",
     )  # fmt: skip
 
     devices: int = option(1, "Number of devices, each with one process.", TRAINING, minimum=1)

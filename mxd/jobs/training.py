@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from mxd.base.processes import check_one_process, launched
+from mxd.base.processes import check_one_process, join_apart, launched, train_apart
 from mxd.evaluation import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
 from mxd.evaluation.plots import decomposition_title
 from mxd.modeling_mxd import MxDModel
@@ -48,7 +48,7 @@ def make_arguments(kind: type[Arguments], options: RunOptions, folder: Path, **c
     """Return the trainer's arguments for these options: rows per step, steps, checkpoints, and what they set.
 
     They join this process to the others of the run, if there are several. Whatever the number of processes, a step has
-    the same rows.
+    the same rows, which the processes share unless they share layers or experts.
 
     Raises:
         ValueError: `training` names no argument of the trainer, a value is refused, or the processes cannot share the
@@ -60,8 +60,10 @@ def make_arguments(kind: type[Arguments], options: RunOptions, folder: Path, **c
             close = " or ".join(get_close_matches(name, known))
             hint = f"did you mean {close}?" if close else f"see {kind.__name__}"
             raise ValueError(f"training: {name} is no argument of the trainer; {hint}")
+    shard = getattr(options, "shard", None)
+    rank, count = train_apart() if shard else (0, 1)
     _, started = launched()
-    if started == 1:
+    if started == count == 1:
         check_one_process()  # the arguments would join processes that nobody told apart
     rows = rows_per_step(options)
     steps = max(1, options.tokens // (rows * options.context_length))
@@ -81,6 +83,10 @@ def make_arguments(kind: type[Arguments], options: RunOptions, folder: Path, **c
     }
     arguments = kind(**{**defaults, **options.trainer_arguments(), **changes})
     arguments.accelerator_config.split_batches = True
+    join_apart()
+    arguments.rank, arguments.shards = rank, count if shard == "experts" else 1
+    if arguments.shards > 1 and arguments.max_grad_norm > 0:
+        raise ValueError("training: with --shard experts no process knows the norm of all gradients: no max_grad_norm")
     rows, processes = arguments.per_device_train_batch_size, arguments.world_size
     if started not in (1, processes):
         raise ValueError(f"{started} processes were started, of which accelerate joins {processes}: see its set-up")
@@ -128,7 +134,7 @@ def run_training(
         raise Interrupted(f"interrupted at {_kept(trainer)}", code)
     seconds = {} if checkpoint else {"seconds": round(time.monotonic() - started, 1)}
     trainer.save_model()
-    if trainer.is_world_process_zero():
+    if arguments.should_save:
         save_beside(tokenizer, trainer.state.log_history, own_folder)
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     batch_tokens = rows * options.context_length
