@@ -1,103 +1,112 @@
-"""Train in two processes that hold half of the experts each, and compare with training in one: `python sharded.py OUTPUT`.
+"""Train in two processes that share experts or layers: `python sharded.py OUTPUT OPTIONS`, where OPTIONS are JSON.
 
-Every process also trains by itself, as one process does. Prints a line of JSON for every case.
+Trainers of tiny models are compared with one that trains in one process, as each of these also does by itself. Then
+`decompose` takes the OPTIONS. Prints lines of JSON: one for each case of the trainers, and what `decompose` returns.
 """
 
 import json
+import os
+import signal
 import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from factories import GLU, make_tiny_llama, mxd_model
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
+from mxd import DecompositionOptions, decompose
 from mxd.base.processes import join_apart, train_apart
+from mxd.jobs import decompose as job
+from mxd.jobs.run_folder import Interrupted
 from mxd.trainers import DistillationArguments, DistillationTrainer
 from mxd.trainers.expert_shards import ShardedTrainer
 
 CASES = {
     "mxd": {**GLU, "num_experts": 47},
     "few": {**GLU, "num_experts": 5, "num_experts_per_tok": 4},
-    "all": {**GLU, "num_experts": 6, "num_experts_per_tok": 6},
-    "transcoder": {"method": "transcoder", "num_experts": 48},
     "skip": {"method": "skip_transcoder", "num_experts": 48, "gate_bias": False},
 }
+ARGUMENTS = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "use_cpu": True,
+             "logging_steps": 2, "calibration_tokens": 100, "statistics_tokens": 48, "disable_tqdm": True,
+             "train_sampling_strategy": "sequential"}  # fmt: skip
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def difference(one, two):
+    """Return the largest norm of a difference of two tensors of a name, relative to the tensor's."""
     assert one.keys() == two.keys()
-    return max(
-        float((two[name] - value).double().norm() / value.double().norm().clamp_min(1e-3))
-        for name, value in one.items()
-    )
+    norms = [((two[name] - value).double().norm(), value.double().norm()) for name, value in one.items()]
+    return max(float(different / norm.clamp_min(1e-3)) for different, norm in norms)
 
 
 def saved(folder):
     files = [*folder.glob("*.safetensors")]
-    return {(file.name, name): value for file in files for name, value in load_file(file).items()}
+    state = torch.load(folder / "optimizer.pt")["state"] if (folder / "optimizer.pt").exists() else {}
+    tensors = {(file.name, name): value for file in files for name, value in load_file(file).items()}
+    return tensors | {(index, name): value for index, values in state.items() for name, value in values.items()}
 
 
-def states(folder):
-    state = torch.load(folder / "optimizer.pt")["state"]
-    return {(index, name): value for index, values in state.items() for name, value in values.items()}
-
-
-def main(output):
-    torch.set_num_threads(1)
+def train(kind, case, folder, resume=None):
+    """Train in one process, or in all that there are."""
     rank, count = train_apart()
-    teacher, rows = make_tiny_llama(), Dataset.from_dict({"input_ids": torch.randint(0, 64, (96, 12)).tolist()})
-    common = {"per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 3, "learning_rate": 1e-2, "logging_steps": 2,
-              "calibration_tokens": 200, "statistics_tokens": 96, "disable_tqdm": True, "use_cpu": True,
-              "train_sampling_strategy": "sequential"}  # fmt: skip
+    args = DistillationArguments(output_dir=str(folder), **ARGUMENTS)
+    join_apart()
+    args.rank, args.shards = (rank, count) if kind is ShardedTrainer else (0, 1)
+    model, rows = make_tiny_llama(), Dataset.from_dict({"input_ids": torch.randint(0, 64, (96, 12)).tolist()})
+    trainer = kind(mxd_model([0, 2], **CASES[case]), model, args, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(folder / "final"))
+    torch.distributed.barrier()
+    return trainer
 
-    def train(case, kind, folder, resume=None, **changes):
-        args = DistillationArguments(output_dir=str(folder), **{**common, **changes})
-        join_apart()
-        args.rank, args.shards = (rank, count) if kind is ShardedTrainer else (0, 1)
-        trainer = kind(mxd_model([0, 2], **CASES[case]), teacher, args, train_dataset=rows)
-        trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model(str(folder / "final"))
-        return trainer
 
-    for case in CASES:
-        alone = Path(output, f"{case}-alone-{rank}")
-        together = Path(output, case)
-        trainers = [train(case, DistillationTrainer, alone), train(case, ShardedTrainer, together)]
-        norms = [
-            [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry] for trainer in trainers
-        ]
-        losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in trainers]
-        own = {name: value.detach() for name, value in trainers[1].model.state_dict().items()}
-        report = {"case": case, "rank": rank, "norms": norms, "losses": losses,
-                  "model": difference(trainers[0].model.state_dict(), own)}  # fmt: skip
-        torch.distributed.barrier()
-        if rank == 0:
-            for name in ("final", "checkpoint-3", "checkpoint-6"):
-                report[name] = difference(saved(alone / name), saved(together / name))
-                files = [sorted(path.name for path in (folder / name).iterdir()) for folder in (alone, together)]
-                report["files"] = files[0] == files[1]
-            report["optimizer"] = difference(states(alone / "checkpoint-3"), states(together / "checkpoint-3"))
-        torch.distributed.barrier()
-        print(json.dumps(report), flush=True)
-    # A checkpoint of one process goes on in two, and one of two in one.
-    for case in ("mxd", "skip"):
-        whole = train(
-            case, DistillationTrainer, Path(output, f"{case}-on-{rank}"), str(Path(output, case, "checkpoint-3"))
-        )
-        half = train(
-            case, ShardedTrainer, Path(output, f"{case}-on"), str(Path(output, f"{case}-alone-0", "checkpoint-3"))
-        )
-        reference = saved(Path(output, f"{case}-alone-{rank}", "final"))
-        found = {
-            "resumed": case,
-            "rank": rank,
-            "whole": difference(saved(Path(whole.args.output_dir, "final")), reference),
-        }
-        torch.distributed.barrier()
-        found["half"] = difference(saved(Path(half.args.output_dir, "final")), reference)
-        print(json.dumps(found), flush=True)
+def compare(output, case):
+    """Return how a training in all processes differs from one in this process."""
+    alone, together = output / f"{case}-alone-{train_apart()[0]}", output / case
+    trainers = [train(DistillationTrainer, case, alone), train(ShardedTrainer, case, together)]
+    logs = [[entry for entry in trainer.state.log_history if "loss" in entry] for trainer in trainers]
+    steps = zip(*logs, strict=True)
+    states = [trainer.model.state_dict() for trainer in trainers]
+    files = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (alone, together)]
+    folders = ["final", "checkpoint-2", "checkpoint-4"]
+    return {
+        "case": case,
+        "same files": files[0] == files[1],
+        "log": max(abs(two[name] / one[name] - 1) for one, two in steps for name in ("loss", "grad_norm")),
+        "weights": difference(*states),
+        "saved": max(difference(saved(alone / name), saved(together / name)) for name in folders),
+    }
+
+
+def main(output, options):
+    torch.set_num_threads(1)
+    output, options, lines = Path(output), json.loads(options), []
+    lines += [compare(output, case) for case in CASES]
+    # What one process saved goes on in two, and what two saved in one.
+    rank = train_apart()[0]
+    train(ShardedTrainer, "mxd", output / "on", str(output / "mxd-alone-0" / "checkpoint-2"))
+    train(DistillationTrainer, "mxd", output / f"on-{rank}", str(output / "mxd" / "checkpoint-2"))
+    reference = saved(output / "mxd" / "final")
+    differences = {name: difference(reference, saved(output / name / "final")) for name in ("on", f"on-{rank}")}
+    lines.append({"case": "resumed", "same files": True, **differences})
+    whole = job.DistillationTrainer, job.ShardedTrainer
+    for shard, stops in (("layers", False), ("layers", True), ("experts", True)):
+        callbacks = [Interrupt()] if stops else []
+        job.DistillationTrainer, job.ShardedTrainer = (partial(kind, callbacks=callbacks) for kind in whole)
+        folder = str(output / f"{shard}{'-part' * stops}")
+        try:
+            lines.append(decompose(DecompositionOptions(**options, shard=shard, output=folder))["layers"])
+        except Interrupted as error:
+            lines.append(str(error))
+    sys.stdout.write("\n" + "".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":
