@@ -40,6 +40,7 @@ def tables() -> dict[str, Callable[[], str]]:
     import meaning
     import plan
     import probing
+    import processes
     import recipe
     import routing
     import speed
@@ -66,6 +67,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "plan, largest layers": of("plan.json", plan.largest_table),
         "probing": of("probing.json", probing.table),
         "probing by problem": of("probing.json", probing.table_by_problem),
+        "processes": of("processes.json", processes.table),
         "routing": of("routing.json", routing.table),
         "speed": of("speed.json", speed.page),
     }

@@ -189,7 +189,7 @@ def largest(name: str) -> dict[str, Any]:
         "auxiliary": plan.layers[0].auxiliary,
         "tokens": tokens,
         "measured": {"memory": memory, "step_seconds": clock.seconds},
-        "plan": {"memory": sum(plan.memory([0], [0]).values()) + HOST_BYTES, "step_seconds": step},
+        "plan": {"memory": sum(plan.memory([0]).values()) + HOST_BYTES, "step_seconds": step},
     }
 
 

@@ -4,7 +4,7 @@ A multiply-add is two FLOPs. Symbols: I, O widths of the MLP's input and output,
 N experts, K active ones, T tokens of a batch. Weights of layers are in float32; b is the bytes of a base's number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mxd.base.pretrained_weights import mlp_active_units, mlp_widths
 from mxd.evaluation.metrics import CHUNK_ELEMENTS as LOGIT_CHUNK
-from mxd.modeling_mxd import MLPSite, MxDConfig, MxDLayerConfig, find_mlps
+from mxd.modeling_mxd import MLPSite, MxDLayerConfig
 from mxd.modeling_mxd.functional import CHUNK_ELEMENTS
 
 FLOAT = 4
@@ -78,6 +78,18 @@ def layer_cost(config: MxDLayerConfig, sites: Sequence[MLPSite], dtype_bytes: in
     )
 
 
+def split_cost(cost: LayerCost, config: MxDLayerConfig, devices: int) -> LayerCost:
+    """Return what one of several devices takes, each of which holds and scores a part of the layer's experts."""
+    others, outputs = config.num_experts * (1 - 1 / devices), config.output_size
+    rows = config.hidden_size + int(config.gate_bias) + outputs
+    return cost._replace(
+        parameters=round(cost.parameters - others * rows),
+        auxiliary=round(cost.auxiliary - others * outputs) if cost.auxiliary else 0,
+        training_flops=cost.training_flops - 2 * others * config.hidden_size,
+        training_bytes=cost.training_bytes - 3 * FLOAT * others,
+    )
+
+
 class BaseCost(NamedTuple):
     """What the base model takes. FLOPs are of a token."""
 
@@ -132,12 +144,9 @@ def base_cost(model: PreTrainedModel, sites: dict[int, MLPSite], dtype_bytes: in
     )
 
 
-def work_of(config: MxDConfig, model: PreTrainedModel, context_length: int) -> Callable[[list[int]], float]:
-    """Return a function from layers that train in one pass to its FLOPs a token."""
-    sites = find_mlps(model, **config.where)
-    base = base_cost(model, sites, FLOAT, context_length).flops_to
-    own = {layer: layer_cost(config.layer(layer), sites[layer], FLOAT, True).training_flops for layer in config.layers}
-    return lambda layers: base[max(layers)] + sum(own[layer] for layer in layers)
+def work_of(base: BaseCost, layers: Mapping[int, LayerCost]) -> Callable[[list[int]], float]:
+    """Return a function from layers that train in one pass of the base to its FLOPs a token."""
+    return lambda group: base.flops_to[max(group)] + sum(layers[layer].training_flops for layer in group)
 
 
 def _layer_flops(model: PreTrainedModel, site: MLPSite, context_length: int) -> float:

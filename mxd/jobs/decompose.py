@@ -42,7 +42,7 @@ from mxd.trainers.expert_shards import ShardedTrainer
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
 from mxd.trainers.router import default_num_expert_groups
 
-from .costs import work_of
+from .costs import base_cost, layer_cost, work_of
 from .layer_passes import LayerPass, groups_of, join_layers, join_logs, join_runs, level_groups, split_layers
 from .options import DecompositionOptions
 from .run_folder import begun, check_same_documents, prepare_output
@@ -190,7 +190,11 @@ def layer_groups(config: MxDConfig, model: PreTrainedModel, options: Decompositi
         return groups_of(layers, options.layers_per_pass or len(layers))
     if spread > len(layers):
         raise ValueError(f"{spread} processes cannot share {len(layers)} layers: start at most {len(layers)}")
-    return level_groups(layers, spread, work_of(config, model, options.context_length))
+    sites, size = find_mlps(model, **config.where), model.dtype.itemsize
+    costs = {
+        layer: layer_cost(config.layer(layer), sites[layer], size, options.auxiliary_weight > 0) for layer in layers
+    }
+    return level_groups(layers, spread, work_of(base_cost(model, sites, size, options.context_length), costs))
 
 
 @dataclass

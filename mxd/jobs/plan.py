@@ -22,9 +22,11 @@ from .costs import (
     layer_cost,
     memory,
     scores_bytes,
+    split_cost,
+    work_of,
 )
 from .decompose import build_config
-from .layer_passes import groups_of
+from .layer_passes import groups_of, level_groups
 from .options import PlanOptions
 from .training import rows_per_step
 
@@ -74,10 +76,13 @@ class Plan:
         moved = self.base.traffic(depth) / self.rates.bandwidth
         return tokens * (self.base.flops_to[last] / self.rates.base + moved)
 
-    def training_seconds(self, layers: Sequence[int], devices: int = 1) -> dict[str, float]:
+    def costs(self, layers: Sequence[int], split: int = 1) -> list[LayerCost]:
+        """Return the costs of layers, or of a device's part if so many devices hold their experts together."""
+        return [split_cost(self.layers[layer], self.configs[layer], split) for layer in layers]
+
+    def training_seconds(self, layers: Sequence[int], devices: int = 1, split: int = 1) -> dict[str, float]:
         """Return the seconds to train layers in one pass, whose tokens several devices share, by part."""
-        costs = [self.layers[layer] for layer in layers]
-        last = max(self.config.written_layers(max(layers)))
+        costs, last = self.costs(layers, split), max(self.config.written_layers(max(layers)))
         tokens, rates = self.tokens / devices, self.rates
         trained = sum(cost.parameters + cost.auxiliary for cost in costs)
         calibrated = self.calibration_tokens()
@@ -109,14 +114,14 @@ class Plan:
         models = 3 * (base.flops / rates.base + base.traffic(base.layers) / rates.bandwidth)
         return tokens * (models + 3 * layers + logits)
 
-    def memory(self, layers: Sequence[int], evaluated: Sequence[int], devices: int = 1) -> dict[str, float]:
+    def memory(self, layers: Sequence[int], devices: int = 1, split: int = 1) -> dict[str, float]:
         """Return the bytes a device holds at its peak, by part: while layers are initialised or take a step together,
-        or while all layers of its run are evaluated."""
-        costs, tokens = [self.layers[layer] for layer in layers], -(-self.batch // devices)
+        or while all layers are evaluated on the first one."""
+        costs, tokens = self.costs(layers), -(-self.batch // devices)
         scores = max(scores_bytes(self.configs[layer], tokens) for layer in layers)
-        parts = memory(self.base, costs, tokens, scores, buckets=devices > 1)
+        parts = memory(self.base, self.costs(layers, split), tokens, scores, buckets=devices > 1)
         batch = min(EVALUATION_BATCH, self.options.evaluation_tokens)
-        evaluation = evaluation_memory(self.base, [self.layers[layer] for layer in evaluated], batch)
+        evaluation = evaluation_memory(self.base, [*self.layers.values()], batch)
         calibration = calibration_memory(self.base, costs, self.calibration_tokens() // devices)
         return max(parts, evaluation, calibration, key=_total)
 
@@ -125,28 +130,31 @@ class Plan:
         layers, devices = sorted(self.layers), self.options.devices
         per_pass = min(self.options.layers_per_pass or 1, len(layers))
         passes = groups_of(layers, per_pass)
-        found = [("all layers on each device", [layers], devices)]
+        ways = [self._way("all layers on each device", [layers], devices)]
         if len(passes) > 1:
-            found.append((f"{per_pass} layer{'s' if per_pass > 1 else ''} a pass", passes, devices))
+            ways.append(self._way(f"{per_pass} layer{'s' if per_pass > 1 else ''} a pass", passes, devices))
         if devices > 1 and len(layers) > 1:
-            spread = groups_of(layers, -(-len(layers) // devices))
-            found.append(("layers spread over devices", spread, 1))
-        rows = []
-        for name, groups, sharing in found:
-            apart = name.startswith("layers spread")  # a run for each group
-            seconds = [sum(self.training_seconds(group, sharing).values()) for group in groups]
-            held = max((self.memory(group, group if apart else layers, sharing) for group in groups), key=_total)
-            rows.append(
-                {
-                    "strategy": name,
-                    "devices": len(groups) if apart else devices,
-                    "memory_bytes": _total(held),
-                    "memory": held,
-                    "base_passes": len(groups),
-                    "training_seconds": max(seconds) if apart else sum(seconds),
-                }
-            )
-        return rows
+            spread = level_groups(layers, devices, work_of(self.base, self.layers))
+            ways.append(self._way("layers spread over devices", spread, 1, at_once=True))
+        if devices > 1 and all(config.num_expert_groups is None for config in self.configs.values()):
+            ways.append(self._way("experts split over devices", [layers], 1, split=devices))
+        return ways
+
+    def _way(
+        self, name: str, groups: list[list[int]], sharing: int, at_once: bool = False, split: int = 1
+    ) -> dict[str, Any]:
+        """Return a way to train groups of layers, one after the other or `at_once`, one a device. `sharing` devices
+        share the tokens, and `split` devices the experts."""
+        seconds = [sum(self.training_seconds(group, sharing, split).values()) for group in groups]
+        held = max((self.memory(group, sharing, split) for group in groups), key=_total)
+        return {
+            "strategy": name,
+            "devices": len(groups) if at_once else self.options.devices,
+            "memory_bytes": _total(held),
+            "memory": held,
+            "base_passes": len(groups),
+            "training_seconds": max(seconds) if at_once else sum(seconds),
+        }
 
     def result(self) -> dict[str, Any]:
         """Return the content of the plan."""
