@@ -48,9 +48,8 @@ def train(way: str, folder: Path) -> None:
     config = folder.with_suffix(".yaml")
     config.write_text(json.dumps(OPTIONS))
     command = [*python.split(), "decompose", "--config", str(config), "--output", str(folder), *options.split()]
-    done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    how = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *command], check=False, **how)
     if done.returncode:
         raise RuntimeError(f"{way}: {done.stderr[-3000:]}")
 
