@@ -98,8 +98,10 @@ def test_the_cache_is_as_large_as_planned(tmp_path):
 def test_a_model_that_fits_nowhere_is_planned_from_its_config(folder):
     made = planned(model=str(folder / "llama-70b"), layers=list(range(80)), dtype="bfloat16", devices=8, tokens=10**9)
     assert made["base"]["parameters"] == 70_553_706_496
-    every, passes, spread = made["strategies"]
-    assert [row["base_passes"] for row in (every, passes, spread)] == [1, 80, 8]
+    every, passes, spread, split = made["strategies"]
+    assert [row["base_passes"] for row in (every, passes, spread, split)] == [1, 80, 8, 1]
+    assert every["memory_bytes"] > split["memory_bytes"] > made["base"]["bytes"]
+    assert every["training_seconds"] < spread["training_seconds"] < split["training_seconds"]
     # Passes end with the evaluation of all layers, whose weights are in memory together.
     assert every["memory_bytes"] > passes["memory_bytes"] > 2 * 70_553_706_496 + 4 * made["parameters"]
     assert every["memory_bytes"] > spread["memory_bytes"] > made["base"]["bytes"]
@@ -173,6 +175,7 @@ def test_the_tables_show_it(capsys):
         "all layers on each device",
         "1 layer a pass",
         "layers spread over",
+        "experts split over",
         "activation cache",
         "× model",
     ):
