@@ -90,7 +90,7 @@ class ExpertShards:
             rows = self.rows(experts)
             if isinstance(module, SparseLayer):
                 vars(module)["encode"] = partial(self.encode, module, rows)
-            table = named.get("modulation", named.get("decoder"))
+            table = named["modulation" if "modulation" in named else "decoder"]
             vars(module)["sum_experts"] = partial(self.sum_experts, table, rows)
             hooks.append(module.register_load_state_dict_pre_hook(partial(_keep_rows, named, rows)))
             hooks.append(module.register_state_dict_post_hook(partial(self._replace, named)))
