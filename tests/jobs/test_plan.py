@@ -101,7 +101,6 @@ def test_a_model_that_fits_nowhere_is_planned_from_its_config(folder):
     every, passes, spread, split = made["strategies"]
     assert [row["base_passes"] for row in (every, passes, spread, split)] == [1, 80, 8, 1]
     assert every["memory_bytes"] > split["memory_bytes"] > made["base"]["bytes"]
-    assert every["training_seconds"] < spread["training_seconds"] < split["training_seconds"]
     # Passes end with the evaluation of all layers, whose weights are in memory together.
     assert every["memory_bytes"] > passes["memory_bytes"] > 2 * 70_553_706_496 + 4 * made["parameters"]
     assert every["memory_bytes"] > spread["memory_bytes"] > made["base"]["bytes"]
