@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,7 @@ from .initialization import ActivationScales, Calibration, calibrate, parameter_
 from .process_sums import sum_over_processes
 from .router import router_loss
 from .row_reading import DEFAULT_TOKENS, RowReading
-from .running_losses import RunningLosses
+from .running_losses import DivergenceError, RunningLosses
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,6 @@ CALIBRATION_TOKENS, STATISTICS_TOKENS = 32768, DEFAULT_TOKENS
 ROUTER_TOKENS = 16
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # columns with one value per token
 SCALES_NAME = "activation_scales.json"
-
-
-class DivergenceError(ValueError):
-    """The loss or a weight is not finite. Training was stopped, and these weights were not saved."""
 
 
 class DecompositionTrainer(RowReading):
@@ -188,11 +184,9 @@ class DecompositionTrainer(RowReading):
             raise
         return output
 
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
+    def stepping(self) -> AbstractContextManager[None]:
         """Prepare for the steps of a training inside the block."""
-        with freed_memory_kept() if self.args.device.type == "cpu" else nullcontext():
-            yield
+        return freed_memory_kept() if self.args.device.type == "cpu" else nullcontext()
 
     @property
     def saved_step(self) -> int:
@@ -326,11 +320,7 @@ class DecompositionTrainer(RowReading):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         if grad_norm is None and (self.state.global_step + 1) % self.state.logging_steps:
             return None  # it is not logged
-        return super()._get_grad_norm(model, self.norm_of_gradients(model) if grad_norm is None else grad_norm)
-
-    def norm_of_gradients(self, model: nn.Module) -> Tensor | None:
-        """Return the norm of all gradients, or None to let transformers compute it."""
-        return None
+        return super()._get_grad_norm(model, grad_norm)
 
     def add_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's losses, by the names under which their means are logged."""

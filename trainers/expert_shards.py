@@ -221,8 +221,9 @@ class ShardedTrainer(DistillationTrainer):
             distributed.all_reduce(finite, distributed.ReduceOp.MIN)
         return finite
 
-    def norm_of_gradients(self, model: nn.Module) -> Tensor:
-        """Return the norm of all processes' gradients."""
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        if (self.state.global_step + 1) % self.state.logging_steps:
+            return None  # it is not logged, and gradients are not clipped
         split, squares = self.shards.parameters, torch.zeros(2, device=self.args.device)
         for parameter in model.parameters():
             if parameter.grad is not None:

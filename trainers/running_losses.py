@@ -9,6 +9,10 @@ from torch import Tensor
 STORED_TOKENS = 24
 
 
+class DivergenceError(ValueError):
+    """The loss or a weight is not finite. Training was stopped, and these weights were not saved."""
+
+
 class RunningLosses:
     """Sums of losses on the training's device; nothing waits for the device before `means`."""
 

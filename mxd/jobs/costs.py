@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mxd.base.pretrained_weights import mlp_active_units, mlp_widths
 from mxd.evaluation.metrics import CHUNK_ELEMENTS as LOGIT_CHUNK
-from mxd.modeling_mxd import MLPSite, MxDLayerConfig
+from mxd.modeling_mxd import MLPSite, MxDConfig, MxDLayerConfig
 from mxd.modeling_mxd.functional import CHUNK_ELEMENTS
 
 FLOAT = 4
@@ -144,9 +144,14 @@ def base_cost(model: PreTrainedModel, sites: dict[int, MLPSite], dtype_bytes: in
     )
 
 
-def work_of(base: BaseCost, layers: Mapping[int, LayerCost]) -> Callable[[list[int]], float]:
+def work_of(base: BaseCost, config: MxDConfig, layers: Mapping[int, LayerCost]) -> Callable[[list[int]], float]:
     """Return a function from layers that train in one pass of the base to its FLOPs a token."""
-    return lambda group: base.flops_to[max(group)] + sum(layers[layer].training_flops for layer in group)
+
+    def work(group: list[int]) -> float:
+        last = max(config.written_layers(max(group)))
+        return base.flops_to[last] + sum(layers[layer].training_flops for layer in group)
+
+    return work
 
 
 def _layer_flops(model: PreTrainedModel, site: MLPSite, context_length: int) -> float:

@@ -190,11 +190,12 @@ def layer_groups(config: MxDConfig, model: PreTrainedModel, options: Decompositi
         return groups_of(layers, options.layers_per_pass or len(layers))
     if spread > len(layers):
         raise ValueError(f"{spread} processes cannot share {len(layers)} layers: start at most {len(layers)}")
-    sites, size = find_mlps(model, **config.where), model.dtype.itemsize
+    sites, size, auxiliary = find_mlps(model, **config.where), model.dtype.itemsize, options.auxiliary_weight > 0
     costs = {
-        layer: layer_cost(config.layer(layer), sites[layer], size, options.auxiliary_weight > 0) for layer in layers
+        layer: layer_cost(config.layer(layer), [sites[i] for i in config.written_layers(layer)], size, auxiliary)
+        for layer in layers
     }
-    return level_groups(layers, spread, work_of(base_cost(model, sites, size, options.context_length), costs))
+    return level_groups(layers, spread, work_of(base_cost(model, sites, size, options.context_length), config, costs))
 
 
 @dataclass

@@ -134,7 +134,7 @@ class Plan:
         if len(passes) > 1:
             ways.append(self._way(f"{per_pass} layer{'s' if per_pass > 1 else ''} a pass", passes, devices))
         if devices > 1 and len(layers) > 1:
-            spread = level_groups(layers, devices, work_of(self.base, self.layers))
+            spread = level_groups(layers, devices, work_of(self.base, self.config, self.layers))
             ways.append(self._way("layers spread over devices", spread, 1, at_once=True))
         if devices > 1 and all(config.num_expert_groups is None for config in self.configs.values()):
             ways.append(self._way("experts split over devices", [layers], 1, split=devices))

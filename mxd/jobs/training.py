@@ -21,7 +21,8 @@ from mxd.evaluation import load_evaluation, plot_expert_frequency, plot_training
 from mxd.evaluation.plots import decomposition_title
 from mxd.modeling_mxd import MxDModel
 from mxd.trainers.decomposition_arguments import DecompositionArguments
-from mxd.trainers.decomposition_trainer import DecompositionTrainer, DivergenceError
+from mxd.trainers.decomposition_trainer import DecompositionTrainer
+from mxd.trainers.running_losses import DivergenceError
 
 from .options import INTERRUPTED, TERMINATED, RunOptions, resumable, values
 from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, finish
