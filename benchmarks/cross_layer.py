@@ -54,7 +54,8 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
     errors = [row["nmse"] for layer in results["layers"].values() for row in layer.get("outputs", [layer])]
     shares = [layer["expert_share"] for layer in results["layers"].values()]
     rise = results["cross_entropy"]["rise"]
-    return {"nmse": errors, "expert_share": mean(shares), "rise": rise, "kl": results["kl"]}
+    share = None if None in shares else mean(shares)  # not defined where a layer explains nothing
+    return {"nmse": errors, "expert_share": share, "rise": rise, "kl": results["kl"]}
 
 
 @torch.no_grad()
@@ -140,7 +141,8 @@ def table(results: dict[str, Any]) -> str:
             runs = row["runs"]
             cells = [f"{row['parameters']:,}" if "parameters" in row else ""]
             cells += [_cell([run["nmse"][i] for run in runs], ".4f") for i in range(len(names))]
-            cells += ["" if name == DENSE else _cell([100 * run["expert_share"] for run in runs], ".0f") + " %"]
+            shares = [100 * run["expert_share"] for run in runs if run["expert_share"] is not None]
+            cells += [_cell(shares, ".0f") + " %" if shares and name != DENSE else "–"]
             cells += [_cell([run["rise"] for run in runs], "+.4f"), _cell([run["kl"] for run in runs], ".4f")]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     settings, seeds = results["settings"], len(next(iter(results["methods"]["mxd"]["rows"].values()))["runs"])

@@ -36,7 +36,6 @@ from .router import fit_router
 logger = logging.getLogger(__name__)
 
 MASSIVE_FACTOR = 16
-RIDGE = 1e-3
 # A linear module's parameters, where PEFT may have wrapped it: "weight", "base_layer.weight", "lora_A.default.weight".
 _KIND = re.compile(
     r"(?:base_layer\.|original_module\.|modules_to_save\.[^.]+\.)*"
@@ -245,13 +244,15 @@ def fit_later_outputs(
 
         min over D, b of   Σ_t w_t ‖y_t − Dᵀz_t − b‖² + r Σ_h ‖d_h‖² Σ_t w_t z_th²,   w_t = 1 / max(‖ȳ_t‖², m)
 
-    with ȳ all outputs joined, m of `least_norms` by layer, and r = `RIDGE`: where Cᵀa is 1, this is the distillation
-    loss.
+    with ȳ all outputs joined, m of `least_norms` by layer, and r the number of units a token, so that a fit on few
+    tokens stays small: where Cᵀa is 1, this is the distillation loss.
     """
     layers: dict[int, Any] = {index: decomposition.layer(index) for index in least_norms}
     moments: dict[int, Tensor] = {}
+    tokens = 0
     for batch in batches:
         captured, masks = captured_activations(capture, decomposition, batch, include_first=False)
+        tokens += int(next(iter(masks.values())).sum())
         for index, layer in layers.items():
             x, y = (tensor[masks[index]].to(layer.expert_table) for tensor in captured[index])
             weight = squared_norm(y).clamp_min(max(least_norms[index], 1e-30)).rsqrt()[:, None].to(y)
@@ -263,7 +264,7 @@ def fit_later_outputs(
     for index, layer in layers.items():
         square, products = moments[index].tensor_split([len(moments[index])], 1)
         scale = square.diagonal()
-        ridge = (RIDGE * scale).clamp_min(1e-12 * float(scale.max()))
+        ridge = ((len(scale) - 1) / max(tokens, 1) * scale).clamp_min(1e-12 * float(scale.max()))
         *decoder, bias = torch.linalg.solve(square + torch.diag(ridge), products)
         layer.decoder.weight[-len(bias) :] = torch.stack(decoder, 1).to(layer.decoder.weight)
         if layer.output_bias is not None:

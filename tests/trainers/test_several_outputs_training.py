@@ -32,7 +32,7 @@ def test_later_outputs_begin_at_the_best_linear_map_of_the_units(bias, encoder_t
     z = copy.deepcopy(layer).double().hidden(x)
     z = torch.cat([z, torch.ones_like(z[:, :1])], 1) if bias else z
     weight = y.square().sum(-1, keepdim=True).clamp_min(least).rsqrt()
-    ridge = torch.diag((init.RIDGE * (weight * z).square().sum(0)).sqrt())
+    ridge = torch.diag((40 / len(z) * (weight * z).square().sum(0)).sqrt())
     left, right = torch.cat([weight * z, ridge]), torch.cat([weight * y[:, 16:], torch.zeros(len(ridge), 16)])
     expected = torch.linalg.lstsq(left, right).solution
     assert torch.equal(layer.decoder.weight[:16], known)
