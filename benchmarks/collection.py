@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pages
+import report
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -148,7 +148,7 @@ def table(results: dict[str, Any]) -> str:
     seconds = f"{tables['update_seconds']:.0f} s, and {tables['finish_seconds']:.0f} s at the end"
     name = f"the tables alone, {tables['tokens']:,} random tokens"
     rows.append((name, seconds, f"{tables['memory_bytes'] / 1e6:,.0f} MB", f"{tables['file_bytes'] / 1e6:.1f} MB"))
-    return pages.markdown_table(["", "CPU time", "memory above the model", "file"], rows)
+    return report.markdown_table(["", "CPU time", "memory above the model", "file"], rows)
 
 
 def main() -> None:
@@ -170,7 +170,7 @@ def main() -> None:
     results["pass"] = [
         measure_pass(asked.model, asked.text, layer, asked.experts, asked.tokens) for layer in asked.layers
     ]
-    results["settings"] = {"model": Path(asked.model).name, "machine": pages.machine(asked.threads, "cpu")}
+    results["settings"] = {"model": Path(asked.model).name, "machine": report.machine(asked.threads, "cpu")}
     write_json(RESULTS, results)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from layers import METHODS, trained
-from pages import machine
+from report import machine
 from torch import Tensor
 
 from mxd import DecompositionOptions, decompose, demo

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from contestants import Running
-from pages import machine
+from report import machine
 from speed import SHAPES, K, commit
 from torch import Tensor
 

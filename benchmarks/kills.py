@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pages import machine
+from report import machine
 from safetensors.torch import load_file
 
 from mxd import demo

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from pages import machine, markdown_table
+from report import machine, markdown_table
 from transformers import PreTrainedModel, TrainerCallback
 
 from mxd import DecompositionOptions, FinetuningOptions, decompose, demo, finetune

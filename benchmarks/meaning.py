@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pages import machine, markdown_table
+from report import machine, markdown_table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxd.base.base_model import load_base_model

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pages import machine, markdown_table
+from report import machine, markdown_table
 from transformers import TrainerCallback
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"

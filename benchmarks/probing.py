@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages import markdown_table
 from probing_problems import problems
+from report import markdown_table
 from scipy.sparse import load_npz, save_npz
 from transformers import PreTrainedTokenizerBase
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pages import machine
+from report import machine
 from safetensors.torch import load_file
 
 logger = logging.getLogger("processes")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from pages import markdown_table
+from report import markdown_table
 
 from mxd.evaluation.paired import half_width
 from mxd.evaluation.plots import COLOURS

@@ -32,8 +32,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from held_out import HeldOut
-from pages import machine, markdown_table
 from python_library import python_library_documents
+from report import machine, markdown_table
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed

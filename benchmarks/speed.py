@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from contestants import BESIDE, CONTESTANTS, OF_ONE_MODE
-from pages import machine, markdown_table
+from report import machine, markdown_table
 from tqdm.auto import tqdm
 
 from mxd.base.base_model import bfloat16_is_emulated
