@@ -23,7 +23,7 @@ from mxd.base.pretrained_weights import (
     record_base,
 )
 from mxd.base.processes import in_first_process, joined, wait_for_all
-from mxd.data.packing import pack
+from mxd.data.packing import materialize, pack, take_tokens
 from mxd.data.provenance import is_held_out, sketch
 from mxd.data.texts import (
     count_documents,
@@ -37,6 +37,7 @@ from mxd.modeling_mxd import MLPSite, MxDConfig, MxDLayerConfig, MxDModel, Surge
 from mxd.modeling_mxd.surgery import written_sites
 from mxd.trainers import DistillationArguments, DistillationTrainer
 from mxd.trainers.checkpoints import write_decomposition
+from mxd.trainers.decomposition_trainer import CALIBRATION_TOKENS
 from mxd.trainers.distillation_trainer import check_layers
 from mxd.trainers.expert_shards import ShardedTrainer
 from mxd.trainers.parameter_budget import num_experts_matching_transcoder, num_latents_matching_transcoder
@@ -46,7 +47,7 @@ from .costs import base_cost, layer_cost, work_of
 from .layer_passes import LayerPass, groups_of, join_layers, join_logs, join_runs, level_groups, split_layers
 from .options import DecompositionOptions
 from .run_folder import begun, check_same_documents, prepare_output
-from .training import asked_for, make_arguments, run_training, save_beside, save_results
+from .training import asked_for, cached_rows, make_arguments, run_training, save_beside, save_results
 
 logger = logging.getLogger(__name__)
 
@@ -217,25 +218,55 @@ class LayersTraining:
         self.passes = split_layers(self.config, Path(self.options.output), self.groups)
         self.processes = joined() if self.options.shard == "layers" else 1
         self.own = self.passes[self.arguments.rank :: self.processes] if self.processes > 1 else self.passes
+        self.cached: dict[str, Any] | None = None
 
     def make_trainer(self, one: LayerPass) -> DistillationTrainer:
         """Return the trainer of a pass, which is the same whether other passes came before it or not."""
         set_seed(self.options.seed)
-        rows = pack(self.documents, self.tokenizer, self.options.context_length, seed=self.options.seed, repeat=True)
         arguments = copy(self.arguments)
         arguments.output_dir = str(one.folder)
+        if self.cached is None:
+            data: dict[str, Any] = {"train_dataset": self.rows(repeat=True)}
+        else:
+            data, arguments.train_sampling_strategy = self.cached, "sequential"
         kind = DistillationTrainer if arguments.shards == 1 else ShardedTrainer
-        return kind(MxDModel(one.config), self.model, arguments, train_dataset=rows)
+        return kind(MxDModel(one.config), self.model, arguments, **data)
+
+    def rows(self, repeat: bool) -> IterableDataset:
+        """Return the rows to train on, in their order."""
+        options = self.options
+        return pack(self.documents, self.tokenizer, options.context_length, seed=options.seed, repeat=repeat)
+
+    def record(self, folder: Path) -> dict[str, Any]:
+        """Return the rows to train on, with the activations of all layers, which are in a folder or recorded there."""
+        output, folder = Path(self.options.output).resolve(), folder.resolve()
+        if output == folder or output in folder.parents:
+            raise ValueError(f"the cache {folder} would be emptied with the output folder: name one outside of it")
+        arguments, context = self.arguments, self.options.context_length
+        rows = arguments.per_device_train_batch_size
+        count = arguments.max_steps * rows * arguments.gradient_accumulation_steps
+        count = count if count > 0 else -(-self.options.tokens // context)
+        # A short training is measured on more rows: at least a token for each expert, and none is a row's first.
+        calibrated = arguments.calibration_tokens or min(CALIBRATION_TOKENS, count * context)
+        experts = max(self.config.layer(layer).num_experts for layer in self.config.layers)
+        measured = max(calibrated, experts, arguments.statistics_tokens or 0)
+        count = max(count, -(-measured // (context - 1)) + rows)
+        ids = materialize(take_tokens(self.rows(repeat=False), count * context))[:]["input_ids"]
+        progress = not arguments.disable_tqdm
+        return cached_rows(folder, self.model, self.config, ids, self.options, progress, count)
 
     def begin(self) -> None:
         """Make the trainer of the first pass that is not finished; raise what any layer or argument is refused for.
 
-        Nothing is read of an output folder that the run replaces.
+        Before that, activations are recorded if there is a `cache`. Nothing is read of an output folder that the run
+        replaces.
         """
         if self.arguments.push_to_hub and len(self.passes) > 1:
             raise ValueError("push_to_hub would push the layers of each pass alone: push the result with `mxd push`")
         self.config.check_memory(torch.get_default_dtype())
         check_layers(self.config, self.model, self.arguments)
+        if self.options.cache is not None:
+            self.cached = self.record(Path(self.options.cache))
         waiting = [one for one in self.own if not (self.options.resume and one.finished)]
         self.trainer = self.make_trainer(waiting[0]) if waiting else None
 

@@ -1,8 +1,8 @@
 """`mxd frontier`: cross-entropy of each method at each K, at equal parameters and tokens (the paper's Fig. 3).
 
-The base model runs once and is recorded. Every point, a method at a K, trains on the recording and is measured on the
-same held-out rows, one point after another. Finished points are kept, so the same command continues an interrupted
-run. docs/how-to/compare.md describes the output folder.
+The base model runs once, and its activations are cached. Every point, a method at a K, trains on the cache and is
+measured on the same held-out rows, one point after another. Finished points are kept, so the same command continues an
+interrupted run. docs/how-to/compare.md describes the output folder.
 """
 
 import json
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from mxd.base.activation_cache import ActivationCache, rows_digest
-from mxd.base.base_model import base_skeleton, check_safetensors, default_device, load_base_model, resolve_name
+from mxd.base.activation_cache import rows_digest
+from mxd.base.base_model import base_skeleton, check_safetensors, load_base_model, resolve_name
 from mxd.base.files import write_json
 from mxd.base.processes import check_one_process
 from mxd.base.progress import progress_bar
@@ -34,15 +34,15 @@ from .decompose import build_config, run_settings
 from .decompositions import load_decomposition, made_how
 from .options import INTERRUPTED, LEARNING_RATES, DecompositionOptions, FrontierOptions, values
 from .run_folder import RUN_NAME, Interrupted, TrainingFailed, flat, output_folder, visible_entries, write_run
-from .training import asked_for, make_arguments, rows_per_step, run_training, save_results, versions
+from .training import asked_for, cached_rows, make_arguments, rows_per_step, run_training, save_results, versions
 
 logger = logging.getLogger(__name__)
 
 FRONTIER_NAME, FIGURE_NAME, POINTS, RECORDING = "frontier.json", "frontier.png", "points", "recording"
 # Options on which no result depends, or that `common` in `measure_frontier` records more exactly.
 _NOT_SETTINGS = ("model", "revision", "dataset", "dataset_config", "split", "text_column", "chat", "streaming",
-                 "tokens", "heldout_dataset", "heldout_split", "evaluation_tokens", "report_to", "output", "overwrite",
-                 "resume")  # fmt: skip
+                 "tokens", "cache", "heldout_dataset", "heldout_split", "evaluation_tokens", "report_to", "output",
+                 "overwrite", "resume")  # fmt: skip
 
 
 class _Shared(NamedTuple):
@@ -51,7 +51,7 @@ class _Shared(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     commit: str | None
-    recording: Path
+    cached: dict[str, Any]  # rows to train on, and their activations
     heldout: list[dict[str, Tensor]]
     untouched: UntouchedLosses
     progress: bool
@@ -131,12 +131,9 @@ def measure_frontier(options: FrontierOptions, progress: bool = True) -> dict[st
         for point in missing if not options.overwrite else ():
             point.check_kept()
         write_run(root, "frontier", options)
-        ActivationCache.record(
-            root / RECORDING, model.to(default_device()), config.layers, rows, rows_per_step=rows_per_step(options),
-            overwrite=options.overwrite, progress=progress, **config.where,
-        )  # fmt: skip
+        cached = cached_rows(Path(options.cache or root / RECORDING), model, config, rows, options, progress)
         untouched = UntouchedLosses(model, heldout, ablated=config, progress=progress)
-        shared = _Shared(model, tokenizer, commit, root / RECORDING, heldout, untouched, progress)
+        shared = _Shared(model, tokenizer, commit, cached, heldout, untouched, progress)
         _run(missing, len(points), shared, lambda: _write(options, common, config.layers))
     return _write(options, common, config.layers)
 
@@ -221,8 +218,7 @@ def _train(point: _Point, shared: _Shared) -> tuple[MxDModel, dict[str, Any]]:
         shutil.rmtree(point.folder)
     decomposition = MxDModel(build_config(shared.model, shared.commit, point.options))
     arguments = make_arguments(DistillationArguments, point.options, point.folder, disable_tqdm=not shared.progress)
-    cache = ActivationCache(shared.recording)
-    trainer = DistillationTrainer(decomposition, shared.model, arguments, activations=cache)
+    trainer = DistillationTrainer(decomposition, shared.model, arguments, **shared.cached)
     how = run_training(trainer, shared.tokenizer, point.options, None)
     made = {"training": run_settings(point.options, trainer, how)}
     made["training"]["tokens_trained"] = int(point.settings["recorded_tokens"] * arguments.num_train_epochs)

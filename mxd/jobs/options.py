@@ -152,6 +152,7 @@ class WhereOptions(LayersOptions):
     stack: str | None = option(None, "Which list of layers; see `mxd layers`. [the language model's]", flag=False)
     match_transcoder: int = option(32, "Match a transcoder of so many latents per dimension in parameters.", minimum=1)
     intermediate_size: int | None = option(None, "Width of the encoder. [the MLP's]", flag=False, minimum=1)
+    cache: str | None = option(None, "Folder of activations, recorded there once: the base model does not run again.")
 
 
 @dataclass(kw_only=True)
@@ -193,6 +194,11 @@ class DecompositionOptions(WhereOptions, ResumableOptions):
             self.learning_rate = LEARNING_RATES.get(self.method)
         if self.encoder_init is None:  # the pretrained encoder fits no other width
             self.encoder_init = "pretrained" if self.intermediate_size is None else "random"
+        if self.sequential and self.cache is not None:
+            raise ValueError(
+                "cache holds the activations of the untouched model, but with sequential a layer learns from those of "
+                "the replaced layers before it: leave one of them out"
+            )
         if self.sequential and self.layers_per_pass is None:
             self.layers_per_pass = 1
         self.per_layer = dict(_layer_settings(layer, own) for layer, own in self.per_layer.items())
@@ -220,7 +226,7 @@ class PlanOptions(DecompositionOptions):
     yaml_only = (
         "revision", "site", "dataset", "dataset_config", "dataset_revision", "split", "text_column", "chat",
         "streaming", "heldout_dataset", "bf16", "evaluation_tokens", "seed", "overwrite", "learning_rate", "resume",
-        "min_mean_ablation_error", "auxiliary_weight", "match_transcoder", "shard",
+        "min_mean_ablation_error", "auxiliary_weight", "match_transcoder", "shard", "cache",
     )  # fmt: skip
 
     devices: int = option(1, "Number of devices, each with one process.", TRAINING, minimum=1)

@@ -12,14 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mxd.base.processes import check_one_process, join_apart, launched, train_apart
+from mxd.base.activation_cache import ActivationCache
+from mxd.base.base_model import default_device
+from mxd.base.processes import check_one_process, in_first_process, join_apart, launched, train_apart
 from mxd.evaluation import load_evaluation, plot_expert_frequency, plot_training_loss, save_evaluation
 from mxd.evaluation.plots import decomposition_title
-from mxd.modeling_mxd import MxDModel
+from mxd.modeling_mxd import MxDConfig, MxDModel
 from mxd.trainers.decomposition_arguments import DecompositionArguments
 from mxd.trainers.decomposition_trainer import DecompositionTrainer
 from mxd.trainers.running_losses import DivergenceError
@@ -36,7 +41,7 @@ LOG_NAME = "training_log.json"
 def asked_for(options: RunOptions) -> dict[str, Any]:
     """Return the options for evaluation.json: those of the text under "text"; the trainer's are recorded as used."""
     text = vars(options.text)
-    left_out = {*text, "dataset_config", "output", "overwrite", "resume"}
+    left_out = {*text, "dataset_config", "cache", "output", "overwrite", "resume"}
     return {**values(options, lambda one: one.name not in left_out and not one.metadata.get("trainer")), "text": text}
 
 
@@ -97,6 +102,38 @@ def make_arguments(kind: type[Arguments], options: RunOptions, folder: Path, **c
             f"{processes * options.context_length}, or start a number of processes that divides {rows}"
         )
     return arguments
+
+
+def cached_rows(
+    folder: Path,
+    model: PreTrainedModel,
+    config: MxDConfig,
+    rows: Tensor,
+    options: RunOptions,
+    progress: bool,
+    count: int | None = None,
+) -> dict[str, Any]:
+    """Record the activations of rows of ids, (rows, tokens), in a folder, or open those that are there.
+
+    Returns:
+        Arguments of a `DistillationTrainer` that trains on the rows in their order, from the first one again until
+        there are `count`; it needs `train_sampling_strategy="sequential"`.
+
+    Raises:
+        ValueError: the folder holds those of other rows or of another model, or a broken file.
+        OSError: the disk has too little space.
+    """
+
+    def record() -> None:
+        ActivationCache.record(
+            folder, model.to(default_device()), config.written_layers(), rows, rows_per_step=rows_per_step(options),
+            overwrite=options.overwrite, progress=progress, **config.where,
+        )  # fmt: skip
+
+    in_first_process(record)
+    cache = ActivationCache(folder, verify=False)
+    order = np.arange(len(rows) if count is None else count) % len(rows)
+    return {"activations": cache, "train_dataset": Subset(cache, order)}  # type: ignore[arg-type]
 
 
 def run_training(

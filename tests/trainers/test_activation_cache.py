@@ -1,10 +1,12 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 from trainer_cases import ARGUMENTS
 
+from mxd.base import activation_cache
 from mxd.base.activation_cache import ActivationCache
 from mxd.base.capture import capture_mlps
 from mxd.modeling_mxd import MxDConfig, MxDModel
@@ -130,6 +132,91 @@ def test_an_interrupted_cache_goes_on(tiny_llama, rows, cache, tmp_path, monkeyp
     assert sum(seen[1:]) == len(rows) - 9 + 1
 
 
+@pytest.mark.parametrize("file", ["rows.bin", "layer_0_inputs.bin", "layer_2_outputs.bin"])
+@pytest.mark.parametrize("fault", ["a bit", "short", "missing"])
+def test_a_broken_cache_is_refused_by_name(tiny_llama, rows, cache, tmp_path, file, fault):
+    path = tmp_path / "cache" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink() if fault == "missing" else path.write_bytes(content if fault == "a bit" else content[:-2])
+    for again in (ActivationCache, lambda folder: ActivationCache.record(folder, tiny_llama, LAYERS, rows)):
+        if (fault, file) == ("a bit", "rows.bin") and again is not ActivationCache:
+            continue  # other rows
+        with pytest.raises(
+            ValueError, match=rf"{file} is (broken in its rows 0 to 19|missing or not \d+ bytes).*delete"
+        ):
+            again(tmp_path / "cache")
+    mended = ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows, overwrite=True)
+    assert torch.equal(mended({"input_ids": rows})[0][0], capture_mlps(tiny_llama, [0], rows)[0][0].bfloat16())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"manifest": {}, "recorded": 3, "checksums": {}}'])
+def test_a_broken_manifest_is_refused_by_name(tiny_llama, rows, cache, tmp_path, text):
+    path = tmp_path / "cache" / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json is no manifest"):
+        ActivationCache(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"manifest\.json is no manifest"):
+        ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows)
+    assert len(ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows, overwrite=True)) == 20
+
+
+def test_rows_that_were_recorded_before_a_kill_are_checked_and_others_recorded_again(
+    tiny_llama, rows, cache, tmp_path, monkeypatch
+):
+    expected, folder = cache({"input_ids": rows}), tmp_path / "killed"
+    calls, stored = [], activation_cache._write_state
+
+    def store(*state):
+        stored(*state)
+        if calls.append(1) or len(calls) == 3:
+            raise SystemExit  # the state after this is lost
+
+    monkeypatch.setattr(activation_cache, "_SAVE_SECONDS", -1)
+    monkeypatch.setattr(activation_cache, "_write_state", store)
+    with pytest.raises(SystemExit):
+        ActivationCache.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3)
+    monkeypatch.setattr(activation_cache, "_write_state", stored)
+    state = json.loads((folder / "manifest.json").read_text())
+    done = state["recorded"]
+    assert 0 < done < 20 and state["checksums"]["ends"][-1] == done
+    path = folder / "layer_2_inputs.bin"
+    content = bytearray(path.read_bytes())
+    row = len(content) // 20
+    content[done * row :] = bytes(len(content) - done * row)  # what was not on the disk yet
+    path.write_bytes(content)
+    got = ActivationCache.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3)({"input_ids": rows})
+    assert all(torch.equal(a, b) for layer in LAYERS for a, b in zip(got[layer], expected[layer], strict=True))
+    (folder / "manifest.json").write_text(json.dumps(state))
+    content[row // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"layer_2_inputs.bin is broken in its rows 0 to"):
+        ActivationCache.record(folder, tiny_llama, LAYERS, rows)
+
+
+def test_the_disk_is_checked_before_the_model_runs(tiny_llama, rows, tmp_path, monkeypatch, caplog):
+    size = 20 * 12 * (4 + 2 * 2 * (16 + 16))
+    for free, message in ((size - 1, "use fewer tokens"), (size, "takes 3.17e-05 GB more of the disk")):
+        monkeypatch.setattr(activation_cache.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if free < size:
+            with pytest.raises(OSError, match=message):
+                ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows)
+            assert not list((tmp_path / "cache").glob("*"))
+        else:
+            ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows)
+            assert message in caplog.text
+
+
+def test_a_larger_cache_serves_fewer_rows_and_layers(tiny_llama, rows, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(activation_cache, "_record", lambda *_: pytest.fail("it was recorded again"))
+    for layers, some in (([2], rows), (LAYERS, rows[:7]), ([0], rows[:1])):
+        found = ActivationCache.record(tmp_path / "cache", tiny_llama, layers, some)
+        assert torch.equal(found.rows, some.int()) and found({"input_ids": some[-1:]}, layers)
+    for layers, other in (([1, 2], rows), (LAYERS, rows[1:]), (LAYERS, torch.cat([rows, rows]))):
+        with pytest.raises(ValueError, match="another activation cache"):
+            ActivationCache.record(tmp_path / "cache", tiny_llama, layers, other)
+
+
 def test_another_cache_is_refused_or_replaced(tiny_llama, rows, cache, tmp_path):
     folder = tmp_path / "cache"
     with pytest.raises(ValueError, match="different: rows"):
@@ -148,7 +235,7 @@ def test_another_cache_is_refused_or_replaced(tiny_llama, rows, cache, tmp_path)
 
 
 def test_a_smaller_cache_takes_the_place_of_another(tiny_llama, rows, cache, tmp_path):
-    ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS[:1], rows[:4], overwrite=True)
+    ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS[:1], rows[4:8], overwrite=True)
     assert len(ActivationCache(tmp_path / "cache")) == 4
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 3  # none of the other's are left
 
