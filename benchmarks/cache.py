@@ -1,6 +1,6 @@
 """Measure an activation cache: what writing costs, bytes a token, and how fast a training reads it.
 
-    python benchmarks/cache.py MODEL --dataset texts/*.parquet [--tokens 20000] [--folder FOLDER]
+    python benchmarks/cache.py [MODEL] --dataset texts/*.parquet [--tokens 100000] [--folder FOLDER]
 
 The reading is that of a training: batches in the order of recording, which is the shuffled order of the rows. It is
 compared with reading the same files from beginning to end, in parts of 8 MB. Both are measured with an empty page cache
@@ -18,11 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from pages import machine
 
-from mxd import ActivationCache, load_base_model, materialize, pack
+from mxd import ActivationCache, demo, load_base_model, materialize, pack
 from mxd.base.capture import capture_mlps
 from mxd.base.forward import evaluating
 from mxd.data.documents import load_text
@@ -66,13 +67,30 @@ def read_batches(cache: ActivationCache) -> None:
                 side.clone()
 
 
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a table in Markdown."""
+    seconds, size = results["seconds"], results["gigabytes"]
+    rows = {
+        "bytes a token": f"{results['bytes_a_token']:,.0f}",
+        "size": f"{size:.2f} GB of {results['tokens']:,} tokens and {len(results['layers'])} layers",
+        "the base model alone": f"{seconds['model_alone']:.0f} s",
+        "recording": f"{seconds['recorded']:.0f} s",
+        "comparing the checksums": f"{seconds['checked']:.1f} s, {size / seconds['checked']:.2f} GB/s",
+        "reading the files in order": f"{seconds['files_in_order']:.1f} s, {size / seconds['files_in_order']:.2f} GB/s",
+        "reading batches": f"{seconds['batches']:.1f} s, {size / seconds['batches']:.2f} GB/s",
+        "reading ratio": f"{100 * results['reading_ratio']:.0f} %",
+    }
+    lines = [f"{results['model']}; {results['machine']}", "", "| | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
 def main() -> None:
     """Record a cache, read it, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default=demo.MODEL_NAME)
     parser.add_argument("--dataset", nargs="+", required=True)
     parser.add_argument("--layers", nargs="+", type=int, help="by default all")
-    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--folder", type=Path, help="folder on the disk to measure, where the cache is written")
     asked = parser.parse_args()
     model, tokenizer, _ = load_base_model(asked.model)

@@ -17,6 +17,7 @@ TABLE = re.compile(r"<!-- table: (.*?) -->")
 
 def tables() -> dict[str, Callable[[], str]]:
     """Return {name: function that makes the table in Markdown} of all tables that are made from results files."""
+    import cache
     import collection
     import layers
     import meaning
@@ -35,6 +36,7 @@ def tables() -> dict[str, Callable[[], str]]:
     }
     return made | {
         "architectures": of("architectures.json", architectures_page),
+        "cache": of("cache.json", cache.table),
         "collection": of("collection.json", collection.table),
         "layers, throughput": of("layers.json", layers.throughput_table),
         "layers, costs": of("layers.json", layers.costs_table),
