@@ -71,7 +71,7 @@ def test_a_text_shorter_than_the_training_is_cached_once_and_repeated(tmp_path):
 
 def test_what_does_not_fit_is_refused_before_the_output_is_touched(cached, tmp_path, monkeypatch, capsys):
     _, cache = cached
-    flags = ["--layers", "1,2", "--num-experts", "64", "-k", "4", "--tokens", "2048", "--batch-tokens", "512"]
+    flags = ["--layers", "1,2", "--num-experts", "64", "-k", "4", "--tokens", "1024", "--batch-tokens", "512"]
     out = tmp_path / "out"
     refusals = {
         "different: dtype": ["--cache", cache],
