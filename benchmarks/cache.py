@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pages import machine
+from report import machine
 
 from mxd import ActivationCache, demo, load_base_model, materialize, pack
 from mxd.base.capture import capture_mlps
