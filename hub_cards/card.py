@@ -98,9 +98,7 @@ def build_card(
     kind = methods.pop() if len(methods) == 1 else "decomposition"
     where = layer_names(sorted(config.written_layers()))
     share = partial(get_nested, evaluation, "layers")
-    shares = {
-        f"layer {layer}": {"expert_share": finite_number(share(str(layer), "expert_share"))} for layer in config.layers
-    }
+    shares = {f"layer {i}": {"expert_share": finite_number(share(str(i), "expert_share"))} for i in config.layers}
     body = _template().render(
         {
             "title": f"{kind[0].upper()}{kind[1:]} of {base_name[:80]}, {where}",

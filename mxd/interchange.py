@@ -185,9 +185,7 @@ def export_transcoder(
     if c.num_output_layers > 1:
         raise ValueError(f"{tool} has no transcoder that writes to {c.num_output_layers} MLPs")
     if not isinstance(layer, TranscoderLayer) or c.num_expert_groups is not None or isinstance(layer, JumpReLULayer):
-        raise ValueError(
-            "only a transcoder with TopK and the exact gate can be exported: an MxD needs its input to decode"
-        )
+        raise ValueError("only a TopK transcoder with the exact gate can be exported: an MxD needs its input to decode")
     weights = {"W_enc": layer.gate.weight, "W_dec": layer.decoder}
     weights["b_enc"] = weights["W_enc"].new_zeros(c.num_experts) if layer.gate.bias is None else layer.gate.bias
     weights["b_dec"] = weights["W_dec"].new_zeros(c.output_size) if layer.output_bias is None else layer.output_bias

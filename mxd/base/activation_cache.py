@@ -163,9 +163,7 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
             found = {}
         if found and found != wanted and not overwrite:
             different = ", ".join(name for name in wanted if found.get(name) != wanted[name])
-            raise ValueError(
-                f"{folder} holds another activation cache (different: {different}): name another, or overwrite it"
-            )
+            raise ValueError(f"{folder} holds another cache (different: {different}): name another, or overwrite it")
         if found != wanted:
             folder.mkdir(parents=True, exist_ok=True)
             for path in (folder / MANIFEST_NAME, folder / _ROWS_NAME, *folder.glob("layer_*_*puts.bin")):

@@ -51,13 +51,12 @@ def pack(
     """Pack documents into rows of exactly `context_length` token ids, lazily and in an order set by the seed.
 
     Documents are shuffled (map-style: all of them; a stream: its shards, of which ten are read in turn unless
-    `load_text` did so, and its documents through a buffer), cut at whitespace into
-    passages of at most 16,384 characters so that a book is spread over the run, and shuffled again. Batches of
-    passages are tokenised (see `token_ids`: control tokens that a text spells are text), joined with the EOS token if
-    the tokenizer has one, and cut into rows that each start with one BOS token if it has one; the rows are shuffled
-    once more. Chats are not cut into passages, and keep their template's control tokens. The remainder of a batch
-    after its last row is dropped, on average at most some 3 % of the text. Attention crosses document boundaries in a
-    row: only the EOS tokens mark them.
+    `load_text` did so, and its documents through a buffer), cut at whitespace into passages of at most 16,384
+    characters so that a book is spread over the run, and shuffled again. Batches of passages are tokenised (see
+    `token_ids`: control tokens that a text spells are text), joined with the EOS token if the tokenizer has one, and
+    cut into rows that each start with one BOS token if it has one; the rows are shuffled once more. Chats are not cut,
+    and keep their template's control tokens. The rest of a batch after its last row is dropped, on average at most some
+    3 % of the text. Attention crosses document boundaries in a row: only the EOS tokens mark them.
 
     Args:
         documents: Rows with a `"text"` column, as `load_text` returns them; missing and blank texts are skipped. Or
@@ -93,12 +92,8 @@ def pack(
     features = Features({"input_ids": List(Value("int64"), length=context_length)})
     join = partial(_pack_batch, tokenizer=tokenizer, context_length=context_length)
     packed = PackedRows(source, _cut, join, batch_size, sizes if shuffle else (1, 1, 1), features, (seed,))
-    rows = IterableDataset(
-        packed,
-        info=DatasetInfo(features=features),
-        distributed=getattr(documents, "_distributed", None),
-        token_per_repo_id=getattr(documents, "_token_per_repo_id", None),
-    )
+    of = {name: getattr(documents, f"_{name}", None) for name in ("distributed", "token_per_repo_id")}
+    rows = IterableDataset(packed, info=DatasetInfo(features=features), **of)
     return rows.repeat(None) if repeat else rows
 
 

@@ -183,8 +183,7 @@ def collect_experts(
             transcoder's are the rows of its decoder, if the layer is not named.
         fit: fit the directions in the same pass instead, and set them, see `fit_directions`.
         include_first: whether contexts, sample, histogram and maximum include each row's first position, often a sink.
-        top, sample: M and R, entries of each expert.
-        settings: what to record of the text.
+        top, sample, settings: M and R, entries of each expert; and what to record of the text.
 
     Returns:
         The collection. Top contexts are of different documents, if there are M documents, and no two share half of
