@@ -132,10 +132,10 @@ FAULTS = [
     ),
     Fault(
         "distillation-reduction",
-        "the distillation loss is propagated back as the sum over layers instead of their mean",
+        "the distillation loss is propagated back as the mean over layers instead of their sum",
         "trainers/distillation_trainer.py",
-        "            self.accelerator.backward(loss / len(layers))\n",
-        "            self.accelerator.backward(loss)\n",
+        "            self.accelerator.backward(loss)  #",
+        "            self.accelerator.backward(loss / len(layers))  #",
         "tests/trainers/test_distillation_trainer.py::test_layerwise_backward_equals_the_whole_loss",
     ),
     Fault(

@@ -13,7 +13,7 @@ from mxd.trainers import DistillationTrainer
     ("layers", "name", "end"),
     [
         ([1], "distil layer 1: ", r"loss \d\.\d{4}\]"),
-        ([2, 0, 1], "distil layers 2,0-1: ", r"loss \d\.\d{4}, layer [012] \d\.\d{4}\]"),
+        ([2, 0, 1], "distil layers 2, 0-1: ", r"loss \d\.\d{4}, layer [012] \d\.\d{4}\]"),
     ],
 )
 def test_the_bar_names_the_layers(tmp_path, capsys, layers, name, end):
