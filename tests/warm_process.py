@@ -15,6 +15,7 @@ import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
+import coverage
 import huggingface_hub.constants
 from transformers import dynamic_module_utils
 
@@ -43,7 +44,16 @@ def _main(arguments, environment, folder, stdout, stderr):
     importlib.reload(huggingface_hub.constants)  # made of environment variables
     modules = str(Path(huggingface_hub.constants.HF_HOME, "modules"))
     dynamic_module_utils.HF_MODULES_CACHE = os.environ.get("HF_MODULES_CACHE", modules)
-    how, *rest = arguments
+    measured = coverage.process_startup() if "COVERAGE_PROCESS_CONFIG" in environment else None
+    try:
+        _run(*arguments)
+    finally:
+        if measured is not None:
+            measured.stop()
+            measured.save()
+
+
+def _run(how, *rest):
     if how == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
@@ -51,7 +61,7 @@ def _main(arguments, environment, folder, stdout, stderr):
         sys.argv = ["-c", *rest[1:]]
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
     else:
-        sys.argv = arguments
+        sys.argv = [how, *rest]
         sys.path.insert(0, str(Path(how).parent))
         runpy.run_path(how, run_name="__main__")
 
