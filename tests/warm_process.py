@@ -15,7 +15,6 @@ import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
-import coverage
 import huggingface_hub.constants
 from transformers import dynamic_module_utils
 
@@ -44,13 +43,16 @@ def _main(arguments, environment, folder, stdout, stderr):
     importlib.reload(huggingface_hub.constants)  # made of environment variables
     modules = str(Path(huggingface_hub.constants.HF_HOME, "modules"))
     dynamic_module_utils.HF_MODULES_CACHE = os.environ.get("HF_MODULES_CACHE", modules)
-    measured = coverage.process_startup() if "COVERAGE_PROCESS_CONFIG" in environment else None
+    if "COVERAGE_PROCESS_CONFIG" not in environment:
+        return _run(*arguments)
+    import coverage
+
+    measured = coverage.process_startup()
     try:
         _run(*arguments)
     finally:
-        if measured is not None:
-            measured.stop()
-            measured.save()
+        measured.stop()
+        measured.save()
 
 
 def _run(how, *rest):
