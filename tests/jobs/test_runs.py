@@ -38,7 +38,7 @@ TRAINING = {"disable_tqdm": True, "calibration_tokens": 512, "statistics_tokens"
 
 def options(folder, **changes):
     values = {"num_experts": 16, "num_experts_per_tok": 2, "tokens": 2048, "batch_tokens": 512, "learning_rate": 0.01}
-    values |= {"evaluation_tokens": 512, "training": TRAINING, "output": str(folder)}
+    values |= {"evaluation_tokens": 256, "training": TRAINING, "output": str(folder)}
     return DecompositionOptions(**{**values, **changes})
 
 
@@ -59,8 +59,8 @@ def halved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("error", [ConnectionError("the Hub is gone"), DataError("row 7 is no text"), KeyError("x")])
-def test_a_run_that_fails_says_how_to_go_on_and_goes_on(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("error", [ConnectionError("the Hub is gone"), DataError("row 7 is no text")])
+def test_a_run_that_fails_says_how_to_go_on(tmp_path, monkeypatch, error):
     with monkeypatch.context() as patched:
         patched.setattr(job, "DistillationTrainer", interrupted(DistillationTrainer, error))
         with pytest.raises(TrainingFailed) as failed:
@@ -69,8 +69,6 @@ def test_a_run_that_fails_says_how_to_go_on_and_goes_on(tmp_path, monkeypatch, e
     said = f"failed after step 2 of 4; the checkpoint is kept in {tmp_path / 'out'}: run again with --resume"
     assert said in str(failed.value) and f"{type(error).__name__}: {error}" in str(failed.value)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", RUN_NAME, START_NAME}
-    if isinstance(error, ConnectionError):
-        assert decompose(options(tmp_path / "out", resume=True))["settings"]["training"]["tokens_trained"] == 2048
 
 
 def test_a_failure_before_the_first_step_is_raised_as_it_is(tmp_path, monkeypatch):
@@ -80,8 +78,7 @@ def test_a_failure_before_the_first_step_is_raised_as_it_is(tmp_path, monkeypatc
     assert {path.name for path in (tmp_path / "out").iterdir()} == {RUN_NAME, START_NAME}
 
 
-@pytest.mark.parametrize("others", [(), ("notes",)], ids=["new", "beside others"])
-def test_an_interrupt_before_the_first_checkpoint_keeps_nothing_and_blocks_nothing(tmp_path, monkeypatch, others):
+def test_an_interrupt_before_the_first_checkpoint_keeps_nothing_and_blocks_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -91,10 +88,9 @@ def test_an_interrupt_before_the_first_checkpoint_keeps_nothing_and_blocks_nothi
         with pytest.raises(Interrupted, match="interrupted before the first checkpoint: nothing is kept"):
             decompose(options(folder))
         assert list(folder.iterdir()) == []
-    for name in others:
-        (folder / name).touch()
-        with pytest.raises(ValueError, match="is not empty"):
-            decompose(options(folder))
+    (folder / "notes").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        decompose(options(folder))
 
 
 @pytest.mark.parametrize(
@@ -205,15 +201,18 @@ def test_a_run_is_not_resumed_with_other_options(halved, changes, said):
     assert contents(halved) == before
 
 
-def test_a_run_is_resumed_elsewhere_and_with_other_evaluation(halved, tmp_path):
+def test_a_run_is_resumed_elsewhere_and_with_other_evaluation_and_equals_an_uninterrupted_one(halved, tmp_path):
     folder = shutil.copytree(halved, tmp_path / "copy")
     training = {**TRAINING, "disable_tqdm": False}
-    results = decompose(options(folder, resume=True, evaluation_tokens=1024, training=training))
-    assert results["settings"]["tokens"] == 1024
+    results = decompose(options(folder, resume=True, evaluation_tokens=512, training=training))
+    assert results["settings"]["tokens"] == 512
     made = json.loads((folder / "evaluation.json").read_text())["settings"]["training"]
     assert made["tokens_trained"] == 2048 and made["documents"] == 100
     assert "seconds" not in made  # of the steps before the interrupt nobody knows them
     assert not (folder / START_NAME).exists() and not list(folder.glob("checkpoint-*"))
+    whole = decompose(options(tmp_path / "whole"))["settings"]["training"]
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert whole["decoder_init"] == "pretrained" and "auxiliary_weight" in whole
 
 
 def test_a_run_is_resumed_at_the_commit_that_it_began_with(halved, tmp_path, monkeypatch):
@@ -256,19 +255,9 @@ def test_a_pickled_base_is_refused_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "decoder"),
-    [
-        ({}, "pretrained"),
-        ({"encoder_init": "random"}, "zero"),
-        ({"method": "transcoder"}, None),
-    ],
-)
-def test_the_init_that_is_recorded_is_the_one_that_happened(tmp_path, changes, decoder):
-    results = decompose(options(tmp_path / "made", tokens=512, **changes))
-    said = results["settings"]["training"]
-    assert said.get("decoder_init") == decoder
-    assert ("auxiliary_weight" in said) == ("encoder_init" in said) == (decoder is not None)
+def test_the_init_of_a_transcoder_is_not_recorded(tmp_path):
+    said = decompose(options(tmp_path / "made", tokens=512, method="transcoder"))["settings"]["training"]
+    assert not {"auxiliary_weight", "encoder_init", "decoder_init"} & said.keys()
 
 
 @pytest.mark.parametrize(
@@ -305,20 +294,15 @@ def test_results_elsewhere_replace_no_other_model_s(halved, tmp_path):
         results_folder("user/name", None)
 
 
-def test_a_step_takes_whole_rows(tmp_path):
-    made = decompose(options(tmp_path / "made", tokens=2048, batch_tokens=1000))["settings"]["training"]
+def test_a_step_takes_whole_rows_and_the_init_is_recorded_that_happened(tmp_path):
+    asked = options(tmp_path / "made", tokens=2048, batch_tokens=1000, encoder_init="random")
+    made = decompose(asked)["settings"]["training"]
+    assert made["decoder_init"] == "zero" and "auxiliary_weight" in made
     assert (made["batch_tokens"], made["tokens_trained"]) == (896, 1792)
     asked = yaml.safe_load((tmp_path / "made" / RUN_NAME).read_text())
     assert (asked["batch_tokens"], asked["learning_rate"], asked["num_experts"]) == (1000, 0.01, 16)
     assert {"tokens", "model", "dataset", "training", "gate_init"} <= asked.keys() and "overwrite" not in asked
     assert None not in asked.values() and "heldout_split" not in asked  # null, as by default
-
-
-def test_resumed_equals_uninterrupted(halved, tmp_path):
-    folder = shutil.copytree(halved, tmp_path / "halved")
-    resumed, whole = decompose(options(folder, resume=True)), decompose(options(tmp_path / "whole"))
-    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert resumed["layers"] == whole["layers"]
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path):
