@@ -13,10 +13,10 @@ from mxd.modeling_mxd import MxDModel
 from mxd.trainers import FinetuningTrainer
 
 FEW = {
-    "tokens": 2048,
-    "batch_tokens": 512,
-    "evaluation_tokens": 512,
-    "training": {"disable_tqdm": True, "statistics_tokens": 512, "save_steps": 100},
+    "tokens": 1024,
+    "batch_tokens": 256,
+    "evaluation_tokens": 256,
+    "training": {"disable_tqdm": True, "statistics_tokens": 256, "save_steps": 100},
 }
 
 
@@ -29,7 +29,7 @@ def finetuned(finished, tmp_path_factory):
     """A fine-tuning of the small decomposition by the command: folder, what it started from, output, errors."""
     before = contents(finished[0])
     folder = tmp_path_factory.mktemp("finetune") / "finetuned"
-    sizes = ["--tokens", "4500", "--batch-tokens", "1024", "--evaluation-tokens", "1024"]
+    sizes = ["--tokens", "2500", "--batch-tokens", "512", "--evaluation-tokens", "1024"]
     code, output, error = run("finetune", finished[0], *sizes, "--output", folder)
     assert code == 0, error
     assert contents(finished[0]) == before
@@ -72,7 +72,7 @@ def test_both_evaluations_are_kept(finetuned):
     assert results["settings"]["training"] == earlier["settings"]["training"]
     (finetuning,) = results["settings"]["finetuning"]
     assert finetuning["decomposition"] == str(source)
-    assert (finetuning["loss"], finetuning["tokens_trained"], finetuning["seed"]) == ("kl", 4096, 0)
+    assert (finetuning["loss"], finetuning["tokens_trained"], finetuning["seed"]) == ("kl", 2048, 0)
     assert {
         "learning_rate",
         "nmse_weight",
@@ -132,7 +132,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, interr
     for changed in (
         {"loss": "cross_entropy"},
         {"decomposition": str(tmp_path / "another")},
-        {"evaluation_tokens": 1024},  # the figures from before are of 512
+        {"evaluation_tokens": 512},  # the figures from before are of 256
     ):
         name = next(iter(changed))
         with pytest.raises(ValueError, match=f"had {name} .*resume with the options of that run"):

@@ -14,9 +14,9 @@ DOCUMENTS = 150  # of each of four shards
 FEW = {
     "tokens": 1024,
     "batch_tokens": 512,
-    "evaluation_tokens": 512,
+    "evaluation_tokens": 256,
     "streaming": True,
-    "training": {"disable_tqdm": True, "statistics_tokens": 512},
+    "training": {"disable_tqdm": True, "statistics_tokens": 256},
 }
 
 
@@ -48,7 +48,7 @@ def read(monkeypatch):
 @pytest.mark.usefixtures("private_cache")
 @pytest.mark.parametrize(
     ("job", "kind"),
-    [("decompose", "hub"), ("decompose in passes", "parquet"), ("finetune", "csv"), ("frontier", "jsonl")],
+    [("decompose in passes", "hub"), ("finetune", "csv"), ("frontier", "jsonl")],
 )
 def test_the_text_is_opened_once(tmp_path, finished, read, job, kind):
     dataset = ["owner/hub"] if kind == "hub" else [write(tmp_path / "text", kind, per_file=DOCUMENTS)]

@@ -1,5 +1,5 @@
-"""Train a tiny model in a process of its own:
-`python distil.py OUTPUT KIND [kill=STEP] [interrupt=STEP] [resume] [plain]`.
+"""Train a tiny model in a process of its own, or several one after another, between which are `--`:
+`python distil.py OUTPUT KIND [kill=STEP] [interrupt=STEP] [resume] [plain]`. Prints the step at which each ends.
 
 kill, interrupt: send the signal to the last of the processes. plain: rows in their order, and a step of 2 × 8 rows in
 one process or in two.
@@ -50,8 +50,8 @@ def main(output, kind, *options):
         "output_dir": output,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "max_steps": 12,
-        "save_steps": 5,
+        "max_steps": 8,
+        "save_steps": 3,
         "learning_rate": 1e-2,
         "calibration_tokens": 200,
         "statistics_tokens": 176,
@@ -73,7 +73,9 @@ def main(output, kind, *options):
         trainer = DistillationTrainer(model, teacher, DistillationArguments(**arguments), **common)
     trainer.train(resume_from_checkpoint="resume" in options)
     trainer.save_model(output + "/final")
+    return trainer.state.global_step
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    trainings = [training.split(",") for training in ",".join(sys.argv[1:]).split(",--,")]
+    sys.stdout.write(f"\n{[main(*training) for training in trainings]}\n")

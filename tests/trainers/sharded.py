@@ -29,8 +29,8 @@ CASES = {
     "few": {**GLU, "num_experts": 5, "num_experts_per_tok": 4},
     "skip": {"method": "skip_transcoder", "num_experts": 48, "gate_bias": False},
 }
-ARGUMENTS = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "use_cpu": True,
-             "logging_steps": 2, "calibration_tokens": 100, "statistics_tokens": 48, "disable_tqdm": True,
+ARGUMENTS = {"per_device_train_batch_size": 4, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-2, "use_cpu": True,
+             "logging_steps": 1, "calibration_tokens": 100, "statistics_tokens": 48, "disable_tqdm": True,
              "train_sampling_strategy": "sequential"}  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def compare(output, case):
     steps = zip(*logs, strict=True)
     states = [trainer.model.state_dict() for trainer in trainers]
     files = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (alone, together)]
-    folders = ["final", "checkpoint-2", "checkpoint-4"]
+    folders = ["final", "checkpoint-1", "checkpoint-2"]
     return {
         "case": case,
         "same files": files[0] == files[1],
@@ -92,8 +92,8 @@ def main(output, options):
     lines += [compare(output, case) for case in CASES]
     # What one process saved goes on in two, and what two saved in one.
     rank = train_apart()[0]
-    train(ShardedTrainer, "mxd", output / "on", str(output / "mxd-alone-0" / "checkpoint-2"))
-    train(DistillationTrainer, "mxd", output / f"on-{rank}", str(output / "mxd" / "checkpoint-2"))
+    train(ShardedTrainer, "mxd", output / "on", str(output / "mxd-alone-0" / "checkpoint-1"))
+    train(DistillationTrainer, "mxd", output / f"on-{rank}", str(output / "mxd" / "checkpoint-1"))
     reference = saved(output / "mxd" / "final")
     differences = {name: difference(reference, saved(output / name / "final")) for name in ("on", f"on-{rank}")}
     lines.append({"case": "resumed", "same files": True, **differences})

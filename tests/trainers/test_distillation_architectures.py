@@ -92,13 +92,13 @@ def test_the_loss_falls(model_type, tmp_path):
     mxd = decomposition_of(teacher, stack, site)
     arguments = DistillationArguments(
         output_dir=str(tmp_path),
-        max_steps=20,
+        max_steps=10,
         per_device_train_batch_size=8,
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
         warmup_steps=0,
-        learning_rate=1e-2,
+        learning_rate=2e-2,
         calibration_tokens=64,
         statistics_tokens=64,
         **PLAIN,
@@ -107,10 +107,10 @@ def test_the_loss_falls(model_type, tmp_path):
     passes = []
     teacher.register_forward_pre_hook(lambda *_: passes.append(trainer.state.global_step))
     trainer.train()
-    assert all(passes.count(step) == 1 for step in range(1, 20))  # once a step; more at 0 and 20, to measure
+    assert all(passes.count(step) == 1 for step in range(1, 10))  # once a step; more at 0 and 10, to measure
     assert not trainer._captured
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 20
+    assert len(losses) == 10
     assert losses[-1] < 0.8 * losses[0]
     assert trainer.evaluate()["eval_nmse"] < 1
     frequencies = [mxd.layer(layer).expert_frequency for layer in mxd.config.layers]

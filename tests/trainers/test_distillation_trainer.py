@@ -53,7 +53,7 @@ def test_loss_falls_and_every_parameter_moves(tiny_llama, tmp_path, method):
     before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
     model = decomposition(layers=(0, 2), method=method)
     trainer = DistillationTrainer(
-        model, tiny_llama, arguments(tmp_path, max_steps=40, logging_steps=5, **PLAIN), train_dataset=rows()
+        model, tiny_llama, arguments(tmp_path, max_steps=20, logging_steps=4, **PLAIN), train_dataset=rows()
     )
     trainer.init_weights()
     start = {name: value.clone() for name, value in model.named_parameters()}
@@ -94,7 +94,7 @@ def test_experts_come_to_carry_the_share_that_is_asked_for(tiny_llama, tmp_path)
     for asked in (0.0, 0.5):
         torch.manual_seed(0)
         model, data = decomposition(), rows()
-        settings = arguments(tmp_path, max_steps=60, min_mean_ablation_error=asked, learning_rate=3e-3)
+        settings = arguments(tmp_path, max_steps=30, min_mean_ablation_error=asked, learning_rate=6e-3)
         DistillationTrainer(model, tiny_llama, settings, train_dataset=data).train()
         ids = torch.tensor(data["input_ids"])
         shares.append(faithfulness(tiny_llama, model, [{"input_ids": ids}])["layers"]["1"]["clipped_expert_share"])
@@ -118,25 +118,24 @@ def test_logs_every_layer(tiny_llama, tmp_path):
     assert entry["loss"] == pytest.approx((entry["layer_0/loss"] + entry["layer_2/loss"]) / 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("same", [False, True])
-def test_after_a_resume_it_logs_every_layer_over_the_steps_since(tiny_llama, tmp_path, same):
-    settings = {"logging_steps": 5, "save_strategy": "steps", "save_steps": 7}
+def test_after_a_resume_it_logs_every_layer_over_the_steps_since(tiny_llama, tmp_path):
+    settings = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
     trainers = [
         DistillationTrainer(
             decomposition(layers=(0, 2)),
             tiny_llama,
-            arguments(tmp_path, max_steps=12, **settings),
+            arguments(tmp_path, max_steps=5, **settings),
             train_dataset=rows(),
         )
         for _ in range(2)
     ]
     trainers[0].train()
-    resumed = trainers[0 if same else 1]
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
-    entries = [entry for entry in resumed.state.log_history if "loss" in entry]
-    assert [entry["step"] for entry in entries] == [5, 10]
-    for entry in entries:
-        assert entry["loss"] == pytest.approx((entry["layer_0/loss"] + entry["layer_2/loss"]) / 2, rel=1e-3)
+    for resumed in trainers:
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        entries = [entry for entry in resumed.state.log_history if "loss" in entry]
+        assert [entry["step"] for entry in entries] == [2, 4]
+        for entry in entries:
+            assert entry["loss"] == pytest.approx((entry["layer_0/loss"] + entry["layer_2/loss"]) / 2, rel=1e-3)
 
 
 def test_layerwise_backward_equals_the_whole_loss(tiny_llama, tmp_path):
@@ -162,7 +161,7 @@ def test_layerwise_backward_equals_the_whole_loss(tiny_llama, tmp_path):
 def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
     data = rows(16, ragged=True)
     trained = []
-    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+    for batch, accumulation in ((8, 1), (2, 4)):
         torch.manual_seed(0)
         model = decomposition()
         values = arguments(
@@ -179,16 +178,15 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
         torch.manual_seed(1)
         trainer.train()
         trained.append(model.state_dict())
-    for other in trained[1:]:
-        for name, value in trained[0].items():
-            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream", "routed", "finetuning"])
+@pytest.mark.parametrize("kind", ["stream", "routed"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
     """The killed training is a process of its own, and in one case the others too."""
     distil.main(str(tmp_path / "whole"), kind)
-    killed = warm_process.run(SCRIPT, tmp_path / "killed", kind, "kill=8")
+    killed = warm_process.run(SCRIPT, tmp_path / "killed", kind, "kill=5")
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "final").exists()
     if kind == "stream":
@@ -357,7 +355,7 @@ ROUTED = {"num_expert_groups": 6, "num_groups_per_tok": 2}
 def test_a_router_trains_jointly_and_only_from_its_own_loss(tiny_llama, tmp_path):
     model = decomposition(**ROUTED)
     data = rows()
-    settings = arguments(tmp_path, max_steps=60, **PLAIN)
+    settings = arguments(tmp_path, max_steps=30, **PLAIN)
     trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=data)
     start, layer = {}, model.layer(1)
 
@@ -512,14 +510,13 @@ class OneMassiveToken(DistillationTrainer):
         return {layer: (x, factors * y) for layer, (x, y) in super().capture(inputs).items()}
 
 
-@pytest.mark.parametrize("method", ["mxd", "skip_transcoder"])
-def test_massive_tokens_leave_the_others_as_accurate(tiny_llama, tmp_path, method):
+def test_massive_tokens_leave_the_others_as_accurate(tiny_llama, tmp_path):
     errors = []
     for factor in (1.0, 1000.0):
         torch.manual_seed(0)
-        model, data = decomposition(method=method), rows(128)
+        model, data = decomposition(), rows(128)
         trainer = OneMassiveToken(
-            model, tiny_llama, arguments(tmp_path, max_steps=40, learning_rate=3e-3), train_dataset=data
+            model, tiny_llama, arguments(tmp_path, max_steps=20, learning_rate=6e-3), train_dataset=data
         )
         trainer.factor = factor
         trainer.train()

@@ -65,9 +65,7 @@ def checkpoints(folder):
 ERRORS = [
     ConnectionError("the Hub is gone"),
     ReadTimeout("read timed out"),
-    FileNotFoundError(2, "No such file", "part-7.parquet"),
     CastError("Couldn't cast", table_column_names=["text"], requested_column_names=["label"]),
-    ValueError("row 48 is no text"),
     MemoryError(),
 ]
 
@@ -109,11 +107,9 @@ def test_failed_and_resumed_equals_uninterrupted(tmp_path, make, same):
     [
         ("on_step_begin", 3, {}, ["checkpoint-3"]),
         ("on_optimizer_step", 3, {}, ["checkpoint-3"]),
-        ("on_step_end", 4, {}, ["checkpoint-4"]),
         ("on_log", 4, {"logging_steps": 2}, ["checkpoint-4"]),
         ("on_save", 4, {"save_steps": 2}, ["checkpoint-2", "checkpoint-4"]),
         ("on_step_begin", 4, {"save_steps": 2}, ["checkpoint-2", "checkpoint-4"]),
-        ("on_step_begin", 3, {"save_strategy": "no"}, ["checkpoint-3"]),
         ("on_step_begin", 5, {"save_steps": 2, "save_total_limit": 1}, ["checkpoint-5"]),
         ("on_step_begin", 0, {}, []),
     ],

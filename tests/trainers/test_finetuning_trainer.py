@@ -125,14 +125,13 @@ def test_the_base_runs_once_beside_the_spliced_model(tiny_llama, tmp_path, chang
     assert len(ran) == passes
 
 
-@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
-@pytest.mark.parametrize("method", ["mxd", "skip_transcoder"])
+@pytest.mark.parametrize(("loss", "method"), [("kl", "mxd"), ("cross_entropy", "skip_transcoder")])
 def test_loss_falls_and_only_the_decomposition_moves(tiny_llama, tmp_path, loss, method):
     base = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
     model = spliced(tiny_llama, method=method)
     start = {name: value.clone() for name, value in model.decomposition.named_parameters()}
     # Batches of all rows, so that no other rows' loss is between the first and the last step's.
-    values = arguments(tmp_path, loss=loss, max_steps=30, logging_steps=1, per_device_train_batch_size=64)
+    values = arguments(tmp_path, loss=loss, max_steps=12, logging_steps=1, per_device_train_batch_size=64)
     trainer = FinetuningTrainer(model, values, train_dataset=rows())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -153,7 +152,7 @@ def test_loss_falls_and_only_the_decomposition_moves(tiny_llama, tmp_path, loss,
 def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
     data = rows(16, ragged=True)
     trained = []
-    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+    for batch, accumulation in ((8, 1), (2, 4)):
         model = spliced(tiny_llama)
         values = arguments(
             tmp_path,
@@ -167,9 +166,8 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_llama, tmp_path):
         trainer.train()
         trained.append(model.decomposition.state_dict())
         model.unsplice()
-    for other in trained[1:]:
-        for name, value in trained[0].items():
-            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_evaluate_gives_the_metrics_of_the_evaluation_room(tiny_llama, tmp_path):
@@ -202,7 +200,7 @@ def test_the_base_runs_without_dropout(tmp_path):
 def test_a_router_keeps_up_with_its_gate(tiny_llama, tmp_path):
     model = spliced(tiny_llama, layers=(0,), num_experts=48, num_expert_groups=6, num_groups_per_tok=2)
     data = rows()
-    settings = arguments(tmp_path, max_steps=60, learning_rate=0.03)
+    settings = arguments(tmp_path, max_steps=30, learning_rate=0.03)
     trainer = FinetuningTrainer(model, settings, train_dataset=data)
     layer = model.decomposition.layer(0)
     x = trainer.capture({"input_ids": torch.tensor(data["input_ids"])})[0][0]

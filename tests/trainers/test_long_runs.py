@@ -38,9 +38,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "method", ["_save", "save_training_state", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"]
+    ("when", "method"),
+    [("before", "_save"), ("after", "_save_optimizer_and_scheduler"), ("after", "_save_rng_state")],
 )
-@pytest.mark.parametrize("when", ["before", "after"])
 def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     tiny_llama, tmp_path, monkeypatch, whole, method, when
 ):

@@ -44,31 +44,56 @@ def check_equal(one, two):
         assert value.any() or "bias" in name[1]
 
 
-def trained(folder, kind, processes):
-    if processes == 1:
-        distil.main(str(folder), kind, "plain")
-    else:
-        run(processes, SCRIPT, folder, kind, "plain")
-    return weights([*(folder / "final").glob("*.safetensors"), *folder.glob("checkpoint-12/auxiliary*.safetensors")])
+def trained(folder):
+    return weights([*(folder / "final").glob("*.safetensors"), *folder.glob("checkpoint-8/auxiliary*.safetensors")])
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Trainings of two processes: their folders, and the steps at which each of the processes ended each training."""
+    root = tmp_path_factory.mktemp("together")
+    kinds = {"finetuning": [], "routed": [], "padded": [], "part": ["interrupt=2"], "resumed": ["resume"]}
+    asked = []
+    for name, options in kinds.items():
+        folder, kind = (root / "part", "padded") if name in ("part", "resumed") else (root / name, name)
+        asked += ["--", folder, kind, "plain", *options]
+    return root, [json.loads(process.stdout.splitlines()[-1]) for process in run(2, SCRIPT, *asked[1:])]
 
 
 @pytest.mark.parametrize("kind", ["finetuning", "routed"])
-def test_two_processes_learn_what_one_does(tmp_path, kind):
-    one = trained(tmp_path / "one", kind, 1)
-    check_equal(one, trained(tmp_path / "two", kind, 2))
+def test_two_processes_learn_what_one_does(together, tmp_path, kind):
+    distil.main(str(tmp_path), kind, "plain")
+    one = trained(tmp_path)
+    check_equal(one, trained(together[0] / kind))
     assert any("0.decoder" in name for name in one) == (kind != "finetuning")
     assert any("router" in name for _, name in one) == (kind == "routed")
 
 
+def test_an_interrupt_of_one_process_ends_both_after_the_same_step_and_they_read_on(together):
+    """The processes' batches differ in tokens."""
+    root, steps = together
+    assert steps == [[8, 8, 8, 2, 8]] * 2
+    assert (root / "part" / "checkpoint-2" / "training_rows.pt").is_file()
+    assert last_complete_checkpoint(root / "part").endswith("checkpoint-8")
+    for file in (root / "padded" / "final").glob("*.safetensors"):
+        assert (root / "part" / "final" / file.name).read_bytes() == file.read_bytes()
+
+
 OPTIONS = {"layers": [1, 2], "num_experts": 16, "num_experts_per_tok": 2, "num_groups_per_tok": 2, "tokens": 2048,
-           "batch_tokens": 256, "context_length": 64, "evaluation_tokens": 512}  # fmt: skip
-TRAINING = {"gradient_accumulation_steps": 2, "calibration_tokens": 300, "statistics_tokens": 300, "max_steps": 4}
+           "batch_tokens": 256, "context_length": 64, "evaluation_tokens": 256}  # fmt: skip
+TRAINING = {"gradient_accumulation_steps": 2, "calibration_tokens": 300, "statistics_tokens": 300, "max_steps": 2}
 IN_PYTHON = """
-import json, sys
+import json, os, runpy, sys
+made, tuned, *command = sys.argv[1:]
+sys.argv = ["mxd", *command, made]
+try:
+    runpy.run_module("mxd", run_name="__main__", alter_sys=True)
+except SystemExit as ended:
+    assert not ended.code
 from mxd import FinetuningOptions, finetune
 from mxd.base.processes import in_first_process
-options = FinetuningOptions(decomposition=sys.argv[1], output=sys.argv[2], tokens=512, batch_tokens=128,
-    context_length=64, evaluation_tokens=256, training={"disable_tqdm": True, "statistics_tokens": 300})
+options = FinetuningOptions(decomposition=made, output=tuned, tokens=256, batch_tokens=128,
+    context_length=64, evaluation_tokens=128, training={"disable_tqdm": True, "statistics_tokens": 300})
 results = finetune(options)
 for error in (ValueError("bad"), OSError(28, "full")):
     def fail():
@@ -77,20 +102,21 @@ for error in (ValueError("bad"), OSError(28, "full")):
         in_first_process(fail)
     except Exception as raised:
         results[type(error).__name__] = [isinstance(raised, ValueError), "bad" in str(raised), "full" in str(raised)]
-print(json.dumps(results, sort_keys=True))
+with open(f"{tuned}-{os.environ['RANK']}.json", "w") as file:
+    json.dump(results, file, sort_keys=True)
 """
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The same decomposition in one process and, by the command, in two; and what these printed."""
+    """The same decomposition in one process and, by the command, in two, which fine-tune it then; and what they print."""
     root = tmp_path_factory.mktemp("processes")
     texts = {"dataset": [str(demo.text_path("train"))], "heldout_dataset": [str(demo.text_path("heldout"))]}
     (root / "options.yaml").write_text(json.dumps({**OPTIONS, **texts, "training": TRAINING}))
     command = ["decompose", "--config", root / "options.yaml", "--output"]
     code, _, error = run_here(*command, root / "one")
     assert code == 0, error
-    return root / "one", root / "two", run(2, "-m", "mxd", *command, root / "two")
+    return root / "one", root / "two", run(2, "-c", IN_PYTHON, root / "two", root / "tuned", *command)
 
 
 def test_the_command_in_two_processes_makes_what_it_makes_in_one(folders):
@@ -112,24 +138,11 @@ def test_the_first_process_alone_prints(folders):
     assert "distil" in first.stderr and second.stdout == second.stderr == ""
 
 
-def test_in_python_every_process_returns_the_same_and_raises_the_first_ones_errors(folders, tmp_path):
-    first, second = (
-        process.stdout.splitlines()[-1] for process in run(2, "-c", IN_PYTHON, folders[1], tmp_path / "tuned")
-    )
+def test_in_python_every_process_returns_the_same_and_raises_the_first_ones_errors(folders):
+    tuned = folders[1].with_name("tuned")
+    first, second = (Path(f"{tuned}-{rank}.json").read_text() for rank in range(2))
     assert first == second
     results = json.loads(first)
     assert (results["ValueError"], results["OSError"]) == ([True, True, False], [False, False, True])
     assert results["settings"]["finetuning"][-1]["before"]["layers"].keys() == {"1", "2"}
-    assert not (tmp_path / "tuned" / "run_start.json").exists()
-
-
-def test_an_interrupt_of_one_process_ends_both_after_the_same_step_and_they_read_on(tmp_path):
-    """The processes' batches differ in tokens."""
-    run(2, SCRIPT, tmp_path / "whole", "padded", "plain")
-    run(2, SCRIPT, tmp_path / "part", "padded", "plain", "interrupt=3")
-    assert [path.name for path in (tmp_path / "part").glob("checkpoint-*")] == ["checkpoint-3"]
-    assert last_complete_checkpoint(tmp_path / "part").endswith("checkpoint-3")
-    assert (tmp_path / "part" / "checkpoint-3" / "training_rows.pt").is_file()
-    run(2, SCRIPT, tmp_path / "part", "padded", "plain", "resume")
-    for file in (tmp_path / "whole" / "final").glob("*.safetensors"):
-        assert (tmp_path / "part" / "final" / file.name).read_bytes() == file.read_bytes()
+    assert not (tuned / "run_start.json").exists()
