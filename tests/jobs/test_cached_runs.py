@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mxd import DecompositionOptions, FrontierOptions, decompose, measure_frontier
 from mxd.base import activation_cache
 
-FEW = {"num_experts": 64, "num_experts_per_tok": 4, "tokens": 1024, "batch_tokens": 512, "evaluation_tokens": 256,
+FEW = {"num_experts": 64, "num_experts_per_tok": 4, "tokens": 512, "batch_tokens": 256, "evaluation_tokens": 128,
        "dtype": "bfloat16", "layers": [1, 2], "training": {"disable_tqdm": True}}  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_a_run_with_a_cache_is_the_run_without(cached, tmp_path):
 @pytest.mark.usefixtures("unrecorded")
 def test_other_trainings_and_methods_share_it(cached, tmp_path):
     _, cache = cached
-    decomposed(tmp_path / "a", layers=[2], method="transcoder", tokens=512, cache=str(cache))
+    decomposed(tmp_path / "a", layers=[2], method="transcoder", tokens=256, cache=str(cache))
     small = {"methods": ["skip_transcoder"], "num_experts_per_tok": [4], "match_transcoder": 8}
     same = {name: FEW[name] for name in ("tokens", "batch_tokens", "evaluation_tokens", "dtype", "layers")}
     options = FrontierOptions(**small, **same, cache=str(cache), output=str(tmp_path / "frontier"))
@@ -61,17 +61,17 @@ def test_a_text_shorter_than_the_training_is_cached_once_and_repeated(tmp_path):
     text.write_text("".join(json.dumps({"text": f"The year {n} was a good one. " * 60}) + "\n" for n in range(2)))
     other = tmp_path / "b.jsonl"
     other.write_text(json.dumps({"text": "Another text of some words. " * 60}) + "\n")
-    how = {"dataset": [str(text)], "heldout_dataset": [str(other)], "layers": [2], "evaluation_tokens": 256}
+    how = {"dataset": [str(text)], "heldout_dataset": [str(other)], "layers": [2], "tokens": 1024}
     live = decomposed(tmp_path / "live", **how)
     kept = decomposed(tmp_path / "kept", **how, cache=str(tmp_path / "cache"))
     rows, tokens = json.loads((tmp_path / "cache" / "manifest.json").read_text())["manifest"]["shape"]
-    assert rows * tokens < FEW["tokens"] and live[1] == kept[1]
+    assert rows * tokens < how["tokens"] and live[1] == kept[1]
     assert all(torch.equal(live[0][name], kept[0][name]) for name in live[0])
 
 
 def test_what_does_not_fit_is_refused_before_the_output_is_touched(cached, tmp_path, monkeypatch, capsys):
     _, cache = cached
-    flags = ["--layers", "1,2", "--num-experts", "64", "-k", "4", "--tokens", "1024", "--batch-tokens", "512"]
+    flags = ["--layers", "1,2", "--num-experts", "64", "-k", "4", "--tokens", "512", "--batch-tokens", "256"]
     out = tmp_path / "out"
     refusals = {
         "different: dtype": ["--cache", cache],

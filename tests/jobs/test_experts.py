@@ -297,7 +297,7 @@ def test_the_text_of_the_training_is_read(copy, book, caplog, command):
 
 @pytest.mark.parametrize(
     ("command", "why"),
-    [("evaluate", "gone"), *(("experts", why) for why in ("gone", "a stranger's", "not recorded", "nonsense"))],
+    [("evaluate", "gone"), ("evaluate", "nonsense"), *(("experts", why) for why in ("a stranger's", "not recorded"))],
 )
 def test_the_sample_is_read_with_a_warning(copy, book, caplog, command, why):
     trained_on(copy, {"gone": book.with_name("gone.jsonl")}.get(why, book))

@@ -16,8 +16,8 @@ from mxd.jobs.frontier import point_options
 from mxd.jobs.run_folder import Interrupted, TrainingFailed
 from mxd.modeling_mxd import MxDModel
 
-SMALL = {"match_transcoder": 8, "tokens": 2048, "batch_tokens": 512, "evaluation_tokens": 512}
-FLAGS = ["--match-transcoder", "8", "--tokens", "2048", "--batch-tokens", "512", "--evaluation-tokens", "512"]
+SMALL = {"match_transcoder": 8, "tokens": 1024, "batch_tokens": 256, "evaluation_tokens": 256}
+FLAGS = ["--match-transcoder", "8", "--tokens", "1024", "--batch-tokens", "256", "--evaluation-tokens", "256"]
 
 
 def options(folder, **changes):
@@ -84,8 +84,8 @@ def test_the_command_leaves_results_figure_and_decompositions(made):
         assert {"nmse", "dead_experts", "expert_share", "specialised_share", "clipped_expert_share"} <= set(
             point["layers"]["2"]
         )
-        assert point["tokens_trained"] == 2048 and point["kl"] > 0
-    assert results["settings"]["tokens_recorded"] == 2048
+        assert point["tokens_trained"] == 1024 and point["kl"] > 0
+    assert results["settings"]["tokens_recorded"] == 1024
 
 
 def test_a_points_folder_is_a_decomposition_with_the_figures_of_the_frontier(made):
@@ -97,7 +97,7 @@ def test_a_points_folder_is_a_decomposition_with_the_figures_of_the_frontier(mad
     decomposition = MxDModel.from_pretrained(folder)
     model, tokenizer, _ = load_base_model(decomposition.config.base_model_name_or_path)
     asked = options(made[0])
-    heldout = evaluation_batches(load_documents(asked.text, asked.seed)[1], tokenizer, 128, 512)
+    heldout = evaluation_batches(load_documents(asked.text, asked.seed)[1], tokenizer, 128, 256)
     again = faithfulness(model, decomposition, heldout)
     assert again["cross_entropy"]["spliced"] == pytest.approx(point["cross_entropy"]["spliced"], rel=1e-6)
     assert again["layers"]["2"]["nmse"] == pytest.approx(point["layers"]["2"]["nmse"], rel=1e-4)
@@ -106,11 +106,7 @@ def test_a_points_folder_is_a_decomposition_with_the_figures_of_the_frontier(mad
 def test_what_is_finished_is_not_done_again(copied, trained):
     folder, first = copied
     recorded = {path.name: path.stat().st_mtime_ns for path in (folder / "recording").glob("*.bin")}
-    both = measured(folder)
-    assert trained == ["mxd-k4"]
-    assert both["points"][0] == first["points"][0] and len(both["points"]) == 2
-    # Points made there before with the same settings are shown too.
-    assert measured(folder, num_experts_per_tok=[4])["points"] == both["points"]
+    assert measured(folder, num_experts_per_tok=[2])["points"] == first["points"] and not trained
     # Defaults count as settings: those of another version may differ.
     settings = json.loads((folder / "points" / "mxd-k2.json").read_text())["settings"]
     assert {"min_mean_ablation_error", "gate_init", "learning_rate", "mxd"} <= settings.keys()
@@ -120,7 +116,7 @@ def test_what_is_finished_is_not_done_again(copied, trained):
     ):
         measured(folder, num_train_epochs=2, num_experts_per_tok=[2])
     more = measured(folder, num_train_epochs=2, num_experts_per_tok=[2], overwrite=True)
-    assert trained[1:] == ["mxd-k2"] and more["points"][0]["tokens_trained"] == 4096
+    assert trained == ["mxd-k2"] and more["points"][0]["tokens_trained"] == 2048
     assert more["points"][0]["layers"] != first["points"][0]["layers"]
     assert recorded == {path.name: path.stat().st_mtime_ns for path in (folder / "recording").glob("*.bin")}
 
@@ -128,29 +124,39 @@ def test_what_is_finished_is_not_done_again(copied, trained):
 def test_on_other_text_a_decomposition_is_only_measured_again(copied, trained):
     folder, results = copied
     before = results["points"][0]
-    after = measured(folder, num_experts_per_tok=[2], evaluation_tokens=1024)["points"][0]
+    after = measured(folder, num_experts_per_tok=[2], evaluation_tokens=512)["points"][0]
     assert not trained
-    assert (before["evaluated_tokens"], after["evaluated_tokens"]) == (512, 1024)
+    assert (before["evaluated_tokens"], after["evaluated_tokens"]) == (256, 512)
     assert after["cross_entropy"] != before["cross_entropy"] and after["seconds"] == before["seconds"]
 
 
-def test_a_point_that_fails_keeps_no_other_from_being_made(tmp_path, trained, monkeypatch):
-    measure = faithfulness
+def test_an_interrupt_loses_only_the_point_at_work_and_one_that_fails_keeps_no_other_from_being_made(
+    copied, trained, monkeypatch
+):
+    (folder, first), measure = copied, faithfulness
+
+    def interrupted(*args, **kwargs):
+        return DistillationTrainer(*args, callbacks=[Interrupt()], **kwargs)
 
     def fails(model, decomposition, *args, **kwargs):
-        if decomposition.config.num_experts_per_tok == 2:
+        if decomposition.config.num_experts_per_tok == 4:
             raise MemoryError("too large")
         return measure(model, decomposition, *args, **kwargs)
 
     with monkeypatch.context() as patched:
+        patched.setattr(frontier, "DistillationTrainer", interrupted)
+        with pytest.raises(Interrupted, match="1 of 2 points finished, which are kept: run the same command"):
+            measured(folder)
+    with monkeypatch.context() as patched:
         patched.setattr(frontier, "faithfulness", fails)
-        with pytest.raises(ValueError, match=r"1 of 2 points failed.*mxd-k2 \(MemoryError: too large\)"):
-            measured(tmp_path / "out")
-    (point,) = json.loads((tmp_path / "out" / "frontier.json").read_text())["points"]
-    assert point["name"] == "mxd-k4"
-    # The one that was trained and not measured is only measured now.
-    assert [point["name"] for point in measured(tmp_path / "out")["points"]] == ["mxd-k2", "mxd-k4"]
-    assert trained == ["mxd-k2", "mxd-k4"]
+        with pytest.raises(ValueError, match=r"1 of 2 points failed.*mxd-k4 \(MemoryError: too large\)"):
+            measured(folder, num_experts_per_tok=[2, 4, 6])
+    points = json.loads((folder / "frontier.json").read_text())["points"]
+    assert [point["name"] for point in points] == ["mxd-k2", "mxd-k6"] and points[0] == first["points"][0]
+    # The one that was trained and not measured is only measured now; those made before with its settings are shown too.
+    points = measured(folder, num_experts_per_tok=[4])["points"]
+    assert [point["name"] for point in points] == ["mxd-k2", "mxd-k4", "mxd-k6"]
+    assert trained == ["mxd-k4", "mxd-k4", "mxd-k6"]
 
 
 def test_a_point_whose_training_fails_is_said_to_fail_for_the_cause_and_not_to_be_resumable(monkeypatch):
@@ -165,24 +171,10 @@ def test_a_point_whose_training_fails_is_said_to_fail_for_the_cause_and_not_to_b
 
 
 def test_the_tokens_of_a_short_last_batch_are_not_counted_as_a_whole_one(tmp_path):
-    (row,) = measured(tmp_path / "out", tokens=2048 + 256, num_train_epochs=2, num_experts_per_tok=[2])["points"]
-    assert row["tokens_trained"] == 2 * (2048 + 256)
+    (row,) = measured(tmp_path / "out", tokens=256 + 128, num_train_epochs=2, num_experts_per_tok=[2])["points"]
+    assert row["tokens_trained"] == 2 * (256 + 128)
     evaluation = load_evaluation(tmp_path / "out" / "points" / "mxd-k2")
     assert evaluation["settings"]["training"]["tokens_trained"] == row["tokens_trained"]
-
-
-def test_an_interrupt_loses_only_the_point_at_work(tmp_path, trained, monkeypatch):
-    def interrupted(decomposition, *args, **kwargs):
-        late = decomposition.config.num_experts_per_tok == 4
-        return DistillationTrainer(decomposition, *args, callbacks=[Interrupt()] if late else [], **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(frontier, "DistillationTrainer", interrupted)
-        with pytest.raises(Interrupted, match="1 of 2 points finished, which are kept: run the same command"):
-            measured(tmp_path / "out")
-    assert (tmp_path / "out" / "points" / "mxd-k2.json").is_file()
-    assert len(measured(tmp_path / "out")["points"]) == 2
-    assert trained == ["mxd-k2", "mxd-k4", "mxd-k4"]
 
 
 def test_another_text_is_refused_unless_it_shall_replace(copied, tmp_path, trained):

@@ -109,12 +109,19 @@ def options(finished, labelled, tmp_path, **changes):
     return ProbingOptions(**{**values, **changes})
 
 
-def test_same_seed_same_figures(finished, labelled, tmp_path):
-    noise = {"label_column": "coin", "overwrite": True}
-    first, again, other = (probe(options(finished, labelled, tmp_path, seed=seed, **noise)) for seed in (0, 0, 1))
-    assert first == again
-    assert other["representations"] != first["representations"]
-    largest = probe(options(finished, labelled, tmp_path, overwrite=True, pooling="max", classes=["prose", "numbers"]))
+def test_same_seed_same_figures_and_folders_of_one_name_are_told_apart(finished, labelled, tmp_path):
+    names = [str(shutil.copytree(finished[0], tmp_path / parent / "mxd")) for parent in "ab"]
+    noise = {"label_column": "coin", "overwrite": True, "decompositions": names}
+    first, again = (probe(options(finished, labelled, tmp_path, **noise)) for _ in range(2))
+    found = first["representations"]
+    assert first == again and list(found) == names and found[names[0]] == found[names[1]]
+    noise["decompositions"] = names[:1]
+    (other,) = probe(options(finished, labelled, tmp_path, seed=1, **noise))["representations"].values()
+    assert other != found[names[0]]
+
+
+def test_maxima_of_some_classes(finished, labelled, tmp_path):
+    largest = probe(options(finished, labelled, tmp_path, pooling="max", classes=["prose", "numbers"]))
     assert set(largest["classes"]) == {"prose", "numbers"}
 
 
@@ -194,14 +201,6 @@ def test_options_are_checked_before_anything_is_read(finished, labelled, tmp_pat
     monkeypatch.setattr(command, "load_decomposition", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=message):
         probe(options(finished, labelled, tmp_path, **changes))
-
-
-def test_folders_of_one_name_are_told_apart(finished, labelled, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "a" / "mxd")
-    shutil.copytree(finished[0], tmp_path / "b" / "mxd")
-    names = [str(tmp_path / "a" / "mxd"), str(tmp_path / "b" / "mxd")]
-    found = probe(options(finished, labelled, tmp_path, decompositions=names))["representations"]
-    assert list(found) == names and found[names[0]] == found[names[1]]
 
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch, capsys, finished, labelled):

@@ -36,7 +36,7 @@ def test_the_gate_learns_to_code_the_output(tiny_llama, tmp_path):
     for weight in (0.0, 3.0):
         torch.manual_seed(0)
         model, data = decomposition(), rows()
-        settings = arguments(tmp_path, max_steps=40, learning_rate=6e-3, auxiliary_weight=weight)
+        settings = arguments(tmp_path, max_steps=80, learning_rate=3e-3, auxiliary_weight=weight)
         DistillationTrainer(model, tiny_llama, settings, train_dataset=data).train()
         x, y = capture_mlps(tiny_llama, [1], torch.tensor(data["input_ids"]))[1]
         values, indices = model.layer(1).encode(x)

@@ -94,7 +94,7 @@ def test_experts_come_to_carry_the_share_that_is_asked_for(tiny_llama, tmp_path)
     for asked in (0.0, 0.5):
         torch.manual_seed(0)
         model, data = decomposition(), rows()
-        settings = arguments(tmp_path, max_steps=30, min_mean_ablation_error=asked, learning_rate=6e-3)
+        settings = arguments(tmp_path, max_steps=45, min_mean_ablation_error=asked, learning_rate=4e-3)
         DistillationTrainer(model, tiny_llama, settings, train_dataset=data).train()
         ids = torch.tensor(data["input_ids"])
         shares.append(faithfulness(tiny_llama, model, [{"input_ids": ids}])["layers"]["1"]["clipped_expert_share"])
@@ -355,7 +355,7 @@ ROUTED = {"num_expert_groups": 6, "num_groups_per_tok": 2}
 def test_a_router_trains_jointly_and_only_from_its_own_loss(tiny_llama, tmp_path):
     model = decomposition(**ROUTED)
     data = rows()
-    settings = arguments(tmp_path, max_steps=30, **PLAIN)
+    settings = arguments(tmp_path, max_steps=60, **PLAIN)
     trainer = DistillationTrainer(model, tiny_llama, settings, train_dataset=data)
     start, layer = {}, model.layer(1)
 

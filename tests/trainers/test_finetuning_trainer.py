@@ -131,7 +131,7 @@ def test_loss_falls_and_only_the_decomposition_moves(tiny_llama, tmp_path, loss,
     model = spliced(tiny_llama, method=method)
     start = {name: value.clone() for name, value in model.decomposition.named_parameters()}
     # Batches of all rows, so that no other rows' loss is between the first and the last step's.
-    values = arguments(tmp_path, loss=loss, max_steps=12, logging_steps=1, per_device_train_batch_size=64)
+    values = arguments(tmp_path, loss=loss, max_steps=30, logging_steps=1, per_device_train_batch_size=64)
     trainer = FinetuningTrainer(model, values, train_dataset=rows())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -109,7 +109,7 @@ with open(f"{tuned}-{os.environ['RANK']}.json", "w") as file:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The same decomposition in one process and, by the command, in two, which fine-tune it then; and what they print."""
+    """A decomposition of one process and, by the command, of two, which fine-tune it then; and what these print."""
     root = tmp_path_factory.mktemp("processes")
     texts = {"dataset": [str(demo.text_path("train"))], "heldout_dataset": [str(demo.text_path("heldout"))]}
     (root / "options.yaml").write_text(json.dumps({**OPTIONS, **texts, "training": TRAINING}))
