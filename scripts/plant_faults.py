@@ -208,7 +208,7 @@ FAULTS = [
         "trainers/decomposition_trainer.py",
         "        self.scales = {int(layer): ActivationScales(",
         "        _ = {int(layer): ActivationScales(",
-        "tests/trainers/test_distillation_trainer.py::test_killed_and_resumed_equals_uninterrupted[rows]",
+        "tests/trainers/test_distillation_trainer.py::test_killed_and_resumed_equals_uninterrupted[routed]",
     ),
     Fault(
         "verification-always-equal",
