@@ -84,8 +84,6 @@ def test_evaluate_again_gives_the_same_numbers(finished, tmp_path):
 def test_evaluate_on_the_text_of_the_training_says_so(finished, tmp_path, caplog):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
     results = json.loads((folder / "evaluation.json").read_text())
-    found = evaluated(folder, context_length=64, tokens=256)
-    assert found["settings"]["evaluation"]["held_out"] is True
     copies = {
         name: shutil.copy(demo.text_path(name), tmp_path / f"copy of {name}.txt.parquet")
         for name in ("train", "heldout")
@@ -105,7 +103,7 @@ def test_evaluate_on_the_text_of_the_training_says_so(finished, tmp_path, caplog
 
 def test_evaluate_on_other_text(finished, tmp_path):
     folder, text = shutil.copytree(finished[0], tmp_path / "copy"), tmp_path / "other.txt"
-    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    text.write_text("It was the best of times, it was the worst of times. " * 20)
     code, output, error = run("evaluate", folder, "--dataset", text, "--context-length", "64")
     assert code == 0, error
     assert "NMSE" in output

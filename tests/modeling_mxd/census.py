@@ -22,6 +22,8 @@ WITHOUT_EFFECT = {
 }
 # Stack, site and encoder of what was saved and loaded: the files are the same whatever the architecture.
 SAVED: set[tuple[str, str, str]] = set()
+# Code of layers and MLPs on which surgery was found to work: many architectures are another's under other names.
+WORKS: set[tuple[object, ...]] = set()
 # Models that refuse to run backward in eval mode, and the row length that they then want.
 ONLY_TRAINING = {"reformer": 64}
 
@@ -83,8 +85,8 @@ def decomposition_of(model, sites: list[MLPSite]) -> MxDModel:
 
 
 def examine_splice(model, sites, inputs, untouched, has_effect, generates):
-    """Splice a decomposition, which checks that surgery is exact, run forward and backward, generate, come off; save
-    it, load one layer, splice that alone."""
+    """Splice a decomposition, which checks that surgery is exact, run forward and backward, generate, come off; for
+    each kind of site save it, load one layer, splice that alone."""
     decomposition = decomposition_of(model, sites)
     with decomposition.spliced(model, example_inputs=inputs):
         check_outputs(outputs(model, inputs), untouched, has_effect)
@@ -94,10 +96,10 @@ def examine_splice(model, sites, inputs, untouched, has_effect, generates):
             examine_generation(model, model_inputs(model))
     one = sites[len(sites) // 2]
     key = (one.stack, one.name, decomposition.config.layer(one.layer).encoder_type)
-    alone = decomposition_of(model, [one]) if key in SAVED else saved_and_loaded(decomposition, one.layer)
-    SAVED.add(key)
-    with alone.spliced(model, example_inputs=inputs):
-        check_outputs(outputs(model, inputs), untouched, has_effect)
+    if key not in SAVED:
+        SAVED.add(key)
+        with saved_and_loaded(decomposition, one.layer).spliced(model, example_inputs=inputs):
+            check_outputs(outputs(model, inputs), untouched, has_effect)
 
 
 def saved_and_loaded(decomposition, layer):
@@ -176,6 +178,22 @@ def outputs_and_paths(model, inputs):
     return untouched, ran
 
 
+def code_of(module, *, children=True) -> tuple[object, ...]:
+    """What a module and those in it compute, whatever their classes are called."""
+    kind = type(module)
+    if kind.__module__.startswith("torch."):
+        return (kind,)
+    bodies = [
+        inspect.unwrap(value).__code__
+        for cls in kind.__mro__
+        if cls.__module__.startswith("transformers.models")
+        for value in vars(cls).values()
+        if inspect.isfunction(value) and value.__name__ != "__init__"
+    ]
+    inside = [(name, code_of(child)) for name, child in module.named_children()] if children else []
+    return (*((body.co_code, body.co_names, body.co_varnames) for body in bodies), *inside)
+
+
 def has_routed_experts(site: MLPSite) -> bool:
     """Whether the routed experts of a mixture can be replaced alone, its router and its shared expert staying."""
     experts = getattr(site.modules[0], "experts", None) if site.slots else None
@@ -185,7 +203,16 @@ def has_routed_experts(site: MLPSite) -> bool:
 def _examine_sites(model, inputs, stack, name, untouched, running, generates) -> list[Examined]:
     found = {layer: site for layer, site in find_mlps(model, stack, name).items() if site.path in running}
     sites = [site for site in found.values() if site.slots]
-    if sites:
+    layers = [model.get_submodule(site.path) for site in sites]
+    code = (
+        name,
+        *dict.fromkeys(
+            (code_of(layer, children=False), *map(code_of, site.modules))
+            for layer, site in zip(layers, sites, strict=True)
+        ),
+    )
+    if sites and code not in WORKS:
+        WORKS.add(code)
         has_effect = (model.config.model_type, stack) not in WITHOUT_EFFECT
         examine_splice(model, sites, inputs, untouched, has_effect, generates)
         assert equal(outputs(model, inputs), untouched), "not as it was after splicing"

@@ -17,13 +17,7 @@ WAYS = {
     "beam sample": {"do_sample": True, "num_beams": 2},
 }
 ROUTED = {"num_expert_groups": 6, "num_groups_per_tok": 2}
-ONE, TWO = {"layers": (0,)}, {"layers": (0, 1)}
 exact_or_routed = pytest.mark.parametrize("repo", [{}, ROUTED], ids=["exact", "routed"], indirect=True)
-
-
-def with_layers(count):
-    """Compilation takes seconds a layer."""
-    return pytest.mark.parametrize("tiny_llama", [{"num_hidden_layers": count}], ids=[f"layers {count}"], indirect=True)
 
 
 def generate(model, ids=IDS, **how):
@@ -101,8 +95,9 @@ def compiled_afresh():
     torch._dynamo.reset()
 
 
-@with_layers(2)
-@pytest.mark.parametrize("repo", [TWO, {**TWO, **ROUTED}], ids=["exact", "routed"], indirect=True)
+# Compilation takes seconds a layer.
+@pytest.mark.parametrize("tiny_llama", [{"num_hidden_layers": 1}], ids=["layers 1"], indirect=True)
+@pytest.mark.parametrize("repo", [{"layers": (0,), **ROUTED}], ids=["routed"], indirect=True)
 @pytest.mark.usefixtures("compiled_afresh")
 def test_compiled_as_one_graph_forward_and_backward(spliced):
     other = copy.deepcopy(spliced)
@@ -116,19 +111,3 @@ def test_compiled_as_one_graph_forward_and_backward(spliced):
     for name, parameter in spliced.named_parameters():
         assert (parameter.grad is not None) == (name in gradients)
         assert name not in gradients or torch.allclose(parameter.grad, gradients[name], atol=1e-6)
-
-
-@with_layers(1)
-@pytest.mark.parametrize("repo", [ONE], ids=["exact"], indirect=True)
-@pytest.mark.usefixtures("compiled_afresh")
-def test_compiled_generation_and_interventions(spliced):
-    want = generate(spliced)
-    spliced.forward = torch.compile(spliced.forward, backend="eager", fullgraph=True)
-    assert torch.equal(generate(spliced, cache_implementation="static"), want)
-    before = logits(spliced, use_cache=False)
-    with spliced.decomposition.layer(0).intervene(add={3: 100.0}):
-        steered = logits(spliced, use_cache=False)
-        del spliced.forward
-        assert torch.equal(steered, logits(spliced, use_cache=False))
-    assert not torch.equal(steered, before)
-    assert torch.equal(logits(spliced, use_cache=False), before)
