@@ -180,7 +180,7 @@ def test_standardised_probes_do_not_see_the_scale():
     table = sparse_features(len(labels), 20, rng).toarray()
     table[:, 4] += (labels == "class 0") * 0.2
     scaled = table * 10 ** rng.uniform(-3, 3, 20)
-    folds = grouped_folds(labels, groups, 2)
+    folds = grouped_folds(labels, groups)
     for make in (csr_array, np.asarray):
         plain_one, other = (
             probe_features(make(t), labels, folds, standardize=True, candidates=3) for t in (table, scaled)
