@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "modeling_mxd"))
 
-from census import examine  # noqa: E402
+from census import WORKS, examine  # noqa: E402
 from pages import architectures_table  # noqa: E402
 from tiny_models import CAUSAL_TYPES, OTHER_TYPES, UNBUILDABLE, VARIANTS  # noqa: E402
 
@@ -43,6 +43,7 @@ def examine_all(types: list[str]) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     for model_type in tqdm(types, unit="type"):
         try:
+            WORKS.clear()  # every type is spliced here, those with another's code too
             rows = examine(model_type)
         except Exception as error:  # reported in the table
             results[model_type] = {"works": False, "error": f"{type(error).__name__}: {first_line(error)}", "mlps": []}

@@ -212,10 +212,10 @@ def _examine_sites(model, inputs, stack, name, untouched, running, generates) ->
         ),
     )
     if sites and code not in WORKS:
-        WORKS.add(code)
         has_effect = (model.config.model_type, stack) not in WITHOUT_EFFECT
         examine_splice(model, sites, inputs, untouched, has_effect, generates)
         assert equal(outputs(model, inputs), untouched), "not as it was after splicing"
+        WORKS.add(code)
     rows: dict[tuple[str, ...], Examined] = {}
     for site in found.values():
         slots = ", ".join(slot.removeprefix(f"{site.path}.") for slot in site.slots)
