@@ -19,6 +19,7 @@ def tables() -> dict[str, Callable[[], str]]:
     """Return {name: function that makes the table in Markdown} of all tables that are made from results files."""
     import cache
     import collection
+    import cross_layer
     import layers
     import meaning
     import plan
@@ -38,6 +39,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "architectures": of("architectures.json", architectures_page),
         "cache": of("cache.json", cache.table),
         "collection": of("collection.json", collection.table),
+        "cross-layer": of("cross-layer.json", cross_layer.table),
         "layers, throughput": of("layers.json", layers.throughput_table),
         "layers, costs": of("layers.json", layers.costs_table),
         "layers, together": of("layers.json", layers.together_table),
