@@ -7,7 +7,7 @@ WARM = (
     "test_warm_process.py", "test_folders_of_a_project", "test_without_the_library",
     "test_two_processes.py", "test_a_disk_that_is_full_keeps", "test_a_cluster_ends", "test_killed_and_resumed",
     "test_new_process_gives", "test_commands_that_train_nothing", "test_both_doors_of_a_pushed",
-    "for_a_reader_without_the_library",
+    "for_a_reader_without_the_library", "test_one_layer_downloads_only_its_shard", "test_sharding.py",
 )  # fmt: skip
 # Files whose tests share nothing. They come last, so that all processes end at the same time.
 ALONE = ("test_architectures.py", "test_every_mode.py")

@@ -16,6 +16,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import huggingface_hub.constants
+from scheduling import WARM
 from transformers import dynamic_module_utils
 
 # Other people's modules only: mxd is imported by each process itself, or not at all where a test hides it.
@@ -57,7 +58,7 @@ def _main(arguments, environment, folder, stdout, stderr):
 
 def _run(how, *rest):
     if how == "-m":
-        sys.argv = rest
+        sys.argv = list(rest)
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif how == "-c":
         sys.argv = ["-c", *rest[1:]]
@@ -79,6 +80,8 @@ class WarmProcess:
     """
 
     def __init__(self, *arguments, env=None, cwd=None):
+        test = os.environ.get("PYTEST_CURRENT_TEST", "")
+        assert not test or any(name in test for name in WARM), f"name {test} in scheduling.WARM"
         self.arguments = [str(argument) for argument in arguments]
         self._folder = tempfile.TemporaryDirectory(prefix="mxd-process-")
         self._files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
