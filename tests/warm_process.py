@@ -48,7 +48,7 @@ def _main(arguments, environment, folder, stdout, stderr):
         return _run(*arguments)
     import coverage
 
-    measured = coverage.process_startup()
+    measured = coverage.process_startup(force=True)
     try:
         _run(*arguments)
     finally:
