@@ -36,11 +36,11 @@ def peak_bytes() -> int:
 
 def measure_tables(experts: int, tokens: int, vocabulary: int, width: int) -> dict[str, Any]:
     """Fill the tables of one layer as a long text would, and save them."""
-    from mxd.evaluation.collecting import SAMPLE, TOP, _compact, _LayerPass, _Rows
-    from mxd.evaluation.collection import ExpertCollection
-    from mxd.evaluation.collection_file import save_collection
-    from mxd.evaluation.logit_effects import Unembedding, nearest_rows
-    from mxd.evaluation.streamed_tables import make_places
+    from mxd.experts.collecting import SAMPLE, TOP, _compact, _LayerPass, _Rows
+    from mxd.experts.collection import ExpertCollection
+    from mxd.experts.collection_file import save_collection
+    from mxd.experts.logit_effects import Unembedding, nearest_rows
+    from mxd.experts.streamed_tables import make_places
     from mxd.modeling_mxd import MxDLayerConfig, make_layer
 
     sizes = {
@@ -94,7 +94,7 @@ def measure_pass(model_name: str, text: str, layer: int, experts: int, tokens: i
     from mxd.base.base_model import load_base_model
     from mxd.data.documents import load_text
     from mxd.data.texts import document_batches
-    from mxd.evaluation import collect_experts
+    from mxd.experts import collect_experts
     from mxd.jobs.decompose import layer_config
     from mxd.jobs.options import DecompositionOptions
     from mxd.modeling_mxd import MxDConfig, MxDModel, find_mlps

@@ -23,9 +23,9 @@ import torch
 
 from mxd.base.base_model import load_base_model
 from mxd.base.pretrained_weights import record_base
-from mxd.evaluation.collection import HISTOGRAM_EDGES, Collection, ExpertCollection
-from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
-from mxd.evaluation.contexts import AROUND
+from mxd.experts.collection import HISTOGRAM_EDGES, Collection, ExpertCollection
+from mxd.experts.collection_file import EXPERTS_NAME, save_collection
+from mxd.experts.contexts import AROUND
 from mxd.jobs.decompose import layer_config
 from mxd.jobs.explore import explore
 from mxd.jobs.options import DecompositionOptions

@@ -1,6 +1,6 @@
 """Kill runs at random moments, resume them, and compare their weights with those of a run that was never stopped.
 
-    python benchmarks/kills.py [--kills 50] [--cases one two streaming frontier] [--seed 0]
+    python benchmarks/kills.py [--kills 50] [--cases one two streaming frontier cache shards] [--seed 0]
 
 Runs are small decompositions of the embedded model. Each is stopped by SIGKILL, SIGTERM or SIGINT, at a moment drawn
 between its start and the time that an unbroken run takes, and started again with --resume, up to `STOPS` times; then it
@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "two": ("decompose", OPTIONS, 2),
     "streaming": ("decompose", {**OPTIONS, **STREAM}, 1),
     "frontier": ("frontier", FRONTIER, 1),
+    "cache": ("decompose", {**OPTIONS, "cache": "cache"}, 1),
+    "shards": ("decompose", {**OPTIONS, "layers": [1, 2], "shard": "layers"}, 2),
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STOPS = 4
@@ -53,6 +55,8 @@ class Run:
     def __init__(self, case: str, folder: Path):
         self.command, options, self.processes = CASES[case]
         self.folder, self.config = folder, folder.with_suffix(".yaml")
+        if "cache" in options:
+            options = {**options, "cache": f"{folder}-cache"}
         self.config.write_text(json.dumps(options))
 
     def start(self) -> list[subprocess.Popen[bytes]]:

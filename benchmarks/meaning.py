@@ -33,18 +33,17 @@ from mxd.base.forward import right_padded
 from mxd.base.progress import progress_bar
 from mxd.data.documents import load_text
 from mxd.data.texts import document_batches
-from mxd.evaluation import (
+from mxd.evaluation import expert_representation, neuron_representation
+from mxd.experts import (
     FeatureContexts,
     coherence_score,
     collect_contexts,
     detection_score,
-    expert_representation,
     fit_directions,
     fuzzing_score,
     keyword_explainer,
     keyword_judge,
     most_active,
-    neuron_representation,
     random_directions,
     steer_prompts,
     steering_score,

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from mxd import modeling_mxd
 from mxd.base.files import json_text
-from mxd.evaluation.collection_file import EXPERTS_NAME
+from mxd.experts.collection_file import EXPERTS_NAME
 from mxd.modeling_mxd import DIRECTIONS_NAME, MxDConfig, Steering
 from mxd.modeling_mxd.configuration_mxd import AUTO_MAP, DEMO_MODEL, shorten
 from mxd.modeling_mxd.loading import ResolvedRepo, recorded_model

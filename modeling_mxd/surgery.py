@@ -9,7 +9,7 @@ called the way a replacement is. Unless both give equal outputs, to the last bit
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import SECOND_INPUT, SECOND_OUTPUT, execution_device, running_device
+from .configuration_mxd import MxDLayerConfig
 from .layers import SparseLayer
 from .sites import MAIN, MLPSite, SurgeryError, find_mlps, site_of
 
@@ -220,23 +221,24 @@ def replace_mlps(
             raise SurgeryError(f"the MLP of layer {place.layer} is already replaced: restore it or unsplice() first")
     widths = verify_sites(model, sites, example_inputs) if verify else {}
     for layer, module in modules.items():
-        _check_widths(module, written[layer], widths)
+        if isinstance(module, SparseLayer):
+            check_widths(module.config, written[layer], widths)
     for layer, module in modules.items():
         _move_to(written[layer][0], model, module, cast)
     parts = [part for module in modules.values() for part in _slices(module)]
     return [ReplacedMLP(place, part) for place, part in zip(sites, parts, strict=True)]
 
 
-def _check_widths(module: Any, sites: list[MLPSite], widths: Widths) -> None:
-    """Raise a SurgeryError if a decomposition's layer has other widths than the MLPs that it replaces."""
-    for place in sites if isinstance(module, SparseLayer) else ():
+def check_widths(config: MxDLayerConfig, sites: Sequence[MLPSite], widths: Widths) -> None:
+    """Raise a SurgeryError if a layer has other widths than the MLPs that it writes to, of which it reads the first."""
+    for place in sites:
         if have := widths.get(place.slots):
-            inputs = module.config.hidden_size if place is sites[0] else have[0]
-            want = (inputs, module.config.output_size // len(sites))
+            inputs = config.hidden_size if place is sites[0] else have[0]
+            want = (inputs, config.output_size // config.num_output_layers)
             if have != want:
                 theirs, ours = (f"{inputs} to {outputs}" for inputs, outputs in (have, want))
                 wrong = f"the MLP of layer {place.layer} maps {theirs} dimensions, the decomposition's layer {ours}"
-                raise SurgeryError(wrong)
+                raise SurgeryError(f"{wrong}: is it of another base model?")
 
 
 @contextmanager

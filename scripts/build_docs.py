@@ -32,6 +32,7 @@ ROOMS = {
     "base": ("Base models", "Load base models and record what their MLPs read and write."),
     "data": ("Text", "Read documents and pack them into rows of tokens."),
     "evaluation": ("Evaluation", "Measure faithfulness, and how experts are used."),
+    "experts": ("Experts", "Read what experts do, and judge what they mean."),
     "trainers": ("Trainers", "Train decompositions, by distillation or end to end."),
     "jobs": ("Commands", "Run what the commands run. [Commands](../cli.md) lists the fields of the options."),
     "interchange": ("Other libraries", "Exchange transcoders with SAELens, circuit-tracer and sparsify."),

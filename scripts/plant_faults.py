@@ -27,7 +27,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "planted_faults.json"
 # Packages whose code must come from the scratch copy, and the rooms that are installed inside `mxd`.
-PACKAGES = ("mxd", "mxd.base", "mxd.data", "mxd.evaluation", "mxd.hub_cards", "mxd.modeling_mxd", "mxd.trainers")
+PACKAGES = (
+    "mxd", "mxd.base", "mxd.data", "mxd.evaluation", "mxd.experts", "mxd.hub_cards", "mxd.modeling_mxd", "mxd.trainers",
+)  # fmt: skip
 ROOMS = ("hub_cards", "modeling_mxd", "trainers")
 LEFT_OUT = (".git", ".venv*", ".*_cache", "__pycache__", "build", "demo-output", "shared", "*.egg-info")
 TIMEOUT_SECONDS = 1800

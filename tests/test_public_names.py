@@ -11,7 +11,7 @@ import mxd
 from mxd import demo
 from mxd.modeling_mxd.configuration_mxd import DEMO_MODEL
 
-ROOMS = ["modeling_mxd", "base", "data", "evaluation", "hub_cards", "trainers", "explorer", "jobs", "cli"]
+ROOMS = ["modeling_mxd", "base", "data", "evaluation", "experts", "hub_cards", "trainers", "explorer", "jobs", "cli"]
 
 
 def test_every_public_name_is_there():

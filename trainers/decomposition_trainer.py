@@ -25,8 +25,8 @@ from mxd.base.forward import padding_last
 from mxd.base.masks import token_mask
 from mxd.base.progress import progress_bar
 from mxd.data.packing import CausalCollator
-from mxd.evaluation.directions import carried_directions
 from mxd.evaluation.expert_use import measure_expert_statistics
+from mxd.experts.directions import carried_directions
 from mxd.modeling_mxd import MxDModel
 
 from .callbacks import InterruptCallback, TokenProgressCallback

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from mxd.modeling_mxd import MLPSite, MxDLayerConfig, MxDModel, SurgeryError, find_mlps
+from mxd.modeling_mxd import MLPSite, MxDLayerConfig, MxDModel, SurgeryError, find_mlps, surgery
 from mxd.modeling_mxd.architectures import configured_activations
 from mxd.modeling_mxd.loading import commit_of
 from mxd.modeling_mxd.surgery import is_quantised
@@ -109,16 +109,9 @@ def mlp_active_units(site: MLPSite) -> int | None:
 
 
 def check_widths(sites: Sequence[MLPSite], config: MxDLayerConfig) -> None:
-    """Raise `SurgeryError` if a layer has other widths than the MLPs that it writes to, of which it reads the first."""
-    for site in sites:
-        if (widths := mlp_widths(site)) is not None:
-            inputs = config.hidden_size if site is sites[0] else widths[0]
-            want = (inputs, config.output_size // config.num_output_layers)
-            if (widths[0], widths[2]) != want:
-                raise SurgeryError(
-                    f"the MLP of layer {site.layer} maps {widths[0]} to {widths[2]} dimensions, the decomposition's "
-                    f"layer {want[0]} to {want[1]}: is it of another base model?"
-                )
+    """Raise `SurgeryError` if a layer has other widths than the weights of the MLPs that it writes to."""
+    widths = {site.slots: mlp_widths(site) for site in sites}
+    surgery.check_widths(config, sites, {slots: (have[0], have[2]) for slots, have in widths.items() if have})
 
 
 def record_base(decomposition: MxDModel, model: PreTrainedModel) -> None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mxd.evaluation.collection import HISTOGRAM_EDGES, Collection, ExpertCollection
-from mxd.evaluation.contexts import AROUND, TokenPieces, whole_character
+from mxd.experts.collection import HISTOGRAM_EDGES, Collection, ExpertCollection
+from mxd.experts.contexts import AROUND, TokenPieces, whole_character
 
 QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)
 PER_QUANTILE = 2

@@ -15,12 +15,12 @@ from mxd.base.files import replace_text
 from mxd.base.progress import progress_bar
 from mxd.data.provenance import recorded_runs
 from mxd.data.texts import document_batches, evaluation_settings
-from mxd.evaluation.collecting import TOP, collect_experts, context_alignment
-from mxd.evaluation.collection import Collection, ExpertCollection
-from mxd.evaluation.collection_file import EXPERTS_NAME, load_collection, save_collection
-from mxd.evaluation.contexts import INCOMPLETE, Context, TokenPieces, in_context
-from mxd.evaluation.inspection import last_token_outputs
-from mxd.evaluation.logit_effects import Unembedding, find_unembedding
+from mxd.experts.collecting import TOP, collect_experts, context_alignment
+from mxd.experts.collection import Collection, ExpertCollection
+from mxd.experts.collection_file import EXPERTS_NAME, load_collection, save_collection
+from mxd.experts.contexts import INCOMPLETE, Context, TokenPieces, in_context
+from mxd.experts.inspection import last_token_outputs
+from mxd.experts.logit_effects import Unembedding, find_unembedding
 from mxd.modeling_mxd import MxDModel
 
 from .decompositions import (

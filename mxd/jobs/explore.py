@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mxd.base.base_model import load_tokenizer
 from mxd.base.progress import progress_bar
-from mxd.evaluation.collection_file import EXPERTS_NAME, load_collection
+from mxd.experts.collection_file import EXPERTS_NAME, load_collection
 from mxd.explorer.publish import export_site, push_space
 from mxd.explorer.server import ExplorerServer
 from mxd.explorer.site import CHUNK, ExplorerSite

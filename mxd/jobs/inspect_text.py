@@ -5,7 +5,7 @@ from typing import Any
 
 from mxd.base.files import replace_text
 from mxd.data.tokens import row_of
-from mxd.evaluation.inspection import Inspection, inspect_tokens
+from mxd.experts.inspection import Inspection, inspect_tokens
 
 from .expert_page import inspection_page
 from .experts import Opened, describe_expert, open_experts

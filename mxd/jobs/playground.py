@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mxd.data.tokens import begin_of_row, row_of
-from mxd.evaluation.inspection import inspect_tokens
+from mxd.experts.inspection import inspect_tokens
 from mxd.explorer.server import Call
 from mxd.explorer.site import ExplorerSite
 from mxd.hub_cards.safe_text import finite_number

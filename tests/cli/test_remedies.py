@@ -17,7 +17,7 @@ from mxd import demo
 from mxd.cli.jobs import COMMANDS
 from mxd.cli.main import app
 
-ROOMS = ["modeling_mxd", "hub_cards", "trainers", "base", "data", "evaluation", "jobs", "cli"]
+ROOMS = ["modeling_mxd", "hub_cards", "trainers", "base", "data", "evaluation", "experts", "jobs", "cli"]
 LAYER = {"nmse": 0.1, "fvu": 0.1, "l0": 4.0, "dead_experts": 0.0, "expert_share": 0.9, "specialised_share": None}
 LOSS = {"untouched": 2.9, "spliced": 2.91, "zero_ablated": 3.05, "recovered": 0.9, "rise_interval": [0.009, 0.011]}
 EVALUATION = {"layers": {"4": LAYER}, "cross_entropy": LOSS, "kl": 0.0123, "top1_agreement": 0.955}

@@ -9,8 +9,8 @@ from explorer_cases import hostile_tokenizer, serving
 from factories import make_tiny_llama, random_mxd_model
 
 from mxd.base.pretrained_weights import record_base
-from mxd.evaluation.collecting import collect_experts
-from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
+from mxd.experts.collecting import collect_experts
+from mxd.experts.collection_file import EXPERTS_NAME, save_collection
 
 LAYERS = [0, 2]
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mxd.base.capture import capture_mlps
-from mxd.evaluation.collection_file import EXPERTS_NAME, save_collection
-from mxd.evaluation.contexts import AROUND, TokenPieces
+from mxd.experts.collection_file import EXPERTS_NAME, save_collection
+from mxd.experts.contexts import AROUND, TokenPieces
 from mxd.explorer.server import ExplorerServer
 from mxd.explorer.site import ExplorerSite
 from mxd.jobs.explore import explore, explorer_site

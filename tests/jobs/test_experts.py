@@ -15,9 +15,9 @@ from mxd import ExpertsOptions, read_experts
 from mxd.cli.tables import print_experts
 from mxd.data.labelled_text import LabelledDocuments, cut_texts
 from mxd.data.texts import document_batches, evaluation_batches
-from mxd.evaluation import load_collection, save_collection
-from mxd.evaluation.contexts import TokenPieces, distinct_places, in_context
-from mxd.evaluation.streamed_tables import make_places
+from mxd.experts import load_collection, save_collection
+from mxd.experts.contexts import TokenPieces, distinct_places, in_context
+from mxd.experts.streamed_tables import make_places
 from mxd.jobs.expert_page import expert_page
 from mxd.jobs.experts import experts_that_promote, open_experts
 

@@ -10,7 +10,7 @@ from reference import dense_coefficients
 
 from mxd import ExpertsOptions, InspectOptions, collect_experts, inspect_text, load_collection
 from mxd.base.capture import capture_mlps
-from mxd.evaluation.inspection import inspect_tokens, last_token_outputs
+from mxd.experts.inspection import inspect_tokens, last_token_outputs
 
 
 @pytest.mark.parametrize(

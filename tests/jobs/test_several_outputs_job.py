@@ -13,7 +13,7 @@ from mxd.base.base_model import base_skeleton
 from mxd.base.capture import capture_layers
 from mxd.cli.tables import print_evaluation
 from mxd.evaluation import faithfulness, normalised_error
-from mxd.evaluation.logit_effects import Unembedding, find_unembedding
+from mxd.experts.logit_effects import Unembedding, find_unembedding
 from mxd.hub_cards import build_card
 from mxd.interchange import export_transcoder
 from mxd.jobs.decompose import build_config

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from mxd.base.capture import capture_mlps
 from mxd.base.forward import batch_for, check_causal, check_predictions, evaluating
 from mxd.base.progress import progress_bar
+from mxd.evaluation.metrics import kl_divergence
 from mxd.modeling_mxd import MLPSite, find_mlp
 
 from .feature_contexts import FeatureContexts
 from .meaning import mean_interval
-from .metrics import kl_divergence
 
 Push = Callable[[Tensor, Tensor], Tensor]
 """A function from the MLP's input x (rows, tokens, I) and the number of each row's direction (rows) to the vector added

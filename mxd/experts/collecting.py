@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mxd.base.forward import evaluating, right_padded
+from mxd.evaluation.expert_use import captured_activations
 from mxd.modeling_mxd import ExpertCoefficients, MxDLayer, MxDModel, SparseLayer
 
 from .collection import HISTOGRAM_EDGES, Collection, ExpertCollection
 from .contexts import AROUND, distinct_places
 from .directions import DirectionFit, set_fitted_directions
-from .expert_use import captured_activations
 from .logit_effects import Unembedding, find_unembedding, nearest_rows
 from .streamed_tables import (
     LargestEntries,

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mxd.base.capture import Capture
+from mxd.evaluation.expert_use import encode_tokens
 from mxd.modeling_mxd import ExpertCoefficients, MxDModel
-
-from .expert_use import encode_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -8,15 +8,9 @@ from text_cases import build_tokenizer
 from tiny_models import tiny_config
 from transformers import AutoModel, AutoModelForCausalLM
 
-from mxd.evaluation import (
-    FeatureContexts,
-    collect_contexts,
-    expert_representation,
-    most_active,
-    neuron_representation,
-    output_representation,
-)
-from mxd.evaluation.feature_contexts import Context
+from mxd.evaluation import expert_representation, neuron_representation, output_representation
+from mxd.experts import FeatureContexts, collect_contexts, most_active
+from mxd.experts.feature_contexts import Context
 from mxd.modeling_mxd import find_mlp
 
 

@@ -3,7 +3,7 @@ import torch
 from tiny_models import tiny_model
 from torch import nn
 
-from mxd.evaluation.logit_effects import find_unembedding
+from mxd.experts.logit_effects import find_unembedding
 
 EXAMPLE = torch.tensor([[3, 5, 7, 9]])
 

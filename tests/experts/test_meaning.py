@@ -3,8 +3,8 @@ import pytest
 from factories import word_tokenizer
 from test_feature_contexts import FeatureContexts
 
-from mxd.evaluation import coherence_score, detection_score, fuzzing_score, keyword_explainer, keyword_judge
-from mxd.evaluation.meaning import mean_interval
+from mxd.experts import coherence_score, detection_score, fuzzing_score, keyword_explainer, keyword_judge
+from mxd.experts.meaning import mean_interval
 
 TOKENIZER = word_tokenizer(600)
 WORDS = {40: 5, 41: 6, 42: 7}  # token that each feature is active on, and the feature

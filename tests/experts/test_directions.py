@@ -6,7 +6,7 @@ from evaluation_cases import batches, decomposition, pad
 from factories import FORMS
 
 from mxd.base.capture import capture_mlps
-from mxd.evaluation import DirectionFit, fit_directions
+from mxd.experts import DirectionFit, fit_directions
 from mxd.modeling_mxd import ExpertCoefficients
 
 

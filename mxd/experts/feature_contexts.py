@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from mxd.base.capture import Capture, capture_mlps
 from mxd.base.forward import batch_for, evaluating, right_padded
 from mxd.base.masks import token_mask
+from mxd.evaluation.pooling import Representation, check_each_token
 from mxd.modeling_mxd import ExpertCoefficients
 
 from .contexts import AROUND, INCOMPLETE, distinct
-from .pooling import Representation, check_each_token
 
 MARKS = "<<", ">>"
 """Put around the tokens on which a feature fires, as in Delphi."""

@@ -10,8 +10,8 @@ from test_feature_contexts import FeatureContexts
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
-from mxd.evaluation import random_directions, steer_prompts, steering_score
-from mxd.evaluation.steering_score import _next_strengths, wilson_interval
+from mxd.experts import random_directions, steer_prompts, steering_score
+from mxd.experts.steering_score import _next_strengths, wilson_interval
 
 FAST = {"new_tokens": 0, "batch_tokens": 64}
 

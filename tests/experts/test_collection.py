@@ -8,11 +8,11 @@ from reference import dense_coefficients
 from tiny_models import tiny_model
 
 from mxd.base.capture import capture_mlps
-from mxd.evaluation import Collection, collect_experts, load_collection, save_collection
-from mxd.evaluation.collection import HISTOGRAM_EDGES
-from mxd.evaluation.contexts import AROUND
-from mxd.evaluation.logit_effects import find_unembedding
-from mxd.evaluation.streamed_tables import LargestEntries, TokenSample, hashed, make_places, strongest_of_rows
+from mxd.experts import Collection, collect_experts, load_collection, save_collection
+from mxd.experts.collection import HISTOGRAM_EDGES
+from mxd.experts.contexts import AROUND
+from mxd.experts.logit_effects import find_unembedding
+from mxd.experts.streamed_tables import LargestEntries, TokenSample, hashed, make_places, strongest_of_rows
 
 
 def equal(one, other):
@@ -221,8 +221,8 @@ def test_nothing_is_no_collection(tiny_llama):
 
 
 def test_rows_that_no_table_names_are_let_go(tiny_llama, monkeypatch):
-    monkeypatch.setattr("mxd.evaluation.collecting._PRUNED_FROM", 8)
-    monkeypatch.setattr("mxd.evaluation.collecting.CANDIDATES", 1)
+    monkeypatch.setattr("mxd.experts.collecting._PRUNED_FROM", 8)
+    monkeypatch.setattr("mxd.experts.collecting.CANDIDATES", 1)
     rows, model = batches(count=60), decomposition()
     found = collect_experts(tiny_llama, model, rows, top=1, sample=1)
     assert len(found.documents) <= 48 and found.documents.max() < 180
@@ -344,12 +344,12 @@ def test_files_that_are_none(collected, tmp_path, monkeypatch):
     path.write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match=r"experts.safetensors is refused"):
         load_collection(path)
-    monkeypatch.setattr("mxd.evaluation.collection_file.FORMAT_VERSION", "2")
+    monkeypatch.setattr("mxd.experts.collection_file.FORMAT_VERSION", "2")
     save_collection(collected, path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="its format_version is '2'"):
         load_collection(path)
     save_collection(collected, path)
-    monkeypatch.setattr("mxd.evaluation.collection_file.MAX_BYTES", 1000)
+    monkeypatch.setattr("mxd.experts.collection_file.MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="over 1,000 bytes"):
         load_collection(path)
