@@ -1,9 +1,15 @@
 import numpy as np
 import pytest
 from factories import word_tokenizer
-from test_feature_contexts import FeatureContexts
 
-from mxd.experts import coherence_score, detection_score, fuzzing_score, keyword_explainer, keyword_judge
+from mxd.experts import (
+    FeatureContexts,
+    coherence_score,
+    detection_score,
+    fuzzing_score,
+    keyword_explainer,
+    keyword_judge,
+)
 from mxd.experts.meaning import mean_interval
 
 TOKENIZER = word_tokenizer(600)

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from evaluation_cases import decomposition
 from factories import make_tiny_llama
-from test_feature_contexts import FeatureContexts
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
-from mxd.experts import random_directions, steer_prompts, steering_score
+from mxd.experts import FeatureContexts, random_directions, steer_prompts, steering_score
 from mxd.experts.steering_score import _next_strengths, wilson_interval
 
 FAST = {"new_tokens": 0, "batch_tokens": 64}
