@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import datasets
+import lean_imports  # noqa: F401
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest

@@ -21,11 +21,12 @@ from transformers import dynamic_module_utils
 
 # Other people's modules only: mxd is imported by each process itself, or not at all where a test hides it.
 PRELOADED = [
-    "accelerate", "datasets", "matplotlib.pyplot", "pydantic", "rich.table", "torch._dynamo", "transformers.pipelines",
+    "lean_imports", "accelerate", "datasets", "matplotlib.pyplot", "pydantic", "rich.table", "torch._dynamo",
+    "transformers.pipelines",
     "torch.distributed.distributed_c10d", "transformers.models.llama.modeling_llama", "transformers.trainer", "typer",
 ]  # fmt: skip
 # Sets and dicts of strings are in another order there than here.
-SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
+SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent)}
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)

@@ -12,12 +12,16 @@ from scenes import connected
 import mxd
 from mxd.evaluation import ErrorSums, explained_share, recovered_share
 
-evaluate = pytest.importorskip("evaluate")
 FOLDERS = sorted(path for path in Path(mxd.__file__).with_name("metrics").iterdir() if (path / "README.md").is_file())
 
 
 @pytest.fixture
-def load(tmp_path):
+def evaluate():  # imported where it is used: not in every process that collects tests
+    return pytest.importorskip("evaluate")
+
+
+@pytest.fixture
+def load(tmp_path, evaluate):
     return lambda name: evaluate.load(
         str(next(path for path in FOLDERS if path.name == name)), cache_dir=str(tmp_path / "cache")
     )
@@ -83,7 +87,7 @@ def test_nothing_is_defined_where_y_is_zero_everywhere(load):
     assert math.isnan(shares["specialised_share"])
 
 
-def test_a_space_is_loaded_from_the_hub(tmp_path, monkeypatch):
+def test_a_space_is_loaded_from_the_hub(tmp_path, monkeypatch, evaluate):
     with connected(tmp_path) as hub:
         files = {path.name: path.read_bytes() for path in (FOLDERS[0].parent / "nmse").iterdir() if path.is_file()}
         hub.create("user/nmse", files)

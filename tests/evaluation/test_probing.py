@@ -1,9 +1,7 @@
 import numpy as np
 import pytest
-import sklearn.metrics
 from matplotlib.figure import Figure
 from scipy.sparse import csr_array
-from sklearn.linear_model import LogisticRegression
 
 from mxd.evaluation import always_yes_f1, grouped_folds, plot_probing, probe_features
 from mxd.evaluation.probing import balanced_accuracy, balanced_fold, f1_score, largest
@@ -22,6 +20,8 @@ def sparse_features(texts, width, rng, share=0.2):
 
 
 def test_scores_are_scikit_learns():
+    import sklearn.metrics
+
     rng = np.random.default_rng(0)
     for share in (0.0, 0.3, 1.0):
         predicted, actual = rng.random(50) < share, rng.random(50) < 0.4
@@ -86,6 +86,9 @@ def test_a_planted_feature_is_found_and_noise_is_not():
 
 def plain(table, labels, folds, candidates, signed):
     """The paper's protocol as its code has it, and the honest choice beside it."""
+    import sklearn.metrics
+    from sklearn.linear_model import LogisticRegression
+
     scores = {name: ([], [], []) for name in np.unique(labels)}
     for train, test in folds:
         for name, (f1, best, chosen) in scores.items():
@@ -130,6 +133,9 @@ def test_figures_are_those_of_plain_scikit_learn(kind):
 
 
 def test_several_features_together_are_those_of_plain_scikit_learn():
+    import sklearn.metrics
+    from sklearn.linear_model import LogisticRegression
+
     labels, groups = problem(classes=3, documents=6)
     rng = np.random.default_rng(2)
     table = sparse_features(len(labels), 30, rng).toarray().astype(np.float64)
