@@ -56,7 +56,7 @@ COLUMNS = ["--label-column", "kind", "--text-column", "body", "--group-column", 
 
 def test_probe_shows_and_saves(finished, transcoder, labelled, tmp_path, drawn_figures):
     folder, config = tmp_path / "out", tmp_path / "few.yaml"
-    config.write_text("candidates: 5")
+    config.write_text("{candidates: 3, folds: 3}")
     arguments = [
         "probe",
         finished[0],
@@ -104,7 +104,7 @@ def options(finished, labelled, tmp_path, **changes):
     values = {
         "decompositions": [str(finished[0])], "dataset": [str(labelled)], "label_column": "kind",
         "text_column": "body", "group_column": "book", "output": str(tmp_path / "out"), "against": [],
-        "candidates": 3,
+        "candidates": 3, "folds": 3,
     }  # fmt: skip
     return ProbingOptions(**{**values, **changes})
 

@@ -20,8 +20,8 @@ from mxd.modeling_mxd.surgery import tensors_in
 WITHOUT_EFFECT = {
     ("blt", "model.patcher.layers"): "it only chooses where patches end, a choice that a tiny model makes alike",
 }
-# Stack, site and encoder of what was saved and loaded: the files are the same whatever the architecture.
-SAVED: set[tuple[str, str, str]] = set()
+# Kind of stack, site and encoder of what was saved and loaded: the files are the same whatever the architecture.
+SAVED: set[tuple[bool, str, str]] = set()
 # Code of layers and MLPs on which surgery was found to work: many architectures are another's under other names.
 WORKS: set[tuple[object, ...]] = set()
 # Models that refuse to run backward in eval mode, and the row length that they then want.
@@ -95,7 +95,7 @@ def examine_splice(model, sites, inputs, untouched, has_effect, generates):
         if generates:
             examine_generation(model, model_inputs(model))
     one = sites[len(sites) // 2]
-    key = (one.stack, one.name, decomposition.config.layer(one.layer).encoder_type)
+    key = (is_other_tower(one.stack), one.name, decomposition.config.layer(one.layer).encoder_type)
     if key not in SAVED:
         SAVED.add(key)
         with saved_and_loaded(decomposition, one.layer).spliced(model, example_inputs=inputs):
