@@ -5,9 +5,10 @@
 Decompositions of the embedded model are pushed to a Hub on loopback, and so is the embedded model. For each version of
 transformers a fresh virtual environment gets the pinned torch, that transformers, and nothing else; for the versions
 that the library supports, a second one gets the library too. In each, AutoModel and AutoModelForCausalLM load the
-repos, from the Hub and then offline from the cache, and what they compute is compared with what the pusher computed,
-bit by bit. Among the repos are two of equal last name and different code, one with a dot in its id, and a folder with
-a space in its name. Writes benchmarks/results/compatibility.json; exits with 1 if anything differs.
+repos, from the Hub and then offline from the cache, and what they compute, also while it is steered, is compared with
+what the pusher computed, bit by bit. One of two layers writes to two MLPs. Among the repos are two of equal last name
+and different code, one with a dot in its id, and a folder with a space in its name. Writes
+benchmarks/results/compatibility.json; exits with 1 if anything differs.
 """
 
 import argparse
@@ -33,6 +34,14 @@ BASE, REPO = "user/embedded", "user/mxd-embedded"
 SAME_NAME, WITH_DOT = "other/mxd-embedded", "user/mxd-embedded-v1.5"
 ORIGIN = "SOURCE_OF_THIS_CODE"
 LAYERS = (1, 3)
+STEERING = {
+    "format_version": 1,
+    "changes": [
+        {"layer": 1, "expert": 3, "strength": 2.0},
+        {"layer": 3, "expert": 5, "strength": 4.0, "positions": "generated"},
+        {"layer": 3, "expert": 9, "strength": 4.0, "by": "add", "when": {"layer": 1, "expert": 7}},
+    ],
+}
 
 
 def pin(package: str) -> str:
@@ -76,6 +85,7 @@ def push(hub: Any, expected: Path) -> None:
         num_experts_per_tok=8,
         hidden_act=base.config.hidden_act,
         encoder_type="glu",
+        layer_overrides={"1": {"num_output_layers": 2, "output_size": 2 * base.config.hidden_size}},
     )
     torch.manual_seed(0)
     outcomes = {}
@@ -83,29 +93,38 @@ def push(hub: Any, expected: Path) -> None:
         decomposition = MxDModel(config)
         for tensor in (*decomposition.parameters(), *decomposition.buffers()):
             nn.init.normal_(tensor, std=0.05)
+        sizes = {index: decomposition.config.layer(index) for index in LAYERS}
+        decomposition.set_directions(
+            {index: torch.rand(size.num_experts) + 0.5 for index, size in sizes.items()},
+            {index: torch.randn(size.num_experts, size.output_size) for index, size in sizes.items()},
+            "random",
+        )
         record_base(decomposition, base)
         with tempfile.TemporaryDirectory() as folder:
             decomposition.save_pretrained(folder)
             AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+            Path(folder, "steering.json").write_text(json.dumps(STEERING))
             push_decomposition(folder, repo)
         layers = hub.files(repo)["layers.py"] + f"\n{ORIGIN} = {repo!r}\n".encode()
         hub.repos[repo].add("main", {**hub.files(repo), "layers.py": layers}, "code of its own")
         with decomposition.spliced(base):
             outcomes[repo] = computed(base, decomposition)
+            with decomposition.steer(base, STEERING["changes"]):
+                outcomes[repo]["steered"] = computed(base)
     torch.save({**outcomes, "base": computed(base, decomposition)}, expected)
 
 
-def computed(model: Any, decomposition: Any) -> dict[str, Any]:
-    """Logits, tokens chosen greedily, and the outputs of the decomposition's layers."""
+def computed(model: Any, decomposition: Any = None) -> dict[str, Any]:
+    """Logits, tokens chosen greedily, and the outputs of a decomposition's layers."""
     import torch
 
     ids = torch.arange(10, 42).reshape(2, 16)
-    x = torch.linspace(-2, 2, 4 * decomposition.config.hidden_size).sin().reshape(4, -1)
+    x = torch.linspace(-2, 2, 4 * model.config.hidden_size).sin().reshape(4, -1)
     with torch.no_grad():
         return {
             "logits": model(ids).logits,
             "tokens": model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=2),
-            "layers": [decomposition(x, layer=layer).output for layer in LAYERS],
+            "layers": [decomposition(x, layer=layer).output for layer in LAYERS if decomposition is not None],
         }
 
 
@@ -138,6 +157,7 @@ def load(expected: str, library: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="saved again ") as folder:  # the space is one of the cases
         model.save_pretrained(folder)
         again = computed(AutoModelForCausalLM.from_pretrained(folder, **how), decomposition)
+    steered = computed(AutoModelForCausalLM.from_pretrained(REPO, steering="steering.json", **how))
     others = {}
     old = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57)
     for repo in (SAME_NAME,) if old else (SAME_NAME, WITH_DOT):
@@ -157,6 +177,11 @@ def load(expected: str, library: bool) -> None:
         "base's logits equal the pusher's": torch.equal(untouched["logits"], want["base"]["logits"]),
         "logits equal a splice by hand": torch.equal(got["logits"], by_hand["logits"]),
         "logits equal after saving and loading": torch.equal(got["logits"], again["logits"]),
+        **{
+            f"{name} equal the pusher's while steered": torch.equal(steered[name], want[REPO]["steered"][name])
+            and not torch.equal(steered[name], got[name])
+            for name in ("logits", "tokens")
+        },
         "one layer alone loads": one.config.layers == [LAYERS[1]],
         **{
             f"{repo} gives its own": torch.equal(found["logits"], want[repo]["logits"])

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import distil
 import pytest
+import transformers
 from commands import run as run_here
+from packaging.version import Version
 from safetensors.torch import load_file
 from warm_process import WarmProcess
 
 from mxd import demo
 from mxd.trainers import last_complete_checkpoint
 
+# Earlier ones cannot read an optimizer's state in several processes on CPUs.
+RESUMES = Version(transformers.__version__) >= Version("5.18")
 SCRIPT = str(Path(__file__).with_name("distil.py"))
 
 
@@ -54,7 +58,7 @@ def together(tmp_path_factory):
     root = tmp_path_factory.mktemp("together")
     kinds = {"finetuning": [], "routed": [], "padded": [], "part": ["interrupt=2"], "resumed": ["resume"]}
     asked = []
-    for name, options in kinds.items():
+    for name, options in list(kinds.items())[: None if RESUMES else -1]:
         folder, kind = (root / "part", "padded") if name in ("part", "resumed") else (root / name, name)
         asked += ["--", folder, kind, "plain", *options]
     return root, [json.loads(process.stdout.splitlines()[-1]) for process in run(2, SCRIPT, *asked[1:])]
@@ -69,6 +73,7 @@ def test_two_processes_learn_what_one_does(together, tmp_path, kind):
     assert any("router" in name for _, name in one) == (kind == "routed")
 
 
+@pytest.mark.skipif(not RESUMES, reason="fixed in transformers 5.18")
 def test_an_interrupt_of_one_process_ends_both_after_the_same_step_and_they_read_on(together):
     """The processes' batches differ in tokens."""
     root, steps = together
