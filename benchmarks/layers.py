@@ -255,14 +255,14 @@ def together_table(results: dict[str, Any]) -> str:
     return _faithfulness_table({METHODS[method]: row for method, row in results["together"]["methods"].items()})
 
 
-def texts_table(results: dict[str, Any]) -> str:
-    """Return the continuations in Markdown."""
-    names = ["prompt", "untouched", *results["together"]["methods"]]
-    rows = []
+def texts_list(results: dict[str, Any]) -> str:
+    """Return the continuations of each prompt as a list in Markdown."""
+    names = {"untouched": "untouched", **{name: METHODS[name] for name in results["together"]["methods"]}}
+    parts = []
     for row in results["together"]["texts"]:
-        texts = (" ".join(row[name].split()) for name in names)
-        rows.append([text.replace("|", r"\|").replace("<", "&lt;") for text in texts])
-    return markdown_table([METHODS.get(name, name) for name in names], rows)
+        texts = {label: " ".join(row[name].split()).replace("<", "&lt;") for name, label in names.items()}
+        parts.append(f"**{row['prompt']}** …\n\n" + "\n".join(f"- *{label}*: {text}" for label, text in texts.items()))
+    return "\n\n".join(parts)
 
 
 def sequential_table(results: dict[str, Any]) -> str:

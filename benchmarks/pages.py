@@ -43,7 +43,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "layers, throughput": of("layers.json", layers.throughput_table),
         "layers, costs": of("layers.json", layers.costs_table),
         "layers, together": of("layers.json", layers.together_table),
-        "layers, texts": of("layers.json", layers.texts_table),
+        "layers, texts": of("layers.json", layers.texts_list),
         "layers, sequential": of("layers.json", layers.sequential_table),
         "massive tokens": of("massive-tokens.json", recipe.massive_tokens),
         "meaning, contexts": of("meaning.json", meaning.meaning_table),
