@@ -46,6 +46,14 @@ def test_commands_that_train_nothing_do_not_load_the_trainers():
     assert done.returncode == 0, done.stderr
 
 
+def test_only_what_plots_loads_matplotlib():
+    for room in ROOMS:
+        for path in folder_of(room).rglob("*.py"):
+            statements = ast.parse(path.read_text()).body
+            first = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
+            assert "matplotlib" not in "".join(map(ast.unparse, first)), path
+
+
 def imported_modules(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0:

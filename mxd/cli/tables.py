@@ -305,10 +305,11 @@ def print_inspection(results: dict[str, Any], shown: int = 3) -> None:
         for expert, found in experts.items():
             promoted = _promoted(found)
             contexts = [
-                f"{one['before'][-25:]}[{one['token']}]{one['after'][:15]}" for one in found["examples"][:shown]
+                " ".join(f"{one['before'][-25:]}[{one['token']}]{one['after'][:15]}".split())
+                for one in found["examples"][:shown]
             ]
             known = (expert, f"{found['score']:.1f}", found["texts"], _shown(found.get("alignment"), ".1f"))
-            lines.append((*known, promoted or "–", Text(visible(" | ".join(contexts)))))
+            lines.append((*known, promoted or "–", Text(visible("\n".join(contexts)))))
         columns = ("expert", "bits", "texts", "align-\nment", "promotes", "strongest contexts")
         table = make_table(f"Layer {layer}: the most unusual experts of the text", columns, lines, left=0)
         for column in table.columns[-2:]:

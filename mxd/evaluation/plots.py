@@ -1,17 +1,15 @@
-"""Plot results, with one palette. The ending of `path` sets the format of the image."""
+"""Plot results, with one palette. The ending of `path` sets the format of the image.
+
+matplotlib takes a second to import, and commands that plot nothing import this module, too: functions import it.
+"""
 
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from mxd.base.layer_names import layer_names
@@ -20,6 +18,11 @@ from mxd.modeling_mxd import MxDConfig
 from .expert_use import SPECIALISED_FREQUENCY
 from .metrics import LEAST_EXPERT_SHARE
 from .paired import half_width
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -35,8 +38,10 @@ _METHODS = {"transcoder": ("Transcoder", "s"), "skip_transcoder": ("Skip transco
 
 def _figure(
     width: float = 6.4, height: float = 4.0, rows: int = 1, columns: int = 1, **shared: Any
-) -> tuple[Figure, list[Axes]]:
+) -> "tuple[Figure, list[Axes]]":
     """Make a figure and its axes, row by row."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **shared).ravel())
     for one in axes:
@@ -65,7 +70,7 @@ def _span(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _save(figure: Figure, path: PathLike, labels: int = 0, title: str = "") -> None:
+def _save(figure: "Figure", path: PathLike, labels: int = 0, title: str = "") -> None:
     """Save a figure with a legend of `labels` entries: below the axes if it is short, else beside them."""
     if title:
         figure.suptitle(title, fontsize="medium")
@@ -84,19 +89,23 @@ def _style(index: int, count: int) -> dict[str, Any]:
     """Return colour and dashes of one line of `count`: the palette, or ordered shades for more lines than colours."""
     if count <= len(COLOURS):
         return {"color": COLOURS[index], "linestyle": _LINE_STYLES[index % len(_LINE_STYLES)]}
-    return {"color": matplotlib.colormaps["cividis"](0.9 * index / (count - 1)), "linewidth": 1}
+    from matplotlib import colormaps
+
+    return {"color": colormaps["cividis"](0.9 * index / (count - 1)), "linewidth": 1}
 
 
-def _log_ticks(axis: Axis, digits: Sequence[float]) -> None:
+def _log_ticks(axis: "Axis", digits: Sequence[float]) -> None:
     """Label a logarithmic axis at these multiples of the powers of ten, in plain numbers."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     axis.set(major_locator=LogLocator(subs=digits), major_formatter=StrMethodFormatter("{x:g}"))
-    axis.set_minor_locator(NullLocator())
+    axis.minorticks_off()
 
 
-def _count_ticks(axes: Axes, ticks: Sequence[int]) -> None:
+def _count_ticks(axes: "Axes", ticks: Sequence[int]) -> None:
     """Label the x axis at these numbers alone."""
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.minorticks_off()
 
 
 def _floats(values: Sequence[float | None]) -> np.ndarray:
@@ -104,7 +113,7 @@ def _floats(values: Sequence[float | None]) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
-def _histograms(axes: Axes, values: Mapping[str, np.ndarray], bins_per_decade: int) -> None:
+def _histograms(axes: "Axes", values: Mapping[str, np.ndarray], bins_per_decade: int) -> None:
     """Draw histograms of positive values over whole decades of a logarithmic axis, one line per label."""
     logs = {label: np.log10(value[value > 0]) for label, value in values.items()}
     joined = np.concatenate([*logs.values(), [-0.5]])  # at least the decade below 1
@@ -221,6 +230,8 @@ def plot_training_loss(
     axes.set(xlabel="optimiser steps", ylabel=f"training loss ({loss})", yscale="log")
     _log_ticks(axes.yaxis, (1, 2, 3, 5))
     if by_tokens:
+        from matplotlib.ticker import EngFormatter
+
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _save(figure, path, len(names) if len(names) > 1 else 0, title)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from mxd.cli.tables import print_evaluation
+from mxd.cli.tables import print_evaluation, print_inspection
 
 LAYER = {"nmse": 0.1, "fvu": 0.1, "l0": 4.0, "dead_experts": 0.0, "expert_share": 0.9, "specialised_share": 0.9}
 EVALUATION = {
@@ -70,3 +70,13 @@ def test_scores_of_tasks_stand_side_by_side(with_interval, capsys):
     print_evaluation({**with_interval, "tasks": {"my_task": {"acc": score}}})
     row = next(line for line in capsys.readouterr().out.splitlines() if "my_task" in line)
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["my_task", "acc", "0.5000 ± 0.0123", "0.2500"]
+
+
+def test_each_context_of_an_inspection_is_one_line(capsys):
+    examples = [
+        {"before": f"the\n\n {one}  KING\n", "token": " pray", "after": " you,\n sir"} for one in ("first", "second")
+    ]
+    expert = {"score": 9.5, "texts": 2, "alignment": 1.8, "promoted": [], "examples": examples}
+    print_inspection({"texts": [], "experts": {"2": {"7": expert}}})
+    lines = [line.rsplit("│", 2)[1].strip() for line in capsys.readouterr().out.splitlines() if "pray" in line]
+    assert lines == ["the first KING [ pray] you, sir", "the second KING [ pray] you, sir"]
