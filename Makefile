@@ -18,9 +18,9 @@ demo: .venv/installed  ## decompose the embedded model with the embedded text (4
 test: .venv/installed-dev  ## the whole test suite
 	$(BIN)/python $(PYTEST)
 
-tasks: .venv/installed-dev  ## the tests that need lm-evaluation-harness, which is installed for them
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[tasks]'
-	$(BIN)/python $(PYTEST) tests/hub_cards/test_tasks.py
+tasks: .venv/installed-dev  ## the tests that need lm-evaluation-harness or TRL, which are installed for them
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[tasks]' trl
+	$(BIN)/python $(PYTEST) tests/hub_cards/test_tasks.py tests/test_snippets.py -k "test_tasks or finetune"
 
 coverage: .venv/installed-dev  ## line and branch coverage of modeling_mxd and trainers by their own tests, at least 90 %
 	$(BIN)/python $(PYTEST) tests/modeling_mxd tests/trainers --ignore tests/modeling_mxd/test_architectures.py --cov
