@@ -35,7 +35,7 @@ def short_sample(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     for split in ("train", "heldout"):
         table = pq.read_table(demo.text_path(split))[:50]
-        texts = [text[:1500] for text in table["text"].to_pylist()]
+        texts = [text[:1000] for text in table["text"].to_pylist()]
         place = table.column_names.index("text")
         pq.write_table(table.set_column(place, "text", pa.array(texts)), folder / f"{split}.parquet")
     with pytest.MonkeyPatch.context() as patched:
