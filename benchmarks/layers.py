@@ -146,12 +146,14 @@ def trained(run: Any, options: Any) -> dict[str, Any]:
 def figures(results: dict[str, Any]) -> dict[str, Any]:
     """Return what the tables show of an evaluation.json."""
     layers = [row["nmse"] for row in results["layers"].values()]
+    shares = [row["expert_share"] for row in results["layers"].values()]
     return {
         **{name: results["cross_entropy"][name] for name in ("untouched", "spliced", "zero_ablated", "rise_interval")},
         "kl": results["kl"],
         "top1_agreement": results["top1_agreement"],
         "nmse": sum(layers) / len(layers),
         "worst_nmse": max(layers),
+        "expert_share": sum(shares) / len(shares),
         "evaluated_tokens": results["settings"]["tokens"],
     }
 
@@ -244,10 +246,13 @@ def _faithfulness_table(rows: dict[str, dict[str, Any]]) -> str:
             f"{100 * row['top1_agreement']:.1f} %",
             f"{row['nmse']:.3f}",
             f"{row['worst_nmse']:.3f}",
+            f"{100 * row['expert_share']:.0f} %",
         )
         for name, row in rows.items()
     ]
-    return markdown_table(["", "CE rise", "KL", "same most likely token", "mean NMSE", "worst layer's"], cells)
+    return markdown_table(
+        ["", "CE rise", "KL", "same most likely token", "mean NMSE", "worst layer's", "expert share"], cells
+    )
 
 
 def together_table(results: dict[str, Any]) -> str:
