@@ -30,6 +30,8 @@ LEVELS = 4
 """Shades of tokens on which an expert is active."""
 CHUNK = 128
 """Experts, or rows, of a file of an exported site."""
+# Largest coefficient of each bin of the histograms; bin 0 stands for none.
+_LARGEST = torch.cat([HISTOGRAM_EDGES[:1], HISTOGRAM_EDGES, HISTOGRAM_EDGES[-1:]])
 _WORD, _NUMBER = re.compile(r"[^\W_]+"), re.compile(r"[0-9]{1,9}")
 _NEIGHBOURS = {
     "similar_direction": "nearest directions (cosine)",
@@ -155,7 +157,7 @@ class ExplorerSite:
             getattr(layer, f"{kind}_{name}")[expert, part].tolist() for name in ("values", "rows", "positions")
         )
         windows, maximum = getattr(layer, f"{kind}_windows"), max(float(layer.maximum[expert]), 1e-30)
-        around = [[]] * len(values) if windows is None else [_levels(one, maximum) for one in windows[expert, part]]
+        around = [[]] * len(values) if windows is None else _levels(windows[expert, part], maximum)
         found = []
         for value, row, position, levels in zip(values, rows, positions, around, strict=True):
             if value > 0 and row >= 0:
@@ -181,9 +183,9 @@ class ExplorerSite:
         return words
 
 
-def _levels(bins: Tensor, maximum: float) -> list[int]:
+def _levels(bins: Tensor, maximum: float) -> list[list[int]]:
     """Return how strong coefficients are in parts of the maximum, from their bins: 1 to `LEVELS`, 0 for none."""
-    largest = torch.cat([HISTOGRAM_EDGES, HISTOGRAM_EDGES[-1:]])[(bins.long() - 1).clamp(0, len(HISTOGRAM_EDGES))]
+    largest = _LARGEST[bins.int()]
     return ((LEVELS * largest / maximum).ceil().clamp(1, LEVELS) * (bins > 0)).int().tolist()
 
 
