@@ -34,7 +34,7 @@ class Command(NamedTuple):
     show: Callable[[Any], None] = partial(tables.print_evaluation, warn=False)
     saved: str = ""
     says: str = "loading {decomposition} and its base model"
-    """What happens, after the imports, in the seconds before anything else is shown."""
+    """What happens in the seconds before anything else is shown: torch is imported, and models are loaded."""
 
     def run(self, options: Any) -> None:
         """Do the command. Several processes train together; anything else is done, and all is shown, by the first."""
@@ -45,8 +45,6 @@ class Command(NamedTuple):
             leave()
             logger.warning("this command takes one process: the other %d have ended", processes - 1)
         if rank == 0:
-            typer.echo("importing PyTorch and transformers …", err=True)
-            import_module("transformers.modeling_utils")
             typer.echo(f"{self.says.format(**vars(options))} …", err=True)
         if not isinstance(self.job, str):
             self.job(options)
