@@ -21,12 +21,14 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 _ROWS_NAME = "rows.bin"
+_LOCK_NAME = ".lock"  # held by the process that records
 _SIDES = ("inputs", "outputs")
 _AGAIN = "delete the folder, or record it anew with overwrite"
 _SAVE_SECONDS = 10
@@ -142,13 +145,13 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
             progress: Show a progress bar, in tokens.
 
         Raises:
-            ValueError: Before the model runs: `rows` is empty, the folder holds another cache, a layer runs several
-                times in a forward pass, or the model is an encoder–decoder model.
+            ValueError: Before the model runs: `rows` is empty, the folder holds another cache, another process records
+                into it, a layer runs several times in a forward pass, or the model is an encoder–decoder model.
             OSError: Before the model runs: the disk has too little space.
             SurgeryError: The model has no such layer.
         """
         folder = Path(folder)
-        wanted = _manifest(model, layers, rows, stack, site)
+        wanted, seen = _manifest(model, layers, rows, stack, site), _read_manifest(folder)
         try:
             found, recorded, sums = _read_state(folder)
             if found and recorded == found["shape"][0] and _serves(folder, found, wanted, rows):
@@ -164,14 +167,15 @@ class ActivationCache(Dataset[dict[str, Tensor]]):
         if found and found != wanted and not overwrite:
             different = ", ".join(name for name in wanted if found.get(name) != wanted[name])
             raise ValueError(f"{folder} holds another cache (different: {different}): name another, or overwrite it")
-        if found != wanted:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder / MANIFEST_NAME, folder / _ROWS_NAME, *folder.glob("layer_*_*puts.bin")):
-                path.unlink(missing_ok=True)
-        _check_space(folder, wanted)
-        if found != wanted:
-            _write_state(folder, wanted, 0, {})
-        _record(folder, model, rows, rows_per_step, progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _recording(folder, seen):
+            if found != wanted:
+                for path in (folder / MANIFEST_NAME, folder / _ROWS_NAME, *folder.glob("layer_*_*puts.bin")):
+                    path.unlink(missing_ok=True)
+            _check_space(folder, wanted)
+            if found != wanted:
+                _write_state(folder, wanted, 0, {})
+            _record(folder, model, rows, rows_per_step, progress)
         return cls(folder, verify=False)
 
 
@@ -207,6 +211,24 @@ def _file_name(layer: int, side: str) -> str:
     return f"layer_{layer}_{side}.bin"
 
 
+def _read_manifest(folder: Path) -> bytes:
+    path = folder / MANIFEST_NAME
+    return path.read_bytes() if path.is_file() else b""
+
+
+@contextmanager
+def _recording(folder: Path, seen: bytes) -> Iterator[None]:
+    """Let one process at a time record; raise a ValueError if another does, or has since the manifest was `seen`."""
+    try:
+        with FileLock(folder / _LOCK_NAME, timeout=0):
+            if _read_manifest(folder) != seen:
+                raise Timeout(str(folder))
+            yield
+    except Timeout:
+        again = "wait until it is done, or name another folder"
+        raise ValueError(f"another process records the activation cache {folder}: {again}") from None
+
+
 def _read_state(folder: Path) -> tuple[dict[str, Any], int, dict[str, list[int]]]:
     """Return the manifest, the number of rows recorded, and checksums; all of them empty if the folder has no cache.
 
@@ -216,7 +238,7 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], int, dict[str, list[int]]
     if not path.is_file():
         return {}, 0, {}
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(_read_manifest(folder))
         manifest, recorded, sums = state["manifest"], state["recorded"], state["checksums"]
         ends = sums.get("ends", [])
         if (ends or [0])[-1] != recorded or any(len(sums[name]) != len(ends) for name in _layouts(manifest) if sums):

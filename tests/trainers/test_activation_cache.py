@@ -132,6 +132,36 @@ def test_an_interrupted_cache_goes_on(tiny_llama, rows, cache, tmp_path, monkeyp
     assert sum(seen[1:]) == len(rows) - 9 + 1
 
 
+@pytest.mark.parametrize("begun", ["after the other", "before the other"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_process_records_at_a_time(tiny_llama, rows, cache, tmp_path, monkeypatch, overwrite, begun):
+    """Files that another one replaces would be taken for complete, with zeros in them."""
+    folder = tmp_path / "new"
+
+    def record(**changes):
+        return ActivationCache.record(folder, tiny_llama, LAYERS, rows, rows_per_step=3, **changes)
+
+    def other(*given, **how):
+        monkeypatch.undo()
+        if begun == "after the other":
+            with pytest.raises(ValueError, match=r"another process records the activation cache .*new: wait"):
+                record(overwrite=overwrite)
+        else:
+            record()
+        return original(*given, **how)
+
+    name = "_check_space" if begun == "after the other" else "FileLock"  # once it has looked into the folder
+    original = getattr(activation_cache, name)
+    monkeypatch.setattr(activation_cache, name, other)
+    if begun == "before the other":
+        with pytest.raises(ValueError, match="another process records"):
+            record(overwrite=overwrite)
+    else:
+        record()
+    got, expected = ActivationCache(folder)({"input_ids": rows}), cache({"input_ids": rows})
+    assert all(torch.equal(a, b) for layer in LAYERS for a, b in zip(got[layer], expected[layer], strict=True))
+
+
 @pytest.mark.parametrize("file", ["rows.bin", "layer_0_inputs.bin", "layer_2_outputs.bin"])
 @pytest.mark.parametrize("fault", ["a bit", "short", "missing"])
 def test_a_broken_cache_is_refused_by_name(tiny_llama, rows, cache, tmp_path, file, fault):
@@ -201,7 +231,7 @@ def test_the_disk_is_checked_before_the_model_runs(tiny_llama, rows, tmp_path, m
         if free < size:
             with pytest.raises(OSError, match=message):
                 ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows)
-            assert not list((tmp_path / "cache").glob("*"))
+            assert not list((tmp_path / "cache").glob("[!.]*"))
         else:
             ActivationCache.record(tmp_path / "cache", tiny_llama, LAYERS, rows)
             assert message in caplog.text
