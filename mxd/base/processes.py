@@ -11,6 +11,7 @@ Result = TypeVar("Result")
 # The variables from which accelerate, and so every Trainer, learns of other processes.
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _YEAR = timedelta(days=365)
+_ENDED = "another process has ended, see its message: run again with --resume"
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
@@ -97,7 +98,7 @@ def wait_for_all() -> None:
     try:
         distributed.barrier(_waiting_group(distributed.group.WORLD))
     except RuntimeError as error:
-        raise OtherProcessError("another process has ended, see its message: run again with --resume") from error
+        raise OtherProcessError(_ENDED) from error
 
 
 def joined() -> int:
@@ -111,6 +112,9 @@ def in_first_process(function: Callable[[], Result]) -> Result:
     """Call a function in the first process only, and return its result, or raise its error, in all processes.
 
     The others wait without a time-out. The process group, if there are several processes, must have been made.
+
+    Raises:
+        OtherProcessError: Another process has ended.
     """
     if joined() == 1:
         return function()
@@ -124,7 +128,10 @@ def in_first_process(function: Callable[[], Result]) -> Result:
             outcome[0] = function()
         except Exception as error:  # of any kind, and not every kind can be pickled
             failure, outcome[1:] = error, [str(error) or type(error).__name__, isinstance(error, ValueError)]
-    distributed.broadcast_object_list(outcome, 0, group)
+    try:
+        distributed.broadcast_object_list(outcome, 0, group)
+    except RuntimeError as error:
+        raise failure or OtherProcessError(_ENDED) from error
     if failure is not None:
         raise failure
     if outcome[1] is not None:

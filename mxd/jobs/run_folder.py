@@ -37,11 +37,11 @@ class TrainingFailed(Exception):
     """Training raised `__cause__`; the message says what was kept and how to continue."""
 
 
-def output_folder(name: str) -> Path:
+def output_folder(name: str, option: str = "output") -> Path:
     """Return the path of a folder to write into, which need not exist; raise `ValueError` if it is a file."""
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the output {folder} is a file: name a folder with --output")
+        raise ValueError(f"the {option} {folder} is a file: name a folder with --{option}")
     return folder
 
 

@@ -30,7 +30,7 @@ from mxd.trainers.decomposition_trainer import DecompositionTrainer
 from mxd.trainers.running_losses import DivergenceError
 
 from .options import INTERRUPTED, TERMINATED, RunOptions, resumable, values
-from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, finish
+from .run_folder import RUN_NAME, START_NAME, Interrupted, TrainingFailed, finish, output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +120,12 @@ def cached_rows(
         there are `count`; it needs `train_sampling_strategy="sequential"`.
 
     Raises:
-        ValueError: the folder holds those of other rows or of another model, or a broken file.
+        ValueError: the folder is a file, holds those of other rows or of another model, or a broken file, or another
+            process records them.
         OSError: the disk has too little space.
     """
+
+    output_folder(str(folder), "cache")
 
     def record() -> None:
         ActivationCache.record(

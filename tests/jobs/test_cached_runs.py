@@ -76,6 +76,7 @@ def test_what_does_not_fit_is_refused_before_the_output_is_touched(cached, tmp_p
     refusals = {
         "different: dtype": ["--cache", cache],
         "name one outside of it": ["--cache", out / "cache"],
+        "name a folder with --cache": ["--cache", tmp_path / "sequential.yaml"],
         "leave one of them out": ["--cache", cache, "--config", tmp_path / "sequential.yaml"],
     }
     (tmp_path / "sequential.yaml").write_text("sequential: true\n")

@@ -96,7 +96,7 @@ try:
 except SystemExit as ended:
     assert not ended.code
 from mxd import FinetuningOptions, finetune
-from mxd.base.processes import in_first_process
+from mxd.base.processes import OtherProcessError, in_first_process
 options = FinetuningOptions(decomposition=made, output=tuned, tokens=256, batch_tokens=128,
     context_length=64, evaluation_tokens=128, training={"disable_tqdm": True, "statistics_tokens": 300})
 results = finetune(options)
@@ -109,6 +109,10 @@ for error in (ValueError("bad"), OSError(28, "full")):
         results[type(error).__name__] = [isinstance(raised, ValueError), "bad" in str(raised), "full" in str(raised)]
 with open(f"{tuned}-{os.environ['RANK']}.json", "w") as file:
     json.dump(results, file, sort_keys=True)
+try:
+    in_first_process(sys.exit)  # as by a signal
+except OtherProcessError as error:
+    assert "another process has ended" in str(error)
 """
 
 
