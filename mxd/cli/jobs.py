@@ -1,6 +1,7 @@
 """What each command does: run its job, show the results, and say what was saved. torch is imported only then."""
 
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -155,11 +156,20 @@ def _exit_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # others have no signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(classes.TERMINATED))
+    before, report = signal.signal(signal.SIGTERM, lambda *_: sys.exit(classes.TERMINATED)), sys.unraisablehook
+    again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def ignored(error: Any) -> None:
+        """Send the signal once more if it came inside a destructor, where Python ignores exceptions."""
+        again.start() if error.exc_type is SystemExit and again.ident is None else report(error)
+
+    sys.unraisablehook = ignored
     try:
         yield
     finally:
+        again.cancel()
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = report
 
 
 def _quiet(bars: bool = True) -> None:

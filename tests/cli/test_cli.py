@@ -240,10 +240,18 @@ def test_resume_without_a_checkpoint(monkeypatch, capsys, tmp_path):
     assert "holds no run to resume" in refused(monkeypatch, capsys, "decompose", "--resume", "--output", tmp_path / "o")
 
 
+class EndedInItsDestructor:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "end", [EndedInItsDestructor.__del__, lambda _: (EndedInItsDestructor() and None, time.sleep(20))]
+)
 @pytest.mark.parametrize(("job", "part"), [("decompose", "load_documents"), ("finetune", "load_decomposition")])
-def test_sigterm_before_the_training_ends_a_run_that_resume_begins_anew(monkeypatch, capsys, tmp_path, job, part):
+def test_sigterm_before_the_training_ends_a_run_that_resume_begins_anew(monkeypatch, capsys, tmp_path, job, part, end):
     module, handler = importlib.import_module(f"mxd.jobs.{job}"), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(module, part, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(module, part, lambda *_: end(None))
     arguments = [job, *(["folder"] if job == "finetune" else []), "--resume", "--output", str(tmp_path / "out")]
     assert run(*arguments)[0] == 75
     assert signal.getsignal(signal.SIGTERM) is handler
