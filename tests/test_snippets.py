@@ -33,14 +33,14 @@ SHORT = "tokens=2048, match_transcoder=8, evaluation_tokens=1024"
 PAGES: dict[str, dict[str, str]] = {
     "README": {
         '"user/mxd-gpt2-l8"': f'"demo-output", {BASE}',
-        '"strength": 4': '"strength": 300',  # it is hardly trained
+        '"strength": 8': '"strength": 300',  # it is hardly trained
     },
     "docs/start/quickstart": {},
     "docs/how-to/share": {
         'LM.from_pretrained("user/mxd-smollm2-l15"': f'LM.from_pretrained("demo-output", {BASE}',
         "user/mxd-smollm2-l15": "demo-output",
     },
-    "docs/how-to/steer": {"2191": "21"},
+    "docs/how-to/steer": {"3975": "21"},
     "docs/how-to/experts": {"812": "12"},
     "docs/how-to/evaluate": {"_, documents": "documents, _", "corpus/*.parquet": "text.parquet"},
     "docs/how-to/meaning": {
