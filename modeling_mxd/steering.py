@@ -119,11 +119,12 @@ class _Tracker:
             return None
         mask: Any
         positions: Any
-        cache: Any
-        mask, positions, cache = (given.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+        mask, positions = (given.get(name) for name in ("attention_mask", "position_ids"))
+        # By its method: transformers 5.24 calls `past_key_values` `cache`.
+        cache: Any = next((value for value in given.values() if hasattr(value, "get_seq_length")), None)
         (rows, tokens), device = ids.shape[:2], ids.device
         masked = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= tokens
-        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else mask.shape[1] - tokens if masked else 0
+        past = cache.get_seq_length() if cache is not None else mask.shape[1] - tokens if masked else 0
         order = torch.arange(tokens, device=device)
         columns = order + past
         places = columns.expand(rows, tokens)

@@ -550,3 +550,12 @@ def test_directions_with_values_that_mean_nothing_are_refused(value, name):
     (maxima if name == "maximum" else directions)[0].view(-1)[1] = value
     with pytest.raises(ValueError, match=f"layers.0.{name}"):
         model.set_directions(maxima, directions, "")
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_of_keys_and_values_is_found_under_the_name_of_any_transformers(name):
+    model = spliced()
+    cache = model(IDS[:, :4], use_cache=True).past_key_values
+    with model.steer(CHANGE):
+        read = vars(model)["_steering"].read({"input_ids": IDS[:, 4:], name: cache})
+    assert read.columns.tolist() == list(range(4, 10))
