@@ -161,7 +161,10 @@ def _exit_on_sigterm() -> Iterator[None]:
 
     def ignored(error: Any) -> None:
         """Send the signal once more if it came inside a destructor, where Python ignores exceptions."""
-        again.start() if error.exc_type is SystemExit and again.ident is None else report(error)
+        if error.exc_type is SystemExit and again.ident is None:
+            again.start()
+        else:
+            report(error)
 
     sys.unraisablehook = ignored
     try:
